@@ -1,0 +1,309 @@
+"""`diffvl convert`: prepare, then the stages asked for, then a report. Plans first, checks the plan, then works.
+
+Directories under the run's root: `prepared`, `align`, `diffuse`; each appears under its name only when it is complete.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import PartialState
+from rich.console import Console
+
+from diffvl import checkpoint, weights
+from diffvl.config import STAGES, Lora, Recipe, StageName, dump, read_yaml, resolve
+from diffvl.decode import DecodeSettings
+from diffvl.errors import ConfigError, UsageError
+from diffvl.evaluate import held_out_answers
+from diffvl.families import check_supported, family_of, find_recipe, named_checkpoint, suggest
+from diffvl.prepare import Source, prepare
+from diffvl.progress import quiet_libraries, read_json_lines
+from diffvl.report import print_summary, write_report
+from diffvl.train import CHECKPOINTS, precision, train
+
+DEFAULT_RECIPE = "llava"
+PREPARED = "prepared"
+BEFORE_FILE = "before.json"
+SHOWN = DecodeSettings(max_new_tokens=48)
+
+
+@dataclass(frozen=True)
+class ConvertRequest:
+    """The words of the command. `start` is --from; `assignments` are the --set strings."""
+
+    model: str | None = None
+    stage: StageName | None = None
+    recipe: str | None = None
+    data: Path | None = None
+    start: Path | None = None
+    out: Path | None = None
+    lora: bool = False
+    assignments: tuple[str, ...] = ()
+    resume: bool = False
+    dry_run: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will happen. source: the AR checkpoint to prepare, or None when `start` is a DiffVL directory already."""
+
+    source: Source | None
+    start: Path
+    root: Path
+    stages: tuple[StageName, ...]
+    recipe: Recipe
+
+
+def convert(request: ConvertRequest) -> Path:
+    """Runs the whole conversion; returns the last directory written.
+
+    Raises:
+        DiffvlError: on any mistake of the user; what was finished stays.
+    """
+    quiet_libraries()
+    process = PartialState()
+    console = Console(quiet=not process.is_main_process)
+    plan = make_plan(request, console)
+    describe(plan, console)
+    _check_targets(plan, request.resume)
+    if request.dry_run:
+        console.print("dry run: nothing was written")
+        return plan.root
+    start = plan.start
+    if plan.source is not None and not _finished(start):
+        if process.is_main_process:
+            prepare(plan.source, plan.recipe, start, console)
+        process.wait_for_everyone()
+    for stage in plan.stages:
+        directory = plan.root / stage
+        if _finished(directory):
+            console.print(f"[bold]{stage}[/bold]: finished already, kept: {directory}")
+        else:
+            run_stage(start, plan.recipe, stage, directory, request.resume, console)
+        start = directory
+    if process.is_main_process:
+        _say_next(start, plan, console)
+    return start
+
+
+# --- planning ------------------------------------------------------------------------------------------------------------
+
+
+def make_plan(request: ConvertRequest, console: Console) -> Plan:
+    """Resolves names, recipe and directories; touches no weights."""
+    if request.model is not None and request.start is not None:
+        raise UsageError("MODEL and --from exclude each other: MODEL starts from an AR checkpoint, --from from a DiffVL directory")
+    if request.model is not None:
+        return _plan_model(request, request.model)
+    start = request.start or _newest_align(request, console)
+    checkpoint.require_diffvl(start)
+    state = checkpoint.read_state(start)
+    earlier = resolve(read_yaml(start / checkpoint.RECIPE_FILE), [], str(start / checkpoint.RECIPE_FILE))
+    if any(text.startswith("prepare.") for text in request.assignments):
+        raise ConfigError(f"--set prepare.* has no effect: {start} is prepared already")
+    tree = read_yaml(find_recipe(request.recipe)) if request.recipe else yaml.safe_load(dump(earlier))
+    tree["prepare"] = earlier.prepare.model_dump(mode="json")
+    tree["model"] = earlier.model
+    stages = _stages(request, tree)
+    if request.stage is None and state["kind"] in STAGES:
+        stages = tuple(name for name in stages if STAGES.index(name) > STAGES.index(state["kind"]))
+        if not stages:
+            raise UsageError(f"{start} is a finished {state['kind']} run and the recipe has no later stage: name one with --stage")
+    root = request.out or (start.parent if start.name in (PREPARED, *STAGES) else Path("runs") / start.name)
+    return Plan(None, start, root, stages, _resolve(request, tree, stages))
+
+
+def _plan_model(request: ConvertRequest, model: str) -> Plan:
+    named = named_checkpoint(model)
+    recipe_name = request.recipe or (named[1].recipe if named else DEFAULT_RECIPE)
+    tree = read_yaml(find_recipe(recipe_name))
+    tree["model"] = model
+    stages = _stages(request, tree)
+    recipe = _resolve(request, tree, stages)
+    path = Path(model)
+    root = request.out or Path("runs") / (path.stem if path.suffix == ".gguf" else path.resolve().name if path.exists() else path.name)
+    if request.stage == "diffuse" and "align" in recipe.stages:
+        start = root / "align"
+        if not _finished(start):
+            raise UsageError(
+                f"--stage diffuse needs an aligned model, and {start} is not there. Type: diffvl convert {model} --stage align"
+            )
+        return Plan(None, start, root, stages, recipe)
+    if path.exists() and (path / "config.json").is_file():
+        _refuse_diffvl(path)
+    repo, revision, tower = model, None, recipe.prepare.vision_tower
+    if named is not None:
+        repo, revision, tower = named[1].repo, named[1].revision, tower or named[1].vision_tower
+    elif not path.exists() and "/" not in model:
+        close = suggest(model)
+        hint = f"did you mean {', '.join(close)}? " if close else ""
+        raise UsageError(f"{model!r}: no such model name or directory; {hint}`diffvl models` lists the names")
+    config = weights.load_config(repo, request.trust_remote_code, revision)
+    check_supported(config)
+    tower = tower or family_of(config.model_type).vision_tower
+    return Plan(Source(repo, revision, tower, request.trust_remote_code), root / PREPARED, root, stages, recipe)
+
+
+def _refuse_diffvl(path: Path) -> None:
+    if json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type") == "diffvl":
+        raise UsageError(f"{path} is a DiffVL directory already; to go on from it: diffvl convert --from {path} --stage diffuse")
+
+
+def _newest_align(request: ConvertRequest, console: Console) -> Path:
+    if request.stage != "diffuse":
+        raise UsageError("name a MODEL (see `diffvl models`), or a DiffVL directory with --from. Example: diffvl convert smollm2-135m")
+    runs = Path("runs")
+    found = checkpoint.newest_finished(runs, "align")
+    if found is None:
+        raise UsageError(
+            "--stage diffuse without MODEL goes on from the newest finished align run, and there is none under runs/. "
+            "Type: diffvl convert MODEL --stage align"
+        )
+    console.print(f"going on from the newest align run: [bold]{found}[/bold]")
+    return found
+
+
+def _stages(request: ConvertRequest, tree: dict[str, Any]) -> tuple[StageName, ...]:
+    known = tree.get("stages")
+    known = known if isinstance(known, dict) else {}
+    if request.stage is None:
+        return tuple(name for name in STAGES if name in known)
+    if request.stage not in known:
+        raise UsageError(f"--stage {request.stage}: the recipe has no such stage, only {', '.join(known) or 'none'}")
+    return (request.stage,)
+
+
+def _resolve(request: ConvertRequest, tree: dict[str, Any], stages: tuple[StageName, ...]) -> Recipe:
+    """The recipe with --data, --lora and --set on top, in this order."""
+    assignments = []
+    if request.data is not None:
+        assignments += [f"stages.{name}.data.train={json.dumps(str(request.data))}" for name in stages]
+    if request.lora:
+        if "diffuse" not in stages:
+            raise UsageError("--lora has no effect: the diffuse stage is not run")
+        if (tree["stages"]["diffuse"] or {}).get("lora") is None:
+            assignments.append(f"stages.diffuse.lora={Lora().model_dump_json()}")
+    where = f"recipe {request.recipe}" if request.recipe else "recipe"
+    return resolve(tree, [*assignments, *request.assignments], where)
+
+
+def _finished(directory: Path) -> bool:
+    return (directory / checkpoint.STATE_FILE).is_file()
+
+
+def _check_targets(plan: Plan, resume: bool) -> None:
+    """Refuses to touch what is there: finished directories, foreign ones, interrupted runs with other settings."""
+    if plan.source is not None and not (resume and _finished(plan.start)):
+        checkpoint.require_empty(plan.start)
+    for name in plan.stages:
+        directory = plan.root / name
+        if _finished(directory) and resume:
+            _require_same(plan.recipe, name, directory)
+            continue
+        checkpoint.require_empty(directory)
+        work = checkpoint.partial(directory)
+        if work.exists():
+            if not resume:
+                raise UsageError(f"{work} holds an interrupted run: continue it with --resume, or remove it")
+            _require_same(plan.recipe, name, work)
+    if plan.root.is_dir() and not any(_ours(path) for path in plan.root.iterdir()) and any(plan.root.iterdir()):
+        raise UsageError(f"{plan.root} is not empty and holds no diffvl run; nothing was written. Choose another --out")
+
+
+def _ours(path: Path) -> bool:
+    return path.name.removesuffix(checkpoint.PARTIAL) in (PREPARED, *STAGES)
+
+
+def _require_same(recipe: Recipe, stage: StageName, directory: Path) -> None:
+    """A resumed stage must have the settings it began with: its result is that of one uninterrupted run."""
+    path = directory / checkpoint.RECIPE_FILE
+    if not path.is_file():
+        return
+    begun = resolve(read_yaml(path), [], str(path))
+    ours, theirs = _flat(recipe.stages[stage].model_dump()), _flat(begun.stages[stage].model_dump())
+    ours["seed"], theirs["seed"] = recipe.seed, begun.seed
+    changed = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    if changed:
+        lines = "\n".join(f"  {key}: began with {theirs.get(key)!r}, asked for {ours.get(key)!r}" for key in changed)
+        raise ConfigError(f"{directory} has other settings, so --resume cannot continue it:\n{lines}\nuse the same, or another --out")
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+# --- working -------------------------------------------------------------------------------------------------------------
+
+
+def run_stage(start: Path, recipe: Recipe, stage: StageName, directory: Path, resume: bool, console: Console) -> None:
+    """One stage from start to report; the directory gets its name when everything in it is written."""
+    process = PartialState()
+    work = checkpoint.partial(directory)
+    data = recipe.stages[stage].data
+    if process.is_main_process:
+        before = work / BEFORE_FILE
+        if not before.is_file():
+            answers = held_out_answers(start, data, SHOWN, console)
+            work.mkdir(parents=True, exist_ok=True)
+            checkpoint.replace_text(before, json.dumps(answers, ensure_ascii=False))
+    process.wait_for_everyone()
+    train(start, recipe, stage, directory, resume, console)
+    if process.is_main_process:
+        _write_samples(work, recipe, stage, console)
+        write_report(work)
+        checkpoint.finish(directory)
+        shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+        (directory / BEFORE_FILE).unlink()
+        print_summary(directory, console)
+    process.wait_for_everyone()
+
+
+def _write_samples(work: Path, recipe: Recipe, stage: StageName, console: Console) -> None:
+    """`samples.jsonl`: the same held-out questions, answered before and after."""
+    before = json.loads((work / BEFORE_FILE).read_text(encoding="utf-8"))
+    after = held_out_answers(work, recipe.stages[stage].data, SHOWN, console) if before else []
+    lines = []
+    for old, new in zip(before, after, strict=True):
+        shown = {key: new[key] for key in ("image", "question", "truth")}
+        lines.append(json.dumps({**shown, "before": old["answer"], "after": new["answer"]}, ensure_ascii=False) + "\n")
+    checkpoint.replace_text(work / "samples.jsonl", "".join(lines))
+
+
+# --- telling -------------------------------------------------------------------------------------------------------------
+
+
+def describe(plan: Plan, console: Console) -> None:
+    """The plan in a few lines, before anything is done."""
+    if plan.source is not None:
+        console.print(f"[bold]prepare[/bold] {plan.source.model} + {plan.source.vision_tower} -> {plan.start}")
+    else:
+        console.print(f"[bold]start[/bold] from {plan.start}")
+    for name in plan.stages:
+        stage = plan.recipe.stages[name]
+        length = f"{stage.steps} steps" if stage.steps is not None else f"{stage.epochs:g} epochs"
+        objective = stage.objective
+        detail = objective.kind
+        if objective.kind == "block_diffusion":
+            detail += f" (block {objective.block_size}, {objective.context} context, {objective.noise.schedule} noise)"
+        trains = ", ".join(f"{part} {rate:g}" for part, rate in stage.trainable.items())
+        console.print(
+            f"[bold]{name}[/bold] {detail}; trains {trains}{' with LoRA' if stage.lora else ''}; {length} of "
+            f"{stage.batch_size} x {stage.accumulation} samples per device, {precision(stage)}; data {stage.data.train} -> {plan.root / name}"
+        )
+
+
+def _say_next(directory: Path, plan: Plan, console: Console) -> None:
+    console.print(f"\nwrote [bold]{directory}[/bold] (a checkpoint that loads without diffvl, and report.html)")
+    if plan.stages[-1:] == ("align",) and "diffuse" in plan.recipe.stages:
+        console.print(f"next: diffvl convert --from {directory} --stage diffuse --data FILE", soft_wrap=True)
+    samples = [line for line in read_json_lines(directory / "samples.jsonl") if line.get("image")]
+    image, question = (samples[0]["image"], samples[0]["question"]) if samples else ("FILE", "What does the picture show?")
+    console.print(f"next: diffvl generate {directory} --image {image} --prompt {json.dumps(question)}", soft_wrap=True)
+    console.print(f"next: diffvl evaluate {directory} --data FILE", soft_wrap=True)

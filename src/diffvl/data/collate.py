@@ -1,0 +1,59 @@
+"""Samples -> Batch: right padding, nothing random. Noise is drawn in the objective, so that a resume repeats it."""
+
+from collections.abc import Sequence
+from typing import Any, NotRequired, TypedDict
+
+import torch
+
+from diffvl.data.chat import Sample
+from diffvl.errors import DataError, DiffvlError
+
+IGNORED = -100
+
+
+class Batch(TypedDict):
+    """input_ids [B, L]. answer_index [B, L]: 0 outside answers, k inside the k-th. valid [B, L]: False for padding.
+    labels [B, L]: the ids of answer tokens, -100 elsewhere; their number is the loss normaliser. sample [B]: dataset
+    indices. pixel_values [N, 3, S, S], absent in a batch without pictures."""
+
+    input_ids: torch.Tensor
+    answer_index: torch.Tensor
+    valid: torch.Tensor
+    labels: torch.Tensor
+    sample: torch.Tensor
+    pixel_values: NotRequired[torch.Tensor]
+
+
+def collate(samples: Sequence[Sample | DiffvlError], pad_token_id: int) -> dict[str, Any]:
+    """Pads and stacks. A record that failed in a loader process travels as its error, and is raised by `raise_bad_record`
+    in the main process, where its message arrives unharmed."""
+    for sample in samples:
+        if isinstance(sample, DiffvlError):
+            return {"bad_record": str(sample)}
+    good = [sample for sample in samples if isinstance(sample, Sample)]
+    longest = max(len(sample.ids) for sample in good)
+    ids = torch.full((len(good), longest), pad_token_id, dtype=torch.long)
+    answer = torch.zeros_like(ids)
+    valid = torch.zeros_like(ids, dtype=torch.bool)
+    for row, sample in enumerate(good):
+        length = len(sample.ids)
+        ids[row, :length] = torch.tensor(sample.ids)
+        answer[row, :length] = torch.tensor(sample.answer)
+        valid[row, :length] = True
+    batch: dict[str, Any] = {
+        "input_ids": ids,
+        "answer_index": answer,
+        "valid": valid,
+        "labels": torch.where(answer > 0, ids, IGNORED),
+        "sample": torch.tensor([sample.index for sample in good]),
+    }
+    pictures = [sample.pixel_values for sample in good if sample.pixel_values is not None]
+    if pictures:
+        batch["pixel_values"] = torch.cat(pictures)
+    return batch
+
+
+def raise_bad_record(batch: dict[str, Any]) -> None:
+    """Raises the DataError that a loader process met while it built this batch."""
+    if "bad_record" in batch:
+        raise DataError(batch["bad_record"])

@@ -1,0 +1,120 @@
+"""Data files -> datasets of Samples: reading, the length check, and the held-out split."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from torch.utils.data import Dataset
+
+from diffvl.config import Data
+from diffvl.data.chat import Sample, encode_record, sample_of
+from diffvl.data.collate import raise_bad_record
+from diffvl.data.records import Record, open_records, record_at
+from diffvl.errors import ConfigError, DataError, DiffvlError
+from diffvl.hub.processing_diffvl import DiffVLProcessor
+
+log = logging.getLogger(__name__)
+SHOWN_PROBLEMS = 5
+
+
+class SampleDataset(Dataset):
+    """Records of one file as Samples, built when they are asked for; `indices` picks and orders them.
+
+    A record that cannot be built is returned as its error (see `collate.raise_bad_record`).
+    """
+
+    def __init__(self, records: datasets.Dataset, indices: list[int], processor: DiffVLProcessor) -> None:
+        self.records, self.indices, self.processor = records, indices, processor
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def record(self, place: int) -> Record:
+        return record_at(self.records, self.indices[place])
+
+    def __getitem__(self, place: int) -> Sample | DiffvlError:
+        try:
+            return sample_of(self.record(place), self.indices[place], self.processor)
+        except DiffvlError as error:
+            return error
+
+
+@dataclass(frozen=True)
+class StageData:
+    train: SampleDataset
+    held_out: SampleDataset | None
+
+
+def load_data(data: Data, processor: DiffVLProcessor, context_length: int | None) -> StageData:
+    """Opens a stage's files and checks every record's length before any work is done.
+
+    Args:
+        context_length: what the trunk can hold, where it has a limit.
+    Raises:
+        DataError: naming records that are too long (unless `too_long: drop`) or wrong.
+        ConfigError: if no file is given, or the held-out share leaves nothing to train on.
+    """
+    if data.train is None:
+        raise ConfigError("no training data: give --data FILE (LLaVA-format .json or .jsonl) or set data.train in the recipe")
+    if context_length is not None and data.max_length > context_length:
+        raise ConfigError(
+            f"data.max_length is {data.max_length}, but the trunk holds {context_length} tokens: set it to {context_length} or less"
+        )
+    train = open_samples(Path(data.train), data, processor)
+    if data.eval is not None:
+        return StageData(train, open_samples(Path(data.eval), data, processor))
+    if not data.holdout:
+        return StageData(train, None)
+    if data.holdout >= len(train):
+        raise ConfigError(f"data.holdout is {data.holdout}, but {data.train} has {len(train)} records: nothing is left to train on")
+    # Every n-th record, so that a file sorted by kind gives a mixed held-out set.
+    stride = len(train) / data.holdout
+    held = {int(place * stride) for place in range(data.holdout)}
+    kept = [index for place, index in enumerate(train.indices) if place not in held]
+    apart = [index for place, index in enumerate(train.indices) if place in held]
+    return StageData(SampleDataset(train.records, kept, processor), SampleDataset(train.records, apart, processor))
+
+
+def open_samples(path: Path, data: Data, processor: DiffVLProcessor) -> SampleDataset:
+    """One file's samples; records longer than `max_length` are an error or left out, never cut."""
+    records = open_records(path)
+    lengths = _lengths(records, processor)
+    long = [index for index, length in enumerate(lengths) if length > data.max_length]
+    if long and data.too_long == "error":
+        shown = "\n".join(f"  {record_at(records, index).source}: {lengths[index]} tokens" for index in long[:SHOWN_PROBLEMS])
+        more = f"\n  and {len(long) - SHOWN_PROBLEMS} more" if len(long) > SHOWN_PROBLEMS else ""
+        raise DataError(
+            f"{path}: {len(long)} of {len(records)} records are longer than data.max_length = {data.max_length} "
+            f"(pictures included):\n{shown}{more}\nraise data.max_length, or set data.too_long=drop to leave them out"
+        )
+    if long:
+        log.warning("%s: left out %d of %d records longer than %d tokens", path, len(long), len(records), data.max_length)
+    kept = [index for index, length in enumerate(lengths) if length <= data.max_length]
+    if not kept:
+        raise DataError(f"{path}: all {len(records)} records are longer than data.max_length = {data.max_length}")
+    return SampleDataset(records, kept, processor)
+
+
+def _lengths(records: datasets.Dataset, processor: DiffVLProcessor) -> list[int]:
+    """Tokens of every record, remembered on disk by the data, the tokenizer and the picture's length."""
+    tokenizer = processor.tokenizer
+    facts = (records._fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, processor.image_tokens)
+    fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+
+    def measure(_: dict[str, object], index: int) -> dict[str, int]:
+        return {"tokens": len(encode_record(record_at(records, index), processor).ids)}
+
+    measured = records.map(measure, with_indices=True, new_fingerprint=fingerprint, desc="measuring records")
+    return list(measured["tokens"])
+
+
+def batches_of(dataset: SampleDataset, places: list[int], size: int, collator: Callable[[Sequence[Any]], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Batches in the order of `places`."""
+    for start in range(0, len(places), size):
+        batch = collator([dataset[place] for place in places[start : start + size]])
+        raise_bad_record(batch)
+        yield batch

@@ -1,0 +1,117 @@
+"""DiffVL directory + pictures + prompt -> answer, in blocks (or token by token, where the weights know only that)."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffvl.checkpoint import load_checkpoint
+from diffvl.data.chat import IMAGE_MARKER
+from diffvl.data.images import open_picture
+from diffvl.errors import UsageError
+from diffvl.hub.generation_diffvl import BlockGenerationOutput, check_settings
+from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
+from diffvl.hub.processing_diffvl import DiffVLProcessor
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """steps: denoising steps per block, default the block size. threshold: of low_confidence_dynamic. temperature: 0 is
+    greedy."""
+
+    max_new_tokens: int = 128
+    steps: int | None = None
+    threshold: float | None = None
+    strategy: str = "low_confidence_static"
+    temperature: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """tokens: up to and including the stop. forwards: passes of the trunk. seconds: pictures and prefill included."""
+
+    text: str
+    tokens: int
+    forwards: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Decoder:
+    model: DiffVLForConditionalGeneration
+    processor: DiffVLProcessor
+
+
+def load_for_decoding(directory: Path) -> Decoder:
+    """Reads a DiffVL directory, onto a GPU where there is one."""
+    model, processor = load_checkpoint(directory)
+    return Decoder(model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor)
+
+
+def answer(decoder: Decoder, images: Sequence[Path], prompt: str, settings: DecodeSettings) -> Answer:
+    """Answers one prompt. Pictures stand where the prompt says `<image>`; without the marker, before its text, each on a line
+    of its own, as in training data.
+
+    Raises:
+        DataError: if a picture cannot be read.
+        UsageError: if settings, pictures and prompt do not fit.
+    """
+    marked = prompt if IMAGE_MARKER in prompt else f"{IMAGE_MARKER}\n" * len(images) + prompt
+    if marked.count(IMAGE_MARKER) != len(images):
+        raise UsageError(f"the prompt has {marked.count(IMAGE_MARKER)} {IMAGE_MARKER} markers, {len(images)} pictures were given")
+    pictures = [open_picture(str(path), "--image") for path in images]
+    content: list[dict[str, Any]] = []
+    for number, text in enumerate(marked.split(IMAGE_MARKER)):
+        if number:
+            content.append({"type": "image", "image": pictures[number - 1]})
+        content.append({"type": "text", "text": text})
+    return answer_chats(decoder, [[{"role": "user", "content": content}]], settings)[0]
+
+
+@torch.no_grad()
+def answer_chats(decoder: Decoder, chats: list[list[dict[str, Any]]], settings: DecodeSettings) -> list[Answer]:
+    """Answers several conversations in one batch; picture parts carry their pictures. `forwards` and `seconds` of an answer
+    are those of the batch.
+
+    Raises:
+        UsageError: if the settings do not fit the checkpoint, or a prompt does not fit its context.
+    """
+    began = time.monotonic()
+    model, processor = decoder.model, decoder.processor
+    size = model.config.block_size
+    try:
+        check_settings(settings.steps or size, size, settings.strategy, settings.threshold, settings.temperature)
+        inputs = processor.apply_chat_template(chats, tokenize=True, add_generation_prompt=True)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    length = inputs["input_ids"].shape[1]
+    limit = getattr(model.config.text_config, "max_position_embeddings", None)
+    if limit is not None and length + settings.max_new_tokens + model.config.block_size > limit:
+        raise UsageError(
+            f"a prompt of {length} tokens and {settings.max_new_tokens} new ones do not fit the context of {limit}: shorten the "
+            "prompt or lower --max-new-tokens"
+        )
+    output = model.generate(**inputs.to(model.device), return_dict_in_generate=True, **_generate_arguments(settings))
+    assert isinstance(output, BlockGenerationOutput) and output.sequences is not None and output.forwards is not None
+    seconds = time.monotonic() - began
+    answers = []
+    for row in output.sequences[:, length:].tolist():
+        stop = next((place for place, token in enumerate(row) if token in model.config.stop_token_ids), len(row) - 1)
+        text = processor.tokenizer.decode(row[: stop + 1], skip_special_tokens=True).strip()
+        answers.append(Answer(text, stop + 1, output.forwards, seconds))
+    return answers
+
+
+def _generate_arguments(settings: DecodeSettings) -> dict[str, Any]:
+    return {
+        "max_new_tokens": settings.max_new_tokens,
+        "denoising_steps": settings.steps,
+        "remasking": settings.strategy,
+        "threshold": settings.threshold,
+        "temperature": settings.temperature,
+        "seed": settings.seed,
+    }

@@ -1,0 +1,34 @@
+"""Mistakes that a user can mend. The command line prints the message alone and exits with `EXIT_CODE`.
+
+A message says what is wrong, where (file and line, or key path), what was expected, and what to do.
+"""
+
+EXIT_CODE = 2
+
+
+class DiffvlError(Exception):
+    """Base of all user-facing errors."""
+
+
+class ConfigError(DiffvlError):
+    """A recipe, a family file or a `--set` value is wrong."""
+
+
+class DataError(DiffvlError):
+    """A record or an image is wrong; the message names file and line or record."""
+
+
+class CheckpointError(DiffvlError):
+    """A model directory is missing, incomplete or not of the kind asked for."""
+
+
+class UnsupportedModelError(DiffvlError):
+    """The architecture cannot take block diffusion through masks."""
+
+
+class UsageError(DiffvlError):
+    """The command's words do not fit together."""
+
+
+class TrainingError(DiffvlError):
+    """A run cannot go on; the last good checkpoint stays."""

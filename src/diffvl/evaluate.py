@@ -1,0 +1,161 @@
+"""DiffVL directory + data file -> figures: masked-token loss and accuracy, and how well generated answers match.
+
+Padding stops are left out of every figure. The masked-token measure draws its noise by one fixed law and seed
+(`objective.measure`); generated answers are given the true history of their conversation.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from diffvl.config import ArObjective, BlockDiffusionObjective, Data, Objective
+from diffvl.data.chat import messages_of
+from diffvl.data.collate import collate
+from diffvl.data.images import open_picture
+from diffvl.data.loader import SampleDataset, batches_of, load_data, open_samples
+from diffvl.data.records import Record
+from diffvl.decode import Decoder, DecodeSettings, answer_chats, load_for_decoding
+from diffvl.hub.configuration_diffvl import DiffVLConfig
+from diffvl.objective import measure, scores
+from diffvl.progress import track
+
+BATCH_SIZE = 8
+SHOWN_SAMPLES = 12
+
+
+def evaluate_directory(directory: Path, data: Path, limit: int | None, settings: DecodeSettings) -> dict[str, float | int | str]:
+    """All figures of a checkpoint on a file; `limit` is the number of records looked at.
+
+    Raises:
+        CheckpointError, DataError, UsageError.
+    """
+    console = Console(stderr=True)
+    decoder = load_for_decoding(directory)
+    context = getattr(decoder.model.config.text_config, "max_position_embeddings", None) or 10**9
+    samples = open_samples(data, Data(max_length=context), decoder.processor)
+    count = len(samples) if limit is None else min(limit, len(samples))
+    figures: dict[str, float | int | str] = {
+        "checkpoint": str(directory),
+        "data": str(data),
+        "records": count,
+        **measured(decoder, samples, count, console),
+    }
+    exact: list[bool] = []
+    similar: list[float] = []
+    tokens = forwards = 0
+    questions = list(_questions(samples, count))
+    chunks = [questions[start : start + BATCH_SIZE] for start in range(0, len(questions), BATCH_SIZE)]
+    for chunk in track(console, chunks, len(chunks), "answering"):
+        answers = answer_chats(decoder, [_chat(record, turn) for record, turn in chunk], settings)
+        for (record, turn), given in zip(chunk, answers, strict=True):
+            truth = record.turns[turn].text
+            exact.append(is_exact(given.text, truth))
+            similar.append(edit_similarity(given.text, truth))
+            tokens += given.tokens
+        forwards += answers[0].forwards
+    figures |= {
+        "answers": len(exact),
+        "exact_match": sum(exact) / len(exact),
+        "edit_similarity": sum(similar) / len(similar),
+        "answer_tokens": tokens,
+        "forwards": forwards,
+        "decoding": decoder.model.config.decoding,
+    }
+    return figures
+
+
+def measured(decoder: Decoder, samples: SampleDataset, count: int, console: Console) -> dict[str, float]:
+    """The teacher-forced figures of the first `count` records."""
+    tokenizer = decoder.processor.tokenizer
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else decoder.model.config.stop_token_ids[0]
+    batches = batches_of(samples, list(range(count)), BATCH_SIZE, partial(collate, pad_token_id=pad))
+    on_device = ({key: value.to(decoder.model.device) for key, value in batch.items()} for batch in batches)
+    steps = -(-count // BATCH_SIZE)
+    sums = measure(
+        decoder.model, decoder.model.config, track(console, on_device, steps, "measuring"), own_objective(decoder.model.config)
+    )
+    return scores({name: float(value) for name, value in sums.items()})
+
+
+def own_objective(config: DiffVLConfig) -> Objective:
+    """The objective that a checkpoint was trained on, as far as measuring needs it."""
+    if config.decoding == "ar":
+        return ArObjective()
+    return BlockDiffusionObjective.model_validate(
+        {"block_size": config.block_size, "context": config.context, "grid": config.grid, "target": config.target}
+    )
+
+
+def held_out_answers(directory: Path, data: Data, settings: DecodeSettings, console: Console) -> list[dict[str, Any]]:
+    """Answers of a checkpoint on a few held-out records (the first question of each), for the report.
+
+    Returns:
+        dicts with image (path or None), question, truth and answer; empty without held-out data.
+    """
+    decoder = load_for_decoding(directory)
+    held_out = load_data(data, decoder.processor, None).held_out
+    if held_out is None:
+        return []
+    shown: list[dict[str, Any]] = []
+    count = min(SHOWN_SAMPLES, len(held_out))
+    stride = len(held_out) / count
+    records = [held_out.record(int(place * stride)) for place in range(count)]
+    chunks = [records[start : start + BATCH_SIZE] for start in range(0, count, BATCH_SIZE)]
+    for chunk in track(console, chunks, len(chunks), "answering held-out questions"):
+        turns = [next(_answer_turns(record)) for record in chunk]
+        answers = answer_chats(decoder, [_chat(record, turn) for record, turn in zip(chunk, turns, strict=True)], settings)
+        for record, turn, given in zip(chunk, turns, answers, strict=True):
+            shown.append(
+                {
+                    "image": record.images[0] if record.images else None,
+                    "question": record.turns[turn - 1].text.replace("<image>", "").strip(),
+                    "truth": record.turns[turn].text,
+                    "answer": given.text,
+                }
+            )
+    return shown
+
+
+def _questions(samples: SampleDataset, count: int) -> Iterator[tuple[Record, int]]:
+    for place in range(count):
+        record = samples.record(place)
+        for turn in _answer_turns(record):
+            yield record, turn
+
+
+def _answer_turns(record: Record) -> Iterator[int]:
+    return (turn for turn, spoken in enumerate(record.turns) if spoken.role == "assistant")
+
+
+def _chat(record: Record, turn: int) -> list[dict[str, Any]]:
+    """The conversation up to (not including) an answer, with its pictures."""
+    pictures = iter([open_picture(path, record.source) for path in record.images])
+    messages = messages_of(record)[:turn]
+    for message in messages:
+        if isinstance(message["content"], list):
+            for part in message["content"]:
+                if part["type"] == "image":
+                    part["image"] = next(pictures)
+    return messages
+
+
+def is_exact(given: str, truth: str) -> bool:
+    """Equal up to white space."""
+    return " ".join(given.split()) == " ".join(truth.split())
+
+
+def edit_similarity(given: str, truth: str) -> float:
+    """1 - Levenshtein distance / length of the longer text, in characters; 1 for two empty texts."""
+    longest = max(len(given), len(truth))
+    if longest == 0:
+        return 1.0
+    previous = list(range(len(truth) + 1))
+    for row, letter in enumerate(given, 1):
+        current = [row]
+        for column, other in enumerate(truth, 1):
+            current.append(min(previous[column] + 1, current[-1] + 1, previous[column - 1] + (letter != other)))
+        previous = current
+    return 1.0 - previous[-1] / longest

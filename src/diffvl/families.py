@@ -1,0 +1,178 @@
+"""What `config.json` does not say about an architecture: `config.model_type` -> `Family`, a name -> its checkpoint.
+
+Place in the flow: `prepare` asks for the family of the model it was given; `models`, `recipes` and `convert` look names up.
+Invariants: a model type without a file in `convert/` gets the generic family, which is `Family` with its defaults;
+`check_supported` refuses, before any weight is read, every architecture whose layers no attention mask can steer.
+transformers loads its names on first use; the quoted annotations keep it so, as `diffvl models` needs neither them nor torch.
+"""
+
+import difflib
+import inspect
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import transformers
+from pydantic import Field, model_validator
+
+from diffvl.config import Section, parse, read_yaml
+from diffvl.errors import ConfigError, UnsupportedModelError
+
+Layout = Literal["native", "sdar_v", "sdar"]
+
+SIGLIP2 = "google/siglip2-so400m-patch14-384"  # the vision tower of the papers
+MASKABLE_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+ALL_LINEAR = "all-linear"  # peft's own word for every linear layer but the head
+
+
+class MaskToken(Section):
+    """The token that stands for "not known yet"."""
+
+    text: str = Field(default="<|MASK|>", min_length=1)
+    id: int | None = Field(
+        default=None, ge=0, description="agreed row of the embedding; used only where the tokenizer leaves it free"
+    )
+
+
+class NamedCheckpoint(Section):
+    """A checkpoint that `diffvl convert NAME` knows."""
+
+    repo: str = Field(min_length=1, description="hub id")
+    revision: str = "main"
+    vision_tower: str = SIGLIP2
+    recipe: str = Field(default="llava", description="the recipe used when --recipe is not given")
+
+
+class Family(Section):
+    """All checkpoints of one `model_type`. The defaults make the generic family."""
+
+    model_type: str = Field(min_length=1)
+    note: str = Field(default="not listed: generic settings", description="traits, one line for `diffvl models`")
+    mask_token: MaskToken = MaskToken()
+    image_token: str = Field(default="<image>", min_length=1, description="taken as it is where the tokenizer has it, else added")
+    lora_targets: str = Field(default=ALL_LINEAR, description="regular expression over the trunk's module names, or all-linear")
+    layouts: tuple[Layout, ...] = Field(default=("native",), description="what `export` may write")
+    vision_tower: str = Field(default=SIGLIP2, description="for checkpoints without a name of their own")
+    checkpoints: dict[str, NamedCheckpoint] = {}
+
+    @model_validator(mode="after")
+    def _has_native(self) -> "Family":
+        if "native" not in self.layouts:
+            raise ValueError("layouts must hold native: every family has it")
+        return self
+
+
+# --- the folders convert/ and recipes/ -----------------------------------------------------------------------------------
+
+
+def presets(folder: Literal["convert", "recipes"]) -> Path:
+    """The folder inside the installed package or, in a checkout, at the root of the repository."""
+    package = Path(__file__).resolve().parent
+    for candidate in (package / "presets" / folder, package.parents[1] / folder):
+        if candidate.is_dir():
+            return candidate
+    raise ConfigError(f"the folder {folder}/ is not in {package}: this installation is incomplete, reinstall diffvl")
+
+
+# --- families and named checkpoints --------------------------------------------------------------------------------------
+
+
+@cache
+def _families() -> dict[str, Family]:
+    """Every family of `convert/`, by model type, in alphabetical order."""
+    files = sorted(presets("convert").glob("*.yaml"))
+    families = [parse(Family, read_yaml(file), str(file)) for file in files]
+    for file, family in zip(files, families, strict=True):
+        if file.stem != family.model_type:
+            raise ConfigError(f"{file}: model_type is {family.model_type!r}, the file of that family is {family.model_type}.yaml")
+    return {family.model_type: family for family in families}
+
+
+def all_families() -> list[Family]:
+    """The families that have a file, in alphabetical order."""
+    return list(_families().values())
+
+
+def family_of(model_type: str) -> Family:
+    """The family of `config.model_type`; the generic one, with LoRA on all linear layers, where no file describes it."""
+    return _families().get(model_type) or Family(model_type=model_type)
+
+
+def _checkpoints() -> dict[str, tuple[str, NamedCheckpoint]]:
+    return {name: (family.model_type, checkpoint) for family in all_families() for name, checkpoint in family.checkpoints.items()}
+
+
+def named_checkpoint(name: str) -> tuple[str, NamedCheckpoint] | None:
+    """(model type, checkpoint) of a name of `diffvl models`, letter case ignored; None where there is no such name."""
+    return _checkpoints().get(name.lower())
+
+
+def suggest(name: str) -> list[str]:
+    """Up to three names of `diffvl models` that look like this one, best first."""
+    return difflib.get_close_matches(name.lower(), _checkpoints(), n=3)
+
+
+# --- recipes -------------------------------------------------------------------------------------------------------------
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with diffvl, in alphabetical order."""
+    return sorted(file.stem for file in presets("recipes").glob("*.yaml"))
+
+
+def find_recipe(name_or_file: str) -> Path:
+    """The file of a recipe given by name or by path; a name goes first. Raises ConfigError listing the known names."""
+    if name_or_file in recipe_names():
+        return presets("recipes") / f"{name_or_file}.yaml"
+    file = Path(name_or_file)
+    if file.is_file():
+        return file
+    raise ConfigError(
+        f"--recipe {name_or_file!r}: neither a file nor a known recipe. Known: {', '.join(recipe_names())} (see `diffvl recipes`)"
+    )
+
+
+# --- what block diffusion can be put on ----------------------------------------------------------------------------------
+
+
+def check_supported(config: "transformers.PreTrainedConfig") -> None:
+    """Raises UnsupportedModelError naming the reason where masks and positions cannot make the model a block-diffusion one.
+
+    A static check of the configuration and of the class it leads to; the numeric proof is the AR parity of `prepare`.
+    """
+    name = config.model_type or type(config).__name__
+    if getattr(config, "vision_config", None) is not None:
+        raise UnsupportedModelError(
+            f"{name} is a vision-language model (its config has vision_config). This version converts language models; the way "
+            "from an AR vision-language model is not in yet. Give its language model instead, e.g. `diffvl convert qwen2.5-0.5b`"
+        )
+    layers = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
+    if unknown := sorted(layers - MASKABLE_LAYERS):
+        raise UnsupportedModelError(
+            f"{name} has layers of type {', '.join(unknown)}: only attention layers that take a mask "
+            f"({', '.join(sorted(MASKABLE_LAYERS))}) can be made block-causal; recurrent and convolutional ones cannot"
+        )
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return  # the class is in the checkpoint's own code, which is read only under --trust-remote-code: parity will tell
+    _check_class(name, config)
+
+
+def _check_class(name: str, config: "transformers.PreTrainedConfig") -> None:
+    """The part of `check_supported` that needs the model class; only this line loads modelling code."""
+    mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) not in mapping:
+        raise UnsupportedModelError(f"{name} is no causal language model that transformers {transformers.__version__} knows")
+    model_class: Any = mapping[type(config)]
+    trained_as = config.architectures or [model_class.__name__]
+    if not any(head.endswith(("ForCausalLM", "LMHeadModel")) or head == model_class.__name__ for head in trained_as):
+        raise UnsupportedModelError(
+            f"{name}: this checkpoint holds a {', '.join(trained_as)}, which has no causal language-model head; "
+            f"a {model_class.__name__} is needed"
+        )
+    if model_class._is_stateful:
+        raise UnsupportedModelError(f"{name} is recurrent: its state goes from token to token, which no mask can steer")
+    if "position_ids" not in inspect.signature(model_class.forward).parameters:
+        raise UnsupportedModelError(
+            f"{name} takes no position_ids (it counts positions by itself, as ALiBi models do), but a noised block must stand at "
+            "the positions of its clean copy"
+        )

@@ -1,0 +1,88 @@
+"""Configuration of a DiffVL model: a stock text trunk, a stock vision tower, and what block diffusion adds.
+
+Everything the decoder must share with training stands here: block size, context, grid, target, mask token.
+"""
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+
+class DiffVLConfig(PreTrainedConfig):
+    """One checkpoint's description.
+
+    Args:
+        text_config: configuration of the trunk, any stock causal LM (dict or object).
+        vision_config: configuration of the tower, any stock vision model with patch tokens.
+        connector: "mlp2x_gelu", "linear" or "pixel_shuffle".
+        shuffle_factor: patches per side that pixel_shuffle joins; 1 for the other connectors.
+        vision_layer: index into the tower's hidden states.
+        image_size: pixels per side of the square picture that the tower sees.
+        image_token_id, mask_token_id: rows of the trunk's embedding.
+        vocabulary_size: tokens of the tokenizer; rows beyond are padding and never predicted.
+        stop_token_ids: ids that end an answer.
+        decoding: "blocks", or "ar" for a model that has only seen the next-token objective.
+        block_size, context, grid, target: DESIGN section 4.
+    """
+
+    model_type = "diffvl"
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
+
+    def __init__(
+        self,
+        text_config: dict[str, Any] | PreTrainedConfig | None = None,
+        vision_config: dict[str, Any] | PreTrainedConfig | None = None,
+        connector: str = "mlp2x_gelu",
+        shuffle_factor: int = 1,
+        vision_layer: int = -2,
+        image_size: int = 224,
+        image_token_id: int = 0,
+        mask_token_id: int = 0,
+        vocabulary_size: int = 0,
+        stop_token_ids: list[int] | None = None,
+        decoding: str = "ar",
+        block_size: int = 1,
+        context: str = "causal",
+        grid: str = "response",
+        target: str = "shift",
+        **kwargs: Any,
+    ) -> None:
+        self.text_config = _sub_config(text_config)
+        self.vision_config = _sub_config(vision_config)
+        self.connector = connector
+        self.shuffle_factor = shuffle_factor
+        self.vision_layer = vision_layer
+        self.image_size = image_size
+        self.image_token_id = image_token_id
+        self.mask_token_id = mask_token_id
+        self.vocabulary_size = vocabulary_size
+        self.stop_token_ids = list(stop_token_ids or [])
+        self.decoding = decoding
+        self.block_size = block_size
+        self.context = context
+        self.grid = grid
+        self.target = target
+        if self.text_config is not None:
+            # Engines look for these two beside the text settings.
+            self.text_config.mask_token_id = mask_token_id
+            self.text_config.block_size = block_size
+        super().__init__(**kwargs)
+
+    def set_decoding(self, decoding: str, block_size: int, context: str, grid: str, target: str) -> None:
+        """Records how the weights were trained, here and in the text configuration."""
+        self.decoding, self.block_size, self.context, self.grid, self.target = decoding, block_size, context, grid, target
+        self.text_config.block_size = block_size
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens that one picture takes in the text."""
+        side = self.image_size // self.vision_config.patch_size // self.shuffle_factor
+        return side * side
+
+
+def _sub_config(config: dict[str, Any] | PreTrainedConfig | None) -> Any:
+    """A dict as saved in config.json -> the stock configuration class it names."""
+    if isinstance(config, dict):
+        settings = dict(config)
+        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    return config

@@ -1,0 +1,204 @@
+"""Who stands where and who sees whom: the one place that knows, for training, evaluation and decoding.
+
+A sample is a clean stream (the chat text) and a noisy stream (the blocks that hold answer tokens, with the position ids of
+their clean counterparts). Every token is one row of `Layout`; the attention rule is written once, in `Layout.allowed`
+(BD3-LM, arXiv 2503.09573, section 3; DESIGN section 4). The leak it guards against: a noisy token must never see the clean
+copy of its own block, nor anything later. tests/test_invariants.py rebuilds that bug and catches it.
+
+Shapes: B batch, L clean length, R noisy length, T = all tokens of a row, Q queries. Bool masks: True = may be attended.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+WINDOW_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+@dataclass
+class Layout:
+    """Per-token rows, each [B, T].
+
+    position: position id. block: index of the block, rising along a sample. noisy: True in the noisy stream.
+    valid: False for padding. document: which packed sample a token belongs to.
+    context: "block" (clean tokens see their whole block) or "causal" (token by token).
+    """
+
+    position: torch.Tensor
+    block: torch.Tensor
+    noisy: torch.Tensor
+    valid: torch.Tensor
+    document: torch.Tensor
+    context: str
+
+    @property
+    def rows(self) -> dict[str, torch.Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "context"}
+
+    def joined(self, after: "Layout") -> "Layout":
+        """This layout followed by another along T."""
+        rows = {name: torch.cat([row, after.rows[name]], dim=1) for name, row in self.rows.items()}
+        return Layout(**rows, context=self.context)
+
+    def allowed(self, queries: slice = slice(None), window: int | None = None, chunk: int | None = None) -> torch.Tensor:
+        """The attention rule, [B, Q, T].
+
+        Args:
+            queries: which rows ask; all rows answer.
+            window: sliding window in positions, as the stock model counts it (a token sees itself and window - 1 before).
+            chunk: size of attention chunks in positions.
+        """
+        q = {name: row[:, queries, None] for name, row in self.rows.items()}
+        k = {name: row[:, None, :] for name, row in self.rows.items()}
+        earlier_block = k["block"] < q["block"]
+        if self.context == "causal":
+            clean_to_clean = k["position"] <= q["position"]
+        else:
+            clean_to_clean = k["block"] <= q["block"]
+        sees_clean = ~k["noisy"] & torch.where(q["noisy"], earlier_block, clean_to_clean)
+        sees_noisy = k["noisy"] & q["noisy"] & (k["block"] == q["block"])
+        allowed = (sees_clean | sees_noisy) & (k["document"] == q["document"]) & k["valid"]
+        if window is not None:
+            allowed = allowed & (k["position"] > q["position"] - window)
+        if chunk is not None:
+            allowed = allowed & (torch.div(k["position"], chunk, rounding_mode="floor")
+                                 == torch.div(q["position"], chunk, rounding_mode="floor"))  # fmt: skip
+        # A padding query with nothing to see would be a softmax over nothing; it sees itself, and nobody sees it.
+        index = torch.arange(self.position.shape[1], device=self.position.device)
+        itself = index[queries, None] == index[None, :]
+        return allowed | (itself[None] & ~q["valid"])
+
+
+def clean_layout(block_BL: torch.Tensor, valid_BL: torch.Tensor, context: str) -> Layout:
+    """Layout of a clean stream alone; positions count the valid tokens of each row from 0."""
+    position = (valid_BL.long().cumsum(1) - 1).clamp_min(0)
+    return Layout(position, block_BL, torch.zeros_like(valid_BL), valid_BL, torch.zeros_like(position), context)
+
+
+def block_index(answer_BL: torch.Tensor, block_size: int, grid: str) -> torch.Tensor:
+    """Block index of every clean token, [B, L], rising from 0.
+
+    Args:
+        answer_BL: 0 outside answers, k inside the k-th answer of the sample (its stop token included).
+        block_size: D.
+        grid: "absolute": cells start at multiples of D from token 0; "response": at the start of every answer (and of the
+            text between answers). In both, a block is cut where an answer ends, so that no block holds two turns.
+    """
+    start = segment_start(answer_BL, grid)
+    index = torch.arange(answer_BL.shape[1], device=answer_BL.device).expand_as(answer_BL)
+    cell = torch.div(index - (0 if grid == "absolute" else start), block_size, rounding_mode="floor")
+    new_block = torch.zeros_like(answer_BL, dtype=torch.bool)
+    new_block[:, 1:] = (start[:, 1:] != start[:, :-1]) | (cell[:, 1:] != cell[:, :-1])
+    return new_block.long().cumsum(1)
+
+
+def segment_start(answer_BL: torch.Tensor, grid: str) -> torch.Tensor:
+    """For each token the index at which its segment starts, [B, L]. Segments end with every answer; with the response grid
+    an answer is a segment of its own."""
+    index = torch.arange(answer_BL.shape[1], device=answer_BL.device).expand_as(answer_BL)
+    changed = answer_BL[:, 1:] != answer_BL[:, :-1]
+    if grid == "absolute":
+        changed = changed & (answer_BL[:, :-1] > 0)
+    start = torch.zeros_like(index)
+    start[:, 1:] = torch.where(changed, index[:, 1:], torch.zeros_like(index[:, 1:]))
+    return start.cummax(dim=1).values
+
+
+def block_end(first_BL: torch.Tensor, start_BL: torch.Tensor, block_size: int, grid: str) -> torch.Tensor:
+    """Where the grid cell that holds index `first_BL` ends (exclusive); `start_BL` is the start of its segment."""
+    origin = 0 if grid == "absolute" else start_BL
+    return origin + (torch.div(first_BL - origin, block_size, rounding_mode="floor") + 1) * block_size
+
+
+@dataclass
+class NoisyStream:
+    """The blocks of a batch that hold answer tokens, before corruption; every tensor is [B, R].
+
+    source: index of the clean counterpart (of the answer's stop token for padding stops). position, block: as in Layout.
+    eligible: True where corruption may mask (answer tokens and padding stops). padding_stop: True for the stop tokens that
+    fill an answer's last block and exist in this stream only. valid: False for batch padding.
+    """
+
+    source: torch.Tensor
+    position: torch.Tensor
+    block: torch.Tensor
+    eligible: torch.Tensor
+    padding_stop: torch.Tensor
+    valid: torch.Tensor
+
+
+def noisy_stream(answer_BL: torch.Tensor, block_BL: torch.Tensor, block_size: int, grid: str) -> NoisyStream:
+    """Picks the blocks that hold answer tokens; see NoisyStream. A batch without answers gives R = 0."""
+    starts_BL = segment_start(answer_BL, grid)
+    rows = []
+    for answer, block, start in zip(answer_BL, block_BL, starts_BL, strict=True):
+        rows.append(_noisy_row(answer, block, start, block_size, grid))
+    longest = max(len(row[0]) for row in rows)
+    device = answer_BL.device
+    columns = []
+    for number in range(5):
+        column = torch.zeros(len(rows), longest, dtype=torch.long)
+        for line, row in enumerate(rows):
+            column[line, : len(row[number])] = row[number]
+        columns.append(column.to(device))
+    source, position, block, eligible, padding_stop = columns
+    lengths = torch.tensor([len(row[0]) for row in rows], device=device)
+    valid = torch.arange(longest, device=device)[None] < lengths[:, None]
+    return NoisyStream(source, position, block, eligible.bool() & valid, padding_stop.bool() & valid, valid)
+
+
+def _noisy_row(
+    answer_L: torch.Tensor, block_L: torch.Tensor, start_L: torch.Tensor, block_size: int, grid: str
+) -> tuple[torch.Tensor, ...]:
+    """One sample's noisy stream as (source, position, block, eligible, padding_stop), each [R]."""
+    answer_L, block_L, start_L = answer_L.cpu(), block_L.cpu(), start_L.cpu()
+    index_L = torch.arange(len(answer_L))
+    with_answer = torch.isin(block_L, block_L[answer_L > 0])
+    chosen = index_L[with_answer]
+    pieces = [(chosen, chosen, block_L[chosen], (answer_L[chosen] > 0).long(), torch.zeros_like(chosen))]
+    is_last = (answer_L > 0) & torch.cat([answer_L[1:] != answer_L[:-1], torch.ones(min(1, len(answer_L)), dtype=torch.bool)])
+    for last in index_L[is_last]:
+        end = block_end(last, start_L[last], block_size, grid)
+        position = torch.arange(int(last) + 1, int(end))
+        filled = torch.ones_like(position)
+        pieces.append((last * filled, position, block_L[last] * filled, filled, filled))
+    columns = [torch.cat(parts) for parts in zip(*pieces, strict=True)]
+    order = torch.argsort(columns[2] * 2 + columns[4], stable=True)
+    return tuple(column[order] for column in columns)
+
+
+def attention_masks(text_config: Any, layout: Layout, queries: slice, dtype: torch.dtype) -> Any:
+    """The layout as the stock trunk takes it: one 4-D mask [B, 1, Q, T], or one per layer type where the config has them.
+
+    Bool masks for sdpa, additive floats of `dtype` for eager attention (which *adds* its mask: a bool there is silently
+    wrong).
+
+    Raises:
+        ValueError: for a layer type other than full, sliding or chunked attention, or another attention implementation.
+    """
+    window = getattr(text_config, "sliding_window", None)
+    chunk = getattr(text_config, "attention_chunk_size", None)
+    implementation = text_config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        raise ValueError(f"attention implementation {implementation!r}: diffvl builds masks for 'sdpa' and 'eager'")
+
+    def mask(kind: str) -> torch.Tensor:
+        allowed = layout.allowed(
+            queries,
+            window=window if kind == "sliding_attention" else None,
+            chunk=chunk if kind == "chunked_attention" else None,
+        )[:, None]
+        if implementation == "sdpa":
+            return allowed
+        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
+
+    layer_types = getattr(text_config, "layer_types", None)
+    if layer_types:
+        unknown = set(layer_types) - WINDOW_KINDS
+        if unknown:
+            raise ValueError(f"layer types {sorted(unknown)} cannot take block attention; known: {sorted(WINDOW_KINDS)}")
+        return {kind: mask(kind) for kind in set(layer_types)}
+    if window:
+        return mask("sliding_attention")
+    return mask("chunked_attention" if chunk else "full_attention")

@@ -1,0 +1,206 @@
+"""Pictures and conversations -> tensors, by the checkpoint's own chat template, for training and decoding alike.
+
+One function, `encode_chat`, turns messages into token ids in both worlds. A prompt rendered for decoding is byte-equal and
+token-equal to the same prompt inside a training sample: where a tokenizer would merge across the seam between prompt and
+answer, the text is tokenised in two pieces, in training as in decoding.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import BatchFeature, ProcessorMixin
+
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class ChatEncoding:
+    """ids: token ids. answer: per token 0, or k inside the k-th answer (its stop token included). text: what was tokenised."""
+
+    ids: list[int]
+    answer: list[int]
+    text: str
+
+
+class DiffVLProcessor(ProcessorMixin):
+    """An image processor and a tokenizer with the image token's length.
+
+    Args:
+        image_token: the placeholder's text; one of it stands for one picture until it is expanded.
+        image_tokens: tokens that one picture takes.
+        stop_token: what the chat template writes behind an answer.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        image_token: str = "<image>",
+        image_tokens: int = 1,
+        stop_token: str = "",
+        chat_template: str | None = None,
+    ) -> None:
+        self.image_token = image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        self.image_tokens = image_tokens
+        self.stop_token = stop_token
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
+        """The text that one picture's placeholder becomes."""
+        return self.image_token * self.image_tokens
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+        """Pictures and *rendered* chat text -> input_ids, attention_mask, pixel_values; the template has put the special
+        tokens in already, so none are added."""
+        kwargs.setdefault("add_special_tokens", False)
+        if images is None and text is not None:
+            return BatchFeature(dict(self.tokenizer(text, **kwargs)), tensor_type=kwargs.get("return_tensors"))
+        return super().__call__(images=images, text=text, **kwargs)
+
+    def apply_chat_template(
+        self,
+        conversation: Messages | list[Messages],
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        tokenize: bool = False,
+        return_tensors: str | None = "pt",
+        return_dict: bool = True,
+        images: list[Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Renders a conversation (or several), and with `tokenize=True` encodes it.
+
+        Picture parts carry their picture (`{"type": "image", "image": PIL image or path}`) or leave it to `images`. The
+        encoded form also has `answer_index` [B, L], which tells the decoder where earlier answers end. Rows are padded left.
+
+        Raises:
+            ValueError: if the placeholder's text occurs in a message, pictures and parts do not match in number, or the
+                template is not prefix-stable.
+        """
+        batch = conversation if conversation and isinstance(conversation[0], list) else [conversation]
+        if chat_template is not None:
+            raise ValueError("a DiffVL checkpoint is trained on its own chat template: leave chat_template out")
+        if not tokenize:
+            texts = [self._render(messages, add_generation_prompt) for messages in batch]
+            return texts if batch is conversation else texts[0]
+        encodings = [self.encode_chat(messages, add_generation_prompt) for messages in batch]
+        pictures = list(images or []) + [picture for messages in batch for picture in _pictures(messages)]
+        data = self._pad_left(encodings)
+        placeholders = sum(encoding.ids.count(self.image_token_id) for encoding in encodings)
+        if placeholders != len(pictures) * self.image_tokens:
+            raise ValueError(f"{placeholders // self.image_tokens} picture parts in the messages, {len(pictures)} pictures given")
+        if pictures:
+            data["pixel_values"] = self.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+        return BatchFeature(data, tensor_type=return_tensors) if return_dict else data["input_ids"]
+
+    def encode_chat(self, messages: Messages, add_generation_prompt: bool = False) -> ChatEncoding:
+        """Messages -> token ids and answer marks, pictures expanded to their length.
+
+        Raises:
+            ValueError: see apply_chat_template.
+        """
+        rendered = self._render(messages, add_generation_prompt)
+        spans, cuts = [], []
+        text = self._expand(rendered)
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self._render(messages[:turn], add_generation_prompt=True)
+            if not rendered.startswith(prompt):
+                raise ValueError(
+                    "the chat template is not prefix-stable: the prompt of an answer is not the beginning of the whole chat\n"
+                    f"prompt: {prompt[-80:]!r}\nchat:   {rendered[max(0, len(prompt) - 80) : len(prompt)]!r}"
+                )
+            spans.append(self._answer_span(rendered, len(prompt), message))
+            start = len(self._expand(prompt))
+            if self._token_ids(text[:start], cuts) != self._prefix_ids(text, start, cuts):
+                cuts.append(start)
+        ids, offsets = self._tokenise(text, cuts)
+        answer = [0] * len(ids)
+        for number, (start, end) in enumerate(spans, 1):
+            first, last = (len(self._expand(rendered[:place])) for place in (start, end))
+            for place, offset in enumerate(offsets):
+                if first <= offset < last:
+                    answer[place] = number
+        return ChatEncoding(ids, answer, text)
+
+    def _answer_span(self, rendered: str, start: int, message: dict[str, Any]) -> tuple[int, int]:
+        """Characters of an answer: from the end of its prompt to the end of its stop token."""
+        content = _flatten(message["content"], self.image_token).strip()
+        found = rendered.find(content, start)
+        stop = rendered.find(self.stop_token, found + len(content)) if found >= 0 else -1
+        if stop < 0:
+            raise ValueError(f"the chat template does not write the answer {content[:60]!r} with {self.stop_token!r} behind it")
+        return start, stop + len(self.stop_token)
+
+    def _render(self, messages: Messages, add_generation_prompt: bool) -> str:
+        plain = []
+        for message in messages:
+            if isinstance(message["content"], str) and self.image_token in message["content"]:
+                raise ValueError(f"the text holds {self.image_token!r}, which stands for a picture: give pictures as parts")
+            plain.append({"role": message["role"], "content": _flatten(message["content"], self.image_token)})
+        return self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+    def _expand(self, text: str) -> str:
+        return text.replace(self.image_token, self.image_token * self.image_tokens)
+
+    def _tokenise(self, text: str, cuts: list[int]) -> tuple[list[int], list[int]]:
+        """Token ids and the character at which each starts; no token crosses a cut."""
+        ids: list[int] = []
+        offsets: list[int] = []
+        for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+            encoded = self.tokenizer(text[start:end], add_special_tokens=False, return_offsets_mapping=True)
+            ids += encoded["input_ids"]
+            offsets += [start + offset[0] for offset in encoded["offset_mapping"]]
+        return ids, offsets
+
+    def _token_ids(self, text: str, cuts: list[int]) -> list[int]:
+        return self._tokenise(text, cuts)[0]
+
+    def _prefix_ids(self, text: str, end: int, cuts: list[int]) -> list[int]:
+        """Tokens of the whole text that start before `end`."""
+        ids, offsets = self._tokenise(text, cuts)
+        return [token for token, offset in zip(ids, offsets, strict=True) if offset < end]
+
+    def _pad_left(self, encodings: list[ChatEncoding]) -> dict[str, Any]:
+        longest = max(len(encoding.ids) for encoding in encodings)
+        pad_id = self.tokenizer.pad_token_id
+        pad_id = pad_id if pad_id is not None else self.tokenizer.eos_token_id
+        rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "answer_index": []}
+        for encoding in encodings:
+            missing = longest - len(encoding.ids)
+            rows["input_ids"].append([pad_id] * missing + encoding.ids)
+            rows["attention_mask"].append([0] * missing + [1] * len(encoding.ids))
+            rows["answer_index"].append([0] * missing + encoding.answer)
+        return {name: torch.tensor(value) for name, value in rows.items()}
+
+
+def _flatten(content: str | list[dict[str, Any]], image_token: str) -> str:
+    """Message content as one string, each picture part as one placeholder."""
+    if isinstance(content, str):
+        return content
+    pieces = []
+    for part in content:
+        if part["type"] == "image":
+            pieces.append(image_token)
+        elif image_token in part["text"]:
+            raise ValueError(f"the text holds {image_token!r}, which stands for a picture: give pictures as parts")
+        else:
+            pieces.append(part["text"])
+    return "".join(pieces)
+
+
+def _pictures(messages: Messages) -> list[Any]:
+    """The pictures that the parts carry, in order; paths are opened."""
+    from PIL import Image
+
+    found = []
+    for message in messages:
+        parts = message["content"] if isinstance(message["content"], list) else []
+        for part in parts:
+            picture = part.get("image", part.get("path"))
+            if part["type"] == "image" and picture is not None:
+                found.append(Image.open(picture).convert("RGB") if isinstance(picture, str) else picture)
+    return found
