@@ -75,7 +75,7 @@ ALIGN_DATA := $(SMOKE)/data/align.json
 DIFFUSE_DATA := $(SMOKE)/data/train.json
 LLAVA_SETTINGS := prepare.vision_tower=$(SMOKE)/models/tower-siglip \
   $(foreach stage,stages.align stages.diffuse,$(addprefix $(stage).,epochs=null steps=2 batch_size=2 accumulation=2 \
-    precision=fp32 data.max_length=512 data.workers=0))
+    precision=fp32 log_every=1 data.max_length=512 data.workers=0))
 endif
 
 recipe-llava: $(STAMP) ## DiffusionVL's two stages: ALIGN_DATA=a.json DIFFUSE_DATA=b.json, or SCALE=smoke

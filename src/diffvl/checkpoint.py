@@ -57,7 +57,7 @@ def require_empty(directory: Path) -> None:
     """Raises UsageError if writing `directory` would touch something that is already there."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UsageError(
-            f"{directory} exists and is not empty; nothing was written. Choose another --out, remove it, or continue it with --resume"
+            f"{directory} exists and is not empty; nothing was written. Choose another --out, remove it, or add --resume"
         )
 
 
@@ -128,16 +128,13 @@ def machine() -> str:
 
 
 def _edit_json(path: Path, changes: dict[str, Any]) -> None:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    replace_text(path, json.dumps({**content, **changes}, indent=2, ensure_ascii=False) + "\n")
+    replace_text(path, json.dumps({**read_json(path), **changes}, indent=2, ensure_ascii=False) + "\n")
 
 
 # --- reading -------------------------------------------------------------------------------------------------------------
 
 
-def load_checkpoint(
-    directory: Path, dtype: torch.dtype | None = None
-) -> tuple[DiffVLForConditionalGeneration, DiffVLProcessor]:
+def load_checkpoint(directory: Path, dtype: torch.dtype | None = None) -> tuple[DiffVLForConditionalGeneration, DiffVLProcessor]:
     """Reads a DiffVL directory with this package's own code (the copied remote code is not run).
 
     Args:
@@ -148,9 +145,8 @@ def load_checkpoint(
     require_diffvl(directory)
 
     def load() -> tuple[Any, Any, Any]:
-        model, info = DiffVLForConditionalGeneration.from_pretrained(
-            directory, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
-        )
+        loader: Any = DiffVLForConditionalGeneration
+        model, info = loader.from_pretrained(directory, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True)
         return model, DiffVLProcessor.from_pretrained(directory), info
 
     model, processor, info = _told(directory, load)
@@ -160,16 +156,25 @@ def load_checkpoint(
     return model, processor
 
 
+def load_description(directory: Path) -> tuple[DiffVLConfig, DiffVLProcessor]:
+    """What `load_checkpoint` reads, without the weights."""
+    require_diffvl(directory)
+    return _told(directory, lambda: (DiffVLConfig.from_pretrained(directory), DiffVLProcessor.from_pretrained(directory)))
+
+
 def require_diffvl(directory: Path) -> None:
     """Raises CheckpointError unless `directory` looks like a finished DiffVL checkpoint."""
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory")
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory}: no config.json there; expected a DiffVL checkpoint, as `diffvl convert` writes it")
-    kind = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
+    kind = read_json(directory / "config.json").get("model_type")
+    if (directory / "generation_config.json").is_file():
+        read_json(directory / "generation_config.json")  # transformers would go on without a damaged one
     if kind != DiffVLConfig.model_type:
         raise CheckpointError(
-            f"{directory}: a {kind!r} checkpoint; expected one that `diffvl convert` wrote. To convert it: diffvl convert {directory}"
+            f"{directory}: a {kind!r} checkpoint; expected one that `diffvl convert` wrote. "
+            f"To convert it: diffvl convert {directory}"
         )
 
 
@@ -178,12 +183,25 @@ def _told(directory: Path, load: Callable[[], T]) -> T:
         return load()
     except (SafetensorError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{directory}: the checkpoint cannot be read, a file is damaged or missing ({reason})") from error
+        raise CheckpointError(
+            f"{directory}: the checkpoint cannot be read, a file is damaged or missing ({reason}); copy it or make it again"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a checkpoint. Raises CheckpointError naming the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged, not readable as JSON ({error}); copy the checkpoint again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}; copy the checkpoint again")
+    return content
 
 
 def saved_dtype(directory: Path) -> torch.dtype:
     """The dtype in which a checkpoint's weights are stored."""
-    return getattr(torch, json.loads((directory / "config.json").read_text(encoding="utf-8"))["dtype"])
+    return getattr(torch, read_json(directory / "config.json")["dtype"])
 
 
 def read_state(directory: Path) -> dict[str, Any]:
@@ -191,7 +209,7 @@ def read_state(directory: Path) -> dict[str, Any]:
     path = directory / STATE_FILE
     if not path.is_file():
         raise CheckpointError(f"{directory}: no {STATE_FILE} there; expected a directory that `diffvl convert` finished")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def newest_finished(runs: Path, stage: StageName) -> Path | None:

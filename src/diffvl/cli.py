@@ -108,7 +108,9 @@ def generate(
             f"step: add --strategy {DYNAMIC}, or leave --threshold out"
         )
     from diffvl.decode import DecodeSettings, answer, load_for_decoding
+    from diffvl.progress import quiet_libraries
 
+    quiet_libraries()
     settings = DecodeSettings(
         max_new_tokens=max_new_tokens,
         steps=steps,
@@ -134,7 +136,9 @@ def evaluate(
     """Measure a checkpoint on held-out answers: masked-token loss and accuracy, and the answers it generates."""
     from diffvl.decode import DecodeSettings
     from diffvl.evaluate import evaluate_directory
+    from diffvl.progress import quiet_libraries
 
+    quiet_libraries()
     figures = evaluate_directory(directory, data, limit, DecodeSettings())
     if as_json:
         _print_json(figures)

@@ -141,7 +141,7 @@ class Lora(Section):
     """Low-rank adapters on the trunk (peft); connector and mask row are still trained in full."""
 
     rank: int = Field(default=16, ge=1)
-    alpha: float = Field(default=32, gt=0)
+    alpha: int = Field(default=32, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: str | None = Field(default=None, description="regular expression over module names; default: the family's")
 
@@ -163,6 +163,9 @@ class Data(Section):
     max_length: int = Field(default=2048, ge=8, description="tokens per sample, images included; a longer record is an error")
     too_long: Literal["error", "drop"] = Field(default="error", description="`drop` leaves longer records out and says how many")
     workers: int = Field(default=0, ge=0)
+    check_images: int = Field(
+        default=5000, ge=0, description="every picture of a set of up to this many records is decoded once before training"
+    )
 
     @model_validator(mode="after")
     def _one_holdout(self) -> "Data":

@@ -4,6 +4,7 @@ Directories under the run's root: `prepared`, `align`, `diffuse`; each appears u
 """
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +16,15 @@ from rich.console import Console
 
 from diffvl import checkpoint, weights
 from diffvl.config import STAGES, Lora, Recipe, StageName, dump, read_yaml, resolve
+from diffvl.data.loader import check_pictures, load_data
 from diffvl.decode import DecodeSettings
 from diffvl.errors import ConfigError, UsageError
 from diffvl.evaluate import held_out_answers
 from diffvl.families import check_supported, family_of, find_recipe, named_checkpoint, suggest
-from diffvl.prepare import Source, prepare
-from diffvl.progress import quiet_libraries, read_json_lines
+from diffvl.prepare import Source, prepare, read_parts
+from diffvl.progress import quiet_libraries, read_json_lines, spinner_or_line
 from diffvl.report import print_summary, write_report
-from diffvl.train import CHECKPOINTS, precision, train
+from diffvl.train import CHECKPOINTS, longest_trainable, precision, train
 
 DEFAULT_RECIPE = "llava"
 PREPARED = "prepared"
@@ -70,6 +72,7 @@ def convert(request: ConvertRequest) -> Path:
     plan = make_plan(request, console)
     describe(plan, console)
     _check_targets(plan, request.resume)
+    _check_data(plan, console)
     if request.dry_run:
         console.print("dry run: nothing was written")
         return plan.root
@@ -82,6 +85,8 @@ def convert(request: ConvertRequest) -> Path:
         directory = plan.root / stage
         if _finished(directory):
             console.print(f"[bold]{stage}[/bold]: finished already, kept: {directory}")
+            if process.is_main_process:
+                _tidy(directory)
         else:
             run_stage(start, plan.recipe, stage, directory, request.resume, console)
         start = directory
@@ -96,43 +101,53 @@ def convert(request: ConvertRequest) -> Path:
 def make_plan(request: ConvertRequest, console: Console) -> Plan:
     """Resolves names, recipe and directories; touches no weights."""
     if request.model is not None and request.start is not None:
-        raise UsageError("MODEL and --from exclude each other: MODEL starts from an AR checkpoint, --from from a DiffVL directory")
+        raise UsageError(
+            "MODEL and --from exclude each other: MODEL starts from an AR checkpoint, --from from a DiffVL directory"
+        )
     if request.model is not None:
         return _plan_model(request, request.model)
-    start = request.start or _newest_align(request, console)
+    return _plan_start(request, request.start or _newest_align(request, console))
+
+
+def _plan_start(request: ConvertRequest, start: Path) -> Plan:
+    """A plan that goes on from a DiffVL directory, by its own recipe unless another one is named."""
     checkpoint.require_diffvl(start)
     state = checkpoint.read_state(start)
     earlier = resolve(read_yaml(start / checkpoint.RECIPE_FILE), [], str(start / checkpoint.RECIPE_FILE))
-    if any(text.startswith("prepare.") for text in request.assignments):
+    if any(text.partition("=")[0].partition(".")[0].strip() == "prepare" for text in request.assignments):
         raise ConfigError(f"--set prepare.* has no effect: {start} is prepared already")
     tree = read_yaml(find_recipe(request.recipe)) if request.recipe else yaml.safe_load(dump(earlier))
     tree["prepare"] = earlier.prepare.model_dump(mode="json")
     tree["model"] = earlier.model
-    stages = _stages(request, tree)
+    stages: tuple[StageName, ...] = _stages(request, tree)
     if request.stage is None and state["kind"] in STAGES:
-        stages = tuple(name for name in stages if STAGES.index(name) > STAGES.index(state["kind"]))
+        stages = tuple(name for name in STAGES[STAGES.index(state["kind"]) + 1 :] if name in stages)
         if not stages:
-            raise UsageError(f"{start} is a finished {state['kind']} run and the recipe has no later stage: name one with --stage")
+            raise UsageError(
+                f"{start} is a finished {state['kind']} run and the recipe has no later stage: name one with --stage"
+            )
     root = request.out or (start.parent if start.name in (PREPARED, *STAGES) else Path("runs") / start.name)
     return Plan(None, start, root, stages, _resolve(request, tree, stages))
 
 
 def _plan_model(request: ConvertRequest, model: str) -> Plan:
     named = named_checkpoint(model)
+    path = Path(model)
+    name = path.stem if path.suffix == ".gguf" else path.resolve().name if path.exists() else path.name
+    root = request.out or Path("runs") / name
+    if request.stage == "diffuse" and _finished(root / "align"):
+        plan = _plan_start(request, root / "align")
+        if _place(plan.recipe.model or "") != _place(model):
+            raise UsageError(f"{plan.start} was made from {plan.recipe.model}, not from {model}: choose another --out")
+        return plan
     recipe_name = request.recipe or (named[1].recipe if named else DEFAULT_RECIPE)
     tree = read_yaml(find_recipe(recipe_name))
     tree["model"] = model
     stages = _stages(request, tree)
     recipe = _resolve(request, tree, stages)
-    path = Path(model)
-    root = request.out or Path("runs") / (path.stem if path.suffix == ".gguf" else path.resolve().name if path.exists() else path.name)
     if request.stage == "diffuse" and "align" in recipe.stages:
-        start = root / "align"
-        if not _finished(start):
-            raise UsageError(
-                f"--stage diffuse needs an aligned model, and {start} is not there. Type: diffvl convert {model} --stage align"
-            )
-        return Plan(None, start, root, stages, recipe)
+        aligned, words = root / "align", f"diffvl convert {model} --stage align"
+        raise UsageError(f"--stage diffuse needs an aligned model, and {aligned} is not there. Type: {words}")
     if path.exists() and (path / "config.json").is_file():
         _refuse_diffvl(path)
     repo, revision, tower = model, None, recipe.prepare.vision_tower
@@ -149,13 +164,15 @@ def _plan_model(request: ConvertRequest, model: str) -> Plan:
 
 
 def _refuse_diffvl(path: Path) -> None:
-    if json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type") == "diffvl":
+    if checkpoint.read_json(path / "config.json").get("model_type") == "diffvl":
         raise UsageError(f"{path} is a DiffVL directory already; to go on from it: diffvl convert --from {path} --stage diffuse")
 
 
 def _newest_align(request: ConvertRequest, console: Console) -> Path:
     if request.stage != "diffuse":
-        raise UsageError("name a MODEL (see `diffvl models`), or a DiffVL directory with --from. Example: diffvl convert smollm2-135m")
+        raise UsageError(
+            "name a MODEL (see `diffvl models`), or a DiffVL directory with --from. Example: diffvl convert smollm2-135m"
+        )
     runs = Path("runs")
     found = checkpoint.newest_finished(runs, "align")
     if found is None:
@@ -179,13 +196,16 @@ def _stages(request: ConvertRequest, tree: dict[str, Any]) -> tuple[StageName, .
 
 def _resolve(request: ConvertRequest, tree: dict[str, Any], stages: tuple[StageName, ...]) -> Recipe:
     """The recipe with --data, --lora and --set on top, in this order."""
+    if any(text.partition("=")[0].strip() == "model" for text in request.assignments):
+        raise ConfigError("--set model=... has no effect: name the checkpoint as MODEL")
     assignments = []
     if request.data is not None:
         assignments += [f"stages.{name}.data.train={json.dumps(str(request.data))}" for name in stages]
     if request.lora:
         if "diffuse" not in stages:
             raise UsageError("--lora has no effect: the diffuse stage is not run")
-        if (tree["stages"]["diffuse"] or {}).get("lora") is None:
+        section = tree["stages"]["diffuse"]
+        if not isinstance(section, dict) or section.get("lora") is None:
             assignments.append(f"stages.diffuse.lora={Lora().model_dump_json()}")
     where = f"recipe {request.recipe}" if request.recipe else "recipe"
     return resolve(tree, [*assignments, *request.assignments], where)
@@ -197,39 +217,87 @@ def _finished(directory: Path) -> bool:
 
 def _check_targets(plan: Plan, resume: bool) -> None:
     """Refuses to touch what is there: finished directories, foreign ones, interrupted runs with other settings."""
-    if plan.source is not None and not (resume and _finished(plan.start)):
-        checkpoint.require_empty(plan.start)
+    _check_root(plan.root)
+    if plan.source is not None:
+        if resume and _finished(plan.start):
+            _require_same_source(plan.source, plan.recipe, plan.start)
+        else:
+            checkpoint.require_empty(plan.start)
+    start = plan.start
     for name in plan.stages:
         directory = plan.root / name
         if _finished(directory) and resume:
-            _require_same(plan.recipe, name, directory)
-            continue
-        checkpoint.require_empty(directory)
-        work = checkpoint.partial(directory)
-        if work.exists():
-            if not resume:
+            _require_same(plan.recipe, name, start, directory)
+        else:
+            checkpoint.require_empty(directory)
+            work = checkpoint.partial(directory)
+            if work.exists() and not resume:
                 raise UsageError(f"{work} holds an interrupted run: continue it with --resume, or remove it")
-            _require_same(plan.recipe, name, work)
-    if plan.root.is_dir() and not any(_ours(path) for path in plan.root.iterdir()) and any(plan.root.iterdir()):
-        raise UsageError(f"{plan.root} is not empty and holds no diffvl run; nothing was written. Choose another --out")
+            _require_same(plan.recipe, name, start, work)
+        start = directory
+
+
+def _check_root(root: Path) -> None:
+    """Raises UsageError unless the run's directory can be written and holds nothing but a run."""
+    there = next(path for path in (root, *root.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        kind = "not a directory" if not there.is_dir() else "not writable"
+        raise UsageError(f"{root} cannot be made: {there} is {kind}. Choose another --out")
+    if root.is_dir() and any(root.iterdir()) and not any(_ours(path) for path in root.iterdir()):
+        raise UsageError(f"{root} is not empty and holds no diffvl run; nothing was written. Choose another --out")
 
 
 def _ours(path: Path) -> bool:
     return path.name.removesuffix(checkpoint.PARTIAL) in (PREPARED, *STAGES)
 
 
-def _require_same(recipe: Recipe, stage: StageName, directory: Path) -> None:
+def _require_same_source(source: Source, recipe: Recipe, prepared: Path) -> None:
+    """What was prepared is used again only for the same checkpoint, tower and settings."""
+    path = prepared / checkpoint.RECIPE_FILE
+    begun = resolve(read_yaml(path), [], str(path))
+    model, tower = checkpoint.read_state(prepared)["parents"]
+    ours = _prepared_as(source.model, source.vision_tower, recipe)
+    _refuse_changes(ours, _prepared_as(model, tower, begun), prepared)
+
+
+def _prepared_as(model: str, tower: str, recipe: Recipe) -> dict[str, Any]:
+    facts = {"model": _place(model), "prepare.vision_tower": _place(tower), "seed": recipe.seed}
+    return _flat(recipe.prepare.model_dump(), "prepare.") | facts
+
+
+def _require_same(recipe: Recipe, stage: StageName, start: Path, directory: Path) -> None:
     """A resumed stage must have the settings it began with: its result is that of one uninterrupted run."""
     path = directory / checkpoint.RECIPE_FILE
     if not path.is_file():
         return
     begun = resolve(read_yaml(path), [], str(path))
     ours, theirs = _flat(recipe.stages[stage].model_dump()), _flat(begun.stages[stage].model_dump())
-    ours["seed"], theirs["seed"] = recipe.seed, begun.seed
+    ours |= {"seed": recipe.seed, "start": _place(str(start))}
+    theirs |= {"seed": begun.seed, "start": _begun_from(directory)}
+    if not Path(theirs["start"]).exists():  # moved since
+        del ours["start"], theirs["start"]
+    _refuse_changes(ours, theirs, directory)
+
+
+def _begun_from(directory: Path) -> str:
+    """The directory that a finished or interrupted stage started from."""
+    if _finished(directory):
+        return _place(checkpoint.read_state(directory)["parents"][0])
+    return _place(checkpoint.read_json(directory / BEFORE_FILE)["start"])
+
+
+def _place(name: str) -> str:
+    """A model's name, in one spelling where it is a path."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def _refuse_changes(ours: dict[str, Any], theirs: dict[str, Any], directory: Path) -> None:
     changed = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
     if changed:
         lines = "\n".join(f"  {key}: began with {theirs.get(key)!r}, asked for {ours.get(key)!r}" for key in changed)
-        raise ConfigError(f"{directory} has other settings, so --resume cannot continue it:\n{lines}\nuse the same, or another --out")
+        raise ConfigError(
+            f"{directory} has other settings, --resume cannot continue it:\n{lines}\nuse the same, or another --out"
+        )
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -237,6 +305,27 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
+
+
+def _check_data(plan: Plan, console: Console) -> None:
+    """Reads the data of every stage to come, before any work: a mistake in the last one must not cost the first one's hours."""
+    if plan.source is not None and not _finished(plan.start):
+        parts = read_parts(plan.source, plan.recipe)
+        trunk, processor = parts.config.get_text_config(decoder=True), parts.processor
+    else:
+        config, processor = checkpoint.load_description(plan.start)
+        trunk = config.text_config
+    for name in plan.stages:
+        if _finished(plan.root / name):
+            continue
+        stage = plan.recipe.stages[name]
+        try:
+            with spinner_or_line(console, f"checking the data of {name}"):
+                data = load_data(stage.data, processor, longest_trainable(trunk, stage.objective))
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
+        if PartialState().is_main_process:
+            check_pictures(data, stage.data.check_images, console)
 
 
 # --- working -------------------------------------------------------------------------------------------------------------
@@ -252,22 +341,27 @@ def run_stage(start: Path, recipe: Recipe, stage: StageName, directory: Path, re
         if not before.is_file():
             answers = held_out_answers(start, data, SHOWN, console)
             work.mkdir(parents=True, exist_ok=True)
-            checkpoint.replace_text(before, json.dumps(answers, ensure_ascii=False))
+            checkpoint.replace_text(before, json.dumps({"start": str(start), "answers": answers}, ensure_ascii=False))
     process.wait_for_everyone()
     train(start, recipe, stage, directory, resume, console)
     if process.is_main_process:
         _write_samples(work, recipe, stage, console)
         write_report(work)
         checkpoint.finish(directory)
-        shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
-        (directory / BEFORE_FILE).unlink()
+        _tidy(directory)
         print_summary(directory, console)
     process.wait_for_everyone()
 
 
+def _tidy(directory: Path) -> None:
+    """Removes from a finished directory what only an unfinished one needs; a kill may have come between its name and this."""
+    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+    (directory / BEFORE_FILE).unlink(missing_ok=True)
+
+
 def _write_samples(work: Path, recipe: Recipe, stage: StageName, console: Console) -> None:
     """`samples.jsonl`: the same held-out questions, answered before and after."""
-    before = json.loads((work / BEFORE_FILE).read_text(encoding="utf-8"))
+    before = checkpoint.read_json(work / BEFORE_FILE)["answers"]
     after = held_out_answers(work, recipe.stages[stage].data, SHOWN, console) if before else []
     lines = []
     for old, new in zip(before, after, strict=True):
@@ -295,7 +389,8 @@ def describe(plan: Plan, console: Console) -> None:
         trains = ", ".join(f"{part} {rate:g}" for part, rate in stage.trainable.items())
         console.print(
             f"[bold]{name}[/bold] {detail}; trains {trains}{' with LoRA' if stage.lora else ''}; {length} of "
-            f"{stage.batch_size} x {stage.accumulation} samples per device, {precision(stage)}; data {stage.data.train} -> {plan.root / name}"
+            f"{stage.batch_size} x {stage.accumulation} samples per device, {precision(stage)}; data {stage.data.train} "
+            f"-> {plan.root / name}"
         )
 
 

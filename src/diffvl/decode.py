@@ -13,7 +13,6 @@ from diffvl.data.chat import IMAGE_MARKER
 from diffvl.data.images import open_picture
 from diffvl.errors import UsageError
 from diffvl.hub.generation_diffvl import BlockGenerationOutput, check_settings
-from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 
 
@@ -42,14 +41,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class Decoder:
-    model: DiffVLForConditionalGeneration
+    model: Any  # DiffVLForConditionalGeneration; transformers' own annotations hide its methods
     processor: DiffVLProcessor
 
 
 def load_for_decoding(directory: Path) -> Decoder:
     """Reads a DiffVL directory, onto a GPU where there is one."""
     model, processor = load_checkpoint(directory)
-    return Decoder(model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Decoder(torch.nn.Module.to(model.eval(), device), processor)
 
 
 def answer(decoder: Decoder, images: Sequence[Path], prompt: str, settings: DecodeSettings) -> Answer:

@@ -44,9 +44,7 @@ def beta_curriculum(noise: BetaNoise, progress: float) -> tuple[float, float]:
     return mean, concentration
 
 
-def masked_tokens(
-    t_K: torch.Tensor, block_R: torch.Tensor, eligible_R: torch.Tensor, generator: torch.Generator
-) -> torch.Tensor:
+def masked_tokens(t_K: torch.Tensor, block_R: torch.Tensor, eligible_R: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Masks each eligible token with its block's probability t; bool [R], True = masked.
 
     Args:

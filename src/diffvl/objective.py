@@ -92,9 +92,7 @@ def ar(model: Any, config: DiffVLConfig, batch: Batch) -> LossOutput:
     return LossOutput(entropy.sum(), int(valid.sum()), sums)
 
 
-def block_diffusion(
-    model: Any, config: DiffVLConfig, batch: Batch, objective: BlockDiffusionObjective, draw: Draw
-) -> LossOutput:
+def block_diffusion(model: Any, config: DiffVLConfig, batch: Batch, objective: BlockDiffusionObjective, draw: Draw) -> LossOutput:
     """Masked-token cross-entropy on noised answer blocks."""
     ids, answer, valid = batch["input_ids"], batch["answer_index"], batch["valid"]
     # 1. The grid, and the blocks that hold answers.

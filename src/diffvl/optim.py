@@ -27,7 +27,7 @@ def part_of(name: str) -> Part:
 def attach_mask_row(model: DiffVLForConditionalGeneration) -> None:
     """Makes the embedding of the mask token a parameter of the model, in fp32. Its output row needs none: the mask token is
     never predicted."""
-    embedding = model.get_input_embeddings()
+    embedding: Any = model.get_input_embeddings()
     mask_id = model.config.mask_token_id
     row = embedding.weight.detach()[mask_id].float().clone()
     model.register_parameter(MASK_ROW, nn.Parameter(row))
@@ -42,7 +42,7 @@ def attach_mask_row(model: DiffVLForConditionalGeneration) -> None:
 
 def fold_mask_row(model: DiffVLForConditionalGeneration) -> None:
     """Writes the trained mask row back into the embedding table and removes the parameter."""
-    embedding = model.get_input_embeddings()
+    embedding: Any = model.get_input_embeddings()
     with torch.no_grad():
         embedding.weight[model.config.mask_token_id] = getattr(model, MASK_ROW).to(embedding.weight.dtype)
     model.mask_row_hook.remove()  # type: ignore[union-attr]

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from jinja2.exceptions import TemplateError
 from rich.console import Console
-from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from diffvl import checkpoint, proof, weights
@@ -23,6 +22,9 @@ from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.modeling_diffvl import Connector, DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.progress import spinner_or_line
+
+PROBE_CHAT = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError)  # what the code inside a chat template may raise
 
 
 @dataclass(frozen=True)
@@ -41,42 +43,78 @@ def prepare(source: Source, recipe: Recipe, directory: Path, console: Console) -
     Raises:
         CheckpointError, UnsupportedModelError, ConfigError: with nothing written.
     """
-    config = weights.load_config(source.model, source.trust_remote_code, source.revision)
-    check_supported(config)
-    family = family_of(config.model_type)
-    tokenizer = load_tokenizer(source)
-    tower_config, image_processor = load_tower_parts(source)
-    image_size = square_processor(image_processor, tower_config, recipe.prepare)
+    parts = read_parts(source, recipe)
+    makes_parent = not directory.parent.exists()
     partial = checkpoint.partial(directory)
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     try:
         with spinner_or_line(console, f"loading {source.model} and {source.vision_tower}"):
-            trunk = weights.load_trunk(source.model, config, source.trust_remote_code, source.revision)
+            trunk = weights.load_trunk(source.model, parts.config, source.trust_remote_code, source.revision)
             tower = weights.load_tower(source.vision_tower, source.trust_remote_code)
-        known = len(tokenizer)
-        reference = _reference_logits(trunk, known)
-        model, processor = assemble(trunk, tower, tokenizer, image_processor, image_size, family, recipe)
+        reference = _reference_logits(trunk, parts.known)
+        model = assemble(trunk, tower, parts, recipe)
         with spinner_or_line(console, f"writing {directory}"):
-            checkpoint.write_checkpoint(model, processor, partial)
+            checkpoint.write_checkpoint(model, parts.processor, partial)
         del trunk, tower, model
         with spinner_or_line(console, "proving AR parity on the written files"):
-            proofs = _prove(partial, reference, known, tokenizer)
+            proofs = _prove(partial, reference, parts)
         state = {"kind": "prepared", "parents": [source.model, source.vision_tower], "proofs": proofs}
         checkpoint.write_state(partial, recipe, state)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        if makes_parent:
+            directory.parent.rmdir()
         raise
     checkpoint.finish(directory)
-    console.print(f"AR parity: largest difference {proofs['ar_parity']:.1e} std of the logits; block attention {proofs['block']:.1e}")
+    console.print(
+        f"AR parity: largest difference {proofs['ar_parity']:.1e} std of the logits; block attention {proofs['block']:.1e}"
+    )
     return directory
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All of a conversion but its weights. config: of the trunk; known: tokens that the source's tokenizer has."""
+
+    config: PretrainedConfig
+    processor: DiffVLProcessor
+    known: int
+    mask_id: int
+    image_id: int
+    image_size: int
+
+
+def read_parts(source: Source, recipe: Recipe) -> Parts:
+    """Reads and checks whatever can be known without reading weights; writes nothing.
+
+    Raises:
+        CheckpointError, UnsupportedModelError, ConfigError.
+    """
+    config = weights.load_config(source.model, source.trust_remote_code, source.revision)
+    check_supported(config)
+    generation = Path(source.model) / "generation_config.json"
+    if generation.is_file():
+        checkpoint.read_json(generation)  # transformers would go on without a damaged one, and lose the stop tokens in it
+    family = family_of(config.model_type)
+    tokenizer = load_tokenizer(source)
+    tower_config, image_processor = load_tower_parts(source)
+    image_size = square_processor(image_processor, tower_config, recipe.prepare)
+    stop, known = stop_token(tokenizer), len(tokenizer)
+    mask_id, image_id = add_tokens(tokenizer, family, config.get_text_config(decoder=True).vocab_size)
+    side = image_size // tower_config.patch_size // shuffle_factor(recipe.prepare)
+    processor = DiffVLProcessor(
+        image_processor, tokenizer, image_token=family.image_token, image_tokens=side * side, stop_token=stop
+    )
+    check_template(processor)
+    return Parts(config, processor, known, mask_id, image_id, image_size)
 
 
 # --- tokenizer and chat template -----------------------------------------------------------------------------------------
 
 
-def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: Source) -> Any:
     """The checkpoint's tokenizer; it must be a fast one and have a chat template."""
     path = Path(source.model)
     try:
@@ -87,7 +125,10 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
                 source.model, trust_remote_code=source.trust_remote_code, revision=source.revision or "main"
             )
     except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(f"{source.model}: its tokenizer cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+        raise CheckpointError(
+            f"{source.model}: its tokenizer cannot be loaded; expected a whole tokenizer.json beside the weights "
+            f"({str(error).strip().splitlines()[0]})"
+        ) from error
     if not tokenizer.is_fast:
         raise UnsupportedModelError(f"{source.model}: a slow tokenizer; character offsets need a fast one (tokenizer.json)")
     if not tokenizer.chat_template:
@@ -98,27 +139,39 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def stop_token(tokenizer: PreTrainedTokenizerBase) -> str:
+def stop_token(tokenizer: Any) -> str:
     """The special token that the chat template writes behind an answer.
 
     Raises:
         UnsupportedModelError: if there is none, so that a decoder could never stop.
     """
-    question, answer = "question", "answer"
-    chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    name = tokenizer.name_or_path
+    answer = PROBE_CHAT[1]["content"]
     try:
-        text = str(tokenizer.apply_chat_template(chat, tokenize=False))
-    except TemplateError as error:
-        raise UnsupportedModelError(f"the chat template refuses a question with an answer: {error}") from error
+        text = str(tokenizer.apply_chat_template(PROBE_CHAT, tokenize=False))
+    except TEMPLATE_FAULTS as error:
+        raise UnsupportedModelError(f"{name}: its chat template refuses a question with an answer ({error}); mend it") from error
+    if answer not in text:
+        raise UnsupportedModelError(f"{name}: its chat template leaves the answer out; mend it")
     rest = tokenizer(text[text.rindex(answer) + len(answer) :], add_special_tokens=False)["input_ids"]
     special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
     for token in rest:
         if token in special:
             return str(tokenizer.convert_ids_to_tokens(token))
-    raise UnsupportedModelError("the chat template writes no special token behind an answer, so decoding could not stop")
+    raise UnsupportedModelError(
+        f"{name}: its chat template writes no special token behind an answer, so decoding could not stop; let it write one"
+    )
 
 
-def add_tokens(tokenizer: PreTrainedTokenizerBase, family: Family, table_rows: int) -> tuple[int, int]:
+def check_template(processor: DiffVLProcessor) -> None:
+    """Raises UnsupportedModelError unless the template's prompt for decoding is the beginning of the whole chat."""
+    try:
+        processor.encode_chat(PROBE_CHAT)
+    except TEMPLATE_FAULTS as error:
+        raise UnsupportedModelError(f"{processor.tokenizer.name_or_path}: {error}") from error
+
+
+def add_tokens(tokenizer: Any, family: Family, table_rows: int) -> tuple[int, int]:
     """Gives the tokenizer a mask token and an image token; returns their ids.
 
     A token that is there already is used. The mask token takes the family's agreed row where that row is a spare one (the
@@ -146,14 +199,20 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, family: Family, table_rows: i
 
 def load_tower_parts(source: Source) -> tuple[PretrainedConfig, Any]:
     """Configuration and image processor of the vision tower."""
-    config = weights.load_config(source.vision_tower, source.trust_remote_code)
+    config = weights.tower_config(source.vision_tower, source.trust_remote_code)
     try:
         processor = AutoImageProcessor.from_pretrained(source.vision_tower, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(
-            f"{source.vision_tower}: no image processor ({str(error).strip().splitlines()[0]}); expected preprocessor_config.json"
+            f"{source.vision_tower}: it has no image processor that can be read; expected a preprocessor_config.json beside the "
+            f"weights, as vision checkpoints are published ({str(error).strip().splitlines()[0]})"
         ) from error
-    return getattr(config, "vision_config", None) or config, processor
+    return config, processor
+
+
+def shuffle_factor(settings: Prepare) -> int:
+    """Patches per side that the connector joins."""
+    return settings.connector.factor if settings.connector.kind == "pixel_shuffle" else 1
 
 
 def square_processor(processor: Any, tower: PretrainedConfig, settings: Prepare) -> int:
@@ -166,15 +225,17 @@ def square_processor(processor: Any, tower: PretrainedConfig, settings: Prepare)
     sizes = [size["height"] for size in (crop, processor.size) if size and "height" in size]
     side = settings.image_size or (sizes[0] if sizes else tower.image_size)
     patches = side // tower.patch_size
-    factor = settings.connector.factor if settings.connector.kind == "pixel_shuffle" else 1
+    factor = shuffle_factor(settings)
     if patches == 0 or patches % factor:
         raise ConfigError(
-            f"prepare.image_size {side} gives {patches} x {patches} patches of {tower.patch_size} px, which pixel_shuffle by {factor} "
-            f"does not divide: choose a multiple of {tower.patch_size * factor}"
+            f"prepare.image_size {side} gives {patches} x {patches} patches of {tower.patch_size} px, which pixel_shuffle by "
+            f"{factor} does not divide: choose a multiple of {tower.patch_size * factor}"
         )
     layers = tower.num_hidden_layers
     if not -layers - 1 <= settings.vision_layer <= layers:
-        raise ConfigError(f"prepare.vision_layer is {settings.vision_layer}; this tower has hidden states {-layers - 1} to {layers}")
+        raise ConfigError(
+            f"prepare.vision_layer is {settings.vision_layer}; this tower has hidden states {-layers - 1} to {layers}"
+        )
     processor.size = {"height": side, "width": side}
     processor.do_resize, processor.do_center_crop, processor.do_convert_rgb = True, False, True
     return side
@@ -183,34 +244,23 @@ def square_processor(processor: Any, tower: PretrainedConfig, settings: Prepare)
 # --- assembling ----------------------------------------------------------------------------------------------------------
 
 
-def assemble(
-    trunk: PreTrainedModel,
-    tower: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    image_processor: Any,
-    image_size: int,
-    family: Family,
-    recipe: Recipe,
-) -> tuple[DiffVLForConditionalGeneration, DiffVLProcessor]:
-    """Joins the parts into one model in the trunk's dtype, and one processor. The trunk's table grows in place."""
-    known = len(tokenizer)
-    table_rows = trunk.get_input_embeddings().weight.shape[0]
-    mask_id, image_id = add_tokens(tokenizer, family, table_rows)
-    grow_table(trunk, known, [mask_id, image_id])
-    stop = stop_token(tokenizer)
-    connector = recipe.prepare.connector
+def assemble(trunk: Any, tower: Any, parts: Parts, recipe: Recipe) -> DiffVLForConditionalGeneration:
+    """Joins the parts into one model in the trunk's dtype. The trunk's table grows in place."""
+    processor = parts.processor
+    grow_table(trunk, parts.known, [parts.mask_id, parts.image_id])
     config = DiffVLConfig(
         text_config=trunk.config,
         vision_config=tower.config,
-        connector=connector.kind,
-        shuffle_factor=connector.factor if connector.kind == "pixel_shuffle" else 1,
+        connector=recipe.prepare.connector.kind,
+        shuffle_factor=shuffle_factor(recipe.prepare),
         vision_layer=recipe.prepare.vision_layer,
-        image_size=image_size,
-        image_token_id=image_id,
-        mask_token_id=mask_id,
-        vocabulary_size=len(tokenizer),
-        stop_token_ids=_stop_ids(trunk, tokenizer, stop),
+        image_size=parts.image_size,
+        image_token_id=parts.image_id,
+        mask_token_id=parts.mask_id,
+        vocabulary_size=len(processor.tokenizer),
+        stop_token_ids=_stop_ids(trunk, processor.tokenizer, processor.stop_token),
     )
+    assert config.image_tokens == processor.image_tokens
     with torch.device("meta"):
         model = DiffVLForConditionalGeneration(config)
     model.language_model, model.vision_tower = trunk, tower
@@ -221,11 +271,8 @@ def assemble(
         for module in fresh.modules():
             model._init_weights(module)
     model.connector = fresh
-    model.to(trunk.dtype)
-    processor = DiffVLProcessor(
-        image_processor, tokenizer, image_token=family.image_token, image_tokens=config.image_tokens, stop_token=stop
-    )
-    return model, processor
+    torch.nn.Module.to(model, dtype=trunk.dtype)
+    return model
 
 
 def _stop_ids(trunk: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: str) -> list[int]:
@@ -236,14 +283,14 @@ def _stop_ids(trunk: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: 
     return list(dict.fromkeys(token for token in ids if token is not None))
 
 
-def grow_table(trunk: PreTrainedModel, known: int, new_ids: list[int]) -> None:
+def grow_table(trunk: Any, known: int, new_ids: list[int]) -> None:
     """Makes room for new tokens and starts their rows at the mean of the known ones. A table is never shrunk: many
     checkpoints have more rows than tokens."""
     embedding = trunk.get_input_embeddings()
     if max(new_ids) >= embedding.weight.shape[0]:
         trunk.resize_token_embeddings(max(new_ids) + 1, mean_resizing=False)
     fresh = [token for token in new_ids if token >= known]
-    tables: list[nn.Module] = [trunk.get_input_embeddings(), trunk.get_output_embeddings()]
+    tables = [trunk.get_input_embeddings(), trunk.get_output_embeddings()]
     with torch.no_grad():
         for table in tables:
             for token in fresh:
@@ -258,26 +305,51 @@ def _reference_logits(trunk: PreTrainedModel, vocabulary: int) -> torch.Tensor:
     dtype = trunk.dtype
     trunk.float().eval()
     logits = proof.native_logits(trunk, proof.probe_ids(vocabulary))
-    trunk.to(dtype)
+    torch.nn.Module.to(trunk, dtype=dtype)
     return logits
 
 
-def _prove(directory: Path, reference: torch.Tensor, known: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-    """Loads what was written and holds it against the source; `known` is the source tokenizer's size.
+def _prove(directory: Path, reference: torch.Tensor, parts: Parts) -> dict[str, float]:
+    """Loads what was written and holds it against the source.
 
     Raises:
         CheckpointError: if logits or tokens differ.
+        UnsupportedModelError: if the tower does not give the patches that its configuration promises.
     """
+    known = parts.known
     model, processor = checkpoint.load_checkpoint(directory, dtype=torch.float32)
     model.eval()
+    check_tower(model)
     text = "A sentence with 12 words, a line\nbreak, and naïve façade ✓."
-    if processor.tokenizer(text)["input_ids"] != tokenizer(text)["input_ids"]:
+    if processor.tokenizer(text)["input_ids"] != parts.processor.tokenizer(text)["input_ids"]:
         raise CheckpointError(f"{directory}: the written tokenizer splits text differently from the source's; nothing kept")
     with torch.no_grad():
         logits = model(proof.probe_ids(known)).logits[..., :known]
     # Beyond `known` stand the rows that were spare or new: the mask token's and the image token's.
     difference = proof.spread(logits - reference[..., :known], reference)
     if difference > proof.TOLERANCE:
-        raise CheckpointError(f"{directory}: AR parity fails, logits differ from the source's by {difference:.2g} std; nothing kept")
+        raise CheckpointError(
+            f"{directory}: AR parity fails, logits differ from the source's by {difference:.2g} std; nothing kept"
+        )
     block = proof.check_block_attention(model.language_model, known, model.config.mask_token_id)
     return {"ar_parity": difference, "block": block}
+
+
+@torch.no_grad()
+def check_tower(model: DiffVLForConditionalGeneration) -> None:
+    """Shows the tower one black picture. Towers that pool their patches, or cannot take another size, end here."""
+    config = model.config
+    kind, side = config.vision_config.model_type, config.image_size
+    try:
+        tokens = model.image_features(torch.zeros(1, 3, side, side)).shape[1]
+    except (RuntimeError, ValueError, IndexError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedModelError(
+            f"{kind}: this vision tower gives no patch tokens for pictures of {side} x {side} ({reason}); leave "
+            "prepare.image_size at the tower's own, or take a plain vision transformer such as SigLIP, CLIP, DINOv2 or ViT"
+        ) from error
+    if tokens != config.image_tokens:
+        raise UnsupportedModelError(
+            f"{kind}: this vision tower gives {tokens} image tokens for a picture where {config.image_tokens} patches are "
+            "expected; take a plain vision transformer such as SigLIP, CLIP, DINOv2 or ViT"
+        )

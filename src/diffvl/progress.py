@@ -83,13 +83,13 @@ def track(
     every: float = PLAIN_EVERY,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[T]:
-    """Yields the items of `iterable` and shows how many are done; `total` None where the length is unknown."""
+    """Yields the items of `iterable` and shows how many are done; `total` None where the length is unknown.
+
+    It may run inside a `TrainingProgress`: its bar then stands below the other one (rich 14.1 and later).
+    """
     if console.is_interactive:
-        text_column, left_column = (
-            TextColumn("{task.description}", markup=False),
-            TimeRemainingColumn(elapsed_when_finished=True),
-        )
-        with Progress(text_column, BarColumn(), MofNCompleteColumn(), left_column, console=console) as progress:
+        name, left = TextColumn("{task.description}", markup=False), TimeRemainingColumn(elapsed_when_finished=True)
+        with Progress(name, BarColumn(), MofNCompleteColumn(), left, console=console) as progress:
             yield from progress.track(iterable, total=total, description=text)
         return
     of = "" if total is None else f"/{total}"
@@ -118,7 +118,7 @@ class TrainingProgress(TrainerCallback):
         self, console: Console, stage: str, *, every: float = PLAIN_EVERY, clock: Callable[[], float] = time.monotonic
     ) -> None:
         """`every`: seconds between plain lines where `console` is no terminal."""
-        self._console, self._stage, self._every, self._clock = (console, stage, every, clock)
+        self._console, self._stage, self._every, self._clock = console, stage, every, clock
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._logs: dict[str, Any] = {}
@@ -202,7 +202,7 @@ class TrainingProgress(TrainerCallback):
         """The latest logged figures in words, and the time left (or, at the end, the time taken)."""
         names = {"loss": "loss {:.3f}", "mask_ratio": "mask {:.2f}", "tokens_per_second": "{:.0f} tok/s"}
         words = [form.format(self._logs[key]) for key, form in names.items() if isinstance(self._logs.get(key), (int, float))]
-        done, left = (state.global_step - self._first_step, state.max_steps - state.global_step)
+        done, left = state.global_step - self._first_step, state.max_steps - state.global_step
         elapsed = self._clock() - self._began
         if left <= 0:
             words.append(f"took {duration(elapsed)}")

@@ -54,7 +54,7 @@ def check_block_attention(trunk: PreTrainedModel, vocabulary: int, mask_token_id
     both_ways = spread(changed[:, PROBE_LENGTH] - base[:, PROBE_LENGTH], reference)
     kind = trunk.config.model_type
     if clean_error > TOLERANCE:
-        raise UnsupportedModelError(f"{kind}: with explicit masks the logits differ from the model's own by {clean_error:.2g} std")
+        raise UnsupportedModelError(f"{kind}: with explicit masks the logits differ from its own by {clean_error:.2g} std")
     if leak_error > TOLERANCE:
         raise UnsupportedModelError(f"{kind}: a noisy block sees its own clean copy (its logits move by {leak_error:.2g} std)")
     if both_ways < TOLERANCE:

@@ -13,20 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers.integrations.integration_utils import is_tensorboard_available
 from transformers.trainer_utils import rotate_checkpoints
 
 from diffvl import checkpoint
-from diffvl.config import Recipe, Stage, StageName
+from diffvl.config import Objective, Recipe, Stage, StageName
 from diffvl.data.collate import collate, raise_bad_record
-from diffvl.data.loader import SampleDataset, StageData, batches_of, load_data
+from diffvl.data.loader import SampleDataset, StageData, batches_of, load_data, longest_sample
 from diffvl.errors import CheckpointError, TrainingError
 from diffvl.families import family_of
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.lora import add_adapters, merge_adapters
+from diffvl.noise import sample_generator
 from diffvl.objective import Draw, LossOutput, loss_of, measure, rates, scores
 from diffvl.optim import attach_mask_row, fold_mask_row, freeze_others, parameter_groups
 from diffvl.progress import MetricsLog, TrainingProgress
@@ -49,39 +53,44 @@ def train(start: Path, recipe: Recipe, stage_name: StageName, directory: Path, r
     work = checkpoint.partial(directory)
     dtype = torch.float32 if precision(stage) == "fp32" else None
     model, processor = checkpoint.load_checkpoint(start, dtype=dtype)
-    own_dtype = model.config.dtype if dtype is None else checkpoint.saved_dtype(start)
-    data = load_data(stage.data, processor, context_length(model))
+    own_dtype = checkpoint.saved_dtype(start)
+    data = load_data(stage.data, processor, longest_trainable(model.config.text_config, stage.objective))
     work.mkdir(parents=True, exist_ok=True)
-    checkpoint.replace_text(work / checkpoint.RECIPE_FILE, checkpoint.dump(recipe))
-    fit_to_stage(model, stage)
-    trainer = build_trainer(model, processor, data, recipe, stage_name, work, console)
+    if PartialState().is_main_process:
+        checkpoint.replace_text(work / checkpoint.RECIPE_FILE, checkpoint.dump(recipe))
+    fit_to_stage(model, stage, recipe.seed)
+    trainer = build_trainer(model, processor, data, recipe, stage_name, work)
     last = newest_checkpoint(work) if resume else None
     trainer.args.eval_on_start = stage.eval_every is not None and last is None
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    with TrainingProgress(console, stage_name) as progress_bar:
+        trainer.add_callback(progress_bar)
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
     unfit(model, stage, own_dtype)
     if trainer.is_world_process_zero():
         checkpoint.write_checkpoint(model, processor, work)
-        state = {
-            "kind": stage_name,
-            "parents": [str(start)],
-            "state": {"steps": trainer.state.global_step, "samples_per_step": samples_per_step(trainer.args), "seed": recipe.seed},
-        }
-        checkpoint.write_state(work, recipe, state)
+        progress = {"steps": trainer.state.global_step, "samples_per_step": samples_per_step(trainer.args), "seed": recipe.seed}
+        checkpoint.write_state(work, recipe, {"kind": stage_name, "parents": [str(start)], "state": progress})
     return work
 
 
 # --- fitting a model to a stage and back ---------------------------------------------------------------------------------
 
 
-def fit_to_stage(model: DiffVLForConditionalGeneration, stage: Stage) -> None:
-    """Records the objective in the configuration, wraps adapters, attaches the mask row, freezes the rest. In place."""
+def fit_to_stage(model: DiffVLForConditionalGeneration, stage: Stage, seed: int) -> None:
+    """Records the objective in the configuration, wraps adapters, attaches the mask row, freezes the rest. In place.
+
+    Args:
+        seed: of fresh adapters, which must be the same in every process and in every run of a recipe.
+    """
     objective = stage.objective
     if objective.kind == "ar":
         model.config.set_decoding("ar", block_size=1, context="causal", grid="response", target="shift")
     else:
         model.config.set_decoding("blocks", objective.block_size, objective.context, objective.grid, objective.target)
     if stage.lora is not None:
-        add_adapters(model, stage.lora, family_of(model.config.text_config.model_type).lora_targets)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            add_adapters(model, stage.lora, family_of(model.config.text_config.model_type).lora_targets)
     if "mask_row" in stage.trainable:
         attach_mask_row(model)
     freeze_others(model, stage)
@@ -94,7 +103,7 @@ def unfit(model: DiffVLForConditionalGeneration, stage: Stage, dtype: torch.dtyp
     if "mask_row" in stage.trainable:
         fold_mask_row(model)
     merge_adapters(model)
-    model.to(dtype)
+    torch.nn.Module.to(model, dtype=dtype)
     model.config.dtype = dtype
 
 
@@ -107,16 +116,41 @@ def precision(stage: Stage) -> str:
     return "bf16" if torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_amx_tile_supported() else "fp32"
 
 
-def context_length(model: DiffVLForConditionalGeneration) -> int | None:
-    """Positions that the trunk can hold, where its configuration says so."""
-    return getattr(model.config.text_config, "max_position_embeddings", None)
+def longest_trainable(text_config: Any, objective: Objective) -> int | None:
+    """Tokens that a sample may have under an objective; None where the trunk's configuration names no limit."""
+    context = getattr(text_config, "max_position_embeddings", None)
+    if objective.kind == "ar":
+        return context
+    return longest_sample(context, objective.block_size, objective.grid)
 
 
 # --- the trainer ---------------------------------------------------------------------------------------------------------
 
 
+class StepSampler(Sampler[int]):
+    """Epochs as permutations seeded by (seed, epoch). An epoch's last step is filled from its beginning: every step has the
+    same samples, however it is cut into micro-steps and processes (left alone, each process count fills it differently)."""
+
+    def __init__(self, samples: int, per_step: int, seed: int) -> None:
+        self.samples, self.seed, self.epoch = samples, seed, 0
+        self.length = -(-samples // per_step) * per_step
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(self.samples, generator=sample_generator(self.seed, self.epoch, sample=-1)).tolist()
+        return (order[place % self.samples] for place in range(self.length))
+
+
 class StageTrainer(Trainer):
     """transformers' Trainer with our loss, parameter groups and checkpoint form."""
+
+    model: Any
+    data_collator: Any
 
     def __init__(self, recipe: Recipe, stage: Stage, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -128,23 +162,25 @@ class StageTrainer(Trainer):
         self._tokens = 0
         self._since = time.monotonic()
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> StepSampler:
+        samples: SampleDataset = self.train_dataset  # type: ignore[assignment]
+        return StepSampler(len(samples), samples_per_step(self.args), self.recipe.seed)
+
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         samples, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in samples:
             raise_bad_record(batch)
         return samples, count
 
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> torch.Tensor:
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> torch.Tensor:
         """The stage's objective on one micro-batch, over the answer tokens of the whole step."""
         step = self.state.global_step
         draw = Draw(self.recipe.seed, step, step / max(self.state.max_steps, 1))
         output = loss_of(model, self.model.config, inputs, self.stage.objective, draw)
         if not torch.isfinite(output.loss):
             raise TrainingError(
-                f"step {step}: the loss is {output.loss.item()} on samples {inputs['sample'].tolist()}; the last good checkpoint is "
-                "kept. Lower the learning rate, or look at these records"
+                f"step {step}: the loss is {output.loss.item()} on samples {inputs['sample'].tolist()}; the last good checkpoint "
+                "is kept. Lower the learning rate, or look at these records"
             )
         self._count(output)
         return output.loss * self.accelerator.num_processes / num_items_in_batch
@@ -153,6 +189,11 @@ class StageTrainer(Trainer):
         for name, value in output.sums.items():
             self._sums[name] = self._sums.get(name, 0) + value.detach()
         self._tokens += output.tokens
+
+    def _over_processes(self, values: torch.Tensor) -> list[float]:
+        """Sums a vector over all processes."""
+        summed: Any = self.accelerator.reduce(values.to(self.args.device), reduction="sum")
+        return summed.tolist()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -167,7 +208,7 @@ class StageTrainer(Trainer):
         if "loss" in logs and self._sums:
             names = sorted(self._sums)
             totals = torch.stack([self._sums[name].double() for name in names] + [torch.tensor(float(self._tokens))])
-            totals = self.accelerator.reduce(totals.to(self.args.device), reduction="sum").tolist()
+            totals = self._over_processes(totals)
             logs.update(rates(dict(zip(names, totals[:-1], strict=True))))
             logs["tokens_per_second"] = totals[-1] / max(time.monotonic() - self._since, 1e-9)
             logs["learning_rate"] = max(group["lr"] for group in self.optimizer.param_groups)
@@ -185,7 +226,7 @@ class StageTrainer(Trainer):
         with self.compute_loss_context_manager(), self.accelerator.autocast():
             sums = measure(self.model, self.model.config, map(self._prepare_inputs, batches), self.stage.objective)
         names = sorted(sums)
-        totals = self.accelerator.reduce(torch.stack([sums[name].double() for name in names]), reduction="sum").tolist()
+        totals = self._over_processes(torch.stack([sums[name].double() for name in names]))
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in scores(dict(zip(names, totals, strict=True))).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -246,7 +287,6 @@ def build_trainer(
     recipe: Recipe,
     stage_name: StageName,
     work: Path,
-    console: Console,
 ) -> StageTrainer:
     """The trainer of a stage, writing its checkpoints under `work`."""
     stage = recipe.stages[stage_name]
@@ -259,7 +299,7 @@ def build_trainer(
         train_dataset=data.train,
         eval_dataset=data.held_out,
         data_collator=partial(collate, pad_token_id=pad if pad is not None else model.config.stop_token_ids[0]),
-        callbacks=[MetricsLog(work / "metrics.jsonl", stage_name), TrainingProgress(console, stage_name)],
+        callbacks=[MetricsLog(work / "metrics.jsonl", stage_name)],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -267,11 +307,12 @@ def build_trainer(
 
 def training_arguments(stage: Stage, seed: int, output_dir: Path) -> TrainingArguments:
     """A stage's settings in the Trainer's words."""
-    length = {"max_steps": stage.steps} if stage.steps is not None else {"num_train_epochs": stage.epochs}
     optim = stage.optim
     return TrainingArguments(
         output_dir=str(output_dir),
-        **length,
+        # max_steps, where it is positive, goes before the epochs.
+        max_steps=stage.steps or -1,
+        num_train_epochs=stage.epochs or 1.0,
         per_device_train_batch_size=stage.batch_size,
         gradient_accumulation_steps=stage.accumulation,
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(optim.schedule, optim.schedule),
@@ -291,15 +332,9 @@ def training_arguments(stage: Stage, seed: int, output_dir: Path) -> TrainingArg
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         disable_tqdm=True,
-        report_to=["tensorboard"] if tensorboard_installed() else [],
+        report_to=["tensorboard"] if is_tensorboard_available() else [],
         ddp_find_unused_parameters=True,
     )
-
-
-def tensorboard_installed() -> bool:
-    from transformers.integrations import is_tensorboard_available
-
-    return is_tensorboard_available()
 
 
 def samples_per_step(arguments: TrainingArguments) -> int:

@@ -8,6 +8,7 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils.quantization_config import GgufConfig
 
 from diffvl.errors import CheckpointError, UnsupportedModelError
 
@@ -34,21 +35,30 @@ def load_trunk(name: str, config: PretrainedConfig, trust_remote_code: bool, rev
     path = Path(name)
     if path.suffix == ".gguf" and path.is_file():
         return _load_gguf(path)
-    return _load(
-        AutoModelForCausalLM, name, config=config, trust_remote_code=trust_remote_code, revision=revision, dtype="auto"
-    )
+    return _load(AutoModelForCausalLM, name, config=config, trust_remote_code=trust_remote_code, revision=revision, dtype="auto")
+
+
+def tower_config(name: str, trust_remote_code: bool) -> PretrainedConfig:
+    """Configuration of a vision model with patch tokens; of a two-tower model (CLIP, SigLIP) that of the vision half.
+
+    Raises:
+        CheckpointError, UnsupportedModelError.
+    """
+    config = load_config(name, trust_remote_code)
+    vision_config = getattr(config, "vision_config", None) or config
+    sizes = ("patch_size", "image_size", "hidden_size", "num_hidden_layers")
+    if lacking := [size for size in sizes if not isinstance(getattr(vision_config, size, None), int)]:
+        raise UnsupportedModelError(
+            f"{name}: a {config.model_type!r} model gives no patch tokens (its config has no {', '.join(lacking)}); expected a "
+            "vision transformer such as SigLIP, CLIP, DINOv2 or ViT"
+        )
+    return vision_config
 
 
 def load_tower(name: str, trust_remote_code: bool) -> PreTrainedModel:
-    """A vision model with patch tokens; of a two-tower model (CLIP, SigLIP) the vision half."""
-    config = load_config(name, trust_remote_code)
-    vision_config = getattr(config, "vision_config", None) or config
-    if not hasattr(vision_config, "patch_size") or not hasattr(vision_config, "hidden_size"):
-        raise UnsupportedModelError(
-            f"{name}: a {config.model_type!r} model has no patch tokens; expected a vision transformer such as SigLIP, CLIP, "
-            "DINOv2 or ViT"
-        )
-    return _load(AutoModel, name, config=vision_config, trust_remote_code=trust_remote_code, dtype="auto")
+    """The vision model of `tower_config` with its weights."""
+    config = tower_config(name, trust_remote_code)
+    return _load(AutoModel, name, config=config, trust_remote_code=trust_remote_code, dtype="auto")
 
 
 def _load(auto_class: Any, name: str, **arguments: Any) -> PreTrainedModel:
@@ -71,8 +81,6 @@ def _load(auto_class: Any, name: str, **arguments: Any) -> PreTrainedModel:
 
 
 def _load_gguf(path: Path) -> PreTrainedModel:
-    from transformers.utils.quantization_config import GgufConfig
-
     model = _told(
         str(path),
         lambda: AutoModelForCausalLM.from_pretrained(
@@ -82,7 +90,7 @@ def _load_gguf(path: Path) -> PreTrainedModel:
     # The dequantised model still calls itself quantised and then refuses to be saved: move its weights to a plain one.
     config = model.config
     if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        delattr(config, "quantization_config")
     plain = AutoModelForCausalLM.from_config(config)
     plain.load_state_dict(model.state_dict())
     plain.generation_config = model.generation_config
@@ -98,8 +106,12 @@ def _told(name: str, load: Callable[[], T]) -> T:
     except ImportError as error:
         raise CheckpointError(f"{name}: a package is missing to read it: {error}") from error
     except (OSError, HFValidationError) as error:
-        kind = "directory" if Path(name).exists() else "directory here, nor could it be fetched from the model hub"
         reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{name}: not a checkpoint {kind} ({reason})") from error
+        if Path(name).exists():
+            raise CheckpointError(f"{name}: not a whole checkpoint ({reason}); copy or fetch it again") from error
+        raise CheckpointError(
+            f"{name}: no such directory here, and it could not be fetched from the model hub ({reason}). Check the name and the "
+            "connection, or give the directory of a downloaded checkpoint"
+        ) from error
     except (ValueError, KeyError) as error:
         raise UnsupportedModelError(f"{name}: transformers cannot load it: {str(error).strip().splitlines()[0]}") from error

@@ -16,5 +16,5 @@ def open_picture(path: str, source: str) -> Image.Image:
             return picture.convert("RGB")
     except FileNotFoundError as error:
         raise DataError(f"{source}: picture {path} does not exist") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{source}: picture {path} cannot be read ({error}); replace the file or remove the record") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{source}: picture {path} cannot be read ({error}); replace it or leave it out") from error

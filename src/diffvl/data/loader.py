@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from rich.console import Console
 from torch.utils.data import Dataset
 
 from diffvl.config import Data
 from diffvl.data.chat import Sample, encode_record, sample_of
 from diffvl.data.collate import raise_bad_record
+from diffvl.data.images import open_picture
 from diffvl.data.records import Record, open_records, record_at
 from diffvl.errors import ConfigError, DataError, DiffvlError
 from diffvl.hub.processing_diffvl import DiffVLProcessor
+from diffvl.progress import track
 
 log = logging.getLogger(__name__)
 SHOWN_PROBLEMS = 5
@@ -49,20 +52,29 @@ class StageData:
     held_out: SampleDataset | None
 
 
-def load_data(data: Data, processor: DiffVLProcessor, context_length: int | None) -> StageData:
+def longest_sample(context: int | None, block_size: int, grid: str) -> int | None:
+    """Tokens that a sample may have, so that the last block of its last answer still ends inside the trunk's context of so
+    many positions; None where there is no limit. Next-token models have blocks of 1."""
+    if context is None:
+        return None
+    return context // block_size * block_size if grid == "absolute" else context - block_size + 1
+
+
+def load_data(data: Data, processor: DiffVLProcessor, longest: int | None) -> StageData:
     """Opens a stage's files and checks every record's length before any work is done.
 
     Args:
-        context_length: what the trunk can hold, where it has a limit.
+        longest: see `longest_sample`.
     Raises:
         DataError: naming records that are too long (unless `too_long: drop`) or wrong.
         ConfigError: if no file is given, or the held-out share leaves nothing to train on.
     """
     if data.train is None:
         raise ConfigError("no training data: give --data FILE (LLaVA-format .json or .jsonl) or set data.train in the recipe")
-    if context_length is not None and data.max_length > context_length:
+    if longest is not None and data.max_length > longest:
         raise ConfigError(
-            f"data.max_length is {data.max_length}, but the trunk holds {context_length} tokens: set it to {context_length} or less"
+            f"data.max_length is {data.max_length}, but a sample in whole blocks may have {longest} tokens in this trunk's "
+            f"context: set it to {longest} or less"
         )
     train = open_samples(Path(data.train), data, processor)
     if data.eval is not None:
@@ -70,7 +82,9 @@ def load_data(data: Data, processor: DiffVLProcessor, context_length: int | None
     if not data.holdout:
         return StageData(train, None)
     if data.holdout >= len(train):
-        raise ConfigError(f"data.holdout is {data.holdout}, but {data.train} has {len(train)} records: nothing is left to train on")
+        raise ConfigError(
+            f"data.holdout is {data.holdout}, but {data.train} has {len(train)} records: nothing is left to train on"
+        )
     # Every n-th record, so that a file sorted by kind gives a mixed held-out set.
     stride = len(train) / data.holdout
     held = {int(place * stride) for place in range(data.holdout)}
@@ -99,6 +113,29 @@ def open_samples(path: Path, data: Data, processor: DiffVLProcessor) -> SampleDa
     return SampleDataset(records, kept, processor)
 
 
+def check_pictures(data: StageData, most: int, console: Console) -> None:
+    """Decodes every picture of a set of up to `most` records: a damaged one is then found before training, not at its step.
+
+    Raises:
+        DataError: with the first problems and the number of the others.
+    """
+    for samples in (data.train, data.held_out):
+        if samples is None or len(samples) > most:
+            continue
+        problems = []
+        for place in track(console, range(len(samples)), len(samples), "checking pictures"):
+            record = samples.record(place)
+            for path in record.images:
+                try:
+                    open_picture(path, record.source)
+                except DataError as error:
+                    problems.append(str(error))
+        if len(problems) > SHOWN_PROBLEMS:
+            problems[SHOWN_PROBLEMS:] = [f"and {len(problems) - SHOWN_PROBLEMS} more"]
+        if problems:
+            raise DataError("\n".join(problems))
+
+
 def _lengths(records: datasets.Dataset, processor: DiffVLProcessor) -> list[int]:
     """Tokens of every record, remembered on disk by the data, the tokenizer and the picture's length."""
     tokenizer = processor.tokenizer
@@ -112,7 +149,9 @@ def _lengths(records: datasets.Dataset, processor: DiffVLProcessor) -> list[int]
     return list(measured["tokens"])
 
 
-def batches_of(dataset: SampleDataset, places: list[int], size: int, collator: Callable[[Sequence[Any]], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def batches_of(
+    dataset: SampleDataset, places: list[int], size: int, collator: Callable[[Sequence[Any]], dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
     """Batches in the order of `places`."""
     for start in range(0, len(places), size):
         batch = collator([dataset[place] for place in places[start : start + size]])

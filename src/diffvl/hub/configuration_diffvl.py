@@ -26,7 +26,7 @@ class DiffVLConfig(PreTrainedConfig):
     """
 
     model_type = "diffvl"
-    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}  # pyright: ignore[reportAssignmentType]
 
     def __init__(
         self,

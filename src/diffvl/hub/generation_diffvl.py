@@ -2,8 +2,8 @@
 
 A block starts as mask tokens, is denoised in a few forwards that only read the cache, and is then committed: one more
 forward of the finished block stores its keys and values (SDAR, arXiv 2510.06303; DiffusionVL, arXiv 2512.15713, section 3).
-The attention of every forward comes from the same `Layout` rule as in training; tests/test_invariants.py holds the two
-against each other.
+The attention of every forward comes from the same `Layout` rule as in training; tests/test_invariant_decoding.py holds
+the two against each other.
 
 Shapes: B batch, L prompt length, D block size, C committed tokens, V vocabulary.
 """
@@ -53,9 +53,9 @@ class BlockCache(DynamicCache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.store:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if layer_idx >= len(self.layers) or not self.layers[layer_idx].is_initialized:
+        if layer_idx >= len(self.layers) or not getattr(self.layers[layer_idx], "is_initialized", False):
             return key_states, value_states
-        layer = self.layers[layer_idx]
+        layer: Any = self.layers[layer_idx]
         return torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)
 
 
@@ -152,13 +152,13 @@ class BlockDecoder:
         """Prediction for every token of the open block, [B, D, V] in fp32, reading the cache only."""
         if self.config.target == "same":
             return self._forward(self.ids_BD, self._block_rows(noisy=True), self.image_BD, store=False)
-        batch, size = self.ids_BD.shape
-        first = self.last_logits
-        if first is None:
+        if bool((self.open_BD[:, 0] & (self.start == 0)).any()):
             raise ValueError("target 'shift' predicts a token from the one before it, but the prompt is empty")
-        if size == 1:
-            return first[:, None]
+        if self.ids_BD.shape[1] == 1 and self.last_logits is not None:
+            return self.last_logits[:, None]
         logits = self._forward(self.ids_BD, self._block_rows(noisy=True), self.image_BD, store=False)
+        # Nothing is committed before a first block that holds the whole prompt; its first token is then given, not predicted.
+        first = torch.zeros_like(logits[:, 0]) if self.last_logits is None else self.last_logits
         return torch.cat([first[:, None], logits[:, :-1]], dim=1)
 
     def commit(self) -> None:
@@ -198,9 +198,9 @@ class BlockDecoder:
             return full
         self.layout = layout
         has_row = wanted.any(1)
-        if self.last_logits is None:
-            self.last_logits = logits.new_zeros(len(ids), logits.shape[-1])
-        self.last_logits[has_row] = logits
+        last = logits.new_zeros(len(ids), logits.shape[-1]) if self.last_logits is None else self.last_logits
+        last[has_row] = logits
+        self.last_logits = last
         return logits
 
     @staticmethod
@@ -238,6 +238,9 @@ def choose(confidence: torch.Tensor, masked: torch.Tensor, quota: torch.Tensor, 
 class BlockGeneration:
     """`generate` for a DiffVL model."""
 
+    config: Any
+    generation_config: GenerationConfig | None
+
     @torch.no_grad()
     def generate(
         self,
@@ -273,7 +276,7 @@ class BlockGeneration:
         """
         config = self.config
         settings = generation_config or self.generation_config
-        max_new_tokens = max_new_tokens or getattr(settings, "max_new_tokens", None) or 128
+        max_new_tokens = int(max_new_tokens or getattr(settings, "max_new_tokens", None) or 128)
         steps = denoising_steps if denoising_steps is not None else config.block_size
         check_settings(steps, config.block_size, remasking, threshold, temperature)
         if remasking == "low_confidence_dynamic" and threshold is None:
@@ -287,7 +290,7 @@ class BlockGeneration:
         pick = _picker(temperature, top_k, top_p, seed, input_ids.device, config)
         answers = self._decode(decoder, steps, threshold, max_new_tokens, pick)
         tokens = sum(len(answer) for answer in answers)
-        sequences = _sequences(input_ids, answers, settings.pad_token_id, config.stop_token_ids)
+        sequences = _sequences(input_ids, answers, getattr(settings, "pad_token_id", None), config.stop_token_ids)
         if return_dict_in_generate:
             return BlockGenerationOutput(sequences=sequences, forwards=decoder.forwards, tokens=tokens)
         return sequences
@@ -332,6 +335,8 @@ def _denoise(decoder: BlockDecoder, steps: int, threshold: float | None, pick: A
 def _picker(temperature: float, top_k: int | None, top_p: float | None, seed: int, device: torch.device, config: Any) -> Any:
     """logits [B, D, V] -> token ids [B, D] and their probability before top-k and top-p (SDAR's confidence)."""
     generator = torch.Generator(device=device).manual_seed(seed)
+    # The warpers look at the scores alone.
+    no_ids: Any = None
     warpers = LogitsProcessorList()
     if top_k:
         warpers.append(TopKLogitsWarper(top_k))
@@ -345,8 +350,8 @@ def _picker(temperature: float, top_k: int | None, top_p: float | None, seed: in
         if heat is None:
             probability, ids = flat.softmax(-1).max(-1)
             return ids.view(shape), probability.view(shape)
-        flat = heat(None, flat)
-        kept = warpers(None, flat).softmax(-1)
+        flat = heat(no_ids, flat)
+        kept = warpers(no_ids, flat).softmax(-1)
         ids = torch.multinomial(kept, 1, generator=generator)
         return ids.view(shape), flat.softmax(-1).gather(1, ids).view(shape)
 

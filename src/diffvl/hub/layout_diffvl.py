@@ -52,10 +52,8 @@ class Layout:
         q = {name: row[:, queries, None] for name, row in self.rows.items()}
         k = {name: row[:, None, :] for name, row in self.rows.items()}
         earlier_block = k["block"] < q["block"]
-        if self.context == "causal":
-            clean_to_clean = k["position"] <= q["position"]
-        else:
-            clean_to_clean = k["block"] <= q["block"]
+        order = "position" if self.context == "causal" else "block"
+        clean_to_clean = k[order] <= q[order]
         sees_clean = ~k["noisy"] & torch.where(q["noisy"], earlier_block, clean_to_clean)
         sees_noisy = k["noisy"] & q["noisy"] & (k["block"] == q["block"])
         allowed = (sees_clean | sees_noisy) & (k["document"] == q["document"]) & k["valid"]

@@ -36,7 +36,7 @@ class Connector(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         if self.shuffle_factor > 1:
             features = _join_patches(features, self.shuffle_factor)
-        return self.layers(features.to(self.layers[0].weight.dtype))
+        return self.layers(features.to(next(self.layers.parameters()).dtype))
 
 
 def _join_patches(features: torch.Tensor, factor: int) -> torch.Tensor:
@@ -51,7 +51,7 @@ class DiffVLPreTrainedModel(PreTrainedModel):
     config_class = DiffVLConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = False
@@ -105,9 +105,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         # Class and register tokens stand before the patches in every stock tower.
         return self.connector(states[:, states.shape[1] - side * side :])
 
-    def embed(
-        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, image_index: torch.Tensor | None
-    ) -> torch.Tensor:
+    def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, image_index: torch.Tensor | None) -> torch.Tensor:
         """Token embeddings with the pictures spliced in, [B, T, H].
 
         Args:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
 Messages = list[dict[str, Any]]
@@ -79,7 +80,7 @@ class DiffVLProcessor(ProcessorMixin):
             ValueError: if the placeholder's text occurs in a message, pictures and parts do not match in number, or the
                 template is not prefix-stable.
         """
-        batch = conversation if conversation and isinstance(conversation[0], list) else [conversation]
+        batch: Any = conversation if conversation and isinstance(conversation[0], list) else [conversation]
         if chat_template is not None:
             raise ValueError("a DiffVL checkpoint is trained on its own chat template: leave chat_template out")
         if not tokenize:
@@ -194,8 +195,6 @@ def _flatten(content: str | list[dict[str, Any]], image_token: str) -> str:
 
 def _pictures(messages: Messages) -> list[Any]:
     """The pictures that the parts carry, in order; paths are opened."""
-    from PIL import Image
-
     found = []
     for message in messages:
         parts = message["content"] if isinstance(message["content"], list) else []

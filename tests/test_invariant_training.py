@@ -1,0 +1,288 @@
+"""Invariants 5 and 6 of DESIGN.md section 5, on whole runs of `train`: a resume changes nothing, how a step is cut into
+micro-steps and processes changes nothing, and what is frozen stays frozen.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import QUIET, metrics, stage_recipe, weights_of
+from transformers import TrainerCallback
+
+from diffvl import train as training
+from diffvl.checkpoint import partial
+from diffvl.config import Recipe, dump
+from diffvl.standins import TRUNKS
+
+BETA = {"kind": "block_diffusion", "block_size": 4, "weight": "effective", "noise": {"schedule": "beta", "stratified": True}}
+
+
+class Crash(Exception):
+    """What stops a run here in the place of a kill."""
+
+
+class CrashAfter(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise Crash
+
+
+def run(start: Path, recipe: Recipe, directory: Path, resume: bool = False) -> Path:
+    return training.train(start, recipe, "diffuse", directory, resume, QUIET)
+
+
+def crash(start: Path, recipe: Recipe, directory: Path, step: int, resume: bool, patch: pytest.MonkeyPatch) -> None:
+    """A run that dies right after an optimiser step, before that step can be saved."""
+    build = training.build_trainer
+
+    def build_with_crash(*arguments: Any) -> training.StageTrainer:
+        trainer = build(*arguments)
+        trainer.add_callback(CrashAfter(step))
+        return trainer
+
+    with patch.context() as inner, pytest.raises(Crash):
+        inner.setattr(training, "build_trainer", build_with_crash)
+        run(start, recipe, directory, resume)
+
+
+# --- 5. resume = uninterrupted ----------------------------------------------------------------------------------------------
+
+RESUMED = {
+    "beta curriculum, all parts": {
+        "objective": BETA,
+        "trainable": {"trunk": 1e-3, "connector": 1e-3, "mask_row": 1e-3, "tower": 1e-4},
+    },
+    "lora": {"objective": BETA, "lora": {"rank": 4, "alpha": 8, "dropout": 0.1}},
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_is_the_uninterrupted_one(
+    name: str,
+    prepared: Callable[[str], Path],
+    shapes: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """To the bit: every line of metrics.jsonl and every weight. Two crashes, each in the middle of an epoch of 4 steps and with
+    a lost step behind its checkpoint; the held-out measure runs in between."""
+    settings = {"steps": 8, "save_every": 2, "eval_every": 3, **RESUMED[name]}
+    recipe = stage_recipe(shapes["train"], holdout=2, **settings)
+    start = prepared("llama")
+    torch.manual_seed(11)  # the state that a run finds must not matter
+    whole = run(start, recipe, tmp_path / "whole")
+    torch.manual_seed(12)
+    crash(start, recipe, tmp_path / "cut", step=3, resume=False, patch=monkeypatch)
+    torch.manual_seed(13)
+    crash(start, recipe, tmp_path / "cut", step=7, resume=True, patch=monkeypatch)
+    assert sorted(path.name for path in (partial(tmp_path / "cut") / "checkpoints").iterdir()) == ["checkpoint-4", "checkpoint-6"]
+    torch.manual_seed(14)
+    cut = run(start, recipe, tmp_path / "cut", resume=True)
+    lines = metrics(whole)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [line["step"] for line in lines if "eval_masked_loss" in line] == [0, 3, 6, 8]
+    assert metrics(cut) == lines
+    ours, theirs = weights_of(whole), weights_of(cut)
+    assert ours.keys() == theirs.keys()
+    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+    assert any(not torch.equal(value, weights_of(start)[key]) for key, value in ours.items())
+
+
+# --- how a step is cut ------------------------------------------------------------------------------------------------------
+
+
+def step_recipe(shapes: dict[str, Path], batch_size: int, accumulation: int) -> Recipe:
+    """Three steps of 8 samples out of 10, so that an epoch ends inside."""
+    cut = {"batch_size": batch_size, "accumulation": accumulation}
+    return stage_recipe(shapes["train"], objective=BETA, steps=3, **cut)
+
+
+@pytest.fixture(scope="module")
+def whole_steps(
+    prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    """metrics.jsonl of one process that takes all 8 samples at once."""
+    return metrics(run(prepared("llama"), step_recipe(shapes, 8, 1), tmp_path_factory.mktemp("eight") / "run"))
+
+
+def require_same_steps(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [1, 2, 3]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+        for key in ("epoch", "learning_rate", "mask_ratio", "masked_accuracy"):
+            assert one[key] == other[key], key
+
+
+def test_accumulation_changes_nothing(
+    whole_steps: list[dict[str, Any]], prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path: Path
+):
+    ones = metrics(run(prepared("llama"), step_recipe(shapes, 1, 8), tmp_path / "run"))
+    require_same_steps(ones, whole_steps)
+
+
+def test_two_processes_are_one(
+    whole_steps: list[dict[str, Any]], prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path: Path
+):
+    (tmp_path / "recipe.yaml").write_text(dump(step_recipe(shapes, 2, 2)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free.getsockname()[1]),
+            "WORLD_SIZE": "2",
+            "OMP_NUM_THREADS": "1",
+        }
+    words = [
+        sys.executable,
+        Path(__file__).with_name("train_process.py"),
+        prepared("llama"),
+        tmp_path / "recipe.yaml",
+        tmp_path / "run",
+    ]
+    processes = [
+        subprocess.Popen(
+            words,
+            env={**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    require_same_steps(metrics(partial(tmp_path / "run")), whole_steps)
+
+
+# --- 6. frozen means frozen -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Trained:
+    """Parameters of the model in training (adapters and mask row apart) before the first and after the last step, names of
+    those that train, and the written files before and after."""
+
+    first: dict[str, torch.Tensor]
+    last: dict[str, torch.Tensor]
+    trainable: set[str]
+    read: dict[str, torch.Tensor]
+    written: dict[str, torch.Tensor]
+    mask_row: int
+
+    @property
+    def moved(self) -> set[str]:
+        return {name for name in self.first if not torch.equal(self.first[name], self.last[name])}
+
+    @property
+    def changed(self) -> set[str]:
+        """Tensors of the written checkpoint that differ from those of the one it started from."""
+        assert self.read.keys() == self.written.keys()
+        return {name for name in self.read if not torch.equal(self.read[name], self.written[name])}
+
+
+def watch(start: Path, recipe: Recipe, directory: Path, patch: pytest.MonkeyPatch) -> Trained:
+    fit, unfit = training.fit_to_stage, training.unfit
+    seen: dict[str, Any] = {}
+
+    def snapshot(model: Any) -> dict[str, torch.Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+    def fit_and_look(model: Any, *arguments: Any) -> None:
+        fit(model, *arguments)
+        seen["first"], seen["mask_row"] = snapshot(model), model.config.mask_token_id
+
+    def look_and_unfit(model: Any, *arguments: Any) -> None:
+        seen["last"] = snapshot(model)
+        seen["trainable"] = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        unfit(model, *arguments)
+
+    with patch.context() as inner:
+        inner.setattr(training, "fit_to_stage", fit_and_look)
+        inner.setattr(training, "unfit", look_and_unfit)
+        written = run(start, recipe, directory)
+    return Trained(read=weights_of(start), written=weights_of(written), **seen)
+
+
+def names_of(weights: dict[str, torch.Tensor], *parts: str) -> set[str]:
+    return {name for name in weights if name.startswith(parts)}
+
+
+def table_of(trained: Trained) -> str:
+    """The name of the embedding table."""
+    return next(name for name in trained.read if name.endswith((".embed_tokens.weight", ".wte.weight")))
+
+
+def changed_rows(trained: Trained) -> list[int]:
+    table = table_of(trained)
+    return (trained.read[table] != trained.written[table]).any(1).nonzero()[:, 0].tolist()
+
+
+def test_align_moves_the_connector_alone(
+    prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = stage_recipe(shapes["align"], objective={"kind": "ar"}, trainable={"connector": 1e-3}, steps=2)
+    trained = watch(prepared("llama"), recipe, tmp_path / "run", monkeypatch)
+    assert trained.changed == trained.moved == trained.trainable == names_of(trained.read, "connector.")
+
+
+@pytest.mark.parametrize("model_type", TRUNKS)
+def test_diffuse_moves_all_but_the_tower(
+    model_type: str, prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    trained = watch(prepared(model_type), stage_recipe(shapes["train"], steps=2), tmp_path / "run", monkeypatch)
+    assert trained.moved == trained.trainable
+    assert trained.changed == names_of(trained.read, "connector.", "language_model.")
+    assert "mask_row" in trained.moved and trained.mask_row in changed_rows(trained)
+
+
+def test_a_trained_tower_moves_as_far_as_it_is_used(
+    prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Features are taken from the last layer but one, so the last layer and what follows it get no gradient."""
+    recipe = stage_recipe(shapes["train"], trainable={"tower": 1e-3}, steps=2)
+    trained = watch(prepared("llama"), recipe, tmp_path / "run", monkeypatch)
+    unused = ("encoder.layers.2.", "post_layernorm.", "head.")
+    unused = names_of(trained.read, *(f"vision_tower.{name}" for name in unused))
+    assert len(unused) > 20
+    assert trained.changed == trained.moved == trained.trainable - unused == names_of(trained.read, "vision_tower.") - unused
+
+
+def test_the_mask_row_moves_alone(
+    prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = stage_recipe(shapes["train"], trainable={"mask_row": 1e-3, "connector": 1e-3}, steps=2)
+    trained = watch(prepared("llama"), recipe, tmp_path / "run", monkeypatch)
+    assert trained.moved == trained.trainable == names_of(trained.read, "connector.") | {"mask_row"}
+    assert trained.changed == names_of(trained.read, "connector.") | {table_of(trained)}
+    assert changed_rows(trained) == [trained.mask_row]
+
+
+@pytest.mark.parametrize("model_type", TRUNKS)
+def test_lora_moves_adapters_connector_and_mask_row(
+    model_type: str, prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = stage_recipe(shapes["train"], lora={"rank": 2, "alpha": 4}, steps=3)
+    trained = watch(prepared(model_type), recipe, tmp_path / "run", monkeypatch)
+    adapters = {name for name in trained.first if "lora_" in name}
+    # Before merging: every adapter has moved, and no weight of the trunk below them.
+    assert trained.moved == trained.trainable == adapters | names_of(trained.first, "connector.") | {"mask_row"}
+    # After: the adapted weights have, and of the embedding table the mask row.
+    plain = {name.replace(".base_model.model.", ".") for name in adapters}
+    adapted = {f"{name.split('.lora_')[0]}.weight" for name in plain}
+    assert trained.changed == adapted | names_of(trained.read, "connector.") | {table_of(trained)}
+    assert changed_rows(trained) == [trained.mask_row]
