@@ -222,6 +222,11 @@ def names_of(weights: dict[str, torch.Tensor], *parts: str) -> set[str]:
     return {name for name in weights if name.startswith(parts)}
 
 
+def reached_connector(trained: Trained, model_type: str) -> set[str]:
+    """The connector's tensors, or none of them where two layers of window 10 see too few tokens back to reach the picture."""
+    return set() if model_type == "mistral" else names_of(trained.read, "connector.")
+
+
 def table_of(trained: Trained) -> str:
     """The name of the embedding table."""
     return next(name for name in trained.read if name.endswith((".embed_tokens.weight", ".wte.weight")))
@@ -245,9 +250,11 @@ def test_diffuse_moves_all_but_the_tower(
     model_type: str, prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     trained = watch(prepared(model_type), stage_recipe(shapes["train"], steps=2), tmp_path / "run", monkeypatch)
-    assert trained.moved == trained.trainable
-    assert trained.changed == names_of(trained.read, "connector.", "language_model.")
-    assert "mask_row" in trained.moved and trained.mask_row in changed_rows(trained)
+    connector = reached_connector(trained, model_type)
+    assert trained.trainable == names_of(trained.first, "connector.", "language_model.") | {"mask_row"}
+    assert trained.moved == connector | names_of(trained.first, "language_model.") | {"mask_row"}
+    assert trained.changed == connector | names_of(trained.read, "language_model.")
+    assert trained.mask_row in changed_rows(trained)
 
 
 def test_a_trained_tower_moves_as_far_as_it_is_used(
@@ -272,6 +279,7 @@ def test_the_mask_row_moves_alone(
     assert changed_rows(trained) == [trained.mask_row]
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # peft on gpt2's Conv1D: it sets it right
 @pytest.mark.parametrize("model_type", TRUNKS)
 def test_lora_moves_adapters_connector_and_mask_row(
     model_type: str, prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -279,10 +287,12 @@ def test_lora_moves_adapters_connector_and_mask_row(
     recipe = stage_recipe(shapes["train"], lora={"rank": 2, "alpha": 4}, steps=3)
     trained = watch(prepared(model_type), recipe, tmp_path / "run", monkeypatch)
     adapters = {name for name in trained.first if "lora_" in name}
+    connector = reached_connector(trained, model_type)
+    assert trained.trainable == adapters | names_of(trained.first, "connector.") | {"mask_row"}
     # Before merging: every adapter has moved, and no weight of the trunk below them.
-    assert trained.moved == trained.trainable == adapters | names_of(trained.first, "connector.") | {"mask_row"}
+    assert trained.moved == adapters | connector | {"mask_row"}
     # After: the adapted weights have, and of the embedding table the mask row.
     plain = {name.replace(".base_model.model.", ".") for name in adapters}
     adapted = {f"{name.split('.lora_')[0]}.weight" for name in plain}
-    assert trained.changed == adapted | names_of(trained.read, "connector.") | {table_of(trained)}
+    assert trained.changed == adapted | connector | {table_of(trained)}
     assert changed_rows(trained) == [trained.mask_row]

@@ -24,11 +24,11 @@ from diffvl.families import check_supported, family_of, find_recipe, named_check
 from diffvl.prepare import Source, prepare, read_parts
 from diffvl.progress import quiet_libraries, read_json_lines, spinner_or_line
 from diffvl.report import print_summary, write_report
+from diffvl.resume import BEFORE_FILE, is_finished, one_spelling, require_same_source, require_same_stage
 from diffvl.train import CHECKPOINTS, longest_trainable, precision, train
 
 DEFAULT_RECIPE = "llava"
 PREPARED = "prepared"
-BEFORE_FILE = "before.json"
 SHOWN = DecodeSettings(max_new_tokens=48)
 
 
@@ -73,17 +73,18 @@ def convert(request: ConvertRequest) -> Path:
     describe(plan, console)
     _check_targets(plan, request.resume)
     _check_data(plan, console)
+    process.wait_for_everyone()
     if request.dry_run:
         console.print("dry run: nothing was written")
         return plan.root
     start = plan.start
-    if plan.source is not None and not _finished(start):
+    if plan.source is not None and not is_finished(start):
         if process.is_main_process:
             prepare(plan.source, plan.recipe, start, console)
         process.wait_for_everyone()
     for stage in plan.stages:
         directory = plan.root / stage
-        if _finished(directory):
+        if is_finished(directory):
             console.print(f"[bold]{stage}[/bold]: finished already, kept: {directory}")
             if process.is_main_process:
                 _tidy(directory)
@@ -135,9 +136,9 @@ def _plan_model(request: ConvertRequest, model: str) -> Plan:
     path = Path(model)
     name = path.stem if path.suffix == ".gguf" else path.resolve().name if path.exists() else path.name
     root = request.out or Path("runs") / name
-    if request.stage == "diffuse" and _finished(root / "align"):
+    if request.stage == "diffuse" and is_finished(root / "align"):
         plan = _plan_start(request, root / "align")
-        if _place(plan.recipe.model or "") != _place(model):
+        if one_spelling(plan.recipe.model or "") != one_spelling(model):
             raise UsageError(f"{plan.start} was made from {plan.recipe.model}, not from {model}: choose another --out")
         return plan
     recipe_name = request.recipe or (named[1].recipe if named else DEFAULT_RECIPE)
@@ -211,29 +212,25 @@ def _resolve(request: ConvertRequest, tree: dict[str, Any], stages: tuple[StageN
     return resolve(tree, [*assignments, *request.assignments], where)
 
 
-def _finished(directory: Path) -> bool:
-    return (directory / checkpoint.STATE_FILE).is_file()
-
-
 def _check_targets(plan: Plan, resume: bool) -> None:
     """Refuses to touch what is there: finished directories, foreign ones, interrupted runs with other settings."""
     _check_root(plan.root)
     if plan.source is not None:
-        if resume and _finished(plan.start):
-            _require_same_source(plan.source, plan.recipe, plan.start)
+        if resume and is_finished(plan.start):
+            require_same_source(plan.source.model, plan.source.vision_tower, plan.recipe, plan.start)
         else:
             checkpoint.require_empty(plan.start)
     start = plan.start
     for name in plan.stages:
         directory = plan.root / name
-        if _finished(directory) and resume:
-            _require_same(plan.recipe, name, start, directory)
+        if is_finished(directory) and resume:
+            require_same_stage(plan.recipe, name, start, directory)
         else:
             checkpoint.require_empty(directory)
             work = checkpoint.partial(directory)
             if work.exists() and not resume:
                 raise UsageError(f"{work} holds an interrupted run: continue it with --resume, or remove it")
-            _require_same(plan.recipe, name, start, work)
+            require_same_stage(plan.recipe, name, start, work)
         start = directory
 
 
@@ -251,72 +248,16 @@ def _ours(path: Path) -> bool:
     return path.name.removesuffix(checkpoint.PARTIAL) in (PREPARED, *STAGES)
 
 
-def _require_same_source(source: Source, recipe: Recipe, prepared: Path) -> None:
-    """What was prepared is used again only for the same checkpoint, tower and settings."""
-    path = prepared / checkpoint.RECIPE_FILE
-    begun = resolve(read_yaml(path), [], str(path))
-    model, tower = checkpoint.read_state(prepared)["parents"]
-    ours = _prepared_as(source.model, source.vision_tower, recipe)
-    _refuse_changes(ours, _prepared_as(model, tower, begun), prepared)
-
-
-def _prepared_as(model: str, tower: str, recipe: Recipe) -> dict[str, Any]:
-    facts = {"model": _place(model), "prepare.vision_tower": _place(tower), "seed": recipe.seed}
-    return _flat(recipe.prepare.model_dump(), "prepare.") | facts
-
-
-def _require_same(recipe: Recipe, stage: StageName, start: Path, directory: Path) -> None:
-    """A resumed stage must have the settings it began with: its result is that of one uninterrupted run."""
-    path = directory / checkpoint.RECIPE_FILE
-    if not path.is_file():
-        return
-    begun = resolve(read_yaml(path), [], str(path))
-    ours, theirs = _flat(recipe.stages[stage].model_dump()), _flat(begun.stages[stage].model_dump())
-    ours |= {"seed": recipe.seed, "start": _place(str(start))}
-    theirs |= {"seed": begun.seed, "start": _begun_from(directory)}
-    if not Path(theirs["start"]).exists():  # moved since
-        del ours["start"], theirs["start"]
-    _refuse_changes(ours, theirs, directory)
-
-
-def _begun_from(directory: Path) -> str:
-    """The directory that a finished or interrupted stage started from."""
-    if _finished(directory):
-        return _place(checkpoint.read_state(directory)["parents"][0])
-    return _place(checkpoint.read_json(directory / BEFORE_FILE)["start"])
-
-
-def _place(name: str) -> str:
-    """A model's name, in one spelling where it is a path."""
-    return str(Path(name).resolve()) if Path(name).exists() else name
-
-
-def _refuse_changes(ours: dict[str, Any], theirs: dict[str, Any], directory: Path) -> None:
-    changed = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
-    if changed:
-        lines = "\n".join(f"  {key}: began with {theirs.get(key)!r}, asked for {ours.get(key)!r}" for key in changed)
-        raise ConfigError(
-            f"{directory} has other settings, --resume cannot continue it:\n{lines}\nuse the same, or another --out"
-        )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
 def _check_data(plan: Plan, console: Console) -> None:
     """Reads the data of every stage to come, before any work: a mistake in the last one must not cost the first one's hours."""
-    if plan.source is not None and not _finished(plan.start):
+    if plan.source is not None and not is_finished(plan.start):
         parts = read_parts(plan.source, plan.recipe)
         trunk, processor = parts.config.get_text_config(decoder=True), parts.processor
     else:
         config, processor = checkpoint.load_description(plan.start)
         trunk = config.text_config
     for name in plan.stages:
-        if _finished(plan.root / name):
+        if is_finished(plan.root / name):
             continue
         stage = plan.recipe.stages[name]
         try:
