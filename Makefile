@@ -47,8 +47,9 @@ check: lint ## everything that CI runs: lint, types, tests
 
 # --- the demo: SmolLM2-135M learns to see coloured shapes --------------------------------------------------------------------
 
-DEMO := $(RUNS)/demo
-DEMO_DATA := $(RUNS)/demo-data
+# The recipe names runs/demo-data, so these two do not move with RUNS.
+DEMO := runs/demo
+DEMO_DATA := runs/demo-data
 SMOLLM := $(MODELS)/smollm2-135m-instruct
 DINO := $(MODELS)/dinov2-small
 
@@ -57,10 +58,10 @@ demo-models: $(STAMP) ## the demo's two pretrained models
 
 demo: demo-models ## the whole way on this machine's CPU; again: goes on from what is done
 	$(DIFFVL) shapes $(DEMO_DATA)
-	$(DIFFVL) convert $(SMOLLM) --recipe demo --stage align --set prepare.vision_tower=$(DINO) --data $(DEMO_DATA)/align.json --out $(DEMO) --resume
-	$(DIFFVL) convert --from $(DEMO)/align --stage diffuse --data $(DEMO_DATA)/train.json --resume
-	$(DIFFVL) evaluate $(DEMO)/align --data $(DEMO_DATA)/test.json
-	$(DIFFVL) evaluate $(DEMO)/diffuse --data $(DEMO_DATA)/test.json
+	$(DIFFVL) convert $(SMOLLM) --recipe demo --set prepare.vision_tower=$(DINO) --out $(DEMO) --resume
+	$(DIFFVL) evaluate $(DEMO)/diffuse --data $(DEMO_DATA)/test.json --limit 100
+	$(DIFFVL) generate $(DEMO)/diffuse --image $(DEMO_DATA)/images/test/00000.png --prompt "How many shapes are there?"
+	@echo "report: $(DEMO)/diffuse/report.html   (open it in a browser)"
 
 # --- the paper's recipe ------------------------------------------------------------------------------------------------------
 

@@ -158,7 +158,7 @@ def models() -> None:
         ["name", "hub repo", "family", "vision tower", "recipe"],
         [(name, entry.repo, family.model_type, entry.vision_tower, entry.recipe) for name, entry, family in named],
     )
-    _print_table(["family", "traits", "exports"], [(f.model_type, f.note, ", ".join(f.layouts)) for f in families])
+    _print_table(["family", "traits"], [(f.model_type, f.note) for f in families])
 
 
 @app.command(epilog="Example:  diffvl recipes, then  diffvl convert qwen2.5-0.5b --recipe lora")

@@ -296,8 +296,21 @@ def run_stage(start: Path, recipe: Recipe, stage: StageName, directory: Path, re
 
 def _tidy(directory: Path) -> None:
     """Removes from a finished directory what only an unfinished one needs; a kill may have come between its name and this."""
-    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+    _drop_checkpoints(directory)
     (directory / BEFORE_FILE).unlink(missing_ok=True)
+
+
+def _drop_checkpoints(directory: Path) -> None:
+    """Removes what only a resume needs (the optimiser's state is larger than the model); tensorboard's files stay."""
+    folder = directory / CHECKPOINTS
+    if not folder.is_dir():
+        return
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    if any(folder.iterdir()):
+        folder.rename(directory / "tensorboard")
+    else:
+        folder.rmdir()
 
 
 def _write_samples(work: Path, recipe: Recipe, stage: StageName, console: Console) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from diffvl.checkpoint import load_checkpoint
 from diffvl.data.chat import IMAGE_MARKER
 from diffvl.data.images import open_picture
+from diffvl.data.loader import longest_sample
 from diffvl.errors import UsageError
 from diffvl.hub.generation_diffvl import BlockGenerationOutput, check_settings
 from diffvl.hub.processing_diffvl import DiffVLProcessor
@@ -73,10 +74,14 @@ def answer(decoder: Decoder, images: Sequence[Path], prompt: str, settings: Deco
 
 
 @torch.no_grad()
-def answer_chats(decoder: Decoder, chats: list[list[dict[str, Any]]], settings: DecodeSettings) -> list[Answer]:
+def answer_chats(
+    decoder: Decoder, chats: list[list[dict[str, Any]]], settings: DecodeSettings, shorten: bool = False
+) -> list[Answer]:
     """Answers several conversations in one batch; picture parts carry their pictures. `forwards` and `seconds` of an answer
     are those of the batch.
 
+    Args:
+        shorten: True lets the answers end where the context ends, before `max_new_tokens`.
     Raises:
         UsageError: if the settings do not fit the checkpoint, or a prompt does not fit its context.
     """
@@ -89,12 +94,14 @@ def answer_chats(decoder: Decoder, chats: list[list[dict[str, Any]]], settings: 
     except ValueError as error:
         raise UsageError(str(error)) from error
     length = inputs["input_ids"].shape[1]
-    limit = getattr(model.config.text_config, "max_position_embeddings", None)
-    if limit is not None and length + settings.max_new_tokens + model.config.block_size > limit:
-        raise UsageError(
-            f"a prompt of {length} tokens and {settings.max_new_tokens} new ones do not fit the context of {limit}: shorten the "
-            "prompt or lower --max-new-tokens"
-        )
+    limit = context_length(decoder)
+    if limit is not None and length + settings.max_new_tokens > limit:
+        if not shorten or length >= limit:
+            raise UsageError(
+                f"a prompt of {length} tokens and {settings.max_new_tokens} new ones do not fit the context of {limit}: shorten "
+                "the prompt or lower --max-new-tokens"
+            )
+        settings = replace(settings, max_new_tokens=limit - length)
     output = model.generate(**inputs.to(model.device), return_dict_in_generate=True, **_generate_arguments(settings))
     assert isinstance(output, BlockGenerationOutput) and output.sequences is not None and output.forwards is not None
     seconds = time.monotonic() - began
@@ -104,6 +111,13 @@ def answer_chats(decoder: Decoder, chats: list[list[dict[str, Any]]], settings: 
         text = processor.tokenizer.decode(row[: stop + 1], skip_special_tokens=True).strip()
         answers.append(Answer(text, stop + 1, output.forwards, seconds))
     return answers
+
+
+def context_length(decoder: Decoder) -> int | None:
+    """Tokens of prompt and answer that the checkpoint can take in whole blocks; None without a limit."""
+    config = decoder.model.config
+    context = getattr(config.text_config, "max_position_embeddings", None)
+    return longest_sample(context, config.block_size, config.grid)
 
 
 def _generate_arguments(settings: DecodeSettings) -> dict[str, Any]:

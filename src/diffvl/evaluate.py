@@ -17,12 +17,13 @@ from diffvl.data.collate import collate
 from diffvl.data.images import open_picture
 from diffvl.data.loader import SampleDataset, batches_of, load_data, open_samples
 from diffvl.data.records import Record
-from diffvl.decode import Decoder, DecodeSettings, answer_chats, load_for_decoding
+from diffvl.decode import Decoder, DecodeSettings, answer_chats, context_length, load_for_decoding
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.objective import measure, scores
 from diffvl.progress import track
 
 BATCH_SIZE = 8
+UNLIMITED = 10**9  # tokens
 SHOWN_SAMPLES = 12
 
 
@@ -34,8 +35,8 @@ def evaluate_directory(directory: Path, data: Path, limit: int | None, settings:
     """
     console = Console(stderr=True)
     decoder = load_for_decoding(directory)
-    context = getattr(decoder.model.config.text_config, "max_position_embeddings", None) or 10**9
-    samples = open_samples(data, Data(max_length=context), decoder.processor)
+    room = Data(max_length=context_length(decoder) or UNLIMITED)
+    samples = open_samples(data, room, decoder.processor, advice="the checkpoint's context holds no more: remove them")
     count = len(samples) if limit is None else min(limit, len(samples))
     figures: dict[str, float | int | str] = {
         "checkpoint": str(directory),
@@ -49,7 +50,7 @@ def evaluate_directory(directory: Path, data: Path, limit: int | None, settings:
     questions = list(_questions(samples, count))
     chunks = [questions[start : start + BATCH_SIZE] for start in range(0, len(questions), BATCH_SIZE)]
     for chunk in track(console, chunks, len(chunks), "answering"):
-        answers = answer_chats(decoder, [_chat(record, turn) for record, turn in chunk], settings)
+        answers = answer_chats(decoder, [_chat(record, turn) for record, turn in chunk], settings, shorten=True)
         for (record, turn), given in zip(chunk, answers, strict=True):
             truth = record.turns[turn].text
             exact.append(is_exact(given.text, truth))
@@ -106,7 +107,8 @@ def held_out_answers(directory: Path, data: Data, settings: DecodeSettings, cons
     chunks = [records[start : start + BATCH_SIZE] for start in range(0, count, BATCH_SIZE)]
     for chunk in track(console, chunks, len(chunks), "answering held-out questions"):
         turns = [next(_answer_turns(record)) for record in chunk]
-        answers = answer_chats(decoder, [_chat(record, turn) for record, turn in zip(chunk, turns, strict=True)], settings)
+        chats = [_chat(record, turn) for record, turn in zip(chunk, turns, strict=True)]
+        answers = answer_chats(decoder, chats, settings, shorten=True)
         for record, turn, given in zip(chunk, turns, answers, strict=True):
             shown.append(
                 {

@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import transformers
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from diffvl.config import Section, parse, read_yaml
 from diffvl.errors import ConfigError, UnsupportedModelError
-
-Layout = Literal["native", "sdar_v", "sdar"]
 
 SIGLIP2 = "google/siglip2-so400m-patch14-384"  # the vision tower of the papers
 MASKABLE_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
@@ -51,15 +49,8 @@ class Family(Section):
     mask_token: MaskToken = MaskToken()
     image_token: str = Field(default="<image>", min_length=1, description="taken as it is where the tokenizer has it, else added")
     lora_targets: str = Field(default=ALL_LINEAR, description="regular expression over the trunk's module names, or all-linear")
-    layouts: tuple[Layout, ...] = Field(default=("native",), description="what `export` may write")
     vision_tower: str = Field(default=SIGLIP2, description="for checkpoints without a name of their own")
     checkpoints: dict[str, NamedCheckpoint] = {}
-
-    @model_validator(mode="after")
-    def _has_native(self) -> "Family":
-        if "native" not in self.layouts:
-            raise ValueError("layouts must hold native: every family has it")
-        return self
 
 
 # --- the folders convert/ and recipes/ -----------------------------------------------------------------------------------

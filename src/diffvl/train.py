@@ -25,7 +25,7 @@ from diffvl import checkpoint
 from diffvl.config import Objective, Recipe, Stage, StageName
 from diffvl.data.collate import collate, raise_bad_record
 from diffvl.data.loader import SampleDataset, StageData, batches_of, load_data, longest_sample
-from diffvl.errors import CheckpointError, TrainingError
+from diffvl.errors import CheckpointError, TrainingError, UsageError
 from diffvl.families import family_of
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
@@ -95,7 +95,7 @@ def fit_to_stage(model: DiffVLForConditionalGeneration, stage: Stage, seed: int)
         attach_mask_row(model)
     freeze_others(model, stage)
     if stage.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def unfit(model: DiffVLForConditionalGeneration, stage: Stage, dtype: torch.dtype) -> None:
@@ -244,9 +244,6 @@ class StageTrainer(Trainer):
             save_file(kept, folder / TRAINABLE_FILE, metadata={"format": "pt"})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
         saved = load_file(Path(resume_from_checkpoint) / TRAINABLE_FILE)
         trainable = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         if saved.keys() != trainable.keys():
@@ -302,6 +299,9 @@ def build_trainer(
         callbacks=[MetricsLog(work / "metrics.jsonl", stage_name)],
     )
     trainer.remove_callback(PrinterCallback)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        # Folding the mask row and merging adapters need whole parameters; sharded ones are not gathered yet.
+        raise UsageError("sharded training (FSDP, DeepSpeed) is not supported yet: launch with plain data parallelism")
     return trainer
 
 

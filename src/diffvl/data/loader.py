@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,11 @@ def load_data(data: Data, processor: DiffVLProcessor, longest: int | None) -> St
     return StageData(SampleDataset(train.records, kept, processor), SampleDataset(train.records, apart, processor))
 
 
-def open_samples(path: Path, data: Data, processor: DiffVLProcessor) -> SampleDataset:
-    """One file's samples; records longer than `max_length` are an error or left out, never cut."""
+SHORTEN = "raise data.max_length, or set data.too_long=drop to leave them out"
+
+
+def open_samples(path: Path, data: Data, processor: DiffVLProcessor, advice: str = SHORTEN) -> SampleDataset:
+    """One file's samples; records longer than `max_length` are an error (that ends with the advice) or left out, never cut."""
     records = open_records(path)
     lengths = _lengths(records, processor)
     long = [index for index, length in enumerate(lengths) if length > data.max_length]
@@ -102,15 +106,21 @@ def open_samples(path: Path, data: Data, processor: DiffVLProcessor) -> SampleDa
         shown = "\n".join(f"  {record_at(records, index).source}: {lengths[index]} tokens" for index in long[:SHOWN_PROBLEMS])
         more = f"\n  and {len(long) - SHOWN_PROBLEMS} more" if len(long) > SHOWN_PROBLEMS else ""
         raise DataError(
-            f"{path}: {len(long)} of {len(records)} records are longer than data.max_length = {data.max_length} "
-            f"(pictures included):\n{shown}{more}\nraise data.max_length, or set data.too_long=drop to leave them out"
+            f"{path}: {len(long)} of {len(records)} records are longer than {data.max_length} tokens "
+            f"(pictures included):\n{shown}{more}\n{advice}"
         )
     if long:
-        log.warning("%s: left out %d of %d records longer than %d tokens", path, len(long), len(records), data.max_length)
+        _tell_left_out(path, len(long), len(records), data.max_length)
     kept = [index for index, length in enumerate(lengths) if length <= data.max_length]
     if not kept:
-        raise DataError(f"{path}: all {len(records)} records are longer than data.max_length = {data.max_length}")
+        raise DataError(f"{path}: all {len(records)} records are longer than {data.max_length} tokens; {advice}")
     return SampleDataset(records, kept, processor)
+
+
+@cache
+def _tell_left_out(path: Path, long: int, records: int, limit: int) -> None:
+    """Once a run: a stage opens its files several times."""
+    log.warning("%s: left out %d of %d records longer than %d tokens", path, long, records, limit)
 
 
 def check_pictures(data: StageData, most: int, console: Console) -> None:

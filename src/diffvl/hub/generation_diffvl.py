@@ -92,6 +92,9 @@ class BlockDecoder:
         self.forwards = 0
         self.pixel_values = pixel_values
         self._lay_out_prompt(input_ids, valid, answer_index)
+        pictures, found = 0 if pixel_values is None else len(pixel_values), int((self.image_index >= 0).sum())
+        if found != pictures * self.config.image_tokens:
+            raise ValueError(f"{pictures} pictures give {pictures * self.config.image_tokens} image tokens, the text has {found}")
 
     def _lay_out_prompt(self, input_ids: torch.Tensor, valid: torch.Tensor, answer_index: torch.Tensor) -> None:
         """Rows of the prompt, right-padded, with the first token of the new answer behind it to find its block."""
@@ -276,7 +279,12 @@ class BlockGeneration:
         """
         config = self.config
         settings = generation_config or self.generation_config
-        max_new_tokens = int(max_new_tokens or getattr(settings, "max_new_tokens", None) or 128)
+        if max_new_tokens is None:
+            max_new_tokens = getattr(settings, "max_new_tokens", None) or 128
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}, expected 1 or more")
+        if temperature == 0 and (top_k is not None or top_p is not None):
+            raise ValueError("top_k and top_p have no effect at temperature 0: give a temperature, or leave them out")
         steps = denoising_steps if denoising_steps is not None else config.block_size
         check_settings(steps, config.block_size, remasking, threshold, temperature)
         if remasking == "low_confidence_dynamic" and threshold is None:

@@ -1,0 +1,298 @@
+"""Decoding with a model that says what a script tells it: which tokens settle, how many forwards it takes, where it ends.
+
+Train = decode and batches of real models are in tests/test_invariant_decoding.py.
+"""
+
+import re
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import Loaded
+from helpers import ORDINARY
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
+
+from diffvl.hub.generation_diffvl import BlockCache, BlockGeneration, BlockGenerationOutput, check_settings, choose
+
+MASK, IMAGE, STOP, PAD, VOCABULARY, ROWS = 30, 31, 29, 28, 32, 36
+
+
+class Scripted(BlockGeneration):
+    """Predicts, for position p, the token `script[p]` with a logit of `height[p]`; and with a higher one, always, what may
+    never be predicted: the mask token, the image token and a spare row of the table."""
+
+    def __init__(self, script: list[int], height: list[float] | None = None, **settings: Any) -> None:
+        common = {"mask_token_id": MASK, "image_token_id": IMAGE, "vocabulary_size": VOCABULARY, "image_tokens": 2}
+        decoding = {"block_size": 4, "grid": "absolute", "context": "block", "target": "same"}
+        self.config = SimpleNamespace(**common, stop_token_ids=[STOP], **{**decoding, **settings})
+        self.generation_config = GenerationConfig(pad_token_id=PAD)
+        self.language_model = SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa", sliding_window=None))
+        self.script, self.height = torch.tensor(script), torch.tensor(height or [5.0] * len(script))
+        self.calls: list[tuple[list[int], bool]] = []
+
+    def get_input_embeddings(self) -> Any:
+        return SimpleNamespace(weight=torch.zeros(1))
+
+    def __call__(self, ids: torch.Tensor, **given: Any) -> Any:
+        self.calls.append((ids[0].tolist(), given["store_kv"]))
+        logits = torch.zeros(*ids.shape, ROWS)
+        predicted = given["position_ids"] + (self.config.target == "shift")
+        predicted = predicted.clamp_max(len(self.script) - 1)
+        logits.scatter_(2, self.script[predicted][..., None], self.height[predicted][..., None])
+        logits[..., [MASK, IMAGE, VOCABULARY + 1]] = 40.0
+        return SimpleNamespace(logits=logits[given["logits_rows"]])
+
+    def answer(self, prompt: list[int], **settings: Any) -> list[int]:
+        sequence = self.generate(torch.tensor([prompt]), **settings)
+        assert isinstance(sequence, torch.Tensor) and sequence[0, : len(prompt)].tolist() == prompt
+        return sequence[0, len(prompt) :].tolist()
+
+    @property
+    def denoising(self) -> list[list[int]]:
+        return [ids for ids, store in self.calls if not store]
+
+
+def endless(**settings: Any) -> Scripted:
+    """Position p holds token p, up to 27, and there is no stop."""
+    return Scripted([position % 28 for position in range(200)], **settings)
+
+
+# --- which tokens settle -------------------------------------------------------------------------------------------------------
+
+
+def picked(confidence: list[float], masked: list[int], quota: int, threshold: float | None = None) -> list[int]:
+    chosen = choose(torch.tensor([confidence]), torch.tensor([masked]).bool(), torch.tensor([quota]), threshold)
+    return chosen[0].nonzero()[:, 0].tolist()
+
+
+def test_choose_static():
+    confidence = [0.1, 0.9, 0.5, 0.7]
+    assert picked(confidence, [1, 1, 1, 1], 2) == [1, 3]
+    assert picked(confidence, [1, 0, 1, 1], 2) == [2, 3], "a settled token is not chosen again"
+    assert picked(confidence, [1, 0, 0, 0], 3) == [0], "no more than are masked"
+    assert picked(confidence, [0, 0, 0, 0], 2) == []
+    assert picked(confidence, [1, 1, 1, 1], 0) == []
+    assert picked([0.5, 0.5, 0.5, 0.5], [1, 1, 1, 1], 2) == [0, 1], "the first of equals"
+    assert picked([0.0, 0.0, 0.0, 0.0], [0, 0, 1, 1], 1) == [2], "even without any confidence"
+
+
+def test_choose_dynamic():
+    confidence = [0.95, 0.2, 0.93, 0.99]
+    assert picked(confidence, [1, 1, 1, 1], 1, 0.9) == [0, 2, 3], "all that are sure"
+    assert picked(confidence, [1, 1, 1, 0], 1, 0.9) == [0, 2]
+    assert picked(confidence, [0, 1, 0, 0], 1, 0.9) == [1], "the quota where none is sure"
+    assert picked(confidence, [1, 1, 1, 1], 4, 0.9) == [0, 1, 2, 3], "the quota where too few are sure"
+    assert picked(confidence, [0, 1, 0, 0], 3, 0.9) == [1], "clamped to the masks that are left"
+    assert picked([0.9, 0.1, 0.1, 0.1], [1, 1, 1, 1], 0, 0.9) == [], "more than the threshold, not as much"
+
+
+def test_choose_takes_rows_apart():
+    confidence = torch.tensor([[0.9, 0.1, 0.8], [0.1, 0.95, 0.2]])
+    masked = torch.tensor([[True, True, True], [True, False, True]])
+    assert choose(confidence, masked, torch.tensor([1, 2]), None).tolist() == [[True, False, False], [True, False, True]]
+
+
+# --- how a block is filled -----------------------------------------------------------------------------------------------------
+
+
+def test_static_settles_the_most_confident_first():
+    model = Scripted([0, 1, 2, 3, 4, 5, 6, 7], height=[1.0, 1.0, 1.0, 1.0, 2.0, 9.0, 4.0, 7.0])
+    assert model.answer([0, 1, 2, 3], max_new_tokens=4) == [4, 5, 6, 7]
+    assert model.denoising == [[MASK] * 4, [MASK, 5, MASK, MASK], [MASK, 5, MASK, 7], [MASK, 5, 6, 7]]
+
+
+@pytest.mark.parametrize(("steps", "sizes"), [(1, [4]), (2, [2, 2]), (3, [2, 1, 1]), (4, [1, 1, 1, 1])])
+def test_steps_are_the_forwards_of_a_block(steps: int, sizes: list[int]):
+    """Three whole blocks: prefill, `steps` forwards each, and a commit between two; the remainder goes to the first steps."""
+    model = endless()
+    output = model.generate(torch.arange(8)[None], max_new_tokens=12, denoising_steps=steps, return_dict_in_generate=True)
+    assert isinstance(output, BlockGenerationOutput) and output.sequences is not None
+    assert output.sequences[0].tolist() == list(range(20))
+    assert (output.forwards, output.tokens) == (1 + 3 * steps + 2, 12)
+    open_masks = [ids.count(MASK) for ids in model.denoising]
+    settled = [before - after for before, after in zip(open_masks, [*open_masks[1:], 0], strict=True)]
+    assert settled[: len(sizes) - 1] == sizes[:-1]
+    assert [store for _, store in model.calls] == [True, *[False] * steps, True, *[False] * steps, True, *[False] * steps]
+
+
+def test_what_is_committed_is_what_was_settled():
+    model = endless()
+    model.answer([0, 1, 2, 3, 4, 5], max_new_tokens=8, denoising_steps=2)
+    stored = [ids for ids, store in model.calls if store]
+    assert stored == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert model.denoising[0] == [4, 5, MASK, MASK], "the prompt's tail stands in the first block"
+
+
+def test_a_first_block_with_few_masks_takes_no_more_forwards_than_masks():
+    model = endless()
+    model.answer([0, 1, 2, 3, 4, 5, 6], max_new_tokens=5, denoising_steps=4)
+    assert len(model.denoising) == 1 + 4
+
+
+def test_dynamic_needs_fewer_forwards_where_the_model_is_sure():
+    sure, unsure = endless(), endless()
+    unsure.height = torch.full_like(unsure.height, 1.0)
+    arguments = {"max_new_tokens": 8, "remasking": "low_confidence_dynamic"}
+    assert sure.answer([0, 1, 2, 3], threshold=0.5, **arguments) == list(range(4, 12)) and len(sure.denoising) == 2
+    assert unsure.answer([0, 1, 2, 3], threshold=0.5, **arguments) == list(range(4, 12)) and len(unsure.denoising) == 8
+    # 0.9 by default: a logit of 5 among 30 tokens has a probability of about 0.84.
+    default = endless()
+    assert default.answer([0, 1, 2, 3], **arguments) == list(range(4, 12)) and len(default.denoising) == 8
+
+
+@pytest.mark.parametrize("target", ["same", "shift"])
+@pytest.mark.parametrize("grid", ["absolute", "response"])
+@pytest.mark.parametrize("size", [1, 3, 4, 64])
+def test_every_grid_and_target_give_the_script(size: int, grid: str, target: str):
+    for length in (1, 3, 4, 5, 9):
+        model = endless(block_size=size, grid=grid, target=target, context="causal")
+        assert model.answer(list(range(length)), max_new_tokens=10) == list(range(length, length + 10))
+
+
+# --- where an answer ends ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 4, 5, 7, 8, 9])
+def test_max_new_tokens_is_exact(limit: int):
+    assert endless().answer([0, 1, 2, 3, 4], max_new_tokens=limit) == list(range(5, 5 + limit))
+
+
+def test_max_new_tokens_by_default():
+    assert len(endless().answer([0])) == 128
+    model = endless()
+    model.generation_config = GenerationConfig(max_new_tokens=6)
+    assert len(model.answer([0])) == 6
+    assert len(model.answer([0], max_new_tokens=3)) == 3
+    assert len(model.answer([0], generation_config=GenerationConfig(max_new_tokens=5))) == 5
+
+
+def test_nothing_follows_the_stop():
+    """Not even in the block of the stop, where the script goes on; a stop at the limit counts as one."""
+    script = [*range(10), STOP, 11, 12, STOP, *range(14, 28)]
+    assert Scripted(script).answer([0, 1, 2, 3, 4], max_new_tokens=20) == [5, 6, 7, 8, 9, STOP]
+    assert Scripted(script).answer([0, 1, 2, 3, 4], max_new_tokens=6) == [5, 6, 7, 8, 9, STOP]
+    assert Scripted(script).answer([0, 1, 2, 3, 4], max_new_tokens=5) == [5, 6, 7, 8, 9]
+    model = Scripted(script)
+    model.answer([0, 1, 2, 3, 4], max_new_tokens=20)
+    assert len(model.calls) == 1 + (3 + 4) + 1, "no forward after the block of the stop"
+
+
+def test_a_finished_row_waits_padded():
+    """Rows of one batch end apart: the first at once, the second at the limit."""
+    model = Scripted([*range(6), STOP, *range(7, 28)])
+    prompts = torch.tensor([[0, 1, 2, 3, 4, 5], [7, 8, 9, 10, 11, 12]])
+    mask = torch.ones_like(prompts)
+    output = model.generate(prompts, attention_mask=mask, max_new_tokens=5, return_dict_in_generate=True)
+    assert isinstance(output, BlockGenerationOutput) and output.sequences is not None
+    assert output.sequences[:, 6:].tolist() == [[STOP], [STOP]] and output.tokens == 2
+    late = prompts[:, :4].clone()
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])  # the second row is two tokens behind
+    output = model.generate(late, attention_mask=mask, max_new_tokens=4, return_dict_in_generate=True)
+    assert isinstance(output, BlockGenerationOutput) and output.sequences is not None
+    assert output.sequences[:, 4:].tolist() == [[4, 5, STOP, PAD], [2, 3, 4, 5]] and output.tokens == 7
+
+
+def test_what_may_never_be_predicted_is_not():
+    """The script's tokens have a lower logit than the mask token, the image token and a spare row; sampled, too."""
+    model = endless()
+    greedy = model.answer([0, 1], max_new_tokens=40)
+    sampled = model.answer([0, 1], max_new_tokens=40, temperature=3.0)
+    assert greedy == [position % 28 for position in range(2, 42)]
+    assert sampled != greedy
+    for answer in (greedy, sampled):
+        assert not {MASK, IMAGE, *range(VOCABULARY, ROWS)} & set(answer)
+
+
+def test_sampling_repeats_by_seed():
+    def draw(seed: int, **settings: Any) -> list[int]:
+        return endless().answer([0], max_new_tokens=24, temperature=3.0, seed=seed, **settings)
+
+    before = torch.random.get_rng_state()
+    assert draw(1) == draw(1) != draw(2)
+    assert draw(1, top_k=1) == draw(2, top_k=1) == endless().answer([0], max_new_tokens=24)
+    assert draw(1, top_p=1e-6) == draw(1, top_k=1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+# --- settings that do not fit --------------------------------------------------------------------------------------------------
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"denoising_steps": 0}, "denoising_steps is 0, expected 1 to the block size, 4"),
+    ({"denoising_steps": 5}, "denoising_steps is 5, expected 1 to the block size, 4"),
+    ({"remasking": "random"}, "remasking is 'random', expected one of low_confidence_static, low_confidence_dynamic"),
+    ({"threshold": 0.5}, "threshold has no effect with low_confidence_static: use remasking='low_confidence_dynamic'"),
+    ({"threshold": 1.5, "remasking": "low_confidence_dynamic"}, "threshold is 1.5, expected 0 to 1"),
+    ({"temperature": -1.0}, "temperature is -1.0, expected 0 or more"),
+    ({"max_new_tokens": 0}, "max_new_tokens is 0, expected 1 or more"),
+    ({"top_k": 5}, "top_k and top_p have no effect at temperature 0"),
+    ({"image_sizes": torch.ones(1, 2)}, "1 image_sizes, but another number of pictures"),
+    ({"pixel_values": torch.ones(1, 3, 8, 8)}, "1 pictures give 2 image tokens, the text has 0"),
+]
+
+
+@pytest.mark.parametrize(("settings", "words"), WRONG, ids=lambda value: "-".join(value) if isinstance(value, dict) else "")
+def test_settings_that_do_not_fit(settings: dict[str, Any], words: str):
+    model = endless()
+    with pytest.raises(ValueError, match=re.escape(words)):
+        model.answer([0, 1, 2], **settings)
+    assert model.calls == []
+
+
+def test_pictures_and_placeholders_must_match():
+    with pytest.raises(ValueError, match="0 pictures give 0 image tokens, the text has 2"):
+        endless().answer([0, IMAGE, IMAGE])
+    with pytest.raises(ValueError, match="target 'shift' predicts a token from the one before it, but the prompt is empty"):
+        endless(target="shift").generate(torch.tensor([[0]]), attention_mask=torch.tensor([[0]]))
+
+
+def test_check_settings_takes_what_fits():
+    check_settings(1, 8, "low_confidence_static", None, 0.0)
+    check_settings(8, 8, "low_confidence_dynamic", 0.0, 1.5)
+
+
+# --- the cache, and the AR decoder ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_cache_can_be_read_without_being_written(loaded: Callable[[str], Loaded]):
+    """Also an empty one, as SDAR-VL's sequence has it for prompts shorter than a block."""
+    model, _ = loaded("llama")
+    ids = torch.randint(0, ORDINARY, (1, 12), generator=torch.Generator().manual_seed(0))
+    whole = model(ids).logits
+    cache = DynamicCache()
+    first = model(ids[:, :4], past_key_values=cache, use_cache=True, store_kv=False).logits
+    assert cache.get_seq_length() == 0
+    torch.testing.assert_close(first, whole[:, :4], rtol=1e-5, atol=2e-5)
+    model(ids[:, :8], past_key_values=cache, use_cache=True)
+    for _ in range(2):
+        rest = model(ids[:, 8:], past_key_values=cache, use_cache=True, store_kv=False).logits
+        assert cache.get_seq_length() == 8
+        torch.testing.assert_close(rest, whole[:, 8:], rtol=1e-5, atol=2e-5)
+
+
+def test_a_cache_that_forgets_is_refused(loaded: Callable[[str], Loaded]):
+    """A sliding cache drops keys that a window in the mask still counts."""
+    model, _ = loaded("mistral")
+    sliding = DynamicCache(config=model.config.text_config)
+    with pytest.raises(ValueError, match=r"store_kv=False needs a cache of plain layers: build it as DynamicCache\(\)"):
+        BlockCache.reading(sliding)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gpt2"])
+@torch.no_grad()
+def test_an_aligned_model_decodes_as_the_ar_model_does(
+    model_type: str, source: Callable[[str], object], loaded: Callable[[str], Loaded]
+):
+    """Blocks of one token, causal, shifted: greedy decoding of the source checkpoint, token for token."""
+    model, _ = loaded(model_type)
+    model.config.set_decoding("ar", block_size=1, context="causal", grid="response", target="shift")
+    stock = AutoModelForCausalLM.from_pretrained(source(model_type)).eval()
+    ids = torch.randint(0, ORDINARY, (1, 15), generator=torch.Generator().manual_seed(3))
+    given = model.generate(ids, max_new_tokens=12)
+    assert isinstance(given, torch.Tensor)
+    expected = ids
+    for _ in range(given.shape[1] - 15):
+        expected = torch.cat([expected, stock(input_ids=expected).logits[:, -1:].argmax(-1)], 1)
+    assert given.tolist() == expected.tolist()
