@@ -234,3 +234,7 @@ def _how_to_go_on(words: list[str]) -> str:
         return ""
     again = words if "--resume" in words else [*words, "--resume"]
     return f"To continue: diffvl {shlex.join(again)}"
+
+
+if __name__ == "__main__":
+    main()
