@@ -15,7 +15,7 @@ DIFFVL := $(BIN)/diffvl
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: help install test lint check demo demo-models recipe-llava clean
+.PHONY: help install test lint types check demo demo-models recipe-llava clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | while IFS=$$'\t' read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
@@ -41,9 +41,10 @@ lint: $(STAMP) ## ruff and the import rules
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports --no-logo
 
-check: lint ## everything that CI runs: lint, types, tests
+types: $(STAMP) ## pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest
+
+check: lint types test ## everything that CI runs: lint, types, tests
 
 # --- the demo: SmolLM2-135M learns to see coloured shapes --------------------------------------------------------------------
 

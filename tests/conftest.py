@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
-import datasets
+import datasets.config
 import pytest
 import torch
 from helpers import QUIET

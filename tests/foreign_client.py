@@ -77,8 +77,8 @@ def calling_sequence(
 
 @torch.no_grad()
 def visit(directory: str) -> tuple[dict[str, Any], torch.Tensor]:
-    model = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True).eval()
-    other = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).eval()
+    model: Any = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True).eval()
+    other: Any = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(directory, trust_remote_code=True)
     content = [{"type": "image", "image": Image.new("RGB", (40, 40), "red")}, {"type": "text", "text": "What is it?"}]
     messages = [{"role": "user", "content": content}]

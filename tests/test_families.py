@@ -146,7 +146,9 @@ def test_recipe_names_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     assert find_recipe("own.yaml") == Path("own.yaml")
     assert find_recipe("demo").name == "demo.yaml"
-    with pytest.raises(ConfigError, match=r"--recipe 'dmo': neither a file nor a known recipe\. Known: ar-control, demo, emoji, llava"):
+    with pytest.raises(
+        ConfigError, match=r"--recipe 'dmo': neither a file nor a known recipe\. Known: ar-control, demo, emoji, llava"
+    ):
         find_recipe("dmo")
 
 

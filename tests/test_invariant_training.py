@@ -161,10 +161,11 @@ def test_two_processes_are_one(
         for rank in range(2)
     ]
     try:
-        said = [process.communicate(timeout=120)[0] for process in processes]
+        said = [process.communicate(timeout=400)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
+            process.wait()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
     require_same_steps(metrics(partial(tmp_path / "run")), whole_steps)
 

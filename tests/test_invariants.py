@@ -6,6 +6,7 @@ test_invariant_export.py.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def kept_rows(model: Model, rows: int) -> list[int]:
 
 @pytest.mark.parametrize("model_type", TRUNKS)
 @torch.no_grad()
-def test_ar_parity(model_type: str, source: Callable[[str], object], loaded: Callable[[str], Loaded]):
+def test_ar_parity(model_type: str, source: Callable[[str], Path], loaded: Callable[[str], Loaded]):
     """Whatever form the causal mask takes, and whatever blocks are around, the logits are the source checkpoint's."""
     model, _ = loaded(model_type)
     stock = AutoModelForCausalLM.from_pretrained(source(model_type)).eval()
@@ -61,7 +62,7 @@ def test_ar_parity(model_type: str, source: Callable[[str], object], loaded: Cal
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("model_type", TRUNKS)
 @torch.no_grad()
-def test_ar_parity_with_padding(model_type: str, side: str, source: Callable[[str], object], loaded: Callable[[str], Loaded]):
+def test_ar_parity_with_padding(model_type: str, side: str, source: Callable[[str], Path], loaded: Callable[[str], Loaded]):
     model, _ = loaded(model_type)
     stock = AutoModelForCausalLM.from_pretrained(source(model_type)).eval()
     ids = torch.randint(0, ORDINARY, (2, 3 * WINDOW), generator=torch.Generator().manual_seed(0))

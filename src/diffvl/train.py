@@ -17,7 +17,7 @@ from accelerate import PartialState
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import is_tensorboard_available
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -277,6 +277,15 @@ class StageTrainer(Trainer):
         return str(getattr(self, "_staging", None) or super()._get_output_dir(trial))
 
 
+class LogAtCheckpoints(TrainerCallback):
+    """A log line at every checkpoint, that of the last step among them. So no average of a log line reaches over a checkpoint
+    (those of a resumed run are those of an uninterrupted one), and a run shorter than `log_every` has a line too."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_save:
+            control.should_log = True
+
+
 def build_trainer(
     model: DiffVLForConditionalGeneration,
     processor: DiffVLProcessor,
@@ -296,7 +305,7 @@ def build_trainer(
         train_dataset=data.train,
         eval_dataset=data.held_out,
         data_collator=partial(collate, pad_token_id=pad if pad is not None else model.config.stop_token_ids[0]),
-        callbacks=[MetricsLog(work / "metrics.jsonl", stage_name)],
+        callbacks=[LogAtCheckpoints(), MetricsLog(work / "metrics.jsonl", stage_name)],
     )
     trainer.remove_callback(PrinterCallback)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:

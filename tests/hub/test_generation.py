@@ -5,6 +5,7 @@ Train = decode and batches of real models are in tests/test_invariant_decoding.p
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -283,7 +284,7 @@ def test_a_cache_that_forgets_is_refused(loaded: Callable[[str], Loaded]):
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "gpt2"])
 @torch.no_grad()
 def test_an_aligned_model_decodes_as_the_ar_model_does(
-    model_type: str, source: Callable[[str], object], loaded: Callable[[str], Loaded]
+    model_type: str, source: Callable[[str], Path], loaded: Callable[[str], Loaded]
 ):
     """Blocks of one token, causal, shifted: greedy decoding of the source checkpoint, token for token."""
     model, _ = loaded(model_type)

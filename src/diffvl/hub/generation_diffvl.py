@@ -279,10 +279,9 @@ class BlockGeneration:
         """
         config = self.config
         settings = generation_config or self.generation_config
-        if max_new_tokens is None:
-            max_new_tokens = getattr(settings, "max_new_tokens", None) or 128
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}, expected 1 or more")
+        limit = int(getattr(settings, "max_new_tokens", None) or 128) if max_new_tokens is None else max_new_tokens
+        if limit < 1:
+            raise ValueError(f"max_new_tokens is {limit}, expected 1 or more")
         if temperature == 0 and (top_k is not None or top_p is not None):
             raise ValueError("top_k and top_p have no effect at temperature 0: give a temperature, or leave them out")
         steps = denoising_steps if denoising_steps is not None else config.block_size
@@ -296,7 +295,7 @@ class BlockGeneration:
             raise ValueError(f"{len(image_sizes)} image_sizes, but another number of pictures")
         decoder = BlockDecoder(self, input_ids, valid, answer_index, pixel_values)
         pick = _picker(temperature, top_k, top_p, seed, input_ids.device, config)
-        answers = self._decode(decoder, steps, threshold, max_new_tokens, pick)
+        answers = self._decode(decoder, steps, threshold, limit, pick)
         tokens = sum(len(answer) for answer in answers)
         sequences = _sequences(input_ids, answers, getattr(settings, "pad_token_id", None), config.stop_token_ids)
         if return_dict_in_generate:
