@@ -484,12 +484,11 @@ class Interrupted:
     message: str
 
 
-@pytest.fixture
-def interrupted(trunk: Path, recipe: Path, tmp_path: Path) -> Interrupted:
-    """A set too large to look at beforehand (check_images=0), read by a loader process, with one bad picture."""
+def interrupt(trunk: Path, recipe: Path, tmp_path: Path, workers: int) -> Interrupted:
+    """A set too large to look at beforehand (check_images=0), read by so many loader processes, with one bad picture."""
     file = write_data(tmp_path, *(record(image="bad.png" if number == 3 else "good.png") for number in range(6)))
     (tmp_path / "bad.png").write_text("I am no picture", encoding="utf-8")
-    settings = {"data.workers": 1, "data.check_images": 0, "save_every": 1, "batch_size": 1, "steps": 6}
+    settings = {"data.workers": workers, "data.check_images": 0, "save_every": 1, "batch_size": 1, "steps": 6}
     changes = [word for key, value in settings.items() for word in ("--set", f"stages.align.{key}={value}")]
     out = tmp_path / "out"
     words = ("convert", trunk, "--recipe", recipe, "--stage", "align", "--data", file, "--out", out, *changes)
@@ -497,7 +496,11 @@ def interrupted(trunk: Path, recipe: Path, tmp_path: Path) -> Interrupted:
     return Interrupted(words, out, tmp_path / "bad.png", message)
 
 
-def test_a_bad_picture_in_a_loader_process_stops_at_its_step_and_the_run_can_go_on(interrupted: Interrupted):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_picture_of_a_large_set_stops_the_run_at_its_step_and_it_can_go_on(
+    workers: int, trunk: Path, recipe: Path, tmp_path: Path
+):
+    interrupted = interrupt(trunk, recipe, tmp_path, workers)
     assert interrupted.message == (
         f"data.json:5: picture {interrupted.picture} cannot be read (cannot identify image file '{interrupted.picture}'); "
         "replace it or leave it out\n"
@@ -512,7 +515,10 @@ def test_a_bad_picture_in_a_loader_process_stops_at_its_step_and_the_run_can_go_
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
-def test_an_interrupted_run_goes_on_only_as_it_was(interrupted: Interrupted, source: Callable[[str], Path]):
+def test_an_interrupted_run_goes_on_only_as_it_was(
+    trunk: Path, recipe: Path, run: tiny_runs.Run, source: Callable[[str], Path], tmp_path: Path
+):
+    interrupted = interrupt(trunk, recipe, tmp_path, workers=0)
     before = tree(interrupted.out)
     words, out = interrupted.words, interrupted.out
     refused(*words, says=[f"{out / 'prepared'} exists and is not empty", "add --resume"])
@@ -528,13 +534,9 @@ def test_an_interrupted_run_goes_on_only_as_it_was(interrupted: Interrupted, sou
     other = source("qwen2")
     says = ["prepared has other settings", f"model: began with '{source('llama')}', asked for '{other}'"]
     refused(words[0], other, *words[2:], "--resume", says=says)
-    assert tree(out) == before
-
-
-def test_an_interrupted_run_goes_on_only_from_where_it_began(interrupted: Interrupted, run: tiny_runs.Run):
-    words, out = interrupted.words, interrupted.out
     says = ["align.partial has other settings", f"start: began with '{out / 'prepared'}', asked for '{run.root / 'prepared'}'"]
     refused("convert", "--from", run.root / "prepared", *words[2:], "--resume", says=says)
+    assert tree(out) == before
 
 
 # --- generate and evaluate -------------------------------------------------------------------------------------------------
@@ -610,13 +612,15 @@ def test_data_to_evaluate_on(run: tiny_runs.Run, tmp_path: Path):
 
 
 def test_a_bad_picture_in_a_process_of_its_own(run: tiny_runs.Run, tmp_path: Path):
-    """What a user sees: the message is the last thing on the screen and the only thing on stderr."""
-    file = write_data(tmp_path, record(image="bad.png"))
+    """What a user sees: the message is the last thing on the screen; a record left out is told before it, and nothing else."""
+    long = record(answer="Yes. " * 200)
+    file = write_data(tmp_path, record(image="bad.png"), record(), long)
     (tmp_path / "bad.png").write_text("I am no picture", encoding="utf-8")
     words = ("convert", "--from", run.align, "--stage", "diffuse", "--data", file, "--out", tmp_path / "out")
-    ended = tiny_runs.process(*words)
+    ended = tiny_runs.process(*words, "--set", "stages.diffuse.data.too_long=drop")
     assert ended.code == 2
-    assert ended.err == f"error: {the_message(ended.err)}"
+    told = f"{file}: left out 1 of 3 records longer than 400 tokens"
+    assert ended.err == f"{told}\nerror: {the_message(ended.err)}"
     assert the_message(ended.err).startswith(f"data.json:2: picture {tmp_path}/bad.png cannot be read")
     assert not (tmp_path / "out").exists()
 

@@ -170,6 +170,23 @@ def test_two_processes_are_one(
     require_same_steps(metrics(partial(tmp_path / "run")), whole_steps)
 
 
+def test_noise_is_drawn_by_optimiser_steps(
+    prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Step and progress of a draw count optimiser steps of the whole stage, not micro-steps and not those of an epoch."""
+    draws, loss_of = [], training.loss_of
+
+    def spy(*arguments: Any) -> Any:
+        draws.append(arguments[-1])
+        return loss_of(*arguments)
+
+    monkeypatch.setattr(training, "loss_of", spy)
+    recipe = stage_recipe(shapes["train"], objective=BETA, steps=4, batch_size=4, accumulation=2)
+    run(prepared("llama"), recipe, tmp_path / "run")
+    assert [(draw.seed, draw.step, draw.progress) for draw in draws[::2]] == [(0, step, step / 4) for step in range(4)]
+    assert draws[::2] == draws[1::2] and len(draws) == 8
+
+
 # --- 6. frozen means frozen -------------------------------------------------------------------------------------------------
 
 

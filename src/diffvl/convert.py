@@ -25,7 +25,7 @@ from diffvl.prepare import Source, prepare, read_parts
 from diffvl.progress import quiet_libraries, read_json_lines, spinner_or_line
 from diffvl.report import print_summary, write_report
 from diffvl.resume import BEFORE_FILE, is_finished, one_spelling, require_same_source, require_same_stage
-from diffvl.train import CHECKPOINTS, longest_trainable, precision, train
+from diffvl.train import CHECKPOINTS, STAGING, longest_trainable, precision, train
 
 DEFAULT_RECIPE = "llava"
 PREPARED = "prepared"
@@ -305,7 +305,7 @@ def _drop_checkpoints(directory: Path) -> None:
     folder = directory / CHECKPOINTS
     if not folder.is_dir():
         return
-    for path in folder.glob("checkpoint-*"):
+    for path in (*folder.glob("checkpoint-*"), *folder.glob(STAGING)):
         shutil.rmtree(path)
     if any(folder.iterdir()):
         folder.rename(directory / "tensorboard")

@@ -5,7 +5,9 @@ parameter groups, and the form of its checkpoints (only what trains, written bes
 stage it is in.
 """
 
+import gc
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -37,6 +39,7 @@ from diffvl.progress import MetricsLog, TrainingProgress
 
 CHECKPOINTS = "checkpoints"
 TRAINABLE_FILE = "model.safetensors"
+STAGING = "saving"  # under CHECKPOINTS: a checkpoint that has no name yet
 
 
 def train(start: Path, recipe: Recipe, stage_name: StageName, directory: Path, resume: bool, console: Console) -> Path:
@@ -70,6 +73,10 @@ def train(start: Path, recipe: Recipe, stage_name: StageName, directory: Path, r
         checkpoint.write_checkpoint(model, processor, work)
         progress = {"steps": trainer.state.global_step, "samples_per_step": samples_per_step(trainer.args), "seed": recipe.seed}
         checkpoint.write_state(work, recipe, {"kind": stage_name, "parents": [str(start)], "state": progress})
+    # The optimiser's state is as large as two models, and the trainer's objects hold each other.
+    trainer.accelerator.free_memory()
+    del trainer, model
+    gc.collect()
     return work
 
 
@@ -198,8 +205,12 @@ class StageTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             settings = self.stage.optim
+            # Fused: one kernel per tensor, and no temporaries as large as the model.
             self.optimizer = torch.optim.AdamW(
-                parameter_groups(model or self.model, self.stage), betas=(settings.beta1, settings.beta2), eps=settings.epsilon
+                parameter_groups(model or self.model, self.stage),
+                betas=(settings.beta1, settings.beta2),
+                eps=settings.epsilon,
+                fused=True,
             )
         return self.optimizer
 
@@ -232,6 +243,12 @@ class StageTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _init_training_state(self, *arguments: Any, **named: Any) -> tuple[int, int]:
+        """The epoch to go on with; behind the last one where all steps are done already (the run was killed after its last
+        checkpoint), because the loop would take one step more."""
+        epoch, batches = super()._init_training_state(*arguments, **named)
+        return (sys.maxsize, 0) if self.state.global_step >= self.state.max_steps else (epoch, batches)
+
     # Checkpoints hold what trains; the rest is bit-identical in the directory that the stage started from.
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
@@ -256,7 +273,7 @@ class StageTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Writes into a staging folder and renames, so that every folder named checkpoint-N is whole."""
         run_dir = Path(str(self.args.output_dir))
-        staging = run_dir / "saving"
+        staging = run_dir / STAGING
         if self.args.should_save and staging.exists():
             shutil.rmtree(staging)
         self.accelerator.wait_for_everyone()

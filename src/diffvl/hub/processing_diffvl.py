@@ -152,7 +152,9 @@ class DiffVLProcessor(ProcessorMixin):
         ids: list[int] = []
         offsets: list[int] = []
         for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
-            encoded = self.tokenizer(text[start:end], add_special_tokens=False, return_offsets_mapping=True)
+            # Not verbose: who calls compares the length with what fits, and says so in its own words.
+            piece = text[start:end]
+            encoded = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             ids += encoded["input_ids"]
             offsets += [start + offset[0] for offset in encoded["offset_mapping"]]
         return ids, offsets
