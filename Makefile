@@ -67,10 +67,13 @@ demo: demo-models ## the whole way on this machine's CPU; again: goes on from wh
 # --- the paper's recipe ------------------------------------------------------------------------------------------------------
 
 LLAVA_MODEL := qwen2.5-7b
+# One process for each GPU.
+LAUNCH = $(BIN)/accelerate launch -m diffvl.cli
 LLAVA_OUT := $(RUNS)/$(LLAVA_MODEL)
 ifeq ($(SCALE),smoke)
 # The same recipe file on random stand-ins, with sizes and steps that a CPU does in seconds.
 SMOKE := $(RUNS)/smoke
+LAUNCH = $(DIFFVL)
 LLAVA_MODEL := $(SMOKE)/models/trunk-qwen2
 LLAVA_OUT := $(SMOKE)/llava
 ALIGN_DATA := $(SMOKE)/data/align.json
@@ -88,7 +91,7 @@ ifeq ($(SCALE),smoke)
 else
 	@[ -n "$(ALIGN_DATA)" ] && [ -n "$(DIFFUSE_DATA)" ] || { echo "name the data: make recipe-llava ALIGN_DATA=blip_laion_cc_sbu_558k.json DIFFUSE_DATA=llava_next.json, or try it small: make recipe-llava SCALE=smoke" >&2; exit 2; }
 endif
-	$(DIFFVL) convert $(LLAVA_MODEL) --recipe llava --out $(LLAVA_OUT) $(addprefix --set ,$(LLAVA_SETTINGS) \
+	$(LAUNCH) convert $(LLAVA_MODEL) --recipe llava --out $(LLAVA_OUT) $(addprefix --set ,$(LLAVA_SETTINGS) \
 	  stages.align.data.train=$(ALIGN_DATA) stages.diffuse.data.train=$(DIFFUSE_DATA))
 
 clean: ## remove .venv and caches; runs and models stay

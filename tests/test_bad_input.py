@@ -507,12 +507,28 @@ def test_a_bad_picture_of_a_large_set_stops_the_run_at_its_step_and_it_can_go_on
     )
     work = interrupted.out / "align.partial"
     assert sorted(path.name for path in interrupted.out.iterdir()) == ["align.partial", "prepared"]
-    last = sorted(path.name for path in (work / "checkpoints").iterdir())
-    assert last and all(name.startswith("checkpoint-") for name in last)
+    kept = sorted(path.name for path in (work / "checkpoints").iterdir())
+    assert kept and all(name.startswith("checkpoint-") for name in kept)
     shutil.copy(interrupted.picture.with_name("good.png"), interrupted.picture)
     tiny_runs.succeed(*interrupted.words, "--resume")
     lines = [json.loads(line) for line in (interrupted.out / "align" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_training_checkpoint_with_a_file_cut_short(trunk: Path, recipe: Path, tmp_path: Path):
+    """And the one before it is still good."""
+    interrupted = interrupt(trunk, recipe, tmp_path, workers=0)
+    folder = interrupted.out / "align.partial" / "checkpoints"
+    *_, before, last = sorted(folder.iterdir())
+    for name in ("model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"):
+        spare = (last / name).read_bytes()
+        cut(last / name)
+        says = [f"{last / name}: damaged or cut short", f"remove {last}, and --resume goes on from the checkpoint before it"]
+        refused(*interrupted.words, "--resume", says=says)
+        (last / name).write_bytes(spare)
+    shutil.rmtree(last)
+    shutil.copy(interrupted.picture.with_name("good.png"), interrupted.picture)
+    assert f"going on after step {before.name.split('-')[1]}" in tiny_runs.succeed(*interrupted.words, "--resume").out
 
 
 def test_an_interrupted_run_goes_on_only_as_it_was(

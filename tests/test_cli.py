@@ -15,7 +15,7 @@ import typer.main
 from diffvl import cli, config
 from diffvl.data import shapes
 from diffvl.errors import CheckpointError
-from diffvl.hub import generation_diffvl
+from diffvl.hub import sampling_diffvl
 
 ENVIRONMENT = {"PYTHONPATH": str(Path(cli.__file__).parents[1]), "COLUMNS": "120"}  # of a process that finds diffvl's source
 VERBS = ["convert", "evaluate", "generate", "models", "recipes", "shapes"]
@@ -87,7 +87,7 @@ def test_no_flag_appears_or_disappears_unnoticed():
 
 
 def test_choices_are_those_of_the_package():
-    assert get_args(cli.Strategy) == generation_diffvl.STRATEGIES == (cli.STATIC, cli.DYNAMIC)
+    assert get_args(cli.Strategy) == sampling_diffvl.STRATEGIES == (cli.STATIC, cli.DYNAMIC)
     assert get_args(config.StageName) == config.STAGES
 
 

@@ -181,7 +181,7 @@ def test_noise_is_drawn_by_optimiser_steps(
         return loss_of(*arguments)
 
     monkeypatch.setattr(training, "loss_of", spy)
-    recipe = stage_recipe(shapes["train"], objective=BETA, steps=4, batch_size=4, accumulation=2)
+    recipe = stage_recipe(shapes["train"], objective=BETA, steps=4, batch_size=1, accumulation=2)
     run(prepared("llama"), recipe, tmp_path / "run")
     assert [(draw.seed, draw.step, draw.progress) for draw in draws[::2]] == [(0, step, step / 4) for step in range(4)]
     assert draws[::2] == draws[1::2] and len(draws) == 8

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from diffvl.optim import attach_mask_row, fold_mask_row, freeze_others, paramete
 from diffvl.standins import TRUNKS
 
 
-def stage(**settings: object) -> Stage:
+def stage(**settings: Any) -> Stage:
     return stage_recipe(Path("none.json"), **settings).stages["diffuse"]
 
 

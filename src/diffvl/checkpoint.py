@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shutil
+import zipfile
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationConfig
 
 from diffvl.config import Recipe, StageName, dump
@@ -34,7 +35,7 @@ AutoConfig.register(DiffVLConfig.model_type, DiffVLConfig)
 PARTIAL = ".partial"
 STATE_FILE = "diffvl.json"
 RECIPE_FILE = "run.yaml"
-HUB_FILES = tuple(f"{name}_diffvl.py" for name in ("configuration", "layout", "generation", "modeling", "processing"))
+HUB_FILES = tuple(f"{name}_diffvl.py" for name in ("configuration", "layout", "sampling", "generation", "modeling", "processing"))
 MODEL_CLASS = "modeling_diffvl.DiffVLForConditionalGeneration"
 MODEL_MAP = {
     "AutoConfig": "configuration_diffvl.DiffVLConfig",
@@ -64,13 +65,20 @@ def require_empty(directory: Path) -> None:
 def finish(directory: Path) -> None:
     """Gives a completed partial directory its name. The rename is the moment at which the output exists."""
     source = partial(directory)
-    for path in source.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    sync(source)
     if directory.exists():
         directory.rmdir()
     source.rename(directory)
+
+
+def sync(directory: Path) -> None:
+    """Puts a directory's files and names on the disk, before a rename says that they are whole."""
+    for path in (*directory.rglob("*"), directory, directory.parent):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_checkpoint(model: DiffVLForConditionalGeneration, processor: DiffVLProcessor, directory: Path) -> None:
@@ -197,6 +205,22 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}; copy the checkpoint again")
     return content
+
+
+def require_whole(folder: Path) -> None:
+    """Raises CheckpointError if a file of a training checkpoint was cut short; without it the one before can be resumed."""
+    for path in sorted(folder.iterdir()):
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+            elif path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
+                raise ValueError("not a whole archive")
+        except (SafetensorError, ValueError) as error:
+            advice = f"remove {folder}, and --resume goes on from the checkpoint before it"
+            raise CheckpointError(f"{path}: damaged or cut short ({error}); {advice}") from error
 
 
 def saved_dtype(directory: Path) -> torch.dtype:

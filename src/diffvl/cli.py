@@ -28,7 +28,7 @@ app = typer.Typer(
 )
 
 STATIC, DYNAMIC = "low_confidence_static", "low_confidence_dynamic"
-Strategy = Literal["low_confidence_static", "low_confidence_dynamic"]  # as `hub/generation_diffvl.py`; a test compares them
+Strategy = Literal["low_confidence_static", "low_confidence_dynamic"]  # as `hub/sampling_diffvl.py`; a test compares them
 
 MODEL_HELP = "A name from `diffvl models`, a hub id, a directory or a .gguf file; --stage diffuse can do without."
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random draw.")]

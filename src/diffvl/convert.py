@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from accelerate import PartialState
 from rich.console import Console
 
 from diffvl import checkpoint, weights
@@ -25,7 +24,7 @@ from diffvl.prepare import Source, prepare, read_parts
 from diffvl.progress import quiet_libraries, read_json_lines, spinner_or_line
 from diffvl.report import print_summary, write_report
 from diffvl.resume import BEFORE_FILE, is_finished, one_spelling, require_same_source, require_same_stage
-from diffvl.train import CHECKPOINTS, STAGING, longest_trainable, precision, train
+from diffvl.train import CHECKPOINTS, STAGING, longest_trainable, precision, process_state, train
 
 DEFAULT_RECIPE = "llava"
 PREPARED = "prepared"
@@ -67,7 +66,7 @@ def convert(request: ConvertRequest) -> Path:
         DiffvlError: on any mistake of the user; what was finished stays.
     """
     quiet_libraries()
-    process = PartialState()
+    process = process_state()
     console = Console(quiet=not process.is_main_process)
     plan = make_plan(request, console)
     describe(plan, console)
@@ -265,7 +264,7 @@ def _check_data(plan: Plan, console: Console) -> None:
                 data = load_data(stage.data, processor, longest_trainable(trunk, stage.objective))
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from error
-        if PartialState().is_main_process:
+        if process_state().is_main_process:
             check_pictures(data, stage.data.check_images, console)
 
 
@@ -274,7 +273,7 @@ def _check_data(plan: Plan, console: Console) -> None:
 
 def run_stage(start: Path, recipe: Recipe, stage: StageName, directory: Path, resume: bool, console: Console) -> None:
     """One stage from start to report; the directory gets its name when everything in it is written."""
-    process = PartialState()
+    process = process_state()
     work = checkpoint.partial(directory)
     data = recipe.stages[stage].data
     if process.is_main_process:

@@ -13,8 +13,9 @@ from diffvl.data.chat import IMAGE_MARKER
 from diffvl.data.images import open_picture
 from diffvl.data.loader import longest_sample
 from diffvl.errors import UsageError
-from diffvl.hub.generation_diffvl import BlockGenerationOutput, check_settings
+from diffvl.hub.generation_diffvl import BlockGenerationOutput
 from diffvl.hub.processing_diffvl import DiffVLProcessor
+from diffvl.hub.sampling_diffvl import check_settings
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,9 @@ class Family(Section):
     mask_token: MaskToken = MaskToken()
     image_token: str = Field(default="<image>", min_length=1, description="taken as it is where the tokenizer has it, else added")
     lora_targets: str = Field(default=ALL_LINEAR, description="regular expression over the trunk's module names, or all-linear")
+    chat_template: str | None = Field(
+        default=None, description="takes the place of a template that writes reasoning tags into answers but not into prompts"
+    )
     vision_tower: str = Field(default=SIGLIP2, description="for checkpoints without a name of their own")
     checkpoints: dict[str, NamedCheckpoint] = {}
 

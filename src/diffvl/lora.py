@@ -1,5 +1,7 @@
 """Low-rank adapters on the trunk, through peft; connector and mask row are trained in full beside them."""
 
+import re
+
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from diffvl.config import Lora
@@ -17,7 +19,7 @@ def add_adapters(model: DiffVLForConditionalGeneration, lora: Lora, family_targe
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
     try:
         model.language_model = get_peft_model(model.language_model, config)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise ConfigError(f"lora.targets {targets!r} does not fit this trunk: {error}") from error
 
 

@@ -17,8 +17,8 @@ import torch
 from diffvl.config import ArObjective, BlockDiffusionObjective, Objective, UniformNoise
 from diffvl.data.collate import Batch
 from diffvl.hub.configuration_diffvl import DiffVLConfig
-from diffvl.hub.generation_diffvl import never_predicted
 from diffvl.hub.layout_diffvl import Layout, NoisyStream, attention_masks, block_index, clean_layout, noisy_stream
+from diffvl.hub.sampling_diffvl import never_predicted
 from diffvl.loss import block_weights, token_cross_entropy
 from diffvl.noise import mask_ratios, masked_tokens, sample_generator
 
@@ -77,6 +77,12 @@ def measure(model: Any, config: DiffVLConfig, batches: Iterable[Any], objective:
     return totals
 
 
+def measured_sums(objective: Objective) -> list[str]:
+    """The names of what `measure` sums under an objective."""
+    names = ["correct", "cross_entropy", "predicted"]
+    return names if isinstance(objective, ArObjective) else ["correct", "cross_entropy", "eligible", "predicted"]
+
+
 def ar(model: Any, config: DiffVLConfig, batch: Batch) -> LossOutput:
     """Next-token cross-entropy on answers: position i - 1 predicts token i, under the trunk's own causal attention."""
     ids, answer, valid = batch["input_ids"], batch["answer_index"], batch["valid"]
@@ -115,8 +121,8 @@ def block_diffusion(model: Any, config: DiffVLConfig, batch: Batch, objective: B
     line = (asked | ar_rows).flatten().long().cumsum(0).view_as(asked) - 1
     # 5. Weighted cross-entropy of the masked tokens.
     forbidden = never_predicted(config, logits.shape[-1], logits.device)
-    targets = clean_of_noisy[corruption.masked]
-    entropy = token_cross_entropy(logits[line[at]], targets, forbidden)
+    targets, predicted = clean_of_noisy[corruption.masked], logits[line[at]]
+    entropy = token_cross_entropy(predicted, targets, forbidden)
     weights = block_weights(objective.weight, corruption.t, corruption.masked, stream.eligible, stream.block)
     weights = torch.where(stream.padding_stop, weights * objective.pad_weight, weights)[corruption.masked]
     loss = (weights.to(entropy.dtype) * entropy).sum()
@@ -127,7 +133,7 @@ def block_diffusion(model: Any, config: DiffVLConfig, batch: Batch, objective: B
     counted = ~stream.padding_stop[corruption.masked]
     sums = {
         "predicted": counted.sum(),
-        "correct": ((logits[line[at]].masked_fill(forbidden, float("-inf")).argmax(-1) == targets) & counted).sum(),
+        "correct": ((predicted.detach().masked_fill(forbidden, float("-inf")).argmax(-1) == targets) & counted).sum(),
         "cross_entropy": entropy.detach()[counted].sum(),
         "eligible": (stream.eligible & ~stream.padding_stop).sum(),
     }

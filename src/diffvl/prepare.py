@@ -4,6 +4,7 @@ The trunk is the stock model with its own weights; only rows are added to its ta
 again, and under a causal mask it must give the source checkpoint's logits. If it does not, nothing is left behind.
 """
 
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from diffvl.hub.modeling_diffvl import Connector, DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.progress import spinner_or_line
 
+log = logging.getLogger(__name__)
+REASONING_TAG = "<think>"
 PROBE_CHAT = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
 TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError)  # what the code inside a chat template may raise
 
@@ -99,6 +102,9 @@ def read_parts(source: Source, recipe: Recipe) -> Parts:
         checkpoint.read_json(generation)  # transformers would go on without a damaged one, and lose the stop tokens in it
     family = family_of(config.model_type)
     tokenizer = load_tokenizer(source)
+    if family.chat_template is not None and REASONING_TAG in tokenizer.chat_template:
+        log.warning("%s: its chat template writes %s into some answers; replaced by the family's", source.model, REASONING_TAG)
+        tokenizer.chat_template = family.chat_template
     tower_config, image_processor = load_tower_parts(source)
     image_size = square_processor(image_processor, tower_config, recipe.prepare)
     stop, known = stop_token(tokenizer), len(tokenizer)

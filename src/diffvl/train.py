@@ -9,7 +9,7 @@ import gc
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.lora import add_adapters, merge_adapters
 from diffvl.noise import sample_generator
-from diffvl.objective import Draw, LossOutput, loss_of, measure, rates, scores
+from diffvl.objective import Draw, LossOutput, loss_of, measure, measured_sums, rates, scores
 from diffvl.optim import attach_mask_row, fold_mask_row, freeze_others, parameter_groups
 from diffvl.progress import MetricsLog, TrainingProgress
 
@@ -54,12 +54,13 @@ def train(start: Path, recipe: Recipe, stage_name: StageName, directory: Path, r
     """
     stage = recipe.stages[stage_name]
     work = checkpoint.partial(directory)
-    dtype = torch.float32 if precision(stage) == "fp32" else None
-    model, processor = checkpoint.load_checkpoint(start, dtype=dtype)
     own_dtype = checkpoint.saved_dtype(start)
+    # Frozen parts stay in their own dtype under bf16 autocast; fp16 does not mix with it.
+    keeps_dtype = precision(stage) == "bf16" and own_dtype != torch.float16
+    model, processor = checkpoint.load_checkpoint(start, dtype=None if keeps_dtype else torch.float32)
     data = load_data(stage.data, processor, longest_trainable(model.config.text_config, stage.objective))
     work.mkdir(parents=True, exist_ok=True)
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         checkpoint.replace_text(work / checkpoint.RECIPE_FILE, checkpoint.dump(recipe))
     fit_to_stage(model, stage, recipe.seed)
     trainer = build_trainer(model, processor, data, recipe, stage_name, work)
@@ -138,18 +139,18 @@ class StepSampler(Sampler[int]):
     """Epochs as permutations seeded by (seed, epoch). An epoch's last step is filled from its beginning: every step has the
     same samples, however it is cut into micro-steps and processes (left alone, each process count fills it differently)."""
 
-    def __init__(self, samples: int, per_step: int, seed: int) -> None:
-        self.samples, self.seed, self.epoch = samples, seed, 0
+    def __init__(self, samples: int, per_step: int, seed: int, steps_done: Callable[[], int]) -> None:
+        """`steps_done` gives the optimiser steps done, from which the epoch follows. (The loader's `set_epoch` does not reach a
+        sampler inside a shard of a resumed epoch.)"""
+        self.samples, self.per_step, self.seed, self.steps_done = samples, per_step, seed, steps_done
         self.length = -(-samples // per_step) * per_step
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self) -> Iterator[int]:
-        order = torch.randperm(self.samples, generator=sample_generator(self.seed, self.epoch, sample=-1)).tolist()
+        epoch = self.steps_done() // (self.length // self.per_step)
+        order = torch.randperm(self.samples, generator=sample_generator(self.seed, epoch, sample=-1)).tolist()
         return (order[place % self.samples] for place in range(self.length))
 
 
@@ -171,7 +172,7 @@ class StageTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> StepSampler:
         samples: SampleDataset = self.train_dataset  # type: ignore[assignment]
-        return StepSampler(len(samples), samples_per_step(self.args), self.recipe.seed)
+        return StepSampler(len(samples), samples_per_step(self.args), self.recipe.seed, lambda: self.state.global_step)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         samples, count = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -190,16 +191,20 @@ class StageTrainer(Trainer):
                 "is kept. Lower the learning rate, or look at these records"
             )
         self._count(output)
-        return output.loss * self.accelerator.num_processes / num_items_in_batch
+        loss = output.loss * self.accelerator.num_processes / num_items_in_batch
+        if not loss.requires_grad:
+            # A batch without pictures in a stage that trains the connector alone: nothing to learn, but a step like any other.
+            loss = loss + 0.0 * torch.stack([p.sum() for p in self.model.parameters() if p.requires_grad]).sum()
+        return loss
 
     def _count(self, output: LossOutput) -> None:
         for name, value in output.sums.items():
             self._sums[name] = self._sums.get(name, 0) + value.detach()
         self._tokens += output.tokens
 
-    def _over_processes(self, values: torch.Tensor) -> list[float]:
-        """Sums a vector over all processes."""
-        summed: Any = self.accelerator.reduce(values.to(self.args.device), reduction="sum")
+    def _over_processes(self, values: list[float]) -> list[float]:
+        """Sums each value over all processes."""
+        summed: Any = self.accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=self.args.device), reduction="sum")
         return summed.tolist()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -218,8 +223,7 @@ class StageTrainer(Trainer):
         """Adds what was counted since the last line: mask ratio, accuracy, tokens per second."""
         if "loss" in logs and self._sums:
             names = sorted(self._sums)
-            totals = torch.stack([self._sums[name].double() for name in names] + [torch.tensor(float(self._tokens))])
-            totals = self._over_processes(totals)
+            totals = self._over_processes([*(float(self._sums[name]) for name in names), float(self._tokens)])
             logs.update(rates(dict(zip(names, totals[:-1], strict=True))))
             logs["tokens_per_second"] = totals[-1] / max(time.monotonic() - self._since, 1e-9)
             logs["learning_rate"] = max(group["lr"] for group in self.optimizer.param_groups)
@@ -236,8 +240,9 @@ class StageTrainer(Trainer):
         self.model.eval()
         with self.compute_loss_context_manager(), self.accelerator.autocast():
             sums = measure(self.model, self.model.config, map(self._prepare_inputs, batches), self.stage.objective)
-        names = sorted(sums)
-        totals = self._over_processes(torch.stack([sums[name].double() for name in names]))
+        # A process without a share of the records adds zeros: all of them must join in the sum.
+        names = measured_sums(self.stage.objective)
+        totals = self._over_processes([float(sums.get(name, 0.0)) for name in names])
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in scores(dict(zip(names, totals, strict=True))).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -285,6 +290,7 @@ class StageTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             name = f"checkpoint-{self.state.global_step}"
+            checkpoint.sync(staging / name)
             if not (run_dir / name).exists():
                 (staging / name).rename(run_dir / name)
             shutil.rmtree(staging)
@@ -363,11 +369,29 @@ def training_arguments(stage: Stage, seed: int, output_dir: Path) -> TrainingArg
     )
 
 
+def process_state() -> PartialState:
+    """This process among its launcher's; without a GPU accelerate must be told, or every process takes itself for the only one.
+
+    Raises:
+        UsageError: if one process has several GPUs, which transformers would drive by replicas that know nothing of our batches.
+    """
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if state.num_processes == 1 and torch.cuda.device_count() > 1:
+        raise UsageError(
+            f"{torch.cuda.device_count()} GPUs, one process: start with `accelerate launch -m diffvl.cli ...`, one for each GPU, "
+            "or choose one GPU with CUDA_VISIBLE_DEVICES=0"
+        )
+    return state
+
+
 def samples_per_step(arguments: TrainingArguments) -> int:
     return arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
 
 
 def newest_checkpoint(work: Path) -> Path | None:
-    """The checkpoint with the highest step; every one that has its name is whole."""
+    """The checkpoint with the highest step; every one that has its name is whole, unless something else damaged it."""
     found = (work / CHECKPOINTS).glob("checkpoint-*")
-    return max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+    newest = max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+    if newest is not None:
+        checkpoint.require_whole(newest)
+    return newest

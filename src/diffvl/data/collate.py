@@ -29,7 +29,8 @@ def collate(samples: Sequence[Sample | DiffvlError], pad_token_id: int) -> dict[
     in the main process, where its message arrives unharmed."""
     for sample in samples:
         if isinstance(sample, DiffvlError):
-            return {"bad_record": str(sample)}
+            # The trainer counts labels before it looks at anything else.
+            return {"bad_record": str(sample), "labels": torch.empty(0, dtype=torch.long)}
     good = [sample for sample in samples if isinstance(sample, Sample)]
     longest = max(len(sample.ids) for sample in good)
     ids = torch.full((len(good), longest), pad_token_id, dtype=torch.long)

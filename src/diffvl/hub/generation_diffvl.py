@@ -15,16 +15,11 @@ import torch
 from transformers import (
     DynamicCache,
     GenerationConfig,
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 from transformers.utils.generic import ModelOutput
 
 from .layout_diffvl import Layout, attention_masks, block_end, block_index, segment_start
-
-STRATEGIES = ("low_confidence_static", "low_confidence_dynamic")
+from .sampling_diffvl import Sampling, check_settings, choose, picker, sampling_of
 
 
 class BlockCache(DynamicCache):
@@ -214,30 +209,6 @@ class BlockDecoder:
         return (index[None] == last) & rows.valid
 
 
-def never_predicted(config: Any, vocabulary: int, device: torch.device) -> torch.Tensor:
-    """bool [V]: the mask token, the image token and the table's padding rows."""
-    forbidden = torch.arange(vocabulary, device=device) >= config.vocabulary_size
-    forbidden[[config.mask_token_id, config.image_token_id]] = True
-    return forbidden
-
-
-def choose(confidence: torch.Tensor, masked: torch.Tensor, quota: torch.Tensor, threshold: float | None) -> torch.Tensor:
-    """Which masked tokens settle in this step, bool [B, D].
-
-    Args:
-        confidence: [B, D]; masked: True where a token is still open; quota: [B], clamped to the masks that are left.
-        threshold: None takes the `quota` most confident (low_confidence_static); a number takes all that are more confident
-            than it, if these are at least `quota` (low_confidence_dynamic).
-    """
-    score = confidence.masked_fill(~masked, -1.0)
-    rank = torch.argsort(torch.argsort(score, dim=1, descending=True, stable=True), dim=1, stable=True)
-    chosen = (rank < quota[:, None]) & masked
-    if threshold is not None:
-        sure = (score > threshold) & masked
-        chosen = torch.where((sure.sum(1) >= quota)[:, None], sure, chosen)
-    return chosen
-
-
 class BlockGeneration:
     """`generate` for a DiffVL model."""
 
@@ -257,11 +228,17 @@ class BlockGeneration:
         denoising_steps: int | None = None,
         remasking: str = "low_confidence_static",
         threshold: float | None = None,
-        temperature: float = 0.0,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 0,
+        eos_token_id: int | list[int] | None = None,
+        pad_token_id: int | None = None,
+        use_cache: bool = True,
+        num_beams: int = 1,
         return_dict_in_generate: bool = False,
+        **unknown: Any,
     ) -> torch.Tensor | BlockGenerationOutput:
         """Decodes answers block by block.
 
@@ -272,8 +249,11 @@ class BlockGeneration:
             max_new_tokens: default from `generation_config`, else 128.
             denoising_steps: forwards per block, 1 to D; default D.
             remasking: "low_confidence_static" or "low_confidence_dynamic" (with `threshold`, default 0.9).
-            temperature: 0 is greedy.
+            do_sample, temperature, top_k, top_p: as in transformers; not given, they come from `generation_config`. Without any,
+                or at temperature 0, decoding is greedy.
             seed: of the sampling generator.
+            eos_token_id, pad_token_id: default: the checkpoint's.
+            use_cache, num_beams: accepted at their neutral values, because callers of transformers pass them.
         Raises:
             ValueError: on settings that do not fit together.
         """
@@ -282,10 +262,12 @@ class BlockGeneration:
         limit = int(getattr(settings, "max_new_tokens", None) or 128) if max_new_tokens is None else max_new_tokens
         if limit < 1:
             raise ValueError(f"max_new_tokens is {limit}, expected 1 or more")
-        if temperature == 0 and (top_k is not None or top_p is not None):
-            raise ValueError("top_k and top_p have no effect at temperature 0: give a temperature, or leave them out")
+        if unknown or not use_cache or num_beams != 1:
+            odd = [*unknown, *(["use_cache=False"] if not use_cache else []), *(["num_beams"] if num_beams != 1 else [])]
+            raise ValueError(f"block decoding knows no {', '.join(odd)}")
+        sampling = sampling_of(settings, Sampling(do_sample, temperature, top_k, top_p))
         steps = denoising_steps if denoising_steps is not None else config.block_size
-        check_settings(steps, config.block_size, remasking, threshold, temperature)
+        check_settings(steps, config.block_size, remasking, threshold, sampling.temperature or 0.0)
         if remasking == "low_confidence_dynamic" and threshold is None:
             threshold = 0.9
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
@@ -294,16 +276,24 @@ class BlockGeneration:
         if image_sizes is not None and (pixel_values is None or len(image_sizes) != len(pixel_values)):
             raise ValueError(f"{len(image_sizes)} image_sizes, but another number of pictures")
         decoder = BlockDecoder(self, input_ids, valid, answer_index, pixel_values)
-        pick = _picker(temperature, top_k, top_p, seed, input_ids.device, config)
-        answers = self._decode(decoder, steps, threshold, limit, pick)
+        pick = picker(sampling, seed, input_ids.device, config)
+        stops = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or config.stop_token_ids
+        answers = self._decode(decoder, steps, threshold, limit, pick, stops)
         tokens = sum(len(answer) for answer in answers)
-        sequences = _sequences(input_ids, answers, getattr(settings, "pad_token_id", None), config.stop_token_ids)
+        pad = pad_token_id if pad_token_id is not None else getattr(settings, "pad_token_id", None)
+        sequences = _sequences(input_ids, answers, pad, stops)
         if return_dict_in_generate:
             return BlockGenerationOutput(sequences=sequences, forwards=decoder.forwards, tokens=tokens)
         return sequences
 
     def _decode(
-        self, decoder: BlockDecoder, steps: int, threshold: float | None, max_new_tokens: int, pick: Any
+        self,
+        decoder: BlockDecoder,
+        steps: int,
+        threshold: float | None,
+        max_new_tokens: int,
+        pick: Any,
+        stops: list[int],
     ) -> list[list[int]]:
         """The block loop: open, denoise, collect, commit. Returns each row's answer, cut after its stop."""
         answers: list[list[int]] = [[] for _ in range(len(decoder.prompt_ids))]
@@ -315,7 +305,7 @@ class BlockGeneration:
             for row, answer in enumerate(answers):
                 if not finished[row]:
                     answer.extend(decoder.ids_BD[row][decoder.open_BD[row]].tolist())
-                    finished[row] = _cut(answer, self.config.stop_token_ids, max_new_tokens)
+                    finished[row] = _cut(answer, stops, max_new_tokens)
             if all(finished):
                 return answers
             decoder.commit()
@@ -337,46 +327,6 @@ def _denoise(decoder: BlockDecoder, steps: int, threshold: float | None, pick: A
         chosen = choose(confidence, masked, quota, threshold)
         decoder.ids_BD = torch.where(chosen, ids, decoder.ids_BD)
         masked = masked & ~chosen
-
-
-def _picker(temperature: float, top_k: int | None, top_p: float | None, seed: int, device: torch.device, config: Any) -> Any:
-    """logits [B, D, V] -> token ids [B, D] and their probability before top-k and top-p (SDAR's confidence)."""
-    generator = torch.Generator(device=device).manual_seed(seed)
-    # The warpers look at the scores alone.
-    no_ids: Any = None
-    warpers = LogitsProcessorList()
-    if top_k:
-        warpers.append(TopKLogitsWarper(top_k))
-    if top_p is not None and top_p < 1.0:
-        warpers.append(TopPLogitsWarper(top_p))
-    heat = TemperatureLogitsWarper(temperature) if temperature > 0 else None
-
-    def pick(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        shape = logits.shape[:2]
-        flat = logits.flatten(0, 1).masked_fill(never_predicted(config, logits.shape[-1], logits.device), float("-inf"))
-        if heat is None:
-            probability, ids = flat.softmax(-1).max(-1)
-            return ids.view(shape), probability.view(shape)
-        flat = heat(no_ids, flat)
-        kept = warpers(no_ids, flat).softmax(-1)
-        ids = torch.multinomial(kept, 1, generator=generator)
-        return ids.view(shape), flat.softmax(-1).gather(1, ids).view(shape)
-
-    return pick
-
-
-def check_settings(steps: int, block_size: int, remasking: str, threshold: float | None, temperature: float) -> None:
-    """Raises ValueError if the settings of `generate` do not fit together or do not fit the block size."""
-    if not 1 <= steps <= block_size:
-        raise ValueError(f"denoising_steps is {steps}, expected 1 to the block size, {block_size}")
-    if remasking not in STRATEGIES:
-        raise ValueError(f"remasking is {remasking!r}, expected one of {', '.join(STRATEGIES)}")
-    if threshold is not None and remasking != "low_confidence_dynamic":
-        raise ValueError("threshold has no effect with low_confidence_static: use remasking='low_confidence_dynamic'")
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise ValueError(f"threshold is {threshold}, expected 0 to 1")
-    if temperature < 0:
-        raise ValueError(f"temperature is {temperature}, expected 0 or more")
 
 
 def _cut(answer: list[int], stops: list[int], max_new_tokens: int) -> bool:

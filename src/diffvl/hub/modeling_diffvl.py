@@ -142,6 +142,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         store_kv: bool = True,
         image_index: torch.Tensor | None = None,
         logits_rows: torch.Tensor | None = None,
+        answer_index: torch.Tensor | None = None,
     ) -> CausalLMOutputWithPast:
         """One pass of the trunk.
 
@@ -155,6 +156,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
             position_ids: [B, T]; default: counted on from the cache.
             store_kv: False leaves the cache as it was, and still attends to it.
             image_index: see `embed`.
+            answer_index: not used here; accepted, so that what `processor.apply_chat_template` gives can be passed whole.
             logits_rows: bool [B, T]; the head runs on these rows only and `.logits` is [M, V] in row-major order.
         Returns:
             logits [B, T, V] (or [M, V]) and the cache.

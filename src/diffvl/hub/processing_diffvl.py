@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
 Messages = list[dict[str, Any]]
+FIXED_DATE = "26 Jul 2024"  # the default of the Llama 3 templates
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,13 @@ class DiffVLProcessor(ProcessorMixin):
         content = _flatten(message["content"], self.image_token).strip()
         found = rendered.find(content, start)
         stop = rendered.find(self.stop_token, found + len(content)) if found >= 0 else -1
+        if stop >= 0 and rendered[start:found].strip():
+            raise ValueError(
+                f"the chat template writes {rendered[start:found]!r} before an answer, but not at the end of its prompt: "
+                "training and decoding would differ"
+            )
         if stop < 0:
-            raise ValueError(f"the chat template does not write the answer {content[:60]!r} with {self.stop_token!r} behind it")
+            raise ValueError(f"the chat template does not write {self.stop_token!r} behind the answer {content[:60]!r}")
         return start, stop + len(self.stop_token)
 
     def _render(self, messages: Messages, add_generation_prompt: bool) -> str:
@@ -142,7 +148,12 @@ class DiffVLProcessor(ProcessorMixin):
             if isinstance(message["content"], str) and self.image_token in message["content"]:
                 raise ValueError(f"the text holds {self.image_token!r}, which stands for a picture: give pictures as parts")
             plain.append({"role": message["role"], "content": _flatten(message["content"], self.image_token)})
-        return self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=add_generation_prompt)
+            if self.tokenizer.mask_token in plain[-1]["content"]:
+                raise ValueError(f"the text holds {self.tokenizer.mask_token!r}, which stands for a token not known yet")
+        # Templates that print the date take it from here where they can: a prompt must not depend on the day.
+        return self.tokenizer.apply_chat_template(
+            plain, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=FIXED_DATE
+        )
 
     def _expand(self, text: str) -> str:
         return text.replace(self.image_token, self.image_token * self.image_tokens)
