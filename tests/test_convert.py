@@ -17,12 +17,12 @@ from tiny_runs import record, stage, succeed, tree, write_data, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diffvl import standins
+from diffvl.checkpoint import HUB_FILES
 from diffvl.config import Recipe, dump, read_yaml, resolve
 from diffvl.decode import DecodeSettings, answer, load_for_decoding
 from diffvl.families import find_recipe, recipe_names
 from diffvl.prepare import Source, prepare
 
-HUB_CODE = {f"{name}_diffvl.py" for name in ("configuration", "layout", "generation", "modeling", "processing")}
 CHECKPOINT = {
     *("config.json", "generation_config.json", "model.safetensors", "processor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
@@ -59,7 +59,7 @@ def recipe_of(directory: Path) -> Recipe:
 
 def test_what_one_command_writes(run: tiny_runs.Run):
     names = {path.name: {file.name for file in path.iterdir()} for path in run.root.iterdir()}
-    prepared = CHECKPOINT | HUB_CODE | {"diffvl.json", "run.yaml"}
+    prepared = CHECKPOINT | set(HUB_FILES) | {"diffvl.json", "run.yaml"}
     trained = prepared | {"metrics.jsonl", "samples.jsonl", "report.html"}
     assert names == {"prepared": prepared, "align": trained, "diffuse": trained}
     assert "AR parity: largest difference" in run.output

@@ -3,6 +3,7 @@
 Directories under the run's root: `prepared`, `align`, `diffuse`; each appears under its name only when it is complete.
 """
 
+import gc
 import json
 import os
 import shutil
@@ -283,6 +284,7 @@ def run_stage(start: Path, recipe: Recipe, stage: StageName, directory: Path, re
             work.mkdir(parents=True, exist_ok=True)
             checkpoint.replace_text(before, json.dumps({"start": str(start), "answers": answers}, ensure_ascii=False))
     process.wait_for_everyone()
+    gc.collect()  # the model that answered holds itself, and training needs the room
     train(start, recipe, stage, directory, resume, console)
     if process.is_main_process:
         _write_samples(work, recipe, stage, console)
