@@ -489,7 +489,7 @@ class Interrupted:
 def interrupt(trunk: Path, recipe: Path, tmp_path: Path, workers: int) -> Interrupted:
     """A set too large to look at beforehand (check_images=0), read by so many loader processes, with a bad
     picture in the fifth of six steps."""
-    fifth = list(StepSampler(samples=6, per_step=1, seed=0))[4]
+    fifth = list(StepSampler(samples=6, per_step=1, seed=0, steps_done=lambda: 0))[4]
     file = write_data(tmp_path, *(record(image="bad.png" if number == fifth else "good.png") for number in range(6)))
     (tmp_path / "bad.png").write_text("I am no picture", encoding="utf-8")
     settings = {"data.workers": workers, "data.check_images": 0, "save_every": 1, "batch_size": 1, "steps": 6}
@@ -505,10 +505,10 @@ def test_a_bad_picture_of_a_large_set_stops_the_run_at_its_step_and_it_can_go_on
     workers: int, trunk: Path, recipe: Path, tmp_path: Path
 ):
     interrupted = interrupt(trunk, recipe, tmp_path, workers)
-    assert interrupted.message == (
-        f"data.json:{interrupted.line}: picture {interrupted.picture} cannot be read (cannot identify image file '{interrupted.picture}'); "
-        "replace it or leave it out\n"
-    )
+    picture = interrupted.picture
+    reason = f"cannot identify image file '{picture}'"
+    told = f"data.json:{interrupted.line}: picture {picture} cannot be read ({reason}); replace it or leave it out\n"
+    assert interrupted.message == told
     work = interrupted.out / "align.partial"
     assert sorted(path.name for path in interrupted.out.iterdir()) == ["align.partial", "prepared"]
     assert sorted(path.name for path in (work / "checkpoints").iterdir()) == ["checkpoint-3", "checkpoint-4"]

@@ -90,7 +90,8 @@ def answer_chats(
     model, processor = decoder.model, decoder.processor
     size = model.config.block_size
     try:
-        check_settings(settings.steps or size, size, settings.strategy, settings.threshold, settings.temperature)
+        steps = size if settings.steps is None else settings.steps
+        check_settings(steps, size, settings.strategy, settings.threshold, settings.temperature)
         inputs = processor.apply_chat_template(chats, tokenize=True, add_generation_prompt=True)
     except ValueError as error:
         raise UsageError(str(error)) from error
