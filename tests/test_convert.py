@@ -13,7 +13,7 @@ import tiny_runs
 import torch
 import yaml
 from helpers import QUIET, metrics, weights_of
-from tiny_runs import record, stage, succeed, tree, write_data, write_recipe
+from tiny_runs import record, stage, succeed, tree, write_data, write_gguf, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diffvl import standins
@@ -226,50 +226,6 @@ def test_a_bf16_checkpoint_stays_one(
         theirs = aligned[f"language_model.{name}"]
         rows = known if theirs.shape != tensor.shape or "embed" in name or "lm_head" in name else len(tensor)
         assert torch.equal(theirs[:rows], tensor[:rows]), name
-
-
-def write_gguf(model: Path, file: Path) -> None:
-    """A llama checkpoint as a .gguf file in full precision."""
-    gguf = pytest.importorskip("gguf")
-    llama: Any = AutoModelForCausalLM.from_pretrained(model)
-    tokenizer: Any = AutoTokenizer.from_pretrained(model)
-    config = llama.config
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    vocabulary = tokenizer.get_vocab()
-    names = sorted(vocabulary, key=vocabulary.get)
-    added = tokenizer.get_added_vocab()
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(names)
-    writer.add_token_types([gguf.TokenType.CONTROL if name in added else gguf.TokenType.NORMAL for name in names])
-    writer.add_token_merges([" ".join(pair) for pair in merges])
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_chat_template(tokenizer.chat_template)
-    names_there = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, tensor in llama.state_dict().items():
-        part = name.split(".")[-2]
-        values = tensor
-        if part in heads:  # llama.cpp pairs the rotary halves row by row
-            values = tensor.view(heads[part], 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
-        if name != "lm_head.weight":  # tied
-            writer.add_tensor(names_there.get_name(name, try_suffixes=(".weight",)), values.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_a_gguf_file(source: Callable[[str], Path], tower: Path, shapes: dict[str, Path], tmp_path: Path):

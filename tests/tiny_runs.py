@@ -4,9 +4,10 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diffvl import cli
 
@@ -128,3 +130,98 @@ def write_data(folder: Path, *records: dict[str, Any], name: str = "data.json") 
     file = folder / name
     file.write_text("[\n" + ",\n".join(json.dumps(value) for value in records) + "\n]\n", encoding="utf-8")
     return file
+
+
+def write_gguf(model: Path, file: Path) -> None:
+    """A llama checkpoint as a .gguf file in full precision."""
+    gguf = pytest.importorskip("gguf")
+    llama: Any = AutoModelForCausalLM.from_pretrained(model)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    config = llama.config
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    vocabulary = tokenizer.get_vocab()
+    names = sorted(vocabulary, key=vocabulary.get)
+    added = tokenizer.get_added_vocab()
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(names)
+    writer.add_token_types([gguf.TokenType.CONTROL if name in added else gguf.TokenType.NORMAL for name in names])
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_chat_template(tokenizer.chat_template)
+    names_there = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, tensor in llama.state_dict().items():
+        part = name.split(".")[-2]
+        values = tensor
+        if part in heads:  # llama.cpp pairs the rotary halves row by row
+            values = tensor.view(heads[part], 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+        if name != "lm_head.weight":  # tied
+            writer.add_tensor(names_there.get_name(name, try_suffixes=(".weight",)), values.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+# --- commands that must refuse -----------------------------------------------------------------------------------------------
+
+
+def refused(*words: object, says: Sequence[str]) -> str:
+    """The message of a command that must refuse; every text of `says` must be in it."""
+    ended = command(*words)
+    assert ended.code == 2, ended
+    message = the_message(ended.err)
+    for text in says:
+        assert text in message, (text, message)
+    return message
+
+
+def the_message(err: str) -> str:
+    """What follows the one `error:` on stderr."""
+    assert "Traceback" not in err
+    before, _, message = err.partition("error: ")
+    assert message and "error:" not in before + message, err
+    return message
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """`convert TRUNK --recipe RECIPE --out OUT` with more words; OUT must not be there afterwards."""
+
+    trunk: Path
+    recipe: Path
+    out: Path
+
+    def refuses(self, *words: object, says: Sequence[str], model: object = None) -> None:
+        refused("convert", model or self.trunk, "--recipe", self.recipe, "--out", self.out, *words, says=says)
+        assert not self.out.exists()
+
+
+def workshop(source: Callable[[str], Path], tower: Path, shapes: dict[str, Path], folder: Path) -> Workshop:
+    """A recipe of both stages on good data, in `folder`."""
+    stages = {"align": stage("align", shapes["align"]), "diffuse": stage("diffuse", shapes["train"])}
+    return Workshop(source("llama"), write_recipe(folder / "recipe.yaml", tower, **stages), folder / "out")
+
+
+def copy(directory: Path, to: Path) -> Path:
+    shutil.copytree(directory, to)
+    return to
+
+
+def cut(file: Path) -> None:
+    """Leaves the first half of a file."""
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])

@@ -15,7 +15,8 @@ from conftest import Loaded
 from helpers import ORDINARY
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
-from diffvl.hub.generation_diffvl import BlockCache, BlockGeneration, BlockGenerationOutput, check_settings, choose
+from diffvl.hub.generation_diffvl import BlockCache, BlockGeneration, BlockGenerationOutput
+from diffvl.hub.sampling_diffvl import check_settings, choose
 
 MASK, IMAGE, STOP, PAD, VOCABULARY, ROWS = 30, 31, 29, 28, 32, 36
 
@@ -217,6 +218,17 @@ def test_sampling_repeats_by_seed():
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+def test_the_words_of_transformers_mean_what_they_mean_there():
+    def draw(**settings: Any) -> list[int]:
+        return endless().answer([0], max_new_tokens=24, seed=1, **settings)
+
+    hot = GenerationConfig(do_sample=True, temperature=3.0)
+    assert draw(generation_config=hot) == draw(temperature=3.0) == draw(do_sample=True, temperature=3.0) != draw()
+    assert draw(generation_config=hot, do_sample=False) == draw(use_cache=True, num_beams=1) == draw()
+    stop = draw()[2]
+    assert draw(eos_token_id=stop) == draw(eos_token_id=[stop]) == draw()[: draw().index(stop) + 1]
+
+
 # --- settings that do not fit --------------------------------------------------------------------------------------------------
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -228,6 +240,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"temperature": -1.0}, "temperature is -1.0, expected 0 or more"),
     ({"max_new_tokens": 0}, "max_new_tokens is 0, expected 1 or more"),
     ({"top_k": 5}, "top_k and top_p have no effect at temperature 0"),
+    ({"do_sample": False, "temperature": 0.7}, "temperature 0.7 has no effect with do_sample=False"),
+    ({"do_sample": True, "temperature": 0.0}, "do_sample=True needs a temperature above 0"),
+    ({"num_beams": 4}, "block decoding knows no num_beams"),
+    ({"use_cache": False, "streamer": None}, "block decoding knows no streamer, use_cache=False"),
     ({"image_sizes": torch.ones(1, 2)}, "1 image_sizes, but another number of pictures"),
     ({"pixel_values": torch.ones(1, 3, 8, 8)}, "1 pictures give 2 image tokens, the text has 0"),
 ]
