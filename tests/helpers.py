@@ -50,7 +50,8 @@ def sample(config: DiffVLConfig, lengths: Sequence[int], index: int = 0, picture
 
 
 def batch(samples: Sequence[Sample]) -> Batch:
-    return collate(samples, pad_token_id=0)  # type: ignore[return-value]
+    """One sample a row."""
+    return collate([[one] for one in samples], pad_token_id=0)  # type: ignore[return-value]
 
 
 def picture(seed: int = 0) -> Image.Image:

@@ -14,7 +14,7 @@ import tiny_runs
 import torch
 from tiny_runs import Workshop, copy, cut, record, refused, the_message, tree, workshop, write_data
 
-from diffvl.train import StepSampler
+from diffvl.trainer import StepSampler
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +149,7 @@ class Interrupted:
 def interrupt(convert: Workshop, folder: Path, workers: int) -> Interrupted:
     """A set too large to look at beforehand (check_images=0), read by so many loader processes, with a bad
     picture in the fifth of six steps."""
-    fifth = list(StepSampler(samples=6, per_step=1, seed=0, steps_done=lambda: 0))[4]
+    fifth = list(StepSampler(rows=6, per_step=1, seed=0, steps_done=lambda: 0))[4]
     file = write_data(folder, *(record(image="bad.png" if number == fifth else "good.png") for number in range(6)))
     (folder / "bad.png").write_text("I am no picture", encoding="utf-8")
     settings = {"data.workers": workers, "data.check_images": 0, "save_every": 1, "batch_size": 1, "steps": 6}

@@ -101,6 +101,62 @@ def test_a_wrong_setting_is_named_by_the_path_that_set_takes(path: str, value: A
     assert said.startswith("my.yaml: ") and words in said
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"schedule": "gauss"}, "noise.schedule: expected one of 'uniform', 'clamp', 'ramp', 'beta', 'full' (got 'gauss')"),
+        ({"schedule": "uniform", "t_min": 0}, "noise.t_min: Input should be greater than 0 (got 0)"),
+        ({"schedule": "uniform", "t_max": 1.5}, "noise.t_max: Input should be less than or equal to 1 (got 1.5)"),
+        ({"schedule": "uniform", "t_min": float("nan")}, "noise.t_min: Input should be"),
+        ({"schedule": "uniform", "stratified": True}, "noise.stratified: unknown key"),
+        ({"schedule": "uniform", "draws": "ramp"}, "noise.draws: Input should be 'independent', 'stratified' or 'synchronous'"),
+        ({"schedule": "clamp", "t_min": 0.6, "t_max": 0.4}, "noise: t_min (0.6) must not be above t_max (0.4)"),
+        ({"schedule": "ramp", "t_min": 0.6, "t_max": 0.4}, "noise: t_min (0.6) must not be above t_max (0.4)"),
+        ({"schedule": "ramp", "draws": "independent"}, "noise.draws: unknown key"),
+        ({"schedule": "full", "t_min": 0.5}, "noise.t_min: unknown key"),
+        ({"schedule": "beta", "mean_start": 0}, "noise.mean_start: Input should be greater than 0 (got 0)"),
+        ({"schedule": "beta", "mean_end": 1}, "noise.mean_end: Input should be less than 1 (got 1)"),
+        ({"schedule": "beta", "concentration_end": 0}, "noise.concentration_end: Input should be greater than 0 (got 0)"),
+        ({"schedule": "beta", "concentration_end": 1e5}, "noise.concentration_end: Input should be less than or equal to 10000"),
+        ({"schedule": "beta", "until": 0}, "noise.until: Input should be greater than 0 (got 0)"),
+        ({"schedule": "beta", "until": 1.01}, "noise.until: Input should be less than or equal to 1 (got 1.01)"),
+        ({"schedule": "beta", "curve": "step"}, "noise.curve: Input should be 'linear' or 'cosine' (got 'step')"),
+        (
+            {"schedule": "beta", "mean_start": 0.7, "concentration_start": 25, "curve": "cosine"},
+            "noise: curve and until have no effect when mean and concentration end where they start",
+        ),
+        (
+            {"schedule": "beta", "mean_start": 0.7, "concentration_start": 25, "until": 0.5},
+            "noise: curve and until have no effect when mean and concentration end where they start",
+        ),
+    ],
+)
+def test_a_wrong_noise_setting_is_one_clear_error(settings: dict[str, Any], words: str):
+    said = message(changed("stages.diffuse.objective.noise", settings))
+    assert said.startswith("my.yaml: 1 wrong setting\n  stages.diffuse.objective.noise")
+    assert f"stages.diffuse.objective.{words}" in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"position_bias": 8.5}, ".position_bias: Input should be less than or equal to 8 (got 8.5)"),
+        ({"position_bias": 1, "noise": {"schedule": "full"}}, ": position_bias has no effect with noise.schedule: full"),
+        ({"position_bias": 1, "block_size": 1}, ": position_bias has no effect with block_size: 1"),
+    ],
+)
+def test_a_position_bias_that_cannot_act_is_refused(settings: dict[str, Any], words: str):
+    said = message(changed("stages.diffuse.objective", {"kind": "block_diffusion", **settings}))
+    assert said.startswith(f"my.yaml: 1 wrong setting\n  stages.diffuse.objective{words}")
+
+
+def test_curve_and_until_act_when_one_of_the_two_moves():
+    for still in ({"mean_start": 0.7}, {"concentration_start": 25}):
+        noise = {"schedule": "beta", "curve": "cosine", "until": 0.5, **still}
+        objective = resolve(changed("stages.diffuse.objective.noise", noise), [], "my.yaml").stages["diffuse"].objective
+        assert isinstance(objective, BlockDiffusionObjective) and objective.noise.schedule == "beta"
+
+
 def test_all_problems_are_reported_at_once():
     tree = changed("stages.diffuse.objective.noise.t_min", 2)
     tree["lr"], tree["seed"] = 1, "x"

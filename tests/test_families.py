@@ -163,7 +163,7 @@ def test_llava_is_the_published_recipe():
         assert (stage.optim.schedule, stage.optim.warmup_ratio, stage.optim.max_grad_norm) == ("cosine", 0.03, 1.0)
     assert (objective.block_size, objective.context, objective.grid, objective.target) == (8, "block", "absolute", "same")
     assert objective.weight == "1/t"
-    assert objective.noise.model_dump() == {"schedule": "uniform", "t_min": 1e-3, "t_max": 1.0, "stratified": False}
+    assert objective.noise.model_dump() == {"schedule": "uniform", "t_min": 1e-3, "t_max": 1.0, "draws": "independent"}
 
 
 def test_sdar_vl_has_the_curriculum_and_the_effective_weight():

@@ -19,7 +19,7 @@ from diffvl.hub.generation_diffvl import BlockDecoder
 from diffvl.hub.layout_diffvl import block_index, noisy_stream
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
-from diffvl.objective import Draw, block_diffusion, corrupt, predicting_rows
+from diffvl.objective import Draw, block_diffusion, corrupt
 from diffvl.standins import TRUNKS
 
 SETTINGS = list(itertools.product(CONTEXTS, GRIDS, TARGETS))
@@ -42,9 +42,10 @@ class Spy:
         self.model, self.logits = model, torch.empty(0)
 
     def __call__(self, **arguments: Any) -> CausalLMOutputWithPast:
+        judge = arguments.pop("row_map")
         output = self.model(**arguments)
-        assert output.logits is not None
         self.logits = output.logits
+        output.logits = judge(self.logits, slice(0, len(self.logits)))
         return output
 
 
@@ -71,13 +72,8 @@ def compare(loaded: Loaded, block_size: int, context: str, grid: str, target: st
     block_diffusion(spy, model.config, both, settings, draw)
     block = block_index(both["answer_index"], block_size, grid)
     stream = noisy_stream(both["answer_index"], block, block_size, grid)
-    masked = corrupt(stream, settings, draw, both["sample"]).masked
-    clean = both["input_ids"].shape[1]
-    at = predicting_rows(stream, masked, target, clean)
-    asked = torch.zeros(2, clean + masked.shape[1], dtype=torch.bool)
-    asked[at] = True
-    line = (asked.flatten().long().cumsum(0) - 1).view_as(asked)
-    logits_of = dict(zip(map(tuple, masked.nonzero().tolist()), spy.logits[line[at]], strict=True))
+    masked = corrupt(stream, settings, draw, both["sample"])[0].masked
+    logits_of = dict(zip(map(tuple, masked.nonzero().tolist()), spy.logits, strict=True))
     # 2. Decoding: the same blocks, opened in the same state.
     truth = both["input_ids"].gather(1, stream.source)[0]
     shows_picture, compared = [], 0

@@ -17,11 +17,12 @@ from helpers import QUIET, metrics, stage_recipe, weights_of
 from transformers import TrainerCallback
 
 from diffvl import train as training
+from diffvl import trainer
 from diffvl.checkpoint import partial
 from diffvl.config import Recipe, dump
 from diffvl.standins import TRUNKS
 
-BETA = {"kind": "block_diffusion", "block_size": 4, "weight": "effective", "noise": {"schedule": "beta", "stratified": True}}
+BETA = {"kind": "block_diffusion", "block_size": 4, "weight": "effective", "noise": {"schedule": "beta", "draws": "stratified"}}
 
 
 class Crash(Exception):
@@ -45,10 +46,10 @@ def crash(start: Path, recipe: Recipe, directory: Path, step: int, resume: bool,
     """A run that dies right after an optimiser step, before that step can be saved."""
     build = training.build_trainer
 
-    def build_with_crash(*arguments: Any) -> training.StageTrainer:
-        trainer = build(*arguments)
-        trainer.add_callback(CrashAfter(step))
-        return trainer
+    def build_with_crash(*arguments: Any) -> trainer.StageTrainer:
+        built = build(*arguments)
+        built.add_callback(CrashAfter(step))
+        return built
 
     with patch.context() as inner, pytest.raises(Crash):
         inner.setattr(training, "build_trainer", build_with_crash)
@@ -174,13 +175,13 @@ def test_noise_is_drawn_by_optimiser_steps(
     prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Step and progress of a draw count optimiser steps of the whole stage, not micro-steps and not those of an epoch."""
-    draws, loss_of = [], training.loss_of
+    draws, loss_of = [], trainer.loss_of
 
     def spy(*arguments: Any) -> Any:
         draws.append(arguments[-1])
         return loss_of(*arguments)
 
-    monkeypatch.setattr(training, "loss_of", spy)
+    monkeypatch.setattr(trainer, "loss_of", spy)
     recipe = stage_recipe(shapes["train"], objective=BETA, steps=4, batch_size=1, accumulation=2)
     run(prepared("llama"), recipe, tmp_path / "run")
     assert [(draw.seed, draw.step, draw.progress) for draw in draws[::2]] == [(0, step, step / 4) for step in range(4)]

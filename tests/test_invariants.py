@@ -88,7 +88,8 @@ class LeakyLayout(Layout):
 
     def allowed(self, queries: slice = slice(None), window: int | None = None, chunk: int | None = None) -> torch.Tensor:
         own_block = self.block[:, None, :] == self.block[:, queries, None]
-        leak = own_block & self.noisy[:, queries, None] & ~self.noisy[:, None, :] & self.valid[:, None, :]
+        noisy = self.noisy.bool()
+        leak = own_block & noisy[:, queries, None] & ~noisy[:, None, :] & self.valid[:, None, :]
         if window is not None:
             leak = leak & (self.position[:, None, :] > self.position[:, queries, None] - window)
         return super().allowed(queries, window, chunk) | leak
@@ -337,7 +338,7 @@ def drawn_for(row: int, stream: NoisyStream, corruption: Corruption) -> dict[tup
     """(block, position) -> (masked, t) of the eligible tokens of one sample."""
     places = stream.eligible[row].nonzero()[:, 0].tolist()
     keys = [(int(stream.block[row, place]), int(stream.position[row, place])) for place in places]
-    values = [(bool(corruption.masked[row, place]), float(corruption.t[row, place])) for place in places]
+    values = [(bool(corruption.masked[row, place]), float(corruption.p[row, place])) for place in places]
     assert len(set(keys)) == len(keys)
     return dict(zip(keys, values, strict=True))
 
@@ -361,7 +362,7 @@ def test_layout_equivalence(model_type: str, variant: dict, loaded: Callable[[st
     draw = Draw(seed=3, step=2, progress=0.5)
     block = block_index(both["answer_index"], settings.block_size, settings.grid)
     stream = noisy_stream(both["answer_index"], block, settings.block_size, settings.grid)
-    corruption = corrupt(stream, settings, draw, both["sample"])
+    corruption = corrupt(stream, settings, draw, both["sample"])[0]
     assert corruption.masked[stream.padding_stop].any(), "the draw must mask a padding stop, or its weight is not tested"
     output = block_diffusion(model, model.config, both, settings, draw)
     plain = torch.stack([plain_loss(model, one, settings, drawn_for(row, stream, corruption)) for row, one in enumerate(samples)])

@@ -29,6 +29,13 @@ def test_weights_by_hand():
     assert weights("effective") == [[1.5, 1.5, 4.0], [1.0] * 4]
 
 
+def test_under_a_position_bias_each_token_counts_by_its_own_probability():
+    p = torch.tensor([[0.5, 0.1, 0.25, 0.4]], dtype=torch.float64)
+    masked, block = torch.tensor([[False, True, True, True]]), torch.zeros(1, 4, dtype=torch.long)
+    assert block_weights("1/t", p, masked, masked, block)[0, 1:].tolist() == [10.0, 4.0, 2.5]
+    assert block_weights("effective", p, masked, masked, block)[0, 1:].tolist() == [1.0] * 3
+
+
 def test_effective_weight_makes_each_block_its_mean_times_its_eligible_tokens():
     """Whatever was drawn, the weights of a block that has a mask add up to its eligible tokens, and a block without one
     stays finite."""
@@ -37,8 +44,8 @@ def test_effective_weight_makes_each_block_its_mean_times_its_eligible_tokens():
     for row in range(4):
         answer[row, 3 + row : 21 + 4 * row] = 1
     stream = noisy_stream(answer, block_index(answer, 4, "absolute"), 4, "absolute")
-    drawn = corrupt(stream, settings, Draw(0, 0, 0.0), torch.arange(4))
-    given = block_weights("effective", drawn.t, drawn.masked, stream.eligible, stream.block)
+    (drawn,) = corrupt(stream, settings, Draw(0, 0, 0.0), torch.arange(4))
+    given = block_weights("effective", drawn.p, drawn.masked, stream.eligible, stream.block)
     assert torch.isfinite(given).all()
     empty = 0
     for row in range(4):

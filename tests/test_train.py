@@ -18,6 +18,7 @@ from diffvl.errors import DataError
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.objective import Draw, loss_of, measured_sums
 from diffvl.standins import make_tokenizer
+from diffvl.trainer import StepSampler
 
 
 def text_only(path: Path, count: int) -> Path:
@@ -40,7 +41,7 @@ def test_the_sampler_reads_its_epoch_off_the_steps_done():
     """On a resume nobody tells a sampler inside a shard which epoch it is."""
 
     def epoch(steps: int) -> list[int]:
-        return list(training.StepSampler(samples=10, per_step=2, seed=0, steps_done=lambda: steps))
+        return list(StepSampler(rows=10, per_step=2, seed=0, steps_done=lambda: steps))
 
     assert epoch(0) == epoch(4) and epoch(5) == epoch(9)
     assert epoch(0) != epoch(5) and sorted(epoch(0)) == sorted(epoch(5)) == list(range(10))
@@ -58,7 +59,7 @@ def test_a_process_without_held_out_records_knows_what_to_add(kind: str, loaded:
 
 
 def test_a_bad_record_has_labels_for_the_trainer_to_count():
-    assert collate([DataError("x.json:3: no picture")], pad_token_id=0)["labels"].numel() == 0
+    assert collate([[DataError("x.json:3: no picture")]], pad_token_id=0)["labels"].numel() == 0
 
 
 def test_an_fp16_checkpoint_trains_under_bf16(

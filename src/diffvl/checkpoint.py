@@ -35,7 +35,7 @@ AutoConfig.register(DiffVLConfig.model_type, DiffVLConfig)
 PARTIAL = ".partial"
 STATE_FILE = "diffvl.json"
 RECIPE_FILE = "run.yaml"
-HUB_FILES = tuple(f"{name}_diffvl.py" for name in ("configuration", "layout", "sampling", "generation", "modeling", "processing"))
+HUB_FILES = tuple(f"{name}_diffvl.py" for name in ("configuration", "layout", "sampling", "generation", "head", "modeling", "processing"))
 MODEL_CLASS = "modeling_diffvl.DiffVLForConditionalGeneration"
 MODEL_MAP = {
     "AutoConfig": "configuration_diffvl.DiffVLConfig",

@@ -27,8 +27,14 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
+bench = typer.Typer(help="Measure the core of this package on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
 STATIC, DYNAMIC = "low_confidence_static", "low_confidence_dynamic"
 Strategy = Literal["low_confidence_static", "low_confidence_dynamic"]  # as `hub/sampling_diffvl.py`; a test compares them
+
+Device = Literal["auto", "cpu", "cuda"]
+Context = Literal["block", "causal"]
 
 MODEL_HELP = "A name from `diffvl models`, a hub id, a directory or a .gguf file; --stage diffuse can do without."
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random draw.")]
@@ -183,6 +189,54 @@ def shapes(
 
     for file in write_shapes(out, align=align, train=train, test=test, seed=seed).values():
         print(file)
+
+
+@bench.command("train", epilog="Example:  diffvl bench train --json > bench.json")
+def bench_train(
+    shapes: Annotated[
+        str | None, typer.Option(help="All tokens (L) and answer tokens (R) of a sample, with commas.", metavar="L3000-R300,...")
+    ] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Timed rounds. Default: 3, on CUDA 10.", metavar="N")] = None,
+    device: Annotated[Device, typer.Option(help="Where to run; auto takes CUDA where there is one.")] = "auto",
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers of the trunk. Default: by device.", metavar="N")] = None,
+    hidden: Annotated[int | None, typer.Option(min=1, help="Width of the trunk. Default: by device.", metavar="N")] = None,
+    block_size: Annotated[int, typer.Option(help="Tokens per block.", metavar="N")] = 8,
+    context: Annotated[Context, typer.Option(help="Attention among clean tokens.")] = "block",
+    seed: Seed = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, to see that it runs; the figures mean nothing.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Name the kernels that a step of ours goes to.")] = False,
+    scaling: Annotated[bool, typer.Option(help="Fit how time grows with sample and answer.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a training step of this package with AR finetuning and with block diffusion as published."""
+    from rich.console import Console
+
+    from diffvl.bench.tables import bar_lines, tables
+    from diffvl.bench.train import TrainBench, compare
+    from diffvl.progress import quiet_libraries
+
+    quiet_libraries()
+    request = TrainBench(
+        shapes=shapes,
+        repeats=repeats,
+        device=device,
+        layers=layers,
+        hidden=hidden,
+        block_size=block_size,
+        context=context,
+        seed=seed,
+        quick=quick,
+        profile=profile,
+        scaling=scaling,
+    )
+    report = compare(request, Console(stderr=True))
+    if as_json:
+        for line in bar_lines(report.verdicts):
+            print(line, file=sys.stderr)
+        _print_json(report.json)
+    else:
+        for headings, rows in tables(report.machine, report.rows, report.fits, report.verdicts):
+            _print_table(headings, rows)
 
 
 def _print_json(figures: dict) -> None:

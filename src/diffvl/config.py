@@ -4,8 +4,9 @@ Unknown keys are errors at every level. Settings that only make sense together l
 objective, a connector), so that a setting without effect is an unknown key, never silently ignored.
 """
 
+import itertools
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -31,34 +32,70 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 # --- noise: the law of t, the mask ratio of a block --------------------------------------------------------------------
 
+# independent: asynchronous block-wise noise. stratified: one draw in each of K equal strata, then permuted over the K blocks.
+# synchronous: one draw for all blocks, to reproduce references.
+Draws = Annotated[
+    Literal["independent", "stratified", "synchronous"], Field(description="how the blocks of one sample share their draws of t")
+]
 
-class UniformNoise(Section):
-    """t ~ U(t_min, t_max), independent per block."""
 
-    schedule: Literal["uniform"] = "uniform"
+class _Bounded(Section):
+    """Schedules whose t lies between two bounds."""
+
+    schedule: str
     t_min: float = Field(default=1e-3, gt=0, le=1, description="lowest mask ratio")
     t_max: float = Field(default=1.0, gt=0, le=1, description="highest mask ratio")
-    stratified: bool = Field(
-        default=False, description="spread the draws of one sample evenly, then permute them over its blocks"
-    )
 
     @model_validator(mode="after")
-    def _ordered(self) -> "UniformNoise":
+    def _ordered(self) -> Self:
         if self.t_min > self.t_max:
             raise ValueError(f"t_min ({self.t_min}) must not be above t_max ({self.t_max})")
         return self
 
 
+class UniformNoise(_Bounded):
+    """t ~ U(t_min, t_max)."""
+
+    schedule: Literal["uniform"] = "uniform"
+    draws: Draws = "independent"
+
+
+class ClampNoise(_Bounded):
+    """t ~ U(0, 1), cut to [t_min, t_max], so that the bounds have point masses of t_min and 1 - t_max (SDAR's clamp)."""
+
+    schedule: Literal["clamp"] = "clamp"
+    draws: Draws = "independent"
+
+
+class RampNoise(_Bounded):
+    """DiffusionVL's draw, for parity only: block k of the N blocks of a whole sample has u = (k + U(0, 1)) / N and
+    t = t_min + (t_max - t_min) u, so t grows along the sequence."""
+
+    schedule: Literal["ramp"] = "ramp"
+
+
 class BetaNoise(Section):
-    """t ~ Beta(mean * C, (1 - mean) * C); mean and concentration C move linearly with the stage's progress (SDAR-VL, PBNC)."""
+    """t ~ Beta(mean * C, (1 - mean) * C); mean and concentration C move with the stage's progress (SDAR-VL, PBNC)."""
 
     schedule: Literal["beta"] = "beta"
     mean_start: float = Field(default=0.5, gt=0, lt=1)
     mean_end: float = Field(default=0.7, gt=0, lt=1)
-    concentration_start: float = Field(default=4.0, gt=0)
-    concentration_end: float = Field(default=25.0, gt=0)
+    concentration_start: float = Field(default=4.0, gt=0, le=1e4)
+    concentration_end: float = Field(default=25.0, gt=0, le=1e4)
+    curve: Literal["linear", "cosine"] = Field(default="linear", description="the way from start to end; cosine is half a wave")
+    until: float = Field(default=1.0, gt=0, le=1, description="share of the stage after which the end values hold")
     t_min: float = Field(default=1e-3, gt=0, lt=1, description="draws below are raised to it, so that 1/t stays bounded")
-    stratified: bool = False
+    draws: Draws = "independent"
+
+    @property
+    def moves(self) -> bool:
+        return self.mean_start != self.mean_end or self.concentration_start != self.concentration_end
+
+    @model_validator(mode="after")
+    def _curve_has_effect(self) -> Self:
+        if not self.moves and (self.curve != "linear" or self.until != 1.0):
+            raise ValueError("curve and until have no effect when mean and concentration end where they start")
+        return self
 
 
 class FullNoise(Section):
@@ -67,7 +104,7 @@ class FullNoise(Section):
     schedule: Literal["full"] = "full"
 
 
-Noise = Annotated[UniformNoise | BetaNoise | FullNoise, Field(discriminator="schedule")]
+Noise = Annotated[UniformNoise | ClampNoise | RampNoise | BetaNoise | FullNoise, Field(discriminator="schedule")]
 
 # --- objectives --------------------------------------------------------------------------------------------------------
 
@@ -82,19 +119,67 @@ class BlockDiffusionObjective(Section):
     """Masked-token cross-entropy on noised answer blocks (BD3-LM, SDAR-VL, DiffusionVL)."""
 
     kind: Literal["block_diffusion"] = "block_diffusion"
-    block_size: int = Field(default=8, ge=1, le=1024, description="tokens per block")
+    block_size: int = Field(default=8, ge=1, le=1024, description="tokens per block, in decoding and at the end of the stage")
+    block_curriculum: dict[Annotated[float, Field(ge=0, lt=1)], Annotated[int, Field(ge=1, le=1024)]] = Field(
+        default={}, description="share of the stage -> block size from there on, e.g. {0.0: 4, 0.5: 8} with block_size 8"
+    )
     context: Literal["block", "causal"] = Field(default="block", description="attention among clean tokens")
     grid: Literal["absolute", "response"] = Field(default="absolute", description="where the block grid has its origin")
     target: Literal["same", "shift"] = Field(default="same", description="position i predicts token i, or i-1 predicts i")
     weight: Literal["1/t", "effective", "none"] = "1/t"
     pad_weight: float = Field(default=1.0, ge=0, description="loss weight of the stop tokens that fill an answer's last block")
     ar_weight: float = Field(default=0.0, ge=0, description="weight of a next-token loss on the clean stream")
+    position_bias: float = Field(
+        default=0.0, ge=-8, le=8, description="log-odds by which the last token of a block is masked more than the first"
+    )
     noise: Noise = UniformNoise()
+    complementary: bool = Field(
+        default=False, description="a second noisy copy with the complementary masks, so that every answer token is predicted"
+    )
+
+    def block_size_at(self, progress: float) -> int:
+        """The block size at a point of the stage, 0 to 1."""
+        reached = [share for share in self.block_curriculum if share <= progress]
+        return self.block_curriculum[max(reached)] if reached else self.block_size
+
+    @property
+    def largest_block(self) -> int:
+        return max([self.block_size, *self.block_curriculum.values()])
+
+    @model_validator(mode="after")
+    def _curriculum_ends_at_block_size(self) -> Self:
+        if not self.block_curriculum:
+            return self
+        shares = sorted(self.block_curriculum)
+        sizes = [self.block_curriculum[share] for share in shares]
+        if shares[0] != 0:
+            raise ValueError(f"block_curriculum must begin at share 0.0 (it begins at {shares[0]:g})")
+        if sizes[-1] != self.block_size:
+            raise ValueError(
+                f"block_curriculum ends with {sizes[-1]}, but block_size, with which the checkpoint decodes, is {self.block_size}"
+            )
+        if any(one == other for one, other in itertools.pairwise(sizes)) or len(sizes) == 1:
+            raise ValueError("block_curriculum has an entry without effect: neighbouring block sizes must differ")
+        return self
+
+    @model_validator(mode="after")
+    def _complement_has_effect(self) -> Self:
+        if self.complementary and isinstance(self.noise, FullNoise):
+            raise ValueError("complementary has no effect with the schedule full: its complement masks nothing")
+        return self
 
     @model_validator(mode="after")
     def _ar_needs_causal(self) -> "BlockDiffusionObjective":
         if self.ar_weight > 0 and self.context != "causal":
             raise ValueError("ar_weight needs context: causal (a block-causal clean stream sees the tokens it would predict)")
+        return self
+
+    @model_validator(mode="after")
+    def _bias_has_effect(self) -> "BlockDiffusionObjective":
+        if self.position_bias and self.noise.schedule == "full":
+            raise ValueError("position_bias has no effect with noise.schedule: full, which masks every token")
+        if self.position_bias and self.largest_block == 1:
+            raise ValueError("position_bias has no effect with block_size: 1, where a block has one token")
         return self
 
 
@@ -161,6 +246,9 @@ class Data(Section):
     eval: str | None = Field(default=None, description="held-out file of the same format")
     holdout: int = Field(default=0, ge=0, description="without `eval`: this many records are set apart from `train`")
     max_length: int = Field(default=2048, ge=8, description="tokens per sample, images included; a longer record is an error")
+    row_length: int | None = Field(
+        default=None, ge=8, description="pack samples into rows of up to this many clean tokens; default: one sample a row"
+    )
     too_long: Literal["error", "drop"] = Field(default="error", description="`drop` leaves longer records out and says how many")
     workers: int = Field(default=0, ge=0)
     check_images: int = Field(
@@ -171,6 +259,12 @@ class Data(Section):
     def _one_holdout(self) -> "Data":
         if self.eval is not None and self.holdout:
             raise ValueError("holdout has no effect when eval names a file: remove one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_hold_samples(self) -> Self:
+        if self.row_length is not None and self.row_length < self.max_length:
+            raise ValueError(f"row_length ({self.row_length}) must be at least max_length ({self.max_length})")
         return self
 
 
@@ -184,10 +278,13 @@ class Stage(Section):
     optim: Optim = Optim()
     steps: int | None = Field(default=None, ge=1, description="optimiser steps")
     epochs: float | None = Field(default=None, gt=0)
-    batch_size: int = Field(default=1, ge=1, description="samples per device and micro-step")
+    batch_size: int = Field(default=1, ge=1, description="rows (samples, where they are not packed) per device and micro-step")
     accumulation: int = Field(default=1, ge=1)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     gradient_checkpointing: bool = False
+    attention: Literal["auto", "sdpa", "eager", "tiled", "flex_attention"] = Field(
+        default="auto", description="auto: flex_attention on a GPU, tiled on a CPU, where the architecture takes them"
+    )
     log_every: int = Field(default=1, ge=1)
     save_every: int = Field(default=500, ge=1, description="optimiser steps between checkpoints")
     keep_checkpoints: int = Field(default=2, ge=1)

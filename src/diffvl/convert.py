@@ -25,7 +25,8 @@ from diffvl.prepare import Source, prepare, read_parts
 from diffvl.progress import quiet_libraries, read_json_lines, spinner_or_line
 from diffvl.report import print_summary, write_report
 from diffvl.resume import BEFORE_FILE, is_finished, one_spelling, require_same_source, require_same_stage
-from diffvl.train import CHECKPOINTS, STAGING, longest_trainable, precision, process_state, train
+from diffvl.train import longest_trainable, train
+from diffvl.trainer import CHECKPOINTS, STAGING, precision, process_state
 
 DEFAULT_RECIPE = "llava"
 PREPARED = "prepared"

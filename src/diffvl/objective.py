@@ -4,7 +4,8 @@
 DiffusionVL, on the short layout: the clean stream once, then only the blocks that hold answer tokens. Both ask the head for
 the rows that carry loss and no others.
 
-Shapes: B batch, L clean length, R noisy length, T = L + R, M rows with loss, V vocabulary.
+Shapes: S samples, L clean length, R noisy length, W = L + R for each noisy copy; packed into B rows of T tokens; M predicted
+tokens, V vocabulary.
 """
 
 import math
@@ -14,13 +15,15 @@ from typing import Any
 
 import torch
 
+from diffvl.attention import FLEX, bucket, training_masks
 from diffvl.config import ArObjective, BlockDiffusionObjective, Objective, UniformNoise
 from diffvl.data.collate import Batch
 from diffvl.hub.configuration_diffvl import DiffVLConfig
-from diffvl.hub.layout_diffvl import Layout, NoisyStream, attention_masks, block_index, clean_layout, noisy_stream
+from diffvl.hub.layout_diffvl import Layout, NoisyStream, block_index, clean_layout, noisy_stream
 from diffvl.hub.sampling_diffvl import never_predicted
 from diffvl.loss import block_weights, token_cross_entropy
-from diffvl.noise import mask_ratios, masked_tokens, sample_generator
+from diffvl.noise import mask_probabilities, mask_ratios, masked_tokens, noise_state, sample_generator
+from diffvl.packing import Packed, longest_row, pack
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,10 @@ class LossOutput:
 
 @dataclass(frozen=True)
 class Corruption:
-    """One draw over a batch's noisy stream, each [B, R]: which tokens are masked, and the mask ratio t of their block."""
+    """One draw over a batch's noisy stream, each [S, R]: which tokens are masked, and with what probability they were."""
 
     masked: torch.Tensor
-    t: torch.Tensor
+    p: torch.Tensor
 
 
 def loss_of(model: Any, config: DiffVLConfig, batch: Batch, objective: Objective, draw: Draw) -> LossOutput:
@@ -61,20 +64,31 @@ def loss_of(model: Any, config: DiffVLConfig, batch: Batch, objective: Objective
     return block_diffusion(model, config, batch, objective, draw)
 
 
-MEASURE_NOISE = UniformNoise(t_min=1e-3, t_max=1.0, stratified=True)
+MEASURE_NOISE = UniformNoise(t_min=1e-3, t_max=1.0, draws="stratified")
 
 
 @torch.no_grad()
 def measure(model: Any, config: DiffVLConfig, batches: Iterable[Any], objective: Objective) -> dict[str, torch.Tensor]:
-    """The sums of LossOutput over a held-out set, under one fixed noise law and seed whatever the training noise was, so that
-    figures of different runs can be compared."""
+    """The sums of LossOutput over a held-out set, under one fixed noise law and seed whatever the training noise was, and in
+    blocks of the size that the checkpoint decodes with, so that figures of different runs can be compared."""
     if isinstance(objective, BlockDiffusionObjective):
-        objective = objective.model_copy(update={"noise": MEASURE_NOISE, "ar_weight": 0.0})
+        plain = {"noise": MEASURE_NOISE, "ar_weight": 0.0, "position_bias": 0.0, "complementary": False, "block_curriculum": {}}
+        objective = objective.model_copy(update=plain)
     totals: dict[str, torch.Tensor] = {}
     for batch in batches:
         for name, value in loss_of(model, config, batch, objective, Draw(seed=0, step=0, progress=0.0)).sums.items():
             totals[name] = totals.get(name, torch.zeros((), device=value.device)) + value
     return totals
+
+
+def curriculum_state(objective: Objective, progress: float) -> dict[str, float]:
+    """Where the objective's curricula stand at a point of the stage; empty for an objective that does not move."""
+    if isinstance(objective, ArObjective):
+        return {}
+    state: dict[str, float] = {f"noise_{name}": value for name, value in noise_state(objective.noise, progress).items()}
+    if objective.block_curriculum:
+        state["block_size"] = objective.block_size_at(progress)
+    return state
 
 
 def measured_sums(objective: Objective) -> list[str]:
@@ -85,16 +99,13 @@ def measured_sums(objective: Objective) -> list[str]:
 
 def ar(model: Any, config: DiffVLConfig, batch: Batch) -> LossOutput:
     """Next-token cross-entropy on answers: position i - 1 predicts token i, under the trunk's own causal attention."""
-    ids, answer, valid = batch["input_ids"], batch["answer_index"], batch["valid"]
-    layout = clean_layout(torch.zeros_like(ids), valid, context="causal")
-    target = answer > 0
-    rows = torch.zeros_like(valid)
-    rows[:, :-1] = target[:, 1:]
-    logits = _forward(model, config, ids, batch, layout, None, rows)
-    forbidden = never_predicted(config, logits.shape[-1], logits.device)
-    entropy = token_cross_entropy(logits, ids[:, 1:][target[:, 1:]], forbidden)
-    correct = logits.argmax(-1) == ids[:, 1:][target[:, 1:]]
-    sums = {"predicted": target.sum(), "correct": correct.sum(), "cross_entropy": entropy.detach().sum()}
+    ids, valid = batch["input_ids"], batch["valid"]
+    packed = packed_rows(clean_layout(torch.zeros_like(ids), valid, context="causal"), batch["row"], config)
+    at = followed_by_answer(batch["answer_index"])
+    targets = ids[at[0], at[1] + 1]
+    entropy, correct = _predict(model, config, batch, packed, ids, _image_rows(config, batch), packed.place[at], targets)
+    counted = torch.ones_like(targets).sum()
+    sums = {"predicted": counted, "correct": correct.sum(), "cross_entropy": entropy.detach().sum()}
     return LossOutput(entropy.sum(), int(valid.sum()), sums)
 
 
@@ -102,65 +113,90 @@ def block_diffusion(model: Any, config: DiffVLConfig, batch: Batch, objective: B
     """Masked-token cross-entropy on noised answer blocks."""
     ids, answer, valid = batch["input_ids"], batch["answer_index"], batch["valid"]
     # 1. The grid, and the blocks that hold answers.
-    block = block_index(answer, objective.block_size, objective.grid)
-    stream = noisy_stream(answer, block, objective.block_size, objective.grid)
-    # 2. Corruption: t per block, then masks.
-    corruption = corrupt(stream, objective, draw, batch["sample"])
-    # 3. Clean tokens first, noisy behind, on the positions of their clean counterparts.
-    layout = clean_layout(block, valid, objective.context).joined(noisy_layout(stream, objective.context))
+    block_size = objective.block_size_at(draw.progress)
+    block = block_index(answer, block_size, objective.grid)
+    stream = noisy_stream(answer, block, block_size, objective.grid)
+    # 2. Corruption: t per block, then masks; with complementary masks a second copy.
+    copies = corrupt(stream, objective, draw, batch["sample"])
+    # 3. Clean tokens first, noisy behind, on the positions of their clean counterparts; then samples into rows.
+    layout = clean_layout(block, valid, objective.context)
+    for number in range(len(copies)):
+        layout = layout.joined(noisy_layout(stream, objective.context, number + 1))
+    packed = packed_rows(layout, batch["row"], config)
     clean_of_noisy = ids.gather(1, stream.source)
-    noisy_ids = torch.where(corruption.masked, torch.full_like(clean_of_noisy, config.mask_token_id), clean_of_noisy)
-    # 4. One forward; the head runs where a masked token is predicted.
-    at = predicting_rows(stream, corruption.masked, objective.target, ids.shape[1])
-    asked = torch.zeros_like(layout.valid)
-    asked[at] = True
-    ar_rows = torch.zeros_like(asked)
+    noisy_ids = [clean_of_noisy.masked_fill(copy.masked, config.mask_token_id) for copy in copies]
+    image = _image_rows(config, batch)
+    # 4. One forward; the head runs where a masked token is predicted, and for the AR term where an answer's token follows.
+    clean_length, noisy_length = ids.shape[1], stream.source.shape[1]
+    at = [
+        packed.place[predicting_rows(stream, copy.masked, objective.target, clean_length + number * noisy_length)]
+        for number, copy in enumerate(copies)
+    ]
+    targets = [clean_of_noisy[copy.masked] for copy in copies]
+    following = followed_by_answer(answer)
     if objective.ar_weight > 0:
-        ar_rows[:, : ids.shape[1] - 1] = answer[:, 1:] > 0
-    logits = _forward(model, config, torch.cat([ids, noisy_ids], 1), batch, layout, stream.source, asked | ar_rows)
-    line = (asked | ar_rows).flatten().long().cumsum(0).view_as(asked) - 1
-    # 5. Weighted cross-entropy of the masked tokens.
-    forbidden = never_predicted(config, logits.shape[-1], logits.device)
-    targets, predicted = clean_of_noisy[corruption.masked], logits[line[at]]
-    entropy = token_cross_entropy(predicted, targets, forbidden)
-    weights = block_weights(objective.weight, corruption.t, corruption.masked, stream.eligible, stream.block)
-    weights = torch.where(stream.padding_stop, weights * objective.pad_weight, weights)[corruption.masked]
-    loss = (weights.to(entropy.dtype) * entropy).sum()
+        at.append(packed.place[following])
+        targets.append(ids[following[0], following[1] + 1])
+    entropy, correct = _predict(
+        model,
+        config,
+        batch,
+        packed,
+        torch.cat([ids, *noisy_ids], 1),
+        torch.cat([image, *[image.gather(1, stream.source).masked_fill(copy.masked, -1) for copy in copies]], 1),
+        torch.cat(at),
+        torch.cat(targets),
+    )
+    # 5. Weighted cross-entropy of the masked tokens, averaged over the copies.
+    weights = torch.cat([_weights(objective, stream, copy)[copy.masked] for copy in copies]) / len(copies)
+    masked_entropy = entropy[: len(weights)]
+    loss = (weights.to(entropy.dtype) * masked_entropy).sum()
     if objective.ar_weight > 0:
-        following = ids[:, 1:][ar_rows[:, : ids.shape[1] - 1]]
-        loss = loss + objective.ar_weight * token_cross_entropy(logits[line[ar_rows]], following, forbidden).sum()
+        loss = loss + objective.ar_weight * entropy[len(weights) :].sum()
     # 6. What is counted: answers and their first stop.
-    counted = ~stream.padding_stop[corruption.masked]
+    counted = torch.cat([~stream.padding_stop[copy.masked] for copy in copies])
     sums = {
         "predicted": counted.sum(),
-        "correct": ((predicted.detach().masked_fill(forbidden, float("-inf")).argmax(-1) == targets) & counted).sum(),
-        "cross_entropy": entropy.detach()[counted].sum(),
-        "eligible": (stream.eligible & ~stream.padding_stop).sum(),
+        "correct": (correct[: len(weights)].bool() & counted).sum(),
+        "cross_entropy": masked_entropy.detach()[counted].sum(),
+        "eligible": (stream.eligible & ~stream.padding_stop).sum() * len(copies),
     }
     return LossOutput(loss, int(layout.valid.sum()), sums)
 
 
-def corrupt(stream: NoisyStream, objective: BlockDiffusionObjective, draw: Draw, samples: torch.Tensor) -> Corruption:
-    """Draws t and masks for every sample of a batch, each from its own generator; `samples` [B] are dataset indices."""
+def _weights(objective: BlockDiffusionObjective, stream: NoisyStream, copy: Corruption) -> torch.Tensor:
+    """Loss weight of every noisy token, [S, R]."""
+    weights = block_weights(objective.weight, copy.p, copy.masked, stream.eligible, stream.block)
+    return torch.where(stream.padding_stop, weights * objective.pad_weight, weights)
+
+
+def corrupt(stream: NoisyStream, objective: BlockDiffusionObjective, draw: Draw, samples: torch.Tensor) -> list[Corruption]:
+    """Draws t and masks for every sample of a batch, each from its own generator; `samples` [S] are dataset indices. One
+    corruption, or two with complementary masks."""
     masked = torch.zeros_like(stream.eligible)
-    t = torch.ones(stream.eligible.shape, dtype=torch.float64, device=stream.block.device)
+    p = torch.ones(stream.eligible.shape, dtype=torch.float64, device=stream.block.device)
     for row, sample in enumerate(samples.tolist()):
         length = int(stream.valid[row].sum())
         generator = sample_generator(draw.seed, draw.step, sample)
         blocks, block_R = torch.unique(stream.block[row, :length].cpu(), return_inverse=True)
-        t_K = mask_ratios(objective.noise, len(blocks), draw.progress, generator)
-        masked_R = masked_tokens(t_K, block_R, stream.eligible[row, :length].cpu(), generator)
-        t[row, :length] = t_K[block_R].to(t.device)
+        eligible_R = stream.eligible[row, :length].cpu()
+        of = int(blocks[-1]) + 1 if len(blocks) else 0  # text behind the last answer is not counted
+        t_K = mask_ratios(objective.noise, blocks, of, draw.progress, generator)
+        p_R = mask_probabilities(t_K, block_R, eligible_R, objective.position_bias)
+        masked_R = masked_tokens(p_R, eligible_R, generator)
+        p[row, :length] = p_R.to(p.device)
         masked[row, :length] = masked_R.to(masked.device)
-    return Corruption(masked, t)
+    if not objective.complementary:
+        return [Corruption(masked, p)]
+    return [Corruption(masked, p), Corruption(stream.eligible & ~masked, 1 - p)]
 
 
-def noisy_layout(stream: NoisyStream, context: str) -> Layout:
-    """The noisy stream's rows."""
+def noisy_layout(stream: NoisyStream, context: str, copy: int = 1) -> Layout:
+    """The rows of a noisy copy; copies, counted from 1, do not see each other."""
     return Layout(
         position=stream.position,
         block=stream.block,
-        noisy=torch.ones_like(stream.valid),
+        noisy=torch.full_like(stream.block, copy),
         valid=stream.valid,
         document=torch.zeros_like(stream.block),
         context=context,
@@ -168,47 +204,72 @@ def noisy_layout(stream: NoisyStream, context: str) -> Layout:
 
 
 def predicting_rows(
-    stream: NoisyStream, masked: torch.Tensor, target: str, clean_length: int
+    stream: NoisyStream, masked: torch.Tensor, target: str, noisy_start: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where in [B, T] the prediction of each masked token is read, in the row-major order of the masked tokens.
+    """Where in the samples' streams [S, W] the prediction of each masked token is read, in row-major order of these tokens.
 
     `same`: at the token itself. `shift`: at the token before it, inside the noisy block where it has one there, otherwise at
     the last clean token before the block.
+
+    Args:
+        noisy_start: where the noisy copy begins in W; the clean stream stands at 0.
     """
     sample, place = masked.nonzero(as_tuple=True)
     if target == "same":
-        return sample, clean_length + place
+        return sample, noisy_start + place
     before = (place - 1).clamp_min(0)
     inside = (place > 0) & (stream.block[sample, before] == stream.block[sample, place])
-    return sample, torch.where(inside, clean_length + before, stream.position[sample, place] - 1)
+    return sample, torch.where(inside, noisy_start + before, stream.position[sample, place] - 1)
 
 
-def _forward(
+def followed_by_answer(answer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sample, column) of the clean tokens whose next token belongs to an answer."""
+    return (answer[:, 1:] > 0).nonzero(as_tuple=True)  # type: ignore[return-value]
+
+
+def packed_rows(streams: Layout, row_S: torch.Tensor, config: DiffVLConfig) -> Packed:
+    """Samples into rows; with FlexAttention of a length for which kernels are compiled once."""
+    if config.text_config._attn_implementation != FLEX:
+        return pack(streams, row_S)
+    return pack(streams, row_S, bucket(longest_row(streams, row_S)))
+
+
+def _image_rows(config: DiffVLConfig, batch: Batch) -> torch.Tensor:
+    """For each clean token the image token that it shows, counted over the batch, -1 for text; [S, L]."""
+    is_image = (batch["input_ids"] == config.image_token_id) & batch["valid"]
+    return torch.where(is_image, is_image.flatten().long().cumsum(0).view_as(is_image) - 1, -1)
+
+
+def _predict(
     model: Any,
     config: DiffVLConfig,
-    ids: torch.Tensor,
     batch: Batch,
-    layout: Layout,
-    noisy_source: torch.Tensor | None,
-    rows: torch.Tensor,
-) -> torch.Tensor:
-    """Logits [M, V] at `rows`; noisy copies of image placeholders show the same image tokens, which are encoded once."""
-    clean_length = batch["input_ids"].shape[1]
-    is_image = (batch["input_ids"] == config.image_token_id) & batch["valid"]
-    image_index = torch.where(is_image, is_image.flatten().long().cumsum(0).view_as(is_image) - 1, -1)
-    if noisy_source is not None:
-        copies = image_index.gather(1, noisy_source)
-        image_index = torch.cat([image_index, torch.where(ids[:, clean_length:] == config.image_token_id, copies, -1)], 1)
+    packed: Packed,
+    ids_SW: torch.Tensor,
+    image_SW: torch.Tensor,
+    at_M: torch.Tensor,
+    targets_M: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One forward: cross-entropy of each target at its row, [M] with the graph, and whether it is the likeliest token, [M]."""
+    ids = packed.moved(ids_SW, 0)
     dtype = torch.get_autocast_dtype(ids.device.type) if torch.is_autocast_enabled(ids.device.type) else torch.float32
-    output = model(
+
+    def judge(logits_mV: torch.Tensor, which: slice) -> torch.Tensor:
+        forbidden = never_predicted(config, logits_mV.shape[-1], logits_mV.device)
+        entropy = token_cross_entropy(logits_mV, targets_M[which], forbidden)
+        likeliest = logits_mV.detach().masked_fill(forbidden, float("-inf")).argmax(-1)
+        return torch.stack([entropy, (likeliest == targets_M[which]).to(entropy.dtype)], -1)
+
+    judged = model(
         input_ids=ids,
         pixel_values=batch.get("pixel_values"),
-        image_index=image_index,
-        attention_mask=attention_masks(config.text_config, layout, slice(None), dtype),
-        position_ids=layout.position,
-        logits_rows=rows,
-    )
-    return output.logits
+        image_index=packed.moved(image_SW, -1),
+        attention_mask=training_masks(config.text_config, packed.layout, dtype),
+        position_ids=packed.layout.position,
+        logits_rows=at_M,
+        row_map=judge,
+    ).logits
+    return judged[:, 0], judged[:, 1]
 
 
 def rates(sums: dict[str, float]) -> dict[str, float]:

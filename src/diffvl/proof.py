@@ -24,7 +24,7 @@ def probe_ids(vocabulary: int, seed: int = 0) -> torch.Tensor:
 @torch.no_grad()
 def native_logits(trunk: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """What the stock model itself says, [2, L, V] in fp32."""
-    return trunk(input_ids=ids).logits.float()
+    return trunk(input_ids=ids, use_cache=False).logits.float()
 
 
 def spread(difference: torch.Tensor, reference: torch.Tensor) -> float:

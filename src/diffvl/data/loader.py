@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 from rich.console import Console
 from torch.utils.data import Dataset
 
@@ -16,9 +17,11 @@ from diffvl.config import Data
 from diffvl.data.chat import Sample, encode_record, sample_of
 from diffvl.data.collate import raise_bad_record
 from diffvl.data.images import open_picture
+from diffvl.data.packer import Rows, first_fit
 from diffvl.data.records import Record, open_records, record_at
 from diffvl.errors import ConfigError, DataError, DiffvlError
 from diffvl.hub.processing_diffvl import DiffVLProcessor
+from diffvl.noise import sample_generator
 from diffvl.progress import track
 
 log = logging.getLogger(__name__)
@@ -26,21 +29,46 @@ SHOWN_PROBLEMS = 5
 
 
 class SampleDataset(Dataset):
-    """Records of one file as Samples, built when they are asked for; `indices` picks and orders them.
+    """Rows of samples of one file, built when they are asked for. A row is one record, or several that are packed.
 
     A record that cannot be built is returned as its error (see `collate.raise_bad_record`).
     """
 
-    def __init__(self, records: datasets.Dataset, indices: list[int], processor: DiffVLProcessor) -> None:
-        self.records, self.indices, self.processor = records, indices, processor
+    def __init__(
+        self,
+        records: datasets.Dataset,
+        indices: list[int],
+        lengths: list[int],
+        processor: DiffVLProcessor,
+        rows: Rows | None = None,
+    ) -> None:
+        """`indices` picks the records and orders them; `lengths` are their tokens; `rows` are of places in these two."""
+        self.records, self.indices, self.lengths, self.processor = records, indices, lengths, processor
+        self.rows = rows
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.indices) if self.rows is None else len(self.rows)
 
     def record(self, place: int) -> Record:
+        """The place-th record, whatever rows there are."""
         return record_at(self.records, self.indices[place])
 
-    def __getitem__(self, place: int) -> Sample | DiffvlError:
+    def part(self, places: list[int]) -> "SampleDataset":
+        """The records at these places."""
+        chosen = [self.indices[place] for place in places], [self.lengths[place] for place in places]
+        return SampleDataset(self.records, *chosen, self.processor)
+
+    def packed(self, row_length: int, seed: int) -> "SampleDataset":
+        """The same records in rows of up to so many tokens. Which records share a row depends on the seed alone, so a resumed
+        run finds the same rows."""
+        order = torch.randperm(len(self.indices), generator=sample_generator(seed, step=-1, sample=-1)).tolist()
+        rows = first_fit(self.lengths, order, row_length)
+        return SampleDataset(self.records, self.indices, self.lengths, self.processor, rows)
+
+    def __getitem__(self, row: int) -> list[Sample | DiffvlError]:
+        return [self._sample(place) for place in ((row,) if self.rows is None else self.rows[row])]
+
+    def _sample(self, place: int) -> Sample | DiffvlError:
         try:
             return sample_of(self.record(place), self.indices[place], self.processor)
         except DiffvlError as error:
@@ -89,9 +117,8 @@ def load_data(data: Data, processor: DiffVLProcessor, longest: int | None) -> St
     # Every n-th record, so that a file sorted by kind gives a mixed held-out set.
     stride = len(train) / data.holdout
     held = {int(place * stride) for place in range(data.holdout)}
-    kept = [index for place, index in enumerate(train.indices) if place not in held]
-    apart = [index for place, index in enumerate(train.indices) if place in held]
-    return StageData(SampleDataset(train.records, kept, processor), SampleDataset(train.records, apart, processor))
+    kept = [place for place in range(len(train.indices)) if place not in held]
+    return StageData(train.part(kept), train.part(sorted(held)))
 
 
 SHORTEN = "raise data.max_length, or set data.too_long=drop to leave them out"
@@ -114,7 +141,7 @@ def open_samples(path: Path, data: Data, processor: DiffVLProcessor, advice: str
     kept = [index for index, length in enumerate(lengths) if length <= data.max_length]
     if not kept:
         raise DataError(f"{path}: all {len(records)} records are longer than {data.max_length} tokens; {advice}")
-    return SampleDataset(records, kept, processor)
+    return SampleDataset(records, kept, [lengths[index] for index in kept], processor)
 
 
 @cache
@@ -130,10 +157,11 @@ def check_pictures(data: StageData, most: int, console: Console) -> None:
         DataError: with the first problems and the number of the others.
     """
     for samples in (data.train, data.held_out):
-        if samples is None or len(samples) > most:
+        if samples is None or len(samples.indices) > most:
             continue
         problems = []
-        for place in track(console, range(len(samples)), len(samples), "checking pictures"):
+        count = len(samples.indices)
+        for place in track(console, range(count), count, "checking pictures"):
             record = samples.record(place)
             for path in record.images:
                 try:

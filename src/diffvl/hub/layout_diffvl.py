@@ -8,20 +8,20 @@ copy of its own block, nor anything later. tests/test_invariants.py rebuilds tha
 Shapes: B batch, L clean length, R noisy length, T = all tokens of a row, Q queries. Bool masks: True = may be attended.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-
-WINDOW_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 @dataclass
 class Layout:
     """Per-token rows, each [B, T].
 
-    position: position id. block: index of the block, rising along a sample. noisy: True in the noisy stream.
-    valid: False for padding. document: which packed sample a token belongs to.
+    position: position id. block: index of the block, rising along a sample. noisy: 0 (or False) in the clean stream, the
+    number of the noisy copy in a noisy one (True where there is one copy only). valid: False for padding. document: which
+    packed sample a token belongs to.
     context: "block" (clean tokens see their whole block) or "causal" (token by token).
     """
 
@@ -51,21 +51,29 @@ class Layout:
         """
         q = {name: row[:, queries, None] for name, row in self.rows.items()}
         k = {name: row[:, None, :] for name, row in self.rows.items()}
-        earlier_block = k["block"] < q["block"]
-        order = "position" if self.context == "causal" else "block"
-        clean_to_clean = k[order] <= q[order]
-        sees_clean = ~k["noisy"] & torch.where(q["noisy"], earlier_block, clean_to_clean)
-        sees_noisy = k["noisy"] & q["noisy"] & (k["block"] == q["block"])
-        allowed = (sees_clean | sees_noisy) & (k["document"] == q["document"]) & k["valid"]
-        if window is not None:
-            allowed = allowed & (k["position"] > q["position"] - window)
-        if chunk is not None:
-            allowed = allowed & (torch.div(k["position"], chunk, rounding_mode="floor")
-                                 == torch.div(q["position"], chunk, rounding_mode="floor"))  # fmt: skip
+        allowed = attends(q, k, self.context, window, chunk)
         # A padding query with nothing to see would be a softmax over nothing; it sees itself, and nobody sees it.
         index = torch.arange(self.position.shape[1], device=self.position.device)
         itself = index[queries, None] == index[None, :]
         return allowed | (itself[None] & ~q["valid"])
+
+
+def attends(
+    q: dict[str, torch.Tensor], k: dict[str, torch.Tensor], context: str, window: int | None = None, chunk: int | None = None
+) -> torch.Tensor:
+    """Whether queries with the rows `q` may attend to keys with the rows `k`: the attention rule itself, elementwise over
+    whatever shapes broadcast, so that dense masks, FlexAttention kernels and the decoder all ask the same function."""
+    q_noisy, k_noisy = q["noisy"].bool(), k["noisy"].bool()
+    order = "position" if context == "causal" else "block"
+    sees_clean = ~k_noisy & torch.where(q_noisy, k["block"] < q["block"], k[order] <= q[order])
+    sees_noisy = k_noisy & (k["noisy"] == q["noisy"]) & (k["block"] == q["block"])
+    allowed = (sees_clean | sees_noisy) & (k["document"] == q["document"]) & k["valid"]
+    if window is not None:
+        allowed = allowed & (k["position"] > q["position"] - window)
+    if chunk is not None:
+        q_chunk = torch.div(q["position"], chunk, rounding_mode="floor")
+        allowed = allowed & (torch.div(k["position"], chunk, rounding_mode="floor") == q_chunk)
+    return allowed
 
 
 def clean_layout(block_BL: torch.Tensor, valid_BL: torch.Tensor, context: str) -> Layout:
@@ -175,28 +183,32 @@ def attention_masks(text_config: Any, layout: Layout, queries: slice, dtype: tor
     Raises:
         ValueError: for a layer type other than full, sliding or chunked attention, or another attention implementation.
     """
-    window = getattr(text_config, "sliding_window", None)
-    chunk = getattr(text_config, "attention_chunk_size", None)
     implementation = text_config._attn_implementation
     if implementation not in ("sdpa", "eager"):
-        raise ValueError(f"attention implementation {implementation!r}: diffvl builds masks for 'sdpa' and 'eager'")
+        raise ValueError(f"attention implementation {implementation!r}: dense masks are for 'sdpa' and 'eager'")
 
-    def mask(kind: str) -> torch.Tensor:
-        allowed = layout.allowed(
-            queries,
-            window=window if kind == "sliding_attention" else None,
-            chunk=chunk if kind == "chunked_attention" else None,
-        )[:, None]
+    def mask(window: int | None, chunk: int | None) -> torch.Tensor:
+        allowed = layout.allowed(queries, window, chunk)[:, None]
         if implementation == "sdpa":
             return allowed
         return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
 
+    return for_layers(text_config, mask)
+
+
+def for_layers(text_config: Any, make: Callable[[int | None, int | None], Any]) -> Any:
+    """What `make(window, chunk)` gives for each layer type of the trunk, as a dict where its config lists layer types.
+
+    Raises:
+        ValueError: for a layer type other than full, sliding or chunked attention.
+    """
+    window = getattr(text_config, "sliding_window", None)
+    chunk = getattr(text_config, "attention_chunk_size", None)
+    limits = {"full_attention": (None, None), "sliding_attention": (window, None), "chunked_attention": (None, chunk)}
     layer_types = getattr(text_config, "layer_types", None)
     if layer_types:
-        unknown = set(layer_types) - WINDOW_KINDS
+        unknown = set(layer_types) - limits.keys()
         if unknown:
-            raise ValueError(f"layer types {sorted(unknown)} cannot take block attention; known: {sorted(WINDOW_KINDS)}")
-        return {kind: mask(kind) for kind in set(layer_types)}
-    if window:
-        return mask("sliding_attention")
-    return mask("chunked_attention" if chunk else "full_attention")
+            raise ValueError(f"layer types {sorted(unknown)} cannot take block attention; known: {sorted(limits)}")
+        return {kind: make(*limits[kind]) for kind in set(layer_types)}
+    return make(*limits["sliding_attention" if window else "chunked_attention" if chunk else "full_attention"])

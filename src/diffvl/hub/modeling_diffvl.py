@@ -7,17 +7,20 @@ Shapes: B batch, T tokens, N images, P image tokens per picture, H trunk width, 
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_diffvl import DiffVLConfig
 from .generation_diffvl import BlockCache, BlockGeneration
+from .head_diffvl import mapped_rows
 from .layout_diffvl import Layout, attention_masks, clean_layout
 
 
@@ -142,6 +145,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         store_kv: bool = True,
         image_index: torch.Tensor | None = None,
         logits_rows: torch.Tensor | None = None,
+        row_map: Callable[[torch.Tensor, slice], torch.Tensor] | None = None,
         answer_index: torch.Tensor | None = None,
     ) -> CausalLMOutputWithPast:
         """One pass of the trunk.
@@ -157,7 +161,11 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
             store_kv: False leaves the cache as it was, and still attends to it.
             image_index: see `embed`.
             answer_index: not used here; accepted, so that what `processor.apply_chat_template` gives can be passed whole.
-            logits_rows: bool [B, T]; the head runs on these rows only and `.logits` is [M, V] in row-major order.
+            logits_rows: bool [B, T], or int64 [M] indices into the flattened [B * T]; the head runs on these rows only and
+                `.logits` is [M, V], in row-major order or in the order of the indices.
+            row_map: needs `logits_rows`. The head then runs on a bounded number of rows at a time, and `row_map(logits [m, V],
+                which of the M rows)` -> [m, ...] takes their place: `.logits` is what it gave, [M, ...]. Logits are computed
+                again in the backward pass where there is more than one such chunk, so they never stand in memory all at once.
         Returns:
             logits [B, T, V] (or [M, V]) and the cache.
         Raises:
@@ -173,15 +181,20 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
             cache = BlockCache()
         elif cache is not None and not store_kv:
             cache = BlockCache.reading(cache)
-        with self._head_on(logits_rows):
-            output = self.language_model(
-                inputs_embeds=embeds,
-                attention_mask=masks,
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=cache is not None,
-            )
-        logits = output.logits if logits_rows is None else output.logits[0]
+        trunk_pass = partial(
+            self.language_model,
+            inputs_embeds=embeds,
+            attention_mask=masks,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        if row_map is None:
+            with self._head_on(logits_rows):
+                output = trunk_pass()
+            logits = output.logits if logits_rows is None else output.logits[0]
+        else:
+            logits = mapped_rows(self.language_model, trunk_pass, _flat_rows(logits_rows), row_map)
         kept = past_key_values if past_key_values is not None else (cache if use_cache else None)
         return CausalLMOutputWithPast(logits=logits, past_key_values=kept)
 
@@ -193,7 +206,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         total = past + tokens
         queries = slice(past, total)
         text_config = self.language_model.config
-        if isinstance(mask, dict) or (isinstance(mask, torch.Tensor) and mask.dim() == 4):
+        if isinstance(mask, dict | BlockMask) or (isinstance(mask, torch.Tensor) and mask.dim() == 4):
             if position_ids is None:
                 raise ValueError("ready-made masks need explicit position_ids")
             return mask, position_ids
@@ -222,12 +235,19 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         if rows is None:
             yield
             return
+        flat = _flat_rows(rows)
         head = self.get_output_embeddings()
-        hook = head.register_forward_pre_hook(lambda _, arguments: (arguments[0][rows][None],))
+        hook = head.register_forward_pre_hook(lambda _, arguments: (arguments[0].flatten(0, 1)[flat][None],))
         try:
             yield
         finally:
             hook.remove()
+
+
+def _flat_rows(rows: torch.Tensor | None) -> torch.Tensor:
+    if rows is None:
+        raise ValueError("row_map needs logits_rows")
+    return rows.flatten().nonzero()[:, 0] if rows.dtype == torch.bool else rows
 
 
 class _GivenMask(Layout):

@@ -1,0 +1,296 @@
+"""The attention rule as a block-sparse mask, and who executes it: FlexAttention on a GPU, tiles of SDPA on a CPU.
+
+A training row has two kinds of empty area: what lies after a token, and the noisy blocks of others. A dense mask computes
+both and then throws them away, and holds one value for each pair of tokens. Here the mask is a `BlockMask` of torch's
+FlexAttention, built from the bounds of each tile's rows (no tensor of T x T), and only tiles that can hold an allowed pair are
+computed. Which pairs are allowed inside a tile is `layout_diffvl.attends`, the one rule. tests/test_attention.py proves
+block masks and results against the dense form.
+
+Shapes: B batch, T tokens, H heads, QT and KT tiles along queries and keys.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv
+
+from diffvl.errors import ConfigError
+from diffvl.hub.layout_diffvl import Layout, attends, attention_masks, for_layers
+
+TILED, FLEX = "tiled", "flex_attention"
+FLEX_TILE = 128  # FlexAttention's own tile, on both sides
+CPU_TILE = 64
+# A new group of query tiles costs a kernel call and copies of keys and values; so many scores are worth one.
+CALL_COST = 12 * CPU_TILE * CPU_TILE
+
+
+# --- choosing --------------------------------------------------------------------------------------------------------------
+
+
+def choose(trunk: PreTrainedModel, wanted: str, device: torch.device) -> str:
+    """Sets the trunk's attention implementation for training, in place, and returns it.
+
+    Args:
+        wanted: "auto" (FlexAttention on a GPU, tiles on a CPU, where the architecture can take them; its own default
+            otherwise), "sdpa", "eager", "tiled" or "flex_attention".
+    Raises:
+        ConfigError: if the architecture or the device cannot take what was asked for by name.
+    """
+    if wanted == "auto":
+        wanted = _best(trunk, device)
+    kind = trunk.config.model_type
+    if wanted == FLEX and device.type != "cuda":
+        raise ConfigError(f"attention: flex_attention needs a GPU to train (its CPU form has no backward); here: {device.type}")
+    if wanted == TILED and not _takes_tiles(trunk):
+        raise ConfigError(f"attention: {kind} cannot take {wanted}: its attention is not pluggable; use auto, sdpa or eager")
+    try:
+        trunk.set_attn_implementation(wanted)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"attention: {kind} cannot take {wanted}: {error}") from error
+    if trunk.config._attn_implementation != wanted:
+        raise ConfigError(f"attention: {kind} cannot take {wanted}: it stays with {trunk.config._attn_implementation}")
+    return wanted
+
+
+def _best(trunk: PreTrainedModel, device: torch.device) -> str:
+    if device.type == "cuda" and trunk._supports_flex_attn and trunk._can_set_attn_implementation():
+        return FLEX
+    if device.type == "cpu" and _takes_tiles(trunk):
+        return TILED
+    return trunk.config._attn_implementation
+
+
+def _takes_tiles(trunk: PreTrainedModel) -> bool:
+    return bool(trunk._supports_sdpa and trunk._can_set_attn_implementation())
+
+
+# --- the mask --------------------------------------------------------------------------------------------------------------
+
+
+def training_masks(text_config: Any, layout: Layout, dtype: torch.dtype) -> Any:
+    """The masks of a whole training row for the trunk's attention implementation: dense for sdpa and eager, else block masks;
+    one per layer type where the config lists them."""
+    implementation = text_config._attn_implementation
+    if implementation not in (TILED, FLEX):
+        return attention_masks(text_config, layout, slice(None), dtype)
+    tile = FLEX_TILE if implementation == FLEX else CPU_TILE
+    return for_layers(text_config, lambda window, chunk: block_mask(layout, tile, window, chunk))
+
+
+def block_mask(layout: Layout, tile: int, window: int | None = None, chunk: int | None = None) -> BlockMask:
+    """The layout as a BlockMask with square tiles of `tile` tokens; FlexAttention skips empty tiles and does not evaluate the
+    rule in full ones. Memory grows with (T / tile)^2."""
+    possible, full = _tiles(layout, tile, window, chunk)
+    rows, context = layout.rows, layout.context
+    invalid = ~layout.valid
+
+    def rule(b: torch.Tensor, _: torch.Tensor, q_index: torch.Tensor, k_index: torch.Tensor) -> torch.Tensor:
+        q = {name: row[b, q_index] for name, row in rows.items()}
+        k = {name: row[b, k_index] for name, row in rows.items()}
+        return attends(q, k, context, window, chunk) | ((q_index == k_index) & invalid[b, q_index])
+
+    partial = _listed(possible & ~full)
+    whole = _listed(full)
+    length = layout.position.shape[1]
+    mask = BlockMask.from_kv_blocks(*partial, *whole, BLOCK_SIZE=tile, mask_mod=rule, seq_lengths=(length, length))
+    mask.ndim = 4  # type: ignore[attr-defined]  # gpt2 asks a mask for it, where others ask for its shape
+    return mask
+
+
+def _listed(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """bool [B, QT, KT] -> how many key tiles each query tile has, int32 [B, 1, QT], and their indices first, [B, 1, QT, KT]."""
+    order = torch.argsort((~tiles).to(torch.int8), dim=-1, stable=True)
+    return tiles.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
+
+
+@dataclass
+class _Bounds:
+    """Least and greatest value of a row over some tokens of each tile, [B, tiles]; least > greatest where there are none."""
+
+    least: torch.Tensor
+    greatest: torch.Tensor
+
+    @classmethod
+    def of(cls, row: torch.Tensor, chosen: torch.Tensor, tile: int) -> "_Bounds":
+        huge = torch.iinfo(torch.long).max // 4
+        row = row.long()
+        low = _tiled(torch.where(chosen, row, huge), tile, huge).amin(-1)
+        high = _tiled(torch.where(chosen, row, -huge), tile, -huge).amax(-1)
+        return cls(low, high)
+
+    def queries(self) -> "_Bounds":
+        return _Bounds(self.least[:, :, None], self.greatest[:, :, None])
+
+    def keys(self) -> "_Bounds":
+        return _Bounds(self.least[:, None, :], self.greatest[:, None, :])
+
+    def meets(self, other: "_Bounds") -> torch.Tensor:
+        """Whether the two ranges overlap."""
+        return (self.least <= other.greatest) & (other.least <= self.greatest)
+
+    def is_one(self) -> torch.Tensor:
+        return self.least == self.greatest
+
+
+def _tiled(row: torch.Tensor, tile: int, filler: int) -> torch.Tensor:
+    """[B, T] -> [B, tiles, tile], the last tile filled up."""
+    short = -row.shape[1] % tile
+    return torch.nn.functional.pad(row, (0, short), value=filler).unflatten(1, (-1, tile))
+
+
+def _tiles(layout: Layout, tile: int, window: int | None, chunk: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tiles may hold an allowed pair, and which hold allowed pairs only; both bool [B, QT, KT]. The first may say yes too
+    often, the second no too often: that costs time, never a result."""
+    noisy, valid = layout.noisy.bool(), layout.valid
+    clean_tokens, noisy_tokens = valid & ~noisy, valid & noisy
+    order = layout.position if layout.context == "causal" else layout.block
+    clean_order = _Bounds.of(order, clean_tokens, tile)
+    clean_block = _Bounds.of(layout.block, clean_tokens, tile)
+    noisy_block = _Bounds.of(layout.block, noisy_tokens, tile)
+    position, document = _Bounds.of(layout.position, valid, tile), _Bounds.of(layout.document, valid, tile)
+
+    clean_clean = clean_order.keys().least <= clean_order.queries().greatest
+    noisy_clean = clean_block.keys().least < noisy_block.queries().greatest
+    noisy_noisy = noisy_block.keys().meets(noisy_block.queries())
+    possible = (clean_clean | noisy_clean | noisy_noisy) & document.keys().meets(document.queries())
+
+    all_clean = _tiled(clean_tokens.long(), tile, 0).amin(-1).bool()
+    all_noisy = _tiled(noisy_tokens.long(), tile, 0).amin(-1).bool()
+    before = clean_order.keys().greatest <= clean_order.queries().least
+    before_block = clean_block.keys().greatest < noisy_block.queries().least
+    full = (all_clean[:, :, None] & before) | (all_noisy[:, :, None] & before_block)
+    one_document = document.queries().is_one() & document.keys().is_one()
+    full = full & all_clean[:, None, :] & one_document & document.keys().meets(document.queries())
+
+    if window is not None:
+        possible = possible & (position.keys().greatest > position.queries().least - window)
+        full = full & (position.keys().least > position.queries().greatest - window)
+    if chunk is not None:
+        chunks = _Bounds.of(torch.div(layout.position, chunk, rounding_mode="floor"), valid, tile)
+        possible = possible & chunks.keys().meets(chunks.queries())
+        full = full & chunks.queries().is_one() & chunks.keys().is_one() & chunks.keys().meets(chunks.queries())
+    # A padding token sees itself.
+    pads = _tiled((~valid).long(), tile, 0).amax(-1).bool()
+    possible = possible | torch.diag_embed(pads)
+    return possible, full & possible
+
+
+def bucket(tokens: int) -> int:
+    """The row length that a GPU step is padded to: a multiple of the tile, eight of them in each doubling, so that compiled
+    kernels are reused at the price of one padding token in nine at most."""
+    step = max(FLEX_TILE, 2 ** max((tokens - 1).bit_length() - 4, 0))
+    return -(-tokens // step) * step
+
+
+# --- execution on a CPU ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Neighbouring queries, the ranges of keys that any of them may see, and who sees whom among them, bool [B, 1, Q, K];
+    None where all see all."""
+
+    queries: slice
+    keys: tuple[slice, ...]
+    allowed: torch.Tensor | None
+
+
+def tiled_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: BlockMask,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """An attention function of transformers that executes a BlockMask with SDPA: one call for each group of queries, on the
+    keys that the group may see. Query [B, H, T, head], key and value [B, KV heads, T, head] -> [B, T, H, head].
+
+    Raises:
+        ValueError: for another kind of mask, or a model that changes scores in a way that SDPA does not know.
+    """
+    odd = sorted(name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None)
+    if odd:
+        raise ValueError(f"{type(module).__name__} wants {', '.join(odd)}, which tiled attention does not know: use eager")
+    if not isinstance(attention_mask, BlockMask):
+        raise ValueError(f"tiled attention takes a BlockMask, got {type(attention_mask).__name__}")
+    repeats = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
+    pieces = [
+        scaled_dot_product_attention(
+            query[:, :, group.queries],
+            _taken(key, group.keys),
+            _taken(value, group.keys),
+            attn_mask=group.allowed,
+            dropout_p=dropout,
+            scale=scaling,
+        )
+        for group in _plan(attention_mask)
+    ]
+    return torch.cat([piece.transpose(1, 2) for piece in pieces], 1), None
+
+
+AttentionInterface.register(TILED, tiled_attention)
+
+
+def _taken(states: torch.Tensor, ranges: tuple[slice, ...]) -> torch.Tensor:
+    pieces = [states[:, :, one] for one in ranges]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+
+
+def _plan(mask: BlockMask) -> list[_Group]:
+    """Groups of query tiles, worked out once for a mask (every layer asks) and kept on it."""
+    plan = getattr(mask, "plan_for_sdpa", None)
+    if plan is None:
+        plan = [_group(mask, start, end, keys) for start, end, keys in _grouped(_visible_tiles(mask))]
+        mask.plan_for_sdpa = plan  # type: ignore[attr-defined]
+    return plan
+
+
+def _visible_tiles(mask: BlockMask) -> torch.Tensor:
+    """bool [QT, KT]: the tiles that some row of the batch needs."""
+    assert mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None
+    needed = torch.zeros(mask.kv_indices.shape, dtype=torch.bool)
+    lists = ((mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices))
+    for count, indices in lists:
+        listed = torch.arange(indices.shape[-1]) < count[..., None]
+        needed |= torch.zeros_like(needed).scatter(-1, indices.long(), listed)
+    return needed.any(0)[0]
+
+
+def _grouped(visible: torch.Tensor) -> list[tuple[int, int, torch.Tensor]]:
+    """(first, end, key tiles) of runs of query tiles: a run grows while the scores wasted on keys that only some of its tiles
+    see cost less than one more call."""
+    runs: list[tuple[int, int, torch.Tensor]] = []
+    for number, keys in enumerate(visible):
+        if runs:
+            first, end, together = runs[-1]
+            union = together | keys
+            grown = (number + 1 - first) * int(union.sum())
+            apart = (end - first) * int(together.sum()) + int(keys.sum())
+            if (grown - apart) * CPU_TILE * CPU_TILE <= CALL_COST:
+                runs[-1] = (first, number + 1, union)
+                continue
+        runs.append((number, number + 1, keys))
+    return runs
+
+
+def _group(mask: BlockMask, first: int, end: int, keys: torch.Tensor) -> _Group:
+    """Tiles -> tokens, and the rule evaluated on them."""
+    length = mask.seq_lengths[0]
+    tile = mask.BLOCK_SIZE[0]
+    queries = slice(first * tile, min(end * tile, length))
+    edges = torch.nn.functional.pad(keys.long(), (1, 1)).diff()
+    starts, ends = (edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist()
+    ranges = tuple(slice(start * tile, min(stop * tile, length)) for start, stop in zip(starts, ends, strict=True))
+    index = torch.arange(length)
+    chosen = torch.cat([index[one] for one in ranges])
+    batch = torch.arange(mask.kv_indices.shape[0])[:, None, None]
+    allowed = mask.mask_mod(batch, torch.zeros_like(batch), index[queries][None, :, None], chosen[None, None, :])
+    return _Group(queries, ranges, None if bool(allowed.all()) else allowed[:, None])

@@ -1,0 +1,178 @@
+"""Exact variance and bias of loss and gradient on a model so small that every mask can be enumerated.
+
+The model fills in an answer of tokens -1 and 1: the log-odds of a masked token are a bias plus, for every visible token of its
+block, that token times a weight which depends on their distance. So all blocks share their parameters, and a token is the
+surer the more of its block is visible, as in a trunk. Cross-entropy and gradient of a block are taken for each of its 2^D
+masks; every law of t then gives expectation and variance as sums over masks and over quantiles of t, without sampling.
+
+Shapes: D block size, B blocks, S = 2^D masks, P components (parameters, or 1 for the loss), N = D + 1 numbers of masked tokens,
+T quantiles of t.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from diffvl.config import Noise
+from diffvl.noise import mask_ratios
+
+QUANTILES = 2**15  # of the law of t; a multiple of any number of blocks up to that, which the strata need
+REPEATS = 0.8  # probability with which a token of the answer repeats the one before
+COUPLING = {"untrained": 0.0, "fitted": 0.8}  # log-odds from a visible neighbour
+DECAY = 0.6  # what remains of it one token further
+
+
+@dataclass(frozen=True)
+class Enumerated:
+    """Sums over the masks of each block with m masked tokens, m = 0 to D, of G: the block's cross-entropy or its gradient.
+
+    total [B, N, P]: of G. square [B, N]: of |G|^2. cross [B, N]: of the inner product of G with that of the opposite mask.
+    """
+
+    block_size: int
+    total: torch.Tensor
+    square: torch.Tensor
+    cross: torch.Tensor
+
+    @property
+    def blocks(self) -> int:
+        return len(self.total)
+
+    def bound(self) -> torch.Tensor:
+        """Of the bound on the log-likelihood (the integral over t of 1/t times the masked cross-entropy), [P]: the mean over
+        m = 1 to D of D / m times the mean G with m masked tokens."""
+        size = self.block_size
+        share = torch.tensor([0.0] + [1 / (m * math.comb(size, m)) for m in range(1, size + 1)], dtype=torch.float64)
+        return (share[:, None] * self.total.sum(0)).sum(0)
+
+
+@dataclass(frozen=True)
+class Exact:
+    """noise_to_signal: trace of the covariance over the squared norm of the mean. scale, cosine: the mean against that of the
+    bound: its length along it, and the angle. Both shares count over all noisy copies together."""
+
+    noise_to_signal: float
+    scale: float
+    cosine: float
+    masked_share: float
+    blocks_without_mask: float
+
+
+def enumerate_masks(state: str, block_size: int, answer_tokens: int, seed: int) -> tuple[Enumerated, Enumerated]:
+    """All masks of all blocks of a random answer: of the gradient, and of the loss; `state` names one of COUPLING."""
+    generator = torch.Generator().manual_seed(seed)
+    flips = torch.rand(answer_tokens, generator=generator) > REPEATS
+    token_BD = (1.0 - 2.0 * (flips.long().cumsum(0) % 2)).double().view(-1, block_size)
+    masked_SD = ((torch.arange(2**block_size)[:, None] >> torch.arange(block_size)) & 1).double()
+    both = [_gradient_and_loss(token_D, masked_SD, COUPLING[state]) for token_D in token_BD]
+    gradient, loss = (_summed(block_size, masked_SD.sum(1).long(), values) for values in zip(*both, strict=True))
+    return gradient, loss
+
+
+def _summed(block_size: int, count_S: torch.Tensor, values: Sequence[torch.Tensor]) -> Enumerated:
+    """From G of every block, each [S, P]."""
+    totals, products = [], []
+    for value_SP in values:
+        total = torch.zeros(block_size + 1, value_SP.shape[1], dtype=torch.float64)
+        totals.append(total.index_add_(0, count_S, value_SP))
+        # Flipping the order of the masks turns each into its opposite.
+        product = torch.stack([(value_SP**2).sum(1), (value_SP * value_SP.flip(0)).sum(1)], 1)
+        products.append(torch.zeros(block_size + 1, 2, dtype=torch.float64).index_add_(0, count_S, product))
+    square, cross = torch.stack(products).unbind(-1)
+    return Enumerated(block_size, torch.stack(totals), square, cross)
+
+
+def _gradient_and_loss(token_D: torch.Tensor, masked_SD: torch.Tensor, coupling: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the summed cross-entropy of the masked tokens at each mask: gradient [S, P], for the bias, then for the weights of the
+    tokens d places after and d places before, d = 1 to D - 1; and the cross-entropy itself, [S, 1]."""
+    size = len(token_D)
+    visible_SD = (1 - masked_SD) * token_D
+    log_odds = torch.zeros_like(masked_SD)
+    for distance in range(1, size):
+        weight = coupling * DECAY ** (distance - 1)
+        log_odds[:, :-distance] += weight * visible_SD[:, distance:]
+        log_odds[:, distance:] += weight * visible_SD[:, :-distance]
+    residual_SD = (torch.sigmoid(log_odds) - (token_D + 1) / 2) * masked_SD
+    columns = [residual_SD.sum(1)]
+    for distance in range(1, size):
+        columns.append((residual_SD[:, :-distance] * visible_SD[:, distance:]).sum(1))
+        columns.append((residual_SD[:, distance:] * visible_SD[:, :-distance]).sum(1))
+    loss_S = (functional.softplus(-token_D * log_odds) * masked_SD).sum(1)
+    return torch.stack(columns, 1), loss_S[:, None]
+
+
+def quantiles(noise: Noise, progress: float) -> torch.Tensor:
+    """Of the law of t, rising, [T]; `noise.draws` must be "stratified"."""
+    index = torch.arange(QUANTILES)
+    return mask_ratios(noise, index, QUANTILES, progress, torch.Generator().manual_seed(0)).sort().values
+
+
+def exact(masks: Enumerated, t_T: torch.Tensor, draws: str, weight: str) -> Exact:
+    """Of the sum over a sample's blocks.
+
+    Args:
+        draws: as `noise.draws`, or "complementary" for independent draws and a second copy with the opposite masks.
+        weight: as in `loss.block_weights`.
+    """
+    size = masks.block_size
+    m = torch.arange(size + 1, dtype=torch.float64)
+    share_TN = t_T[:, None] ** m * (1 - t_T[:, None]) ** (size - m)  # probability of each single mask with m masked tokens
+    weight_TN = _weights(weight, t_T, m, size)
+    mean_TN, square_TN, cross_TN = share_TN * weight_TN, share_TN * weight_TN**2, torch.zeros_like(share_TN)
+    masked_share, empty = float(t_T.mean()), float((1 - t_T).pow(size).mean())
+    if draws == "complementary":
+        # The opposite mask has D - m masked tokens, each with probability 1 - t; flipping puts it under its own number.
+        other_TN = _weights(weight, 1 - t_T, size - m, size)
+        mean_TN = (mean_TN + (share_TN * other_TN).flip(1)) / 2
+        cross_TN = share_TN * weight_TN * other_TN / 2
+        square_TN = (square_TN + (share_TN * other_TN**2).flip(1)) / 4
+        masked_share, empty = 1.0, 0.0
+    mean_BP = (mean_TN.mean(0)[None, :, None] * masks.total).sum(1)
+    second = float((square_TN.mean(0) * masks.square + cross_TN.mean(0) * masks.cross).sum())
+    variance = second - float((mean_BP**2).sum()) + _between_blocks(masks, mean_TN, draws)
+    mean_P, bound_P = mean_BP.sum(0), masks.bound()
+    along = float(mean_P @ bound_P)
+    return Exact(
+        noise_to_signal=variance / float(mean_P @ mean_P),
+        scale=along / float(bound_P @ bound_P),
+        cosine=along / float(mean_P.norm() * bound_P.norm()),
+        masked_share=masked_share,
+        blocks_without_mask=empty,
+    )
+
+
+def _weights(kind: str, p_T: torch.Tensor, m: torch.Tensor, size: int) -> torch.Tensor:
+    """Loss weight of a block with m masked tokens, [T, N]."""
+    if kind == "none":
+        return torch.ones(len(p_T), len(m), dtype=torch.float64)
+    if kind == "1/t":
+        return (1 / p_T)[:, None].expand(-1, len(m))
+    return (size / m.clamp_min(1)).expand(len(p_T), -1)
+
+
+def _between_blocks(masks: Enumerated, mean_TN: torch.Tensor, draws: str) -> float:
+    """Sum over pairs of different blocks of the covariance of their shares, which comes from sharing t alone.
+
+    synchronous: the means at the same t. stratified: the means over two different strata, any two alike.
+    """
+    if draws in ("independent", "complementary"):
+        return 0.0
+    overall_BP = (mean_TN.mean(0)[None, :, None] * masks.total).sum(1)
+    unrelated = float(_pairs(overall_BP[:, None]))
+    if draws == "synchronous":
+        moment_NN = mean_TN.T @ mean_TN / len(mean_TN)
+        together = (masks.total.sum(0) @ masks.total.sum(0).T) - (masks.total @ masks.total.transpose(1, 2)).sum(0)
+        return float((moment_NN * together).sum()) - unrelated
+    blocks = masks.blocks
+    strata_KN = mean_TN.view(blocks, -1, mean_TN.shape[1]).mean(1)
+    strata_BKP = torch.einsum("kn,bnp->bkp", strata_KN, masks.total)
+    any_two = float(_pairs(strata_BKP.sum(1, keepdim=True))) - float(_pairs(strata_BKP))
+    return any_two / (blocks * (blocks - 1)) - unrelated
+
+
+def _pairs(x_BKP: torch.Tensor) -> torch.Tensor:
+    """Sum of inner products over pairs of different b, at equal k."""
+    return (x_BKP.sum(0) ** 2).sum() - (x_BKP**2).sum()

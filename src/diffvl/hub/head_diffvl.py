@@ -1,0 +1,86 @@
+"""The trunk's head on a bounded number of rows at a time, through the stock forward.
+
+Logits of M rows are M x V values, and a loss needs several such tensors; for a vocabulary of 150,000 that is the peak of a
+training step. Calling the head by hand would be wrong for many families (soft caps, scales, biases behind it), so the stock
+model's own forward is run again for each chunk of rows with the trunk below the head standing still: what it would return
+is put in its place.
+
+Shapes: M rows asked for, m rows of a chunk, H trunk width, V vocabulary.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_LOGITS = 2**25  # values of a chunk's logits: 128 MiB in fp32
+
+
+def mapped_rows(
+    trunk: Any, trunk_pass: Callable[[], Any], rows: torch.Tensor, row_map: Callable[[torch.Tensor, slice], torch.Tensor]
+) -> torch.Tensor:
+    """`row_map` over the logits at `rows`, chunk by chunk; [M, ...].
+
+    Args:
+        trunk: the causal LM, possibly wrapped by peft. trunk_pass: runs it on the whole batch.
+        rows: int64 [M], indices into the flattened tokens of the batch.
+    """
+    stock = trunk.get_base_model() if hasattr(trunk, "get_base_model") else trunk
+    body = stock.base_model
+    seen: list[Any] = []
+
+    def keep(_: Any, __: Any, output: Any) -> Any:
+        seen.append(output)
+        return _showing(output, output.last_hidden_state[:1, :1])
+
+    hook = body.register_forward_hook(keep)
+    try:
+        first_logits = trunk_pass().logits
+    finally:
+        hook.remove()
+    output = seen[0]
+    hidden = output.last_hidden_state.flatten(0, 1)[rows]
+    # Only the shape of the first pass's output is used; the trunk's own output must not be held through it.
+    like = _showing(output, hidden[:0])
+
+    def chunk(hidden_mH: torch.Tensor, which: slice) -> torch.Tensor:
+        with _standing_still(body, _showing(like, hidden_mH[None])):
+            logits = stock(input_ids=torch.zeros(1, 1, dtype=torch.long, device=rows.device), use_cache=False).logits
+        return row_map(logits[0], which)
+
+    size = max(CHUNK_LOGITS // first_logits.shape[-1], 1)
+    chunks = [slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size)] or [slice(0, 0)]
+    if len(chunks) == 1:
+        return chunk(hidden, chunks[0])
+    run: Any = _recomputed if torch.is_grad_enabled() else lambda function, *arguments: function(*arguments)
+    return torch.cat([run(chunk, hidden[which], which) for which in chunks])
+
+
+def _recomputed(function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
+    result = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+def _showing(output: Any, hidden: torch.Tensor) -> Any:
+    """A copy of the trunk's output with other hidden states and no cache."""
+    shown = copy.copy(output)
+    shown.last_hidden_state = hidden
+    return shown
+
+
+@contextmanager
+def _standing_still(body: Any, output: Any) -> Iterator[None]:
+    """In the block the module returns `output` whatever it is given."""
+    before = body.__dict__.get("forward")
+    body.forward = lambda *_, **__: output
+    try:
+        yield
+    finally:
+        if before is None:
+            del body.forward
+        else:
+            body.forward = before

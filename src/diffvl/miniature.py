@@ -1,0 +1,304 @@
+"""A configuration of any size -> a two-layer random copy of the architecture, small enough to be probed in a second.
+
+Place in the flow: `doctor` shrinks what it was given and `probe` runs the copy. Kept is all that decides whether block attention
+works: every kind of layer with its window or chunk (shortened, so that a lost one shows), tied or untied head, grouped or single
+key heads, norms, the kind of rope, soft-caps, experts and their groups. Invariant: the same (config, seed) gives the same
+weights, the caller's random state is untouched, and the weights are large enough that attention shows in the logits
+(transformers' initialisation, std 0.02, makes attention uniform and every mask look right; see `standins`).
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from diffvl.errors import UnsupportedModelError
+
+HIDDEN, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, ROPE_DIM, INTERMEDIATE = 64, 4, 2, 16, 8, 96
+RANK, NUM_EXPERTS, TOP_EXPERTS = 32, 8, 2
+VOCABULARY, FIRST_ORDINARY = 160, 16  # ids below stand for whatever special tokens the configuration names
+WINDOW, CHUNK, MAX_POSITIONS, ORIGINAL_POSITIONS = 10, 16, 512, 256
+MAX_LAYERS = 8
+MAX_PARAMETERS = 100_000_000  # more means that a size escaped the table below
+SHARPNESS = 1.5  # gain of the query and key projections; at 1 the attention of short texts is almost flat
+EMBEDDING_STD = 0.5
+LAYER_COUNTS = (
+    *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_layers_per_stack", "num_blocks", "depth"),
+    *("decoder_layers", "encoder_layers", "num_decoder_layers", "num_encoder_layers"),
+)
+LAYER_INDICES = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "cross_attention_layers", "ple_layer_ids", "hybrid_layer_ids")
+FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")  # so many layers are of another kind
+LAST_LAYERS = ("num_kv_shared_layers",)
+LAYER_STEPS = ("decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_interval", "moe_layer_freq")  # every n-th layer
+NOT_KEPT = {"quantization_config", "compression_config", "dtype", "torch_dtype", "transformers_version", "per_layer_config"}
+ROPE = ("rope_parameters", "rope_scaling")
+
+
+def _sizes() -> dict[str, int]:
+    """Setting -> tiny value; it applies where the setting is a positive number."""
+    widths = "hidden_size d_model n_embd emb_dim word_embed_proj_dim embedding_size input_embedding_size output_embedding_size "
+    widths += "hidden_size_global dim_model_base pronunciation_embed_dim shape_embed_dim lru_width embed_dim"
+    head_dims = "head_dim attention_head_dim kv_channels swa_head_dim qk_nope_head_dim v_head_dim swa_v_head_dim dim_head d_head "
+    head_dims += "index_head_dim global_head_dim attention_head_size linear_key_head_dim linear_value_head_dim linear_head_dim"
+    ranks = "kv_lora_rank q_lora_rank o_lora_rank gated_norm_rank laurel_rank hidden_size_per_layer_input adapter_rank"
+    heads = "num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads encoder_attention_heads "
+    heads += "num_decoder_attention_heads num_encoder_attention_heads index_n_heads swa_num_attention_heads "
+    heads += "linear_num_key_heads linear_num_value_heads linear_num_heads"
+    inner = "intermediate_size n_inner ffn_dim decoder_ffn_dim encoder_ffn_dim dff dim_ff d_inner ffn_hidden_size "
+    inner += "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size expert_ffn_hidden_size "
+    inner += "intermediate_size_mlp dense_intermediate_size shared_intermediate_size moe_shared_expert_intermediate_size "
+    inner += "feed_forward_size"
+    experts = "num_experts num_local_experts n_routed_experts moe_num_experts zero_expert_num"
+    top = "num_experts_per_tok num_experts_per_token moe_k moe_topk moe_top_k top_k_experts num_selected_experts"
+    positions = "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions model_max_length"
+    groups = {
+        widths: HIDDEN,
+        head_dims: HEAD_DIM,
+        "qk_rope_head_dim rotary_dim": ROPE_DIM,
+        "qk_head_dim": HEAD_DIM + ROPE_DIM,
+        ranks: RANK,
+        heads: NUM_HEADS,
+        inner: INTERMEDIATE,
+        experts: NUM_EXPERTS,
+        positions: MAX_POSITIONS,
+        "original_max_position_embeddings": ORIGINAL_POSITIONS,
+        "sliding_window sliding_window_size window_size": WINDOW,
+        "local_attention": 2 * WINDOW,  # of ModernBERT: reaches to both sides
+        "attention_chunk_size": CHUNK,
+        "query_pre_attn_scalar": HEAD_DIM,
+    }
+    sizes = {name: value for names, value in groups.items() for name in names.split()}
+    return sizes | dict.fromkeys(top.split(), TOP_EXPERTS)
+
+
+SIZES = _sizes()
+AT_MOST = {"num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts"} | {
+    "num_selected_experts",
+    "original_max_position_embeddings",
+}
+
+
+# --- configuration -------------------------------------------------------------------------------------------------------
+
+
+def shrink(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration of the tiny copy, of the same class; `config` is left as it is."""
+    return type(config).from_dict(_shrink(config.to_dict()))
+
+
+def _shrink(settings: dict[str, Any]) -> dict[str, Any]:
+    """One level of a configuration; sub-configurations have layers of their own."""
+    layers = _kept_layers(settings)
+    tiny = {}
+    for name, value in settings.items():
+        if name in NOT_KEPT or name.lstrip("_").startswith("attn_implementation"):
+            continue
+        if name in ROPE and isinstance(value, dict):
+            tiny[name] = _shrink_rope(value)
+        elif isinstance(value, dict) and not name.endswith(("2id", "2label")):
+            tiny[name] = _shrink(value)
+        else:
+            tiny[name] = _shrink_layers(name, value, layers, settings)
+    if rope_dim := settings.get("qk_rope_head_dim"):  # there head_dim is the part of a head that is rotated
+        tiny["head_dim"] = max(1, ROPE_DIM * (settings.get("head_dim") or rope_dim) // rope_dim)
+    if own := settings.get("per_layer_config"):
+        tiny["per_layer_config"] = _shrink_own(own, layers, settings)
+    return tiny
+
+
+def _count(settings: dict[str, Any]) -> int:
+    """Layers of this level of a configuration, 0 where it does not say."""
+    return next((settings[name] for name in LAYER_COUNTS if isinstance(settings.get(name), int)), 0)
+
+
+def _is_per_layer(name: str, value: Any, count: int) -> bool:
+    """Whether a setting is a list with one entry per layer."""
+    is_list = isinstance(value, list) and len(value) == count > 0
+    return is_list and name not in LAYER_INDICES and not name.endswith(("_token_id", "_token_ids"))
+
+
+def _kept_layers(settings: dict[str, Any]) -> list[int]:
+    """The first layer of every kind, in their order; two at least."""
+    count = _count(settings)
+    lists = [value for name, value in settings.items() if _is_per_layer(name, value, count)]
+    indices = [settings[name] for name in LAYER_INDICES if isinstance(settings.get(name), list)]
+    first = [settings[name] for name in FIRST_LAYERS if isinstance(settings.get(name), int)]
+    last = [count - settings[name] for name in LAST_LAYERS if isinstance(settings.get(name), int)]
+    steps = [settings[name] for name in LAYER_STEPS if isinstance(settings.get(name), int) and settings[name] > 1]
+    own = {int(index): str(value) for index, value in (settings.get("per_layer_config") or {}).items()}
+    kinds: dict[str, int] = {}
+    for layer in range(count):
+        kind = [str(values[layer]) for values in lists] + [str(layer in members) for members in indices]
+        kind += [str(layer >= start) for start in (*first, *last)] + [str((layer + 1) % step == 0) for step in steps]
+        kinds.setdefault(" ".join([*kind, own.get(layer, "")]), layer)
+    kept = list(kinds.values())[:MAX_LAYERS]
+    spare = [layer for layer in range(count) if layer not in kept]
+    return sorted(kept + spare[: max(0, 2 - len(kept))])
+
+
+def _shrink_layers(name: str, value: Any, layers: list[int], settings: dict[str, Any]) -> Any:
+    """A setting that says something about layers; any other is handed on."""
+    count = _count(settings)
+    if isinstance(value, int) and not isinstance(value, bool):
+        if name == "num_layers_per_stack":  # of HRM, which then reckons its own num_hidden_layers from what is given
+            return None
+        if name in LAYER_COUNTS:
+            return len(layers) if value == count else min(value, 2)
+        if name in FIRST_LAYERS:
+            return sum(layer < value for layer in layers)
+        if name in LAST_LAYERS:
+            return sum(layer >= count - value for layer in layers)
+        if name in LAYER_STEPS:
+            return min(value, 2)
+        if name == "moe_layer_end_index":
+            return len(layers) - 1
+    if isinstance(value, list) and name in LAYER_INDICES:
+        return [new for new, layer in enumerate(layers) if layer in value]
+    if _is_per_layer(name, value, count):
+        return [_shrink_value(name, value[layer], settings) for layer in layers]
+    if name == "attention_types":  # of GPT-Neo: [[kinds, repeats], ...]
+        return [[value[0][0], 1]]
+    return _shrink_value(name, value, settings)
+
+
+def _shrink_value(name: str, value: Any, settings: dict[str, Any]) -> Any:  # noqa: C901, PLR0911 (a table in the form of ifs)
+    """One number that is no layer count."""
+    if value is None and name == "head_dim":
+        return HEAD_DIM
+    if name.endswith("attention_multiplier") and isinstance(value, float):
+        return HEAD_DIM**-0.5  # the scale of the scores, which follows the size of a head
+    if isinstance(value, list) and name.endswith(("_token_id", "_token_ids")):
+        return [token % FIRST_ORDINARY for token in value]
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        return value
+    if name.endswith(("_token_id", "_token_index")):
+        return value % FIRST_ORDINARY
+    if re.fullmatch(r".*num_(global_)?(key_value|kv)_heads|kv_n_heads|num_query_groups", name):
+        return _shrink_kv_heads(name, value, settings)
+    if name in ("n_group", "num_expert_group", "topk_group"):
+        return 1 if name == "topk_group" else min(value, 2)
+    if "vocab" in name:
+        return VOCABULARY
+    return min(value, SIZES[name]) if name in AT_MOST else SIZES.get(name, value)
+
+
+def _shrink_kv_heads(name: str, value: int, settings: dict[str, Any]) -> int:
+    """One key head stays one, as many as query heads stay as many, grouped stay grouped."""
+    names = ("swa_num_attention_heads",) if name.startswith("swa") else ("num_attention_heads", "n_head", "n_heads", "num_heads")
+    heads = next((settings[own] for own in names if isinstance(settings.get(own), int)), value)
+    return 1 if value == 1 else NUM_HEADS if value == heads else NUM_KV_HEADS
+
+
+def _shrink_own(own: dict[str, dict[str, Any]], layers: list[int], settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Settings that single layers have for themselves: they keep their ratio to the setting of all."""
+
+    def ratio(name: str, value: Any) -> Any:
+        of_all = settings.get(name)
+        if name in SIZES and isinstance(of_all, int) and isinstance(value, int):
+            return max(1, SIZES[name] * value // of_all)
+        return _shrink_value(name, value, settings)
+
+    by_layer = {int(index): values for index, values in own.items()}
+    found = {str(new): by_layer[layer] for new, layer in enumerate(layers) if layer in by_layer}
+    return {new: {name: ratio(name, value) for name, value in values.items()} for new, values in found.items()}
+
+
+def _shrink_rope(rope: dict[str, Any], head_dim: int = HEAD_DIM) -> dict[str, Any]:
+    """Rope parameters, per layer type or not; lists over frequencies are cut to the tiny head."""
+    half = int(head_dim * rope.get("partial_rotary_factor", 1.0)) // 2
+    tiny = {}
+    for name, value in rope.items():
+        if isinstance(value, dict):
+            tiny[name] = _shrink_rope(value)
+        elif name in ("long_factor", "short_factor"):
+            tiny[name] = value[:half]
+        elif name == "mrope_section":
+            parts = [half * part // sum(value) for part in value]
+            tiny[name] = [half - sum(parts[1:]), *parts[1:]]
+        else:
+            tiny[name] = min(value, SIZES[name]) if name in AT_MOST else value
+    return tiny
+
+
+# --- model ---------------------------------------------------------------------------------------------------------------
+
+
+def build(config: PretrainedConfig, trust_remote_code: bool = False, seed: int = 0) -> PreTrainedModel:
+    """The tiny random copy of what `config` describes, in fp32 and evaluation mode.
+
+    Raises:
+        UnsupportedModelError: if it comes out too large for a probe, or with an attention that takes no dense mask.
+        Exceptions of the model's own code, of many types, where the configuration does not fit the class.
+    """
+    tiny = shrink(config)
+    make = _maker(tiny, trust_remote_code)
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in make().parameters())
+    if parameters > MAX_PARAMETERS:
+        raise UnsupportedModelError(f"{config.model_type}: its tiny copy has {parameters:,} parameters, too many for a probe")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = make()
+        rescale(model)
+    implementation = model.config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        raise UnsupportedModelError(f"{config.model_type}: its attention is {implementation!r}; expected sdpa or eager")
+    return model.eval()
+
+
+def _maker(tiny: PretrainedConfig, trust_remote_code: bool) -> Callable[[], PreTrainedModel]:
+    # Without a choice of attention transformers takes sdpa where the class supports it, and eager elsewhere.
+    return lambda: AutoModelForCausalLM.from_config(tiny, trust_remote_code=trust_remote_code, dtype=torch.float32)
+
+
+@torch.no_grad()
+def rescale(model: nn.Module) -> None:
+    """Redraws every parameter in place: unit-variance projections, visible biases and sinks, norms off their neutral value."""
+    drawn: set[int] = set()  # a tied head is the embedding's own tensor and must not be drawn again as a projection
+    for name, module in model.named_modules():
+        for key, weight in module.named_parameters(recurse=False):
+            if id(weight) not in drawn:
+                drawn.add(id(weight))
+                _redraw(name, key, module, weight)
+        for key, buffer in module.named_buffers(recurse=False):
+            if key.endswith("bias") and buffer.is_floating_point():  # routers keep the bias of their experts so
+                buffer.normal_(std=0.1)
+
+
+def _redraw(name: str, key: str, module: nn.Module, weight: torch.Tensor) -> None:
+    if key.endswith(("bias", "sinks", "sink")):
+        weight.normal_(std=0.3)
+    elif isinstance(module, nn.Embedding):
+        weight.normal_(std=EMBEDDING_STD)
+    elif weight.dim() <= 1:  # norms and layer scales stand at 1, or at 0 where the model adds the 1 itself
+        weight.add_(torch.randn_like(weight), alpha=0.1)
+    elif isinstance(module, nn.Linear | Conv1D | nn.Conv1d | nn.Conv2d):
+        fan_in = weight.shape[0] if isinstance(module, Conv1D) else weight[0].numel()
+        sharp = re.search(r"(q|k|qkv|query|key|query_key_value|c_attn|q_b|kv_b)(_proj)?$", name)
+        weight.normal_(std=(SHARPNESS if sharp else 1.0) * fan_in**-0.5)
+    else:  # experts in one tensor, in either order of their two widths; class tokens, tables
+        weight.normal_(std=(weight.shape[-1] * weight.shape[-2]) ** -0.25)
+
+
+def describe(model: PreTrainedModel) -> str:
+    """What the tiny copy kept, in words."""
+    config = model.config.get_text_config(decoder=True)
+
+    def number(*names: str) -> int:
+        return next((value for name in names if isinstance(value := getattr(config, name, None), int)), 0)
+
+    kinds = getattr(config, "layer_types", None) or []
+    words = [f"{number(*LAYER_COUNTS)} layers" + (f" ({', '.join(kinds)})" if kinds else "")]
+    words += [f"{word} {size}" for word, name in (("window", "sliding_window"), ("chunk", "attention_chunk_size"))
+              if (size := number(name))]  # fmt: skip
+    heads, kv_heads = number("num_attention_heads"), number("num_key_value_heads")
+    words.append(f"{heads} heads" + (f", {kv_heads} key heads" if 0 < kv_heads < heads else ""))
+    experts = number("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    words += [f"{experts} experts"] if experts > 1 else []
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    words.append("tied" if head is not None and head.weight is table.weight else "untied")
+    return ", ".join([*words, f"{model.config._attn_implementation} attention"])

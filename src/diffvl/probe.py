@@ -1,0 +1,395 @@
+"""What must hold of a trunk before block diffusion can be put on it, measured on a tiny copy: one `Check` for each demand.
+
+Place in the flow: `doctor` builds the copy (`miniature`) and asks here. Masks, layouts and the cache are those of training and
+decoding (`diffvl.hub`); the reference forwards beside them are written out again token by token, since independence is their
+point. A check that must stay small is worth nothing unless it can grow: the rule with the leak in it must be noticed.
+
+Shapes: B batch, L clean length, R noisy length, T = all tokens of a row, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from diffvl.hub.generation_diffvl import BlockCache
+from diffvl.hub.layout_diffvl import (
+    Layout,
+    NoisyStream,
+    attention_masks,
+    block_index,
+    clean_layout,
+    for_layers,
+    noisy_stream,
+)
+from diffvl.miniature import FIRST_ORDINARY
+from diffvl.objective import noisy_layout
+from diffvl.proof import PROBE_BLOCK, TOLERANCE, native_logits, spread
+
+# What the code of some model class may raise on inputs that it was not written for.
+MODEL_FAULTS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError)
+MODEL_FAULTS += (StrictDataclassError, TypeError, ValueError)
+
+# Lengths of prompt, answer, prompt, answer: longer than the tiny window and chunk, cut inside blocks; the second is padded.
+SAMPLES = ((9, 7, 6, 9), (6, 5))
+GRID_OF = {"block": "absolute", "causal": "response"}  # both contexts and both grids in two runs
+
+
+@dataclass(frozen=True)
+class Check:
+    """error: in standard deviations of the logits, None where nothing was measured. wanted: what it had to be.
+    fault: what the model's code said where it could not run."""
+
+    name: str
+    passed: bool
+    error: float | None
+    wanted: str
+    fault: str = ""
+
+
+def below(name: str, error: float) -> Check:
+    """An error that must vanish."""
+    return Check(name, error < TOLERANCE, error, f"< {TOLERANCE:g}")
+
+
+def above(name: str, change: float) -> Check:
+    """A change that must show."""
+    return Check(name, change > TOLERANCE, change, f"> {TOLERANCE:g}")
+
+
+def probe(trunk: PreTrainedModel) -> list[Check]:
+    """Every check, each for all contexts; the weights are left as they were, the embedding table is one row longer."""
+    both = [Streams.of(trunk, context) for context in GRID_OF]
+    checks: dict[str, Callable[[], Check]] = {
+        "AR parity": lambda: below("AR parity", _ar_error(trunk)),
+        "no leak": lambda: below("no leak", max(_leak(two) for two in both)),
+        "a leak is caught": lambda: above("a leak is caught", min(_leak(two.leaking()) for two in both)),
+        "block sees itself": lambda: above("block sees itself", min(_both_ways(two) for two in both)),
+        "clean stream untouched": lambda: below("clean stream untouched", max(_clean_error(two) for two in both)),
+        "direct forward": lambda: below("direct forward", max(_direct_error(two) for two in both)),
+        "doubled layout": lambda: below("doubled layout", max(_doubled_error(two) for two in both)),
+        "train = decode": lambda: below("train = decode", max(_decoding_error(two) for two in both)),
+        "embeddings given": lambda: below("embeddings given", _embeddings_error(both[0])),
+        "head on some rows": lambda: below("head on some rows", _rows_error(both[0])),
+        "gradients": lambda: _gradients(both[0]),
+        "new token": lambda: below("new token", _new_token_error(trunk)),
+    }
+    return [_run(name, check) for name, check in checks.items()]
+
+
+def _run(name: str, check: Callable[[], Check]) -> Check:
+    try:
+        return check()
+    except MODEL_FAULTS as error:
+        return Check(name, False, None, "runs", first_line(error))
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, on one line of bounded length."""
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words}"[:300] if words else type(error).__name__
+
+
+# --- the probe's text ----------------------------------------------------------------------------------------------------
+
+
+def vocabulary(trunk: PreTrainedModel) -> int:
+    """Rows of the embedding table; the last stands for the mask token."""
+    return trunk.get_input_embeddings().weight.shape[0]
+
+
+def text(trunk: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two random conversations: ids, answer index and valid, each [B, L]."""
+    longest = max(map(sum, SAMPLES))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(FIRST_ORDINARY, vocabulary(trunk) - 1, (len(SAMPLES), longest), generator=generator)
+    answer = torch.zeros_like(ids)
+    for row, lengths in enumerate(SAMPLES):
+        numbers = [(turn + 1) // 2 if turn % 2 else 0 for turn in range(len(lengths))]
+        answer[row, : sum(lengths)] = torch.tensor(numbers).repeat_interleave(torch.tensor(lengths))
+    valid = torch.arange(longest)[None] < torch.tensor([[sum(lengths)] for lengths in SAMPLES])
+    return ids, answer, valid
+
+
+class LeakyLayout(Layout):
+    """The bug to be caught: `<=` for `<`, so that a noisy token sees the clean copy of its own block."""
+
+    def allowed(self, queries: slice = slice(None), window: int | None = None, chunk: int | None = None) -> torch.Tensor:
+        q, k = ({name: row[:, places] for name, row in self.rows.items()} for places in (queries, slice(None)))
+        own_block = (k["block"][:, None] == q["block"][..., None]) & (k["document"][:, None] == q["document"][..., None])
+        leak = own_block & q["noisy"][..., None].bool() & ~k["noisy"][:, None].bool() & k["valid"][:, None]
+        return super().allowed(queries, window, chunk) | leak
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Both streams of the probe's text with every second answer token masked; ids [B, T] belong to `layout`."""
+
+    trunk: PreTrainedModel
+    layout: Layout
+    stream: NoisyStream
+    ids: torch.Tensor
+    clean: int
+
+    @classmethod
+    def of(cls, trunk: PreTrainedModel, context: str) -> "Streams":
+        ids, answer, valid = text(trunk)
+        block = block_index(answer, PROBE_BLOCK, GRID_OF[context])
+        stream = noisy_stream(answer, block, PROBE_BLOCK, GRID_OF[context])
+        masked = stream.eligible & (torch.arange(stream.eligible.shape[1]) % 2 == 0)
+        noisy = ids.gather(1, stream.source).masked_fill(masked, vocabulary(trunk) - 1)
+        layout = clean_layout(block, valid, context).joined(noisy_layout(stream, context))
+        return cls(trunk, layout, stream, torch.cat([ids, noisy], 1), ids.shape[1])
+
+    def leaking(self) -> "Streams":
+        """The same with the bug in its masks."""
+        layout = LeakyLayout(**self.layout.rows, context=self.layout.context)
+        return Streams(self.trunk, layout, self.stream, self.ids, self.clean)
+
+    @torch.no_grad()
+    def logits(self, ids: torch.Tensor | None = None) -> torch.Tensor:
+        """[B, T, V], of other tokens on the same layout where `ids` are given."""
+        return forward(self.trunk, self.ids if ids is None else ids, self.layout).logits.float()
+
+    def noisy_blocks(self, row: int = 0) -> list[int]:
+        return self.layout.block[row, self.clean :][self.stream.valid[row]].unique().tolist()
+
+
+def forward(trunk: PreTrainedModel, ids: torch.Tensor, layout: Layout, **more: Any) -> Any:
+    """One pass as training does it: explicit masks and positions, no cache."""
+    masks = attention_masks(text_config(trunk), layout, slice(None), torch.float32)
+    return trunk(input_ids=ids, attention_mask=masks, position_ids=layout.position, use_cache=False, **more)
+
+
+def text_config(trunk: PreTrainedModel) -> Any:
+    return trunk.config.get_text_config(decoder=True)
+
+
+# --- checks with training's own masks ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _ar_error(trunk: PreTrainedModel) -> float:
+    """An explicit causal mask with positions against the stock forward, which makes its own."""
+    ids, _, valid = text(trunk)
+    layout = clean_layout(torch.zeros_like(ids), torch.ones_like(valid), "causal")
+    reference = native_logits(trunk, ids)
+    return spread(forward(trunk, ids, layout).logits.float() - reference, reference)
+
+
+def _leak(two: Streams) -> float:
+    """How far the noisy logits of a block move when its own clean tokens and all later ones change; the largest."""
+    before, clean, largest = two.logits(), torch.arange(two.ids.shape[1]) < two.clean, 0.0
+    for block in two.noisy_blocks():
+        later = clean & (two.layout.block >= block)
+        other = (two.ids + 1 - FIRST_ORDINARY) % (vocabulary(two.trunk) - 1 - FIRST_ORDINARY) + FIRST_ORDINARY
+        moved = two.logits(torch.where(later, other, two.ids)) - before
+        own = (two.layout.block == block) & two.layout.noisy.bool() & two.layout.valid
+        largest = max(largest, spread(moved[own], before))
+    return largest
+
+
+def _both_ways(two: Streams) -> float:
+    """How far the first token of a noisy block moves with the last one; the largest of the blocks."""
+    before, moves = two.logits(), []
+    for block in two.noisy_blocks():
+        places = ((two.layout.block[0] == block) & two.layout.noisy[0].bool() & two.layout.valid[0]).nonzero()[:, 0]
+        other = two.ids.clone()
+        other[0, places[-1]] = FIRST_ORDINARY + (other[0, places[-1]] == FIRST_ORDINARY)
+        if len(places) > 1:
+            moves.append(spread((two.logits(other) - before)[0, places[0]], before))
+    return max(moves)
+
+
+@torch.no_grad()
+def _clean_error(two: Streams) -> float:
+    """The clean stream with the noisy one behind it against the clean stream alone."""
+    rows = {name: row[:, : two.clean] for name, row in two.layout.rows.items()}
+    alone = forward(two.trunk, two.ids[:, : two.clean], Layout(**rows, context=two.layout.context)).logits.float()
+    valid = rows["valid"]
+    return spread(two.logits()[:, : two.clean][valid] - alone[valid], alone[valid])
+
+
+@torch.no_grad()
+def _decoding_error(two: Streams) -> float:
+    """Noisy logits of each block of the first sample against those over a cache of the clean tokens before it."""
+    expected, row, cache = two.logits()[0], 0, BlockCache()
+    clean = torch.arange(two.ids.shape[1]) < two.clean
+    block, valid = two.layout.block[row], two.layout.valid[row]
+    committed, largest = torch.zeros(0, dtype=torch.long), 0.0
+    for number in two.noisy_blocks(row):
+        before = (clean & valid & (block < number)).nonzero()[:, 0]
+        fresh = before[len(committed) :]
+        _cached(two, cache, committed, fresh, store=True)
+        committed = before
+        places = (~clean & valid & (block == number)).nonzero()[:, 0]
+        logits = _cached(two, cache, committed, places, store=False)
+        largest = max(largest, spread(logits - expected[places], expected))
+        assert cache.get_seq_length() == len(committed), "reading has written to the cache"
+    return largest
+
+
+def _cached(two: Streams, cache: BlockCache, past: torch.Tensor, fresh: torch.Tensor, store: bool) -> torch.Tensor:
+    """Logits of the tokens at `fresh` over the cached ones at `past`, as the decoder asks for them."""
+    rows = {name: row[:1, torch.cat([past, fresh])] for name, row in two.layout.rows.items()}
+    layout = Layout(**rows, context=two.layout.context)
+    queries = slice(len(past), None)
+    cache.store = store
+    output = two.trunk(
+        input_ids=two.ids[:1, fresh],
+        attention_mask=attention_masks(text_config(two.trunk), layout, queries, torch.float32),
+        position_ids=layout.position[:, queries],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return output.logits[0].float()
+
+
+@torch.no_grad()
+def _embeddings_error(two: Streams) -> float:
+    """Embeddings in the place of ids, which is how pictures come in: those of the ids give the same logits, and a vector that
+    belongs to no id can be read as well."""
+    masks = attention_masks(text_config(two.trunk), two.layout, slice(None), torch.float32)
+
+    def run(embeds: torch.Tensor) -> torch.Tensor:
+        output = two.trunk(inputs_embeds=embeds, attention_mask=masks, position_ids=two.layout.position, use_cache=False)
+        return output.logits.float()
+
+    embeds = two.trunk.get_input_embeddings()(two.ids)
+    error = spread(run(embeds) - two.logits(), two.logits())
+    with_picture = run(torch.cat([embeds[:, 1:2] + embeds[:, 2:3], embeds[:, 1:]], 1))
+    return error if bool(with_picture.isfinite().all()) else float("inf")
+
+
+@contextmanager
+def head_on(trunk: PreTrainedModel, rows: torch.Tensor) -> Iterator[None]:
+    """The head of the trunk runs on some rows only, as in the DiffVL model."""
+    hook = trunk.get_output_embeddings().register_forward_pre_hook(lambda _, arguments: (arguments[0][rows][None],))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def _rows_error(two: Streams) -> float:
+    rows = two.layout.noisy.bool() & two.layout.valid
+    with head_on(two.trunk, rows):
+        some = forward(two.trunk, two.ids, two.layout).logits[0].float()
+    return spread(some - two.logits()[rows], two.logits())
+
+
+def _gradients(two: Streams) -> Check:
+    """Backward of the masked-token loss in training mode: every gradient is finite, and the mask token gets one."""
+    trunk, mask_id = two.trunk, vocabulary(two.trunk) - 1
+    masked = two.ids == mask_id
+    truth = torch.cat([two.ids[:, : two.clean], two.ids[:, : two.clean].gather(1, two.stream.source)], 1)
+    trunk.train()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            logits = forward(trunk, two.ids, two.layout).logits.float()
+            cross_entropy(logits[masked], truth[masked]).backward()
+        gradients = {name: parameter.grad for name, parameter in trunk.named_parameters() if parameter.grad is not None}
+        bad = [name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())]
+        reached = trunk.get_input_embeddings().weight.grad
+        lost = reached is None or float(reached[mask_id].abs().max()) == 0.0
+    finally:
+        trunk.zero_grad(set_to_none=True)
+        trunk.eval()
+    fault = f"not finite: {', '.join(bad[:3])}" if bad else "the mask token gets no gradient" if lost else ""
+    return Check("gradients", not fault, None, "finite", fault)
+
+
+@torch.no_grad()
+def _new_token_error(trunk: PreTrainedModel) -> float:
+    """One more row in the embedding table: the other logits stay, and the new token can be read."""
+    before = Streams.of(trunk, "block")
+    expected, size = before.logits(), vocabulary(trunk)
+    trunk.resize_token_embeddings(size + 1, mean_resizing=False)
+    error = spread(before.logits()[..., :size] - expected, expected)
+    read = before.logits(torch.where(before.ids == size - 1, size, before.ids))
+    return error if bool(read.isfinite().all()) and read.shape[-1] == size + 1 else float("inf")
+
+
+# --- references, written out token by token ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Token:
+    """id: what the model reads. place: where it stands in the probe's own rows, whose logits it is compared with."""
+
+    id: int
+    position: int
+    block: int
+    noisy: bool
+    place: int
+
+
+def tokens_of(two: Streams) -> list[Token]:
+    """The first sample, both streams, without padding."""
+    rows = {name: row[0].tolist() for name, row in two.layout.rows.items()}
+    ids = two.ids[0].tolist()
+    places = [place for place, valid in enumerate(rows["valid"]) if valid]
+    return [Token(ids[at], rows["position"][at], rows["block"][at], bool(rows["noisy"][at]), at) for at in places]
+
+
+def plain_forward(trunk: PreTrainedModel, tokens: list[Token], sees: Callable[[Token, Token], bool]) -> torch.Tensor:
+    """Logits [T, V] of a list of tokens under a rule between two of them; windows and chunks go by position."""
+    config = text_config(trunk)
+
+    def mask(window: int | None, chunk: int | None) -> torch.Tensor:
+        table = [[sees(q, k) and (not window or k.position > q.position - window)
+                  and (not chunk or k.position // chunk == q.position // chunk) for k in tokens] for q in tokens]  # fmt: skip
+        allowed = torch.tensor(table)[None, None]
+        return allowed if config._attn_implementation == "sdpa" else torch.where(allowed, 0.0, torch.finfo(torch.float32).min)
+
+    output = trunk(
+        input_ids=torch.tensor([[token.id for token in tokens]]),
+        attention_mask=for_layers(config, mask),
+        position_ids=torch.tensor([[token.position for token in tokens]]),
+        use_cache=False,
+    )
+    return output.logits[0].float()
+
+
+@torch.no_grad()
+def _direct_error(two: Streams) -> float:
+    """Each noisy block against a forward over the clean text before it and itself, one stream, nothing twice."""
+    expected, tokens, largest = two.logits()[0], tokens_of(two), 0.0
+    for block in two.noisy_blocks():
+        prefix = [token for token in tokens if not token.noisy and token.block < block]
+        own = [token for token in tokens if token.noisy and token.block == block]
+
+        def sees(q: Token, k: Token) -> bool:
+            whole_block = q.noisy or two.layout.context == "block"
+            return k.position <= q.position or (whole_block and k.block == q.block)
+
+        logits = plain_forward(two.trunk, prefix + own, sees)[len(prefix) :]
+        largest = max(largest, spread(logits - expected[[token.place for token in own]], expected))
+    return largest
+
+
+@torch.no_grad()
+def _doubled_error(two: Streams) -> float:
+    """The published form: the whole clean text once more as the noisy stream, prompts included."""
+    expected, tokens = two.logits()[0], tokens_of(two)
+    clean, noisy = ([token for token in tokens if token.noisy == kind] for kind in (False, True))
+    answered = {token.block for token in noisy}
+    prompts = [Token(t.id, t.position, t.block, True, -1) for t in clean if t.block not in answered]
+    second = sorted(prompts + noisy, key=lambda token: token.position)
+
+    def sees(q: Token, k: Token) -> bool:
+        if k.noisy:
+            return q.noisy and q.block == k.block
+        if q.noisy:
+            return k.block < q.block
+        return k.position <= q.position or (two.layout.context == "block" and k.block == q.block)
+
+    logits = plain_forward(two.trunk, clean + second, sees)[len(clean) :]
+    places = [number for number, token in enumerate(second) if token.place >= 0]
+    return spread(logits[places] - expected[[second[number].place for number in places]], expected)
