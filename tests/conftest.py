@@ -13,12 +13,12 @@ from helpers import QUIET
 
 from diffvl import standins
 from diffvl.checkpoint import load_checkpoint
-from diffvl.config import resolve
 from diffvl.data.shapes import write_shapes
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.prepare import Source, prepare
 from diffvl.progress import quiet_libraries
+from diffvl.settings import resolve
 
 Loaded = tuple[DiffVLForConditionalGeneration, DiffVLProcessor]
 

@@ -13,11 +13,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from diffvl import standins
-from diffvl.config import BlockDiffusionObjective, Recipe, resolve
+from diffvl.config import BlockDiffusionObjective, Recipe
 from diffvl.data.chat import Sample
 from diffvl.data.collate import Batch, collate
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.progress import read_json_lines
+from diffvl.settings import resolve
 
 QUIET = Console(quiet=True)
 CONTEXTS = ("block", "causal")
@@ -61,12 +62,12 @@ def picture(seed: int = 0) -> Image.Image:
     return Image.fromarray(colours).resize((40, 40), Image.Resampling.NEAREST)
 
 
-def stage_recipe(data: Path, holdout: int = 0, **stage: Any) -> Recipe:
+def stage_recipe(data: Path, holdout: int = 0, row_length: int | None = None, **stage: Any) -> Recipe:
     """A recipe with one stage, `diffuse`, in fp32: 4 steps of 2 samples unless `stage` says otherwise."""
     settings = {
         "objective": {"kind": "block_diffusion", "block_size": 4},
         "trainable": {"trunk": 1e-3, "connector": 1e-3, "mask_row": 1e-3},
-        "data": {"train": str(data), "holdout": holdout, "max_length": 512},
+        "data": {"train": str(data), "holdout": holdout, "max_length": 512, "row_length": row_length},
         "steps": 4,
         "batch_size": 2,
         "precision": "fp32",

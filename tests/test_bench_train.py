@@ -98,16 +98,15 @@ def test_a_gradient_that_is_wrong_under_a_right_loss_is_refused(monkeypatch: pyt
         prove_equal(objective(), CPU, seed=0)
 
 
+@torch.no_grad()
 def test_the_two_ar_forms_have_the_same_loss():
     model = build_model(CHECKED_TRUNK, CPU, torch.float32, seed=0, std=0.15)
     work = make_work(Shape(40, 13), objective(), CHECKED_TRUNK.vocabulary, CPU, seed=0)
     assert choose_attention(model, "ar") == "sdpa"
-    full, answer_only = (FORMS[form](model, work, DRAW)() for form in ("ar", "ar_answer_logits"))
-    logits = model.language_model(input_ids=work.batch["input_ids"]).logits[0, 26:39]
-    assert float(full) == pytest.approx(float(answer_only), rel=1e-5)
-    assert float(full) == pytest.approx(
-        float(torch.nn.functional.cross_entropy(logits, work.batch["input_ids"][0, 27:])), rel=1e-5
-    )
+    ids = work.batch["input_ids"]
+    by_hand = torch.nn.functional.cross_entropy(model.language_model(input_ids=ids).logits[0, 26:39], ids[0, 27:])
+    for form in ("ar", "ar_answer_logits"):
+        assert float(FORMS[form](model, work, DRAW)()) == pytest.approx(float(by_hand), rel=1e-5)
 
 
 def test_the_trunk_keeps_its_weights_whichever_form_runs():
@@ -120,7 +119,8 @@ def test_the_trunk_keeps_its_weights_whichever_form_runs():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert {form: len(seen.seconds) for form, seen in measured.items()} == dict.fromkeys(FORMS, 2)
-    assert measured["ours"].loss == pytest.approx(measured["published"].loss, rel=1e-2)
+    # Nearly: with so small a vocabulary it shows that ours gives the mask token no probability.
+    assert measured["ours"].loss == pytest.approx(measured["published"].loss, rel=0.02)
     assert {seen.attention for form, seen in measured.items() if form != "ours"} == {"sdpa"}
 
 
@@ -149,33 +149,20 @@ def allowed_pairs(work: forms.Work, doubled: bool) -> int:
 
 
 @pytest.mark.parametrize("context", ["block", "causal"])
-def test_model_flops_count_the_pairs_of_the_attention_rule(context: str):
+def test_model_flops_count_weights_rows_and_the_pairs_of_the_attention_rule(context: str):
     work = make_work(Shape(30, 13), objective(block_size=8, context=context), TINY.vocabulary, CPU, seed=0)
-    only_attention = TrunkSize(hidden=0, layers=3, heads=2, kv_heads=1, intermediate=0, vocabulary=0)
-
-    class Wide(TrunkSize):
-        head_dim = 5  # of heads that project nothing
-
-    size = Wide(**vars(only_attention))
-    unit = 3 * 4 * 3 * 2 * 5  # forward and backward, two products, layers, width
-    assert step_flops("ar", size, work, DRAW) == unit * 30 * 31 // 2
-    assert step_flops("published", size, work, DRAW) == unit * allowed_pairs(work, doubled=True)
-    assert step_flops("ours", size, work, DRAW) == unit * allowed_pairs(work, doubled=False)
-
-
-def test_model_flops_count_tokens_and_rows():
-    work = make_work(Shape(32, 13), objective(block_size=8), TINY.vocabulary, CPU, seed=0)
-    only_mlp = TrunkSize(hidden=10, layers=2, heads=0, kv_heads=0, intermediate=7, vocabulary=0)
-    only_head = TrunkSize(hidden=10, layers=0, heads=0, kv_heads=0, intermediate=0, vocabulary=11)
-
-    class Headless(TrunkSize):
-        head_dim = 0
-
-    tokens = {form: step_flops(form, Headless(**vars(only_mlp)), work, DRAW) / (3 * 2 * 3 * 10 * 7 * 2) for form in FORMS}
-    rows = {form: step_flops(form, Headless(**vars(only_head)), work, DRAW) / (3 * 2 * 10 * 11) for form in FORMS}
+    trunk = build_model(TINY, CPU, torch.float32, seed=0).language_model
+    weights = sum(weight.numel() for weight in trunk.model.layers.parameters() if weight.dim() == 2)
     masked = int(full_length_noise(work, DRAW)[0].sum())
-    assert tokens == {"ar": 32, "ar_answer_logits": 32, "published": 64, "ours": 32 + 16}
-    assert rows == {"ar": 32, "ar_answer_logits": 13, "published": 32, "ours": masked}
+    counts = {  # tokens, rows, pairs; the last block is filled up to 32, the noisy stream starts at 16
+        "ar": (30, 30, 30 * 31 // 2),
+        "ar_answer_logits": (30, 13, 30 * 31 // 2),
+        "published": (64, 32, allowed_pairs(work, doubled=True)),
+        "ours": (30 + 16, masked, allowed_pairs(work, doubled=False)),
+    }
+    for form, (tokens, rows, pairs) in counts.items():
+        forward = 2 * weights * tokens + 2 * 32 * 64 * rows + 4 * 32 * 1 * pairs
+        assert step_flops(form, TINY, work, DRAW) == 3 * forward, form
 
 
 def test_every_round_begins_with_another_form():
@@ -265,7 +252,7 @@ def test_where_the_peak_cannot_be_set_back_it_is_not_measured_and_said_so(monkey
 
 
 def test_shapes_are_read():
-    assert parse_shapes("L3000-R300, L1-R1".replace("L1-R1", "L2-R1")) == [Shape(3000, 300), Shape(2, 1)]
+    assert parse_shapes("L3000-R300, L2-R1") == [Shape(3000, 300), Shape(2, 1)]
     assert Shape(3000, 300).name == "L3000-R300"
 
 
@@ -328,7 +315,9 @@ def test_a_quick_run_prints_one_json_object_and_nothing_else(run):
         assert row["step_seconds"] > 0 and len(row["seconds"]) == 2
         assert row["tokens_per_second"] == pytest.approx(int(row["shape"][1:3]) / row["step_seconds"])
         assert row["peak_bytes"] is None or row["peak_bytes"] >= row["bytes_before"] > 0
-        assert 0 < row["mfu"] and row["ratio_to"][row["form"]] == 1.0 if row["form"] != "ours" else True
+        assert row["mfu"] > 0
+        assert set(row["ratio_to"]) == {"ar", "ar_answer_logits", "published"}
+        assert row["ratio_to"].get(row["form"], 1.0) == 1.0
     by_length, by_answer = report["fits"]["length"], report["fits"]["answer"]
     assert set(by_length) == {"answer", "lengths", "ar_answer_logits", "ours"}
     assert set(by_length["ours"]) == {"exponent", "seconds", "peak_bytes"}

@@ -18,7 +18,7 @@ from diffvl.errors import CheckpointError
 from diffvl.hub import sampling_diffvl
 
 ENVIRONMENT = {"PYTHONPATH": str(Path(cli.__file__).parents[1]), "COLUMNS": "120"}  # of a process that finds diffvl's source
-VERBS = ["bench train", "convert", "evaluate", "generate", "models", "recipes", "shapes"]
+VERBS = ["bench train", "convert", "doctor", "evaluate", "generate", "models", "recipes", "shapes"]
 
 FLAGS = {
     "": {"--version"},
@@ -35,6 +35,7 @@ FLAGS = {
         *("--shapes", "--repeats", "--device", "--layers", "--hidden", "--block-size", "--context", "--seed", "--quick"),
         *("--profile", "--scaling", "--no-scaling", "--json"),
     },
+    "doctor": {"MODEL", "--all", "--out", "--json", "--trust-remote-code"},
     "models": set(),
     "recipes": set(),
     "shapes": {"OUT", "--align", "--train", "--test", "--seed"},

@@ -8,8 +8,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from diffvl.config import BlockDiffusionObjective, Recipe, dump, read_yaml, resolve
+from diffvl.config import BlockDiffusionObjective, Recipe
 from diffvl.errors import ConfigError
+from diffvl.settings import dump, read_yaml, resolve
 
 TREE: dict[str, Any] = {
     "seed": 3,

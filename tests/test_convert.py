@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diffvl import standins
 from diffvl.checkpoint import HUB_FILES
-from diffvl.config import Recipe, dump, read_yaml, resolve
+from diffvl.config import Recipe
 from diffvl.decode import DecodeSettings, answer, load_for_decoding
 from diffvl.families import find_recipe, recipe_names
 from diffvl.prepare import Source, prepare
+from diffvl.settings import dump, read_yaml, resolve
 
 CHECKPOINT = {
     *("config.json", "generation_config.json", "model.safetensors", "processor_config.json"),

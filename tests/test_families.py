@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from diffvl.config import BetaNoise, BlockDiffusionObjective, Recipe, parse, read_yaml, resolve
+from diffvl.config import BetaNoise, BlockDiffusionObjective, Recipe
 from diffvl.errors import ConfigError, UnsupportedModelError
 from diffvl.families import (
     ALL_LINEAR,
@@ -20,6 +20,7 @@ from diffvl.families import (
     recipe_names,
     suggest,
 )
+from diffvl.settings import parse, read_yaml, resolve
 
 FAMILY_FILES = sorted(presets("convert").iterdir())
 RECIPE_FILES = sorted(presets("recipes").iterdir())
@@ -63,8 +64,8 @@ def test_lora_targets_are_the_linear_layers_of_the_trunk(file: Path):
 
 
 def test_families_and_their_agreed_tokens():
-    assert [family.model_type for family in all_families()] == ["gemma2", "gpt2", "llama", "mistral", "qwen2", "qwen3"]
-    for model_type in ("qwen2", "qwen3"):
+    assert [family.model_type for family in all_families()] == ["gemma2", "gpt2", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe"]
+    for model_type in ("qwen2", "qwen3", "qwen3_moe"):
         family = family_of(model_type)
         assert (family.mask_token.text, family.mask_token.id, family.image_token) == ("<|MASK|>", 151669, "<|image_pad|>")
 
@@ -95,6 +96,7 @@ QWEN3 = {name: f"Qwen/Qwen3-{name.upper()}" for name in ("0.6b", "1.7b", "4b", "
 NAMED = {
     **{f"qwen2.5-{name}": ("qwen2", repo) for name, repo in QWEN25.items()},
     **{f"qwen3-{name}": ("qwen3", repo) for name, repo in QWEN3.items()},
+    "qwen3-30b-a3b": ("qwen3_moe", "Qwen/Qwen3-30B-A3B"),
     "smollm2-135m": ("llama", "HuggingFaceTB/SmolLM2-135M-Instruct"),
 }
 

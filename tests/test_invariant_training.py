@@ -19,7 +19,8 @@ from transformers import TrainerCallback
 from diffvl import train as training
 from diffvl import trainer
 from diffvl.checkpoint import partial
-from diffvl.config import Recipe, dump
+from diffvl.config import Recipe
+from diffvl.settings import dump
 from diffvl.standins import TRUNKS
 
 BETA = {"kind": "block_diffusion", "block_size": 4, "weight": "effective", "noise": {"schedule": "beta", "draws": "stratified"}}

@@ -39,7 +39,7 @@ def test_trunk_loads_and_looks_like_a_trained_model(tmp_path: Path, model_type: 
     assert (moved(5) == 0.0) == (model_type == "mistral")
     head = model.get_output_embeddings()
     assert head is not None
-    assert (head.weight is model.get_input_embeddings().weight) == (model_type not in ("qwen2", "mistral"))
+    assert (head.weight is model.get_input_embeddings().weight) == (model_type not in ("qwen2", "qwen3_moe", "mistral"))
 
 
 @pytest.mark.parametrize("model_type", standins.TRUNKS)
@@ -99,7 +99,7 @@ def test_recurrent_loads(tmp_path: Path) -> None:
 
 
 def test_unknown_names_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no stand-in trunk of type 'mamba': expected one of qwen2, qwen3, llama"):
+    with pytest.raises(UsageError, match="no stand-in trunk of type 'mamba': expected one of qwen2, qwen3, qwen3_moe, llama"):
         standins.make_trunk(tmp_path, "mamba")
     with pytest.raises(UsageError, match="no stand-in vision tower 'bit': expected one of siglip, clip, dinov2, vit, clip-full"):
         standins.make_tower(tmp_path, "bit")

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from diffvl.config import read_yaml, resolve
+from diffvl.settings import read_yaml, resolve
 from diffvl.train import train
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Every causal-LM model type of the installed transformers -> its verdict -> docs/architectures.md.
 
-Place in the flow: `diffvl doctor --all`. Each type is judged by `doctor` on its default configuration. Invariant: no model can spoil
-the survey. They run in a child process, one after the other; a model that ends the process or takes too long costs its own verdict
-("unknown", with what happened), and a new child goes on with the next.
+Place in the flow: `diffvl doctor --all`. Each type is judged by `doctor` on its default configuration. Invariant: no model can
+spoil the survey. They run in a child process, one after the other; a model that ends the process or takes too long costs its own
+verdict ("unknown", with what happened), and a new child goes on with the next.
 """
 
 import multiprocessing
@@ -161,14 +161,15 @@ def serve(connection: Connection) -> None:
 INTRODUCTION = """\
 # Which architectures take block diffusion
 
-Written by `diffvl doctor --all --out {out}` on {date} with transformers {transformers}, torch {torch}, Python {python}; do not edit.
+Written by `diffvl doctor --all --out {out}` on {date} with transformers {transformers}, torch {torch}, Python {python};
+do not edit.
 
 One row for each model type that `AutoModelForCausalLM` knows. Each is probed as a tiny random fp32 copy of its *default*
-configuration, with every kind of layer, window, rope, head and expert that it has: an explicit causal mask against the model's own
-forward; no leak, and a leaking mask that must be noticed; noisy blocks against a direct forward and against the doubled layout;
-training against decoding over the block cache; embeddings, single head rows, gradients, a new token. Errors are in standard
-deviations of the logits, and must lie below 0.001. Types that can be encoders too are taken as decoders (`is_decoder: true`).
-A checkpoint's own configuration may differ from the default one: `diffvl doctor MODEL` reads it.
+configuration, with every kind of layer, window, rope, head and expert that it has: an explicit causal mask against the model's
+own forward; no leak, and a leaking mask that must be noticed; noisy blocks against a direct forward and against the doubled
+layout; training against decoding over the block cache; embeddings, the head on some rows and in chunks, gradients, a new token.
+Errors are in standard deviations of the logits, and must lie below 0.001. Types that can be encoders too are taken as decoders
+(`is_decoder: true`). A checkpoint's own configuration may differ from the default one: `diffvl doctor MODEL` reads it.
 """
 
 
@@ -227,7 +228,9 @@ def _almost(verdicts: Sequence[Verdict]) -> str:
         if verdict.attention_holds
     ]
     words = "Masks and positions steer these as they should; something else stands in the way (next section).\n\n"
-    return "## Attention passes, refused for another reason\n\n" + words + _table(("model type", "class", "probed as", "why"), rows)
+    return (
+        "## Attention passes, refused for another reason\n\n" + words + _table(("model type", "class", "probed as", "why"), rows)
+    )
 
 
 def _refused(verdicts: Sequence[Verdict]) -> str:
@@ -237,13 +240,17 @@ def _refused(verdicts: Sequence[Verdict]) -> str:
     for kind in kinds:
         of_kind = [verdict for verdict in refused if verdict.kind == kind]
         rows = [(f"`{verdict.model_type}`", _class(verdict), _error(verdict), verdict.reason) for verdict in of_kind]
-        parts.append(f"### {kind[0].upper()}{kind[1:]} ({len(rows)})\n\n{_table(('model type', 'class', 'worst error', 'why'), rows)}")
+        parts.append(
+            f"### {kind[0].upper()}{kind[1:]} ({len(rows)})\n\n{_table(('model type', 'class', 'worst error', 'why'), rows)}"
+        )
     return "\n".join(parts)
 
 
 def _unknown(verdicts: Sequence[Verdict]) -> str:
     rows = [(f"`{verdict.model_type}`", _class(verdict), verdict.reason) for verdict in _of(verdicts, "unknown")]
-    words = "The tiny copy could not be made or run, so nothing is claimed; `diffvl doctor` on a real checkpoint may do better.\n\n"
+    words = (
+        "The tiny copy could not be made or run, so nothing is claimed; `diffvl doctor` on a real checkpoint may do better.\n\n"
+    )
     return "## Unknown\n\n" + words + _table(("model type", "class", "what happened"), rows)
 
 

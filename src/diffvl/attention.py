@@ -61,7 +61,7 @@ def _best(trunk: PreTrainedModel, device: torch.device) -> str:
         return FLEX
     if device.type == "cpu" and _takes_tiles(trunk):
         return TILED
-    return trunk.config._attn_implementation
+    return str(trunk.config._attn_implementation)
 
 
 def _takes_tiles(trunk: PreTrainedModel) -> bool:

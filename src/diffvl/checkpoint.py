@@ -20,12 +20,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationConfig
 
-from diffvl.config import Recipe, StageName, dump
+from diffvl.config import Recipe, StageName
 from diffvl.errors import CheckpointError, UsageError
 from diffvl.hub import configuration_diffvl
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
+from diffvl.settings import dump
 
 T = TypeVar("T")
 
@@ -35,7 +36,9 @@ AutoConfig.register(DiffVLConfig.model_type, DiffVLConfig)
 PARTIAL = ".partial"
 STATE_FILE = "diffvl.json"
 RECIPE_FILE = "run.yaml"
-HUB_FILES = tuple(f"{name}_diffvl.py" for name in ("configuration", "layout", "sampling", "generation", "head", "modeling", "processing"))
+HUB_FILES = tuple(
+    f"{name}_diffvl.py" for name in ("configuration", "layout", "sampling", "generation", "head", "modeling", "processing")
+)
 MODEL_CLASS = "modeling_diffvl.DiffVLForConditionalGeneration"
 MODEL_MAP = {
     "AutoConfig": "configuration_diffvl.DiffVLConfig",

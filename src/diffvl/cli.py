@@ -9,12 +9,15 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from diffvl.config import VERSION, StageName
 from diffvl.errors import EXIT_CODE, DiffvlError, UsageError
+
+if TYPE_CHECKING:
+    from diffvl.doctor import Verdict
 
 INTERRUPTED = 130  # 128 + SIGINT, what Typer exits with on Ctrl-C
 UNLIMITED = 10_000  # columns
@@ -153,6 +156,75 @@ def evaluate(
         _print_table(["figure", "value"], rows)
 
 
+@app.command(epilog="Example:  diffvl doctor qwen2.5-7b, or  diffvl doctor ./my-checkpoint --json")
+def doctor(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A name from `diffvl models`, a hub id, a directory or a .gguf file.")
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every causal language model that the installed transformers knows.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="With --all: write the page here.", metavar="FILE")] = None,
+    as_json: AsJson = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Say whether block diffusion can be put on MODEL, and why not. Reads its configuration only. Exit code 0: yes, 1: no."""
+    if every == (model is not None) or (out is not None and not every):
+        words = "--out has no effect without --all" if out is not None and not every else "name one MODEL, or --all of them"
+        raise UsageError(f"{words}. Example: diffvl doctor qwen2.5-0.5b, or diffvl doctor --all --out architectures.md")
+    from diffvl.progress import quiet_libraries
+
+    quiet_libraries()
+    if model is None:
+        _survey(out, as_json)
+        return
+    from diffvl.doctor import examine
+
+    verdict = examine(model, trust_remote_code)
+    if as_json:
+        _print_json(verdict.as_json())
+    else:
+        _print_verdict(verdict)
+    raise typer.Exit(0 if verdict.answer == "supported" else 1)
+
+
+def _survey(out: Path | None, as_json: bool) -> None:
+    """`diffvl doctor --all`."""
+    from rich.console import Console
+
+    from diffvl.architectures import model_types, survey, write_page
+
+    verdicts = survey(model_types(), Console(stderr=True))
+    if out is not None:
+        write_page(verdicts, out)
+    if as_json:
+        _print_json({"verdicts": [verdict.as_json() for verdict in verdicts]})
+    elif out is not None:
+        print(out)
+    else:
+        rows = [(verdict.model_type, verdict.answer, _scientific(verdict.worst_error), verdict.kind) for verdict in verdicts]
+        _print_table(["model type", "verdict", "worst error", "why"], rows)
+
+
+def _print_verdict(verdict: "Verdict") -> None:
+    """The checks as a table, then the answer in words."""
+    if any(check.error is not None for check in verdict.checks):
+        rows = [
+            (check.name, _scientific(check.error), check.wanted, "passes" if check.passed else check.fault or "fails")
+            for check in verdict.checks
+        ]
+        _print_table(["check", "std of the logits", "wanted", "result"], rows)
+        print(f"probed: {verdict.copy}; random weights, fp32; {verdict.seconds:.1f} s")
+    subject = verdict.model if verdict.model_type in ("", verdict.model) else f"{verdict.model} ({verdict.model_type})"
+    _print_line(f"{subject}: {verdict.answer}", "bold green" if verdict.answer == "supported" else "bold red")
+    if verdict.reason:
+        _print_line(verdict.reason)
+
+
+def _scientific(error: float | None) -> str:
+    return "-" if error is None else f"{error:.1e}"
+
+
 @app.command(epilog="Example:  diffvl models, then  diffvl convert qwen2.5-0.5b")
 def models() -> None:
     """List the checkpoints that have a name, and the families they belong to."""
@@ -258,6 +330,13 @@ def _print_table(headings: list[str], rows: list[tuple[str, ...]]) -> None:
     if not console.is_terminal:
         console.width = console.measure(table, options=console.options.update(max_width=UNLIMITED)).maximum
     console.print(table)
+
+
+def _print_line(text: str, style: str | None = None) -> None:
+    """One line on stdout, taken as it is and not broken."""
+    from rich.console import Console
+
+    Console().print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _say(label: str, style: str, message: str) -> None:

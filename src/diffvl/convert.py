@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 
 from diffvl import checkpoint, weights
-from diffvl.config import STAGES, Lora, Recipe, StageName, dump, read_yaml, resolve
+from diffvl.config import STAGES, Lora, Recipe, StageName
 from diffvl.data.loader import check_pictures, load_data
 from diffvl.decode import DecodeSettings
 from diffvl.errors import ConfigError, UsageError
@@ -25,6 +25,7 @@ from diffvl.prepare import Source, prepare, read_parts
 from diffvl.progress import quiet_libraries, read_json_lines, spinner_or_line
 from diffvl.report import print_summary, write_report
 from diffvl.resume import BEFORE_FILE, is_finished, one_spelling, require_same_source, require_same_stage
+from diffvl.settings import dump, read_yaml, resolve
 from diffvl.train import longest_trainable, train
 from diffvl.trainer import CHECKPOINTS, STAGING, precision, process_state
 

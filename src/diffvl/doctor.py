@@ -1,8 +1,8 @@
 """MODEL -> Verdict: whether block diffusion can be put on it, and why not, in a user's words.
 
-Place in the flow: a question before `convert`. Only the configuration is read; what is probed is a tiny random copy of it, so the
-answer takes a second and no weights. Order: the static refusals of `families`, the measurements of `probe`, and where one of those
-fails, a few experiments that tell the reason.
+Place in the flow: a question before `convert`. Only the configuration is read; what is probed is a tiny random copy of it, so
+the answer takes a second and no weights. Order: the static refusals of `families`, the measurements of `probe`, and where one of
+those fails, a few experiments that tell the reason.
 """
 
 import math
@@ -20,8 +20,9 @@ from diffvl.checkpoint import DiffVLConfig  # importing it makes DiffVL director
 from diffvl.errors import UnsupportedModelError, UsageError
 from diffvl.families import Refusal, named_checkpoint, refusal, suggest
 from diffvl.miniature import FIRST_ORDINARY, build, describe
-from diffvl.probe import MODEL_FAULTS, Check, Streams, Token, first_line, plain_forward, probe, text, tokens_of
+from diffvl.probe import MODEL_FAULTS, Check, first_line, probe
 from diffvl.proof import TOLERANCE, native_logits, spread
+from diffvl.streams import Streams, Token, plain_forward, text, tokens_of
 
 Answer = Literal["supported", "not supported", "unknown"]
 
@@ -32,7 +33,7 @@ MEASURED_ANYWAY = {
     "audio model",
     "no position_ids",
 }
-NOT_ATTENTION = {"embeddings given", "head on some rows", "new token"}
+NOT_ATTENTION = {"embeddings given", "head on some rows", "head in chunks", "new token"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ class Verdict:
     @property
     def worst_error(self) -> float | None:
         """The largest of the errors that must vanish; None where none was measured."""
-        return max((check.error for check in self.checks if check.error is not None and check.wanted.startswith("<")), default=None)
+        return max(
+            (check.error for check in self.checks if check.error is not None and check.wanted.startswith("<")), default=None
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Without infinities, which JSON does not know."""
@@ -97,7 +100,9 @@ def examine(model: str, trust_remote_code: bool = False) -> Verdict:
         config = weights.load_config(repo, trust_remote_code, revision)
     except UnsupportedModelError as error:
         if "trust_remote_code" in str(error):
-            raise UsageError(f"{model} is read by code that it brings along; to run that code, add --trust-remote-code") from error
+            raise UsageError(
+                f"{model} is read by code that it brings along; to run that code, add --trust-remote-code"
+            ) from error
         verdict = Verdict(model, "", "not supported", "unknown to transformers", str(error))
     except MODEL_FAULTS as error:
         verdict = Verdict(model, "", "unknown", "no configuration", f"its configuration cannot be read: {first_line(error)}")
@@ -182,6 +187,7 @@ def _by_name(failed: dict[str, Check]) -> Refusal:
         "train = decode": "decoding over a cache of keys and values gives other logits than training",
         "embeddings given": "it does not take embeddings in the place of tokens, so pictures cannot be shown to it",
         "head on some rows": "its head cannot be asked for single positions",
+        "head in chunks": "its head cannot be asked apart from the rest of the model, as the loss asks it",
         "gradients": "its gradients cannot be used",
         "new token": "its table of embeddings cannot grow, so it can have no mask token",
     }

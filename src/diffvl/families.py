@@ -16,8 +16,9 @@ from typing import Any, Literal
 import transformers
 from pydantic import Field
 
-from diffvl.config import Section, parse, read_yaml
+from diffvl.config import Section
 from diffvl.errors import ConfigError, UnsupportedModelError
+from diffvl.settings import parse, read_yaml
 
 SIGLIP2 = "google/siglip2-so400m-patch14-384"  # the vision tower of the papers
 MASKABLE_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
@@ -184,7 +185,9 @@ def _refused_layers(name: str, text_config: "transformers.PreTrainedConfig") -> 
         )
     if sparse := sorted(layers & SPARSE_LAYERS):
         limit = getattr(text_config, "index_topk", None)
-        exact = f"; masks would hold only while clean and noisy tokens together are at most {limit:,} (index_topk)" if limit else ""
+        exact = (
+            f"; masks would hold only while clean and noisy tokens together are at most {limit:,} (index_topk)" if limit else ""
+        )
         return Refusal(
             "sparse attention: not in yet",
             f"{name} has sparse attention layers ({', '.join(sparse)}), which choose by themselves what a token sees and keep "
@@ -219,7 +222,9 @@ def _refused_class(name: str, config: "transformers.PreTrainedConfig") -> Refusa
             f"{name} is recurrent: its state goes from token to token, which no mask can steer",
         )
     if "shared_kv_states" in parameters:
-        return Refusal("draft model", f"{name} is the draft model of another one, whose keys and values it reads; it cannot stand alone")
+        return Refusal(
+            "draft model", f"{name} is the draft model of another one, whose keys and values it reads; it cannot stand alone"
+        )
     if "position_ids" not in parameters:
         return Refusal(
             "no position_ids",

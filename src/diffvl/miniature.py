@@ -9,6 +9,7 @@ weights, the caller's random state is untouched, and the weights are large enoug
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ MAX_PARAMETERS = 100_000_000  # more means that a size escaped the table below
 SHARPNESS = 1.5  # gain of the query and key projections; at 1 the attention of short texts is almost flat
 EMBEDDING_STD = 0.5
 LAYER_COUNTS = (
-    *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_layers_per_stack", "num_blocks", "depth"),
+    *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "depth"),
     *("decoder_layers", "encoder_layers", "num_decoder_layers", "num_encoder_layers"),
 )
 LAYER_INDICES = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "cross_attention_layers", "ple_layer_ids", "hybrid_layer_ids")
@@ -36,53 +37,68 @@ LAST_LAYERS = ("num_kv_shared_layers",)
 LAYER_STEPS = ("decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_interval", "moe_layer_freq")  # every n-th layer
 NOT_KEPT = {"quantization_config", "compression_config", "dtype", "torch_dtype", "transformers_version", "per_layer_config"}
 ROPE = ("rope_parameters", "rope_scaling")
+TOKEN_IDS = ("_token_id", "_token_ids", "_token_index")
 
 
-def _sizes() -> dict[str, int]:
-    """Setting -> tiny value; it applies where the setting is a positive number."""
-    widths = "hidden_size d_model n_embd emb_dim word_embed_proj_dim embedding_size input_embedding_size output_embedding_size "
-    widths += "hidden_size_global dim_model_base pronunciation_embed_dim shape_embed_dim lru_width embed_dim"
-    head_dims = "head_dim attention_head_dim kv_channels swa_head_dim qk_nope_head_dim v_head_dim swa_v_head_dim dim_head d_head "
-    head_dims += "index_head_dim global_head_dim attention_head_size linear_key_head_dim linear_value_head_dim linear_head_dim"
-    ranks = "kv_lora_rank q_lora_rank o_lora_rank gated_norm_rank laurel_rank hidden_size_per_layer_input adapter_rank"
-    heads = "num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads encoder_attention_heads "
-    heads += "num_decoder_attention_heads num_encoder_attention_heads index_n_heads swa_num_attention_heads "
-    heads += "linear_num_key_heads linear_num_value_heads linear_num_heads"
-    inner = "intermediate_size n_inner ffn_dim decoder_ffn_dim encoder_ffn_dim dff dim_ff d_inner ffn_hidden_size "
-    inner += "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size expert_ffn_hidden_size "
-    inner += "intermediate_size_mlp dense_intermediate_size shared_intermediate_size moe_shared_expert_intermediate_size "
-    inner += "feed_forward_size"
-    experts = "num_experts num_local_experts n_routed_experts moe_num_experts zero_expert_num"
-    top = "num_experts_per_tok num_experts_per_token moe_k moe_topk moe_top_k top_k_experts num_selected_experts"
-    positions = "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions model_max_length"
-    groups = {
-        widths: HIDDEN,
-        head_dims: HEAD_DIM,
+# Setting -> tiny value, where the setting is a positive number.
+SIZES = {
+    name: value
+    for names, value in {
+        "hidden_size d_model n_embd emb_dim word_embed_proj_dim embedding_size input_embedding_size": HIDDEN,
+        "output_embedding_size hidden_size_global dim_model_base lru_width embed_dim": HIDDEN,
+        "pronunciation_embed_dim shape_embed_dim": HIDDEN,  # of RoCBert
+        "head_dim attention_head_dim attention_head_size global_head_dim kv_channels dim_head d_head": HEAD_DIM,
+        "swa_head_dim qk_nope_head_dim v_head_dim swa_v_head_dim index_head_dim query_pre_attn_scalar": HEAD_DIM,
+        "linear_key_head_dim linear_value_head_dim linear_head_dim": HEAD_DIM,
         "qk_rope_head_dim rotary_dim": ROPE_DIM,
         "qk_head_dim": HEAD_DIM + ROPE_DIM,
-        ranks: RANK,
-        heads: NUM_HEADS,
-        inner: INTERMEDIATE,
-        experts: NUM_EXPERTS,
-        positions: MAX_POSITIONS,
-        "original_max_position_embeddings": ORIGINAL_POSITIONS,
+        "kv_lora_rank q_lora_rank o_lora_rank gated_norm_rank laurel_rank hidden_size_per_layer_input adapter_rank": RANK,
+        "num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads encoder_attention_heads": NUM_HEADS,
+        "num_decoder_attention_heads num_encoder_attention_heads index_n_heads swa_num_attention_heads": NUM_HEADS,
+        "linear_num_key_heads linear_num_value_heads linear_num_heads": NUM_HEADS,
+        "intermediate_size n_inner ffn_dim decoder_ffn_dim encoder_ffn_dim dff dim_ff d_inner ffn_hidden_size": INTERMEDIATE,
+        "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size": INTERMEDIATE,
+        "expert_ffn_hidden_size intermediate_size_mlp dense_intermediate_size shared_intermediate_size": INTERMEDIATE,
+        "moe_shared_expert_intermediate_size feed_forward_size": INTERMEDIATE,
+        "num_experts num_local_experts n_routed_experts moe_num_experts zero_expert_num": NUM_EXPERTS,
+        "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions model_max_length": MAX_POSITIONS,
         "sliding_window sliding_window_size window_size": WINDOW,
         "local_attention": 2 * WINDOW,  # of ModernBERT: reaches to both sides
         "attention_chunk_size": CHUNK,
-        "query_pre_attn_scalar": HEAD_DIM,
-    }
-    sizes = {name: value for names, value in groups.items() for name in names.split()}
-    return sizes | dict.fromkeys(top.split(), TOP_EXPERTS)
-
-
-SIZES = _sizes()
-AT_MOST = {"num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts"} | {
-    "num_selected_experts",
-    "original_max_position_embeddings",
+        "topk_group": 1,
+    }.items()
+    for name in names.split()
 }
+# The same, where a smaller number is kept.
+LIMITS = {
+    "original_max_position_embeddings": ORIGINAL_POSITIONS,
+    **dict.fromkeys(("n_group", "num_expert_group"), 2),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "num_selected_experts"), TOP_EXPERTS),
+    **dict.fromkeys(("moe_k", "moe_topk", "moe_top_k", "top_k_experts"), TOP_EXPERTS),
+}
+KV_HEADS = re.compile(r".*num_(global_)?(key_value|kv)_heads|kv_n_heads|num_query_groups")
 
 
 # --- configuration -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which of the `count` layers of a configuration the tiny copy has."""
+
+    count: int
+    layers: list[int]
+
+
+LayerRule = Callable[[int, Kept], int | None]
+LAYER_RULES: dict[str, LayerRule] = {
+    **dict.fromkeys(LAYER_COUNTS, lambda value, kept: len(kept.layers) if value == kept.count else min(value, 2)),
+    **dict.fromkeys(FIRST_LAYERS, lambda value, kept: sum(layer < value for layer in kept.layers)),
+    **dict.fromkeys(LAST_LAYERS, lambda value, kept: sum(layer >= kept.count - value for layer in kept.layers)),
+    **dict.fromkeys(LAYER_STEPS, lambda value, kept: min(value, 2)),
+    "moe_layer_end_index": lambda value, kept: len(kept.layers) - 1,
+    "num_layers_per_stack": lambda value, kept: None,  # of HRM, which then reckons num_hidden_layers anew
+}
 
 
 def shrink(config: PretrainedConfig) -> PretrainedConfig:
@@ -92,8 +108,8 @@ def shrink(config: PretrainedConfig) -> PretrainedConfig:
 
 def _shrink(settings: dict[str, Any]) -> dict[str, Any]:
     """One level of a configuration; sub-configurations have layers of their own."""
-    layers = _kept_layers(settings)
-    tiny = {}
+    kept = _kept_layers(settings)
+    tiny: dict[str, Any] = {}
     for name, value in settings.items():
         if name in NOT_KEPT or name.lstrip("_").startswith("attn_implementation"):
             continue
@@ -101,29 +117,28 @@ def _shrink(settings: dict[str, Any]) -> dict[str, Any]:
             tiny[name] = _shrink_rope(value)
         elif isinstance(value, dict) and not name.endswith(("2id", "2label")):
             tiny[name] = _shrink(value)
+        elif isinstance(value, list):
+            tiny[name] = _shrink_list(name, value, kept, settings)
+        elif name in LAYER_RULES and isinstance(value, int):
+            tiny[name] = LAYER_RULES[name](value, kept)
         else:
-            tiny[name] = _shrink_layers(name, value, layers, settings)
+            tiny[name] = _shrink_value(name, value, settings)
     if rope_dim := settings.get("qk_rope_head_dim"):  # there head_dim is the part of a head that is rotated
         tiny["head_dim"] = max(1, ROPE_DIM * (settings.get("head_dim") or rope_dim) // rope_dim)
     if own := settings.get("per_layer_config"):
-        tiny["per_layer_config"] = _shrink_own(own, layers, settings)
+        tiny["per_layer_config"] = _shrink_own(own, kept, settings)
     return tiny
-
-
-def _count(settings: dict[str, Any]) -> int:
-    """Layers of this level of a configuration, 0 where it does not say."""
-    return next((settings[name] for name in LAYER_COUNTS if isinstance(settings.get(name), int)), 0)
 
 
 def _is_per_layer(name: str, value: Any, count: int) -> bool:
     """Whether a setting is a list with one entry per layer."""
     is_list = isinstance(value, list) and len(value) == count > 0
-    return is_list and name not in LAYER_INDICES and not name.endswith(("_token_id", "_token_ids"))
+    return is_list and name not in LAYER_INDICES and not name.endswith(TOKEN_IDS)
 
 
-def _kept_layers(settings: dict[str, Any]) -> list[int]:
+def _kept_layers(settings: dict[str, Any]) -> Kept:
     """The first layer of every kind, in their order; two at least."""
-    count = _count(settings)
+    count = next((settings[name] for name in LAYER_COUNTS if isinstance(settings.get(name), int)), 0)
     lists = [value for name, value in settings.items() if _is_per_layer(name, value, count)]
     indices = [settings[name] for name in LAYER_INDICES if isinstance(settings.get(name), list)]
     first = [settings[name] for name in FIRST_LAYERS if isinstance(settings.get(name), int)]
@@ -135,55 +150,38 @@ def _kept_layers(settings: dict[str, Any]) -> list[int]:
         kind = [str(values[layer]) for values in lists] + [str(layer in members) for members in indices]
         kind += [str(layer >= start) for start in (*first, *last)] + [str((layer + 1) % step == 0) for step in steps]
         kinds.setdefault(" ".join([*kind, own.get(layer, "")]), layer)
-    kept = list(kinds.values())[:MAX_LAYERS]
-    spare = [layer for layer in range(count) if layer not in kept]
-    return sorted(kept + spare[: max(0, 2 - len(kept))])
+    layers = list(kinds.values())[:MAX_LAYERS]
+    spare = [layer for layer in range(count) if layer not in layers]
+    return Kept(count, sorted(layers + spare[: max(0, 2 - len(layers))]))
 
 
-def _shrink_layers(name: str, value: Any, layers: list[int], settings: dict[str, Any]) -> Any:
-    """A setting that says something about layers; any other is handed on."""
-    count = _count(settings)
-    if isinstance(value, int) and not isinstance(value, bool):
-        if name == "num_layers_per_stack":  # of HRM, which then reckons its own num_hidden_layers from what is given
-            return None
-        if name in LAYER_COUNTS:
-            return len(layers) if value == count else min(value, 2)
-        if name in FIRST_LAYERS:
-            return sum(layer < value for layer in layers)
-        if name in LAST_LAYERS:
-            return sum(layer >= count - value for layer in layers)
-        if name in LAYER_STEPS:
-            return min(value, 2)
-        if name == "moe_layer_end_index":
-            return len(layers) - 1
-    if isinstance(value, list) and name in LAYER_INDICES:
-        return [new for new, layer in enumerate(layers) if layer in value]
-    if _is_per_layer(name, value, count):
-        return [_shrink_value(name, value[layer], settings) for layer in layers]
+def _shrink_list(name: str, value: list[Any], kept: Kept, settings: dict[str, Any]) -> list[Any]:
+    if name in LAYER_INDICES:
+        return [new for new, layer in enumerate(kept.layers) if layer in value]
+    if _is_per_layer(name, value, kept.count):
+        return [_shrink_value(name, value[layer], settings) for layer in kept.layers]
+    if name.endswith(TOKEN_IDS):
+        return [token % FIRST_ORDINARY for token in value]
     if name == "attention_types":  # of GPT-Neo: [[kinds, repeats], ...]
         return [[value[0][0], 1]]
-    return _shrink_value(name, value, settings)
+    return value
 
 
-def _shrink_value(name: str, value: Any, settings: dict[str, Any]) -> Any:  # noqa: C901, PLR0911 (a table in the form of ifs)
-    """One number that is no layer count."""
+def _shrink_value(name: str, value: Any, settings: dict[str, Any]) -> Any:
+    """A setting that says nothing about layers."""
     if value is None and name == "head_dim":
         return HEAD_DIM
     if name.endswith("attention_multiplier") and isinstance(value, float):
         return HEAD_DIM**-0.5  # the scale of the scores, which follows the size of a head
-    if isinstance(value, list) and name.endswith(("_token_id", "_token_ids")):
-        return [token % FIRST_ORDINARY for token in value]
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         return value
-    if name.endswith(("_token_id", "_token_index")):
+    if name.endswith(TOKEN_IDS):
         return value % FIRST_ORDINARY
-    if re.fullmatch(r".*num_(global_)?(key_value|kv)_heads|kv_n_heads|num_query_groups", name):
+    if KV_HEADS.fullmatch(name):
         return _shrink_kv_heads(name, value, settings)
-    if name in ("n_group", "num_expert_group", "topk_group"):
-        return 1 if name == "topk_group" else min(value, 2)
     if "vocab" in name:
         return VOCABULARY
-    return min(value, SIZES[name]) if name in AT_MOST else SIZES.get(name, value)
+    return min(value, LIMITS[name]) if name in LIMITS else SIZES.get(name, value)
 
 
 def _shrink_kv_heads(name: str, value: int, settings: dict[str, Any]) -> int:
@@ -193,7 +191,7 @@ def _shrink_kv_heads(name: str, value: int, settings: dict[str, Any]) -> int:
     return 1 if value == 1 else NUM_HEADS if value == heads else NUM_KV_HEADS
 
 
-def _shrink_own(own: dict[str, dict[str, Any]], layers: list[int], settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _shrink_own(own: dict[str, dict[str, Any]], kept: Kept, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Settings that single layers have for themselves: they keep their ratio to the setting of all."""
 
     def ratio(name: str, value: Any) -> Any:
@@ -203,7 +201,7 @@ def _shrink_own(own: dict[str, dict[str, Any]], layers: list[int], settings: dic
         return _shrink_value(name, value, settings)
 
     by_layer = {int(index): values for index, values in own.items()}
-    found = {str(new): by_layer[layer] for new, layer in enumerate(layers) if layer in by_layer}
+    found = {str(new): by_layer[layer] for new, layer in enumerate(kept.layers) if layer in by_layer}
     return {new: {name: ratio(name, value) for name, value in values.items()} for new, values in found.items()}
 
 
@@ -220,7 +218,7 @@ def _shrink_rope(rope: dict[str, Any], head_dim: int = HEAD_DIM) -> dict[str, An
             parts = [half * part // sum(value) for part in value]
             tiny[name] = [half - sum(parts[1:]), *parts[1:]]
         else:
-            tiny[name] = min(value, SIZES[name]) if name in AT_MOST else value
+            tiny[name] = min(value, LIMITS[name]) if name in LIMITS else value
     return tiny
 
 

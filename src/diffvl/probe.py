@@ -18,26 +18,15 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from diffvl.hub.generation_diffvl import BlockCache
-from diffvl.hub.layout_diffvl import (
-    Layout,
-    NoisyStream,
-    attention_masks,
-    block_index,
-    clean_layout,
-    for_layers,
-    noisy_stream,
-)
+from diffvl.hub.head_diffvl import mapped_rows
+from diffvl.hub.layout_diffvl import Layout, attention_masks, clean_layout
 from diffvl.miniature import FIRST_ORDINARY
-from diffvl.objective import noisy_layout
-from diffvl.proof import PROBE_BLOCK, TOLERANCE, native_logits, spread
+from diffvl.proof import TOLERANCE, native_logits, spread
+from diffvl.streams import GRID_OF, Streams, Token, forward, plain_forward, text, text_config, tokens_of, vocabulary
 
 # What the code of some model class may raise on inputs that it was not written for.
 MODEL_FAULTS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError)
 MODEL_FAULTS += (StrictDataclassError, TypeError, ValueError)
-
-# Lengths of prompt, answer, prompt, answer: longer than the tiny window and chunk, cut inside blocks; the second is padded.
-SAMPLES = ((9, 7, 6, 9), (6, 5))
-GRID_OF = {"block": "absolute", "causal": "response"}  # both contexts and both grids in two runs
 
 
 @dataclass(frozen=True)
@@ -76,6 +65,7 @@ def probe(trunk: PreTrainedModel) -> list[Check]:
         "train = decode": lambda: below("train = decode", max(_decoding_error(two) for two in both)),
         "embeddings given": lambda: below("embeddings given", _embeddings_error(both[0])),
         "head on some rows": lambda: below("head on some rows", _rows_error(both[0])),
+        "head in chunks": lambda: below("head in chunks", _chunks_error(both[0])),
         "gradients": lambda: _gradients(both[0]),
         "new token": lambda: below("new token", _new_token_error(trunk)),
     }
@@ -93,81 +83,6 @@ def first_line(error: BaseException) -> str:
     """What an exception says, on one line of bounded length."""
     words = " ".join(str(error).split())
     return f"{type(error).__name__}: {words}"[:300] if words else type(error).__name__
-
-
-# --- the probe's text ----------------------------------------------------------------------------------------------------
-
-
-def vocabulary(trunk: PreTrainedModel) -> int:
-    """Rows of the embedding table; the last stands for the mask token."""
-    return trunk.get_input_embeddings().weight.shape[0]
-
-
-def text(trunk: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Two random conversations: ids, answer index and valid, each [B, L]."""
-    longest = max(map(sum, SAMPLES))
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(FIRST_ORDINARY, vocabulary(trunk) - 1, (len(SAMPLES), longest), generator=generator)
-    answer = torch.zeros_like(ids)
-    for row, lengths in enumerate(SAMPLES):
-        numbers = [(turn + 1) // 2 if turn % 2 else 0 for turn in range(len(lengths))]
-        answer[row, : sum(lengths)] = torch.tensor(numbers).repeat_interleave(torch.tensor(lengths))
-    valid = torch.arange(longest)[None] < torch.tensor([[sum(lengths)] for lengths in SAMPLES])
-    return ids, answer, valid
-
-
-class LeakyLayout(Layout):
-    """The bug to be caught: `<=` for `<`, so that a noisy token sees the clean copy of its own block."""
-
-    def allowed(self, queries: slice = slice(None), window: int | None = None, chunk: int | None = None) -> torch.Tensor:
-        q, k = ({name: row[:, places] for name, row in self.rows.items()} for places in (queries, slice(None)))
-        own_block = (k["block"][:, None] == q["block"][..., None]) & (k["document"][:, None] == q["document"][..., None])
-        leak = own_block & q["noisy"][..., None].bool() & ~k["noisy"][:, None].bool() & k["valid"][:, None]
-        return super().allowed(queries, window, chunk) | leak
-
-
-@dataclass(frozen=True)
-class Streams:
-    """Both streams of the probe's text with every second answer token masked; ids [B, T] belong to `layout`."""
-
-    trunk: PreTrainedModel
-    layout: Layout
-    stream: NoisyStream
-    ids: torch.Tensor
-    clean: int
-
-    @classmethod
-    def of(cls, trunk: PreTrainedModel, context: str) -> "Streams":
-        ids, answer, valid = text(trunk)
-        block = block_index(answer, PROBE_BLOCK, GRID_OF[context])
-        stream = noisy_stream(answer, block, PROBE_BLOCK, GRID_OF[context])
-        masked = stream.eligible & (torch.arange(stream.eligible.shape[1]) % 2 == 0)
-        noisy = ids.gather(1, stream.source).masked_fill(masked, vocabulary(trunk) - 1)
-        layout = clean_layout(block, valid, context).joined(noisy_layout(stream, context))
-        return cls(trunk, layout, stream, torch.cat([ids, noisy], 1), ids.shape[1])
-
-    def leaking(self) -> "Streams":
-        """The same with the bug in its masks."""
-        layout = LeakyLayout(**self.layout.rows, context=self.layout.context)
-        return Streams(self.trunk, layout, self.stream, self.ids, self.clean)
-
-    @torch.no_grad()
-    def logits(self, ids: torch.Tensor | None = None) -> torch.Tensor:
-        """[B, T, V], of other tokens on the same layout where `ids` are given."""
-        return forward(self.trunk, self.ids if ids is None else ids, self.layout).logits.float()
-
-    def noisy_blocks(self, row: int = 0) -> list[int]:
-        return self.layout.block[row, self.clean :][self.stream.valid[row]].unique().tolist()
-
-
-def forward(trunk: PreTrainedModel, ids: torch.Tensor, layout: Layout, **more: Any) -> Any:
-    """One pass as training does it: explicit masks and positions, no cache."""
-    masks = attention_masks(text_config(trunk), layout, slice(None), torch.float32)
-    return trunk(input_ids=ids, attention_mask=masks, position_ids=layout.position, use_cache=False, **more)
-
-
-def text_config(trunk: PreTrainedModel) -> Any:
-    return trunk.config.get_text_config(decoder=True)
 
 
 # --- checks with training's own masks ------------------------------------------------------------------------------------
@@ -269,7 +184,8 @@ def _embeddings_error(two: Streams) -> float:
 @contextmanager
 def head_on(trunk: PreTrainedModel, rows: torch.Tensor) -> Iterator[None]:
     """The head of the trunk runs on some rows only, as in the DiffVL model."""
-    hook = trunk.get_output_embeddings().register_forward_pre_hook(lambda _, arguments: (arguments[0][rows][None],))
+    head: Any = trunk.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, arguments: (arguments[0][rows][None],))
     try:
         yield
     finally:
@@ -278,9 +194,19 @@ def head_on(trunk: PreTrainedModel, rows: torch.Tensor) -> Iterator[None]:
 
 @torch.no_grad()
 def _rows_error(two: Streams) -> float:
+    """The head on some rows only, as decoding asks for it."""
     rows = two.layout.noisy.bool() & two.layout.valid
     with head_on(two.trunk, rows):
         some = forward(two.trunk, two.ids, two.layout).logits[0].float()
+    return spread(some - two.logits()[rows], two.logits())
+
+
+@torch.no_grad()
+def _chunks_error(two: Streams) -> float:
+    """The head apart from the rest of the model, as the loss asks for it."""
+    rows = two.layout.noisy.bool() & two.layout.valid
+    flat = rows.flatten().nonzero()[:, 0]
+    some = mapped_rows(two.trunk, lambda: forward(two.trunk, two.ids, two.layout), flat, lambda logits, _: logits.float())
     return spread(some - two.logits()[rows], two.logits())
 
 
@@ -296,7 +222,8 @@ def _gradients(two: Streams) -> Check:
             cross_entropy(logits[masked], truth[masked]).backward()
         gradients = {name: parameter.grad for name, parameter in trunk.named_parameters() if parameter.grad is not None}
         bad = [name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())]
-        reached = trunk.get_input_embeddings().weight.grad
+        table: Any = trunk.get_input_embeddings()
+        reached = table.weight.grad
         lost = reached is None or float(reached[mask_id].abs().max()) == 0.0
     finally:
         trunk.zero_grad(set_to_none=True)
@@ -317,44 +244,6 @@ def _new_token_error(trunk: PreTrainedModel) -> float:
 
 
 # --- references, written out token by token ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Token:
-    """id: what the model reads. place: where it stands in the probe's own rows, whose logits it is compared with."""
-
-    id: int
-    position: int
-    block: int
-    noisy: bool
-    place: int
-
-
-def tokens_of(two: Streams) -> list[Token]:
-    """The first sample, both streams, without padding."""
-    rows = {name: row[0].tolist() for name, row in two.layout.rows.items()}
-    ids = two.ids[0].tolist()
-    places = [place for place, valid in enumerate(rows["valid"]) if valid]
-    return [Token(ids[at], rows["position"][at], rows["block"][at], bool(rows["noisy"][at]), at) for at in places]
-
-
-def plain_forward(trunk: PreTrainedModel, tokens: list[Token], sees: Callable[[Token, Token], bool]) -> torch.Tensor:
-    """Logits [T, V] of a list of tokens under a rule between two of them; windows and chunks go by position."""
-    config = text_config(trunk)
-
-    def mask(window: int | None, chunk: int | None) -> torch.Tensor:
-        table = [[sees(q, k) and (not window or k.position > q.position - window)
-                  and (not chunk or k.position // chunk == q.position // chunk) for k in tokens] for q in tokens]  # fmt: skip
-        allowed = torch.tensor(table)[None, None]
-        return allowed if config._attn_implementation == "sdpa" else torch.where(allowed, 0.0, torch.finfo(torch.float32).min)
-
-    output = trunk(
-        input_ids=torch.tensor([[token.id for token in tokens]]),
-        attention_mask=for_layers(config, mask),
-        position_ids=torch.tensor([[token.position for token in tokens]]),
-        use_cache=False,
-    )
-    return output.logits[0].float()
 
 
 @torch.no_grad()

@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from diffvl.config import read_yaml
 from diffvl.errors import CheckpointError
 from diffvl.progress import METRICS_FILE, Measure, Points, duration, measures_of, number, read_json_lines, write_beside
+from diffvl.settings import read_yaml
 
 REPORT_FILE = "report.html"
 SAMPLES_FILE = "samples.jsonl"

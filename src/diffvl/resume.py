@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from diffvl import checkpoint
-from diffvl.config import Recipe, StageName, read_yaml, resolve
+from diffvl.config import Recipe, StageName
 from diffvl.errors import ConfigError
+from diffvl.settings import read_yaml, resolve
 
 BEFORE_FILE = "before.json"  # of an unfinished stage: where it started from, and that checkpoint's answers
 

@@ -35,14 +35,14 @@ from transformers.pytorch_utils import Conv1D
 
 from diffvl.errors import UsageError
 
-TRUNKS: tuple[str, ...] = ("qwen2", "qwen3", "llama", "mistral", "gemma2", "gpt2")
+TRUNKS: tuple[str, ...] = ("qwen2", "qwen3", "qwen3_moe", "llama", "mistral", "gemma2", "gpt2")
 TOWERS: tuple[str, ...] = ("siglip", "clip", "dinov2", "vit")
 FULL_CLIP = "clip-full"  # text and vision tower in one checkpoint, as CLIP is published
 
 HIDDEN, NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, INTERMEDIATE, MAX_POSITIONS = 64, 2, 4, 2, 16, 128, 512
 WINDOW = 10  # tokens; shorter than any test prompt, so that a lost window shows
 NUM_SPARE_ROWS = 16  # rows of the embedding table above the tokenizer's last id, as Qwen has them
-QWEN = ("qwen2", "qwen3")  # these get the spare rows, and the tokenizer class of the published checkpoints
+QWEN = ("qwen2", "qwen3", "qwen3_moe")  # these get the spare rows, and the tokenizer class of the published checkpoints
 IMAGE_SIZE, PATCH_SIZE, TOWER_HIDDEN, TOWER_LAYERS, TOWER_HEADS = 32, 8, 32, 3, 2  # 16 patch tokens
 
 LOGIT_STD = 2.5  # far from uniform, yet not saturated: the loss of an untrained model stays near log(V) + LOGIT_STD**2 / 2
@@ -180,6 +180,7 @@ def _trunk_settings(model_type: str) -> dict:
     special: dict[str, dict] = {
         "qwen2": {"tie_word_embeddings": False},
         "qwen3": {"tie_word_embeddings": True},
+        "qwen3_moe": {"tie_word_embeddings": False, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": HIDDEN},
         "llama": {"tie_word_embeddings": True},
         "mistral": {"tie_word_embeddings": False, "sliding_window": WINDOW},
         "gemma2": {

@@ -27,6 +27,7 @@ from diffvl.lora import add_adapters, merge_adapters
 from diffvl.objective import curriculum_state
 from diffvl.optim import attach_mask_row, fold_mask_row, freeze_others
 from diffvl.progress import MetricsLog, TrainingProgress
+from diffvl.settings import dump
 from diffvl.trainer import (
     CHECKPOINTS,
     LogAtCheckpoints,
@@ -37,6 +38,7 @@ from diffvl.trainer import (
     rows_per_step,
     training_arguments,
 )
+
 
 def train(start: Path, recipe: Recipe, stage_name: StageName, directory: Path, resume: bool, console: Console) -> Path:
     """Trains one stage from the checkpoint in `start` and leaves the unfinished directory, complete but for its name.
@@ -59,7 +61,7 @@ def train(start: Path, recipe: Recipe, stage_name: StageName, directory: Path, r
         data = replace(data, train=data.train.packed(stage.data.row_length, recipe.seed))
     work.mkdir(parents=True, exist_ok=True)
     if process_state().is_main_process:
-        checkpoint.replace_text(work / checkpoint.RECIPE_FILE, checkpoint.dump(recipe))
+        checkpoint.replace_text(work / checkpoint.RECIPE_FILE, dump(recipe))
     fit_to_stage(model, stage, recipe.seed)
     trainer = build_trainer(model, processor, data, recipe, stage_name, work)
     last = newest_checkpoint(work) if resume else None
@@ -99,7 +101,7 @@ def fit_to_stage(model: DiffVLForConditionalGeneration, stage: Stage, seed: int)
         model.config.set_decoding("ar", block_size=1, context="causal", grid="response", target="shift")
     else:
         model.config.set_decoding("blocks", objective.block_size, objective.context, objective.grid, objective.target)
-    choose(model.language_model, stage.attention, process_state().device)
+    choose(model.language_model, stage.attention, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if stage.lora is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -193,8 +193,8 @@ class StageTrainer(Trainer):
         saved = checkpoint.read_json(file)
         if saved != self._curriculum():
             raise CheckpointError(
-                f"{file}: the curriculum stood at {saved}, this run would go on at {self._curriculum()}; resume with the settings "
-                "and the data that the run began with"
+                f"{file}: the curriculum stood at {saved}, this run would go on at {self._curriculum()}; resume with the "
+                "settings and the data that the run began with"
             )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

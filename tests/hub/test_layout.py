@@ -202,9 +202,7 @@ def test_eager_attention_gets_floats_to_add():
 
 def test_what_cannot_take_a_mask_is_refused():
     layout = small_layout("block")
-    with pytest.raises(
-        ValueError, match="attention implementation 'flash_attention_2': diffvl builds masks for 'sdpa' and 'eager'"
-    ):
+    with pytest.raises(ValueError, match="attention implementation 'flash_attention_2': dense masks are for 'sdpa' and 'eager'"):
         attention_masks(config(_attn_implementation="flash_attention_2"), layout, slice(None), torch.float32)
     with pytest.raises(ValueError, match=r"layer types \['linear_attention'\] cannot take block attention; known: "):
         attention_masks(config(layer_types=["full_attention", "linear_attention"]), layout, slice(None), torch.float32)

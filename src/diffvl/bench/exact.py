@@ -19,7 +19,7 @@ from torch.nn import functional
 from diffvl.config import Noise
 from diffvl.noise import mask_ratios
 
-QUANTILES = 2**15  # of the law of t; a multiple of any number of blocks up to that, which the strata need
+QUANTILES = 2**13  # of the law of t; a multiple of the numbers of blocks, which the strata need
 REPEATS = 0.8  # probability with which a token of the answer repeats the one before
 COUPLING = {"untrained": 0.0, "fitted": 0.8}  # log-odds from a visible neighbour
 DECAY = 0.6  # what remains of it one token further
@@ -50,15 +50,30 @@ class Enumerated:
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """How often each number of masked tokens comes with which weight: under a law of t, a way to share it, and a weight.
+
+    mean [T, N]: at each quantile of t, expected weight of each single mask with m masked tokens. square, cross [N]: of the
+    squared weight, and of twice the product of both copies' weights, in the expected squared norm.
+    masked_share, blocks_without_mask: of a forward, over all noisy copies together.
+    """
+
+    draws: str
+    mean: torch.Tensor
+    square: torch.Tensor
+    cross: torch.Tensor
+    masked_share: float
+    blocks_without_mask: float
+
+
+@dataclass(frozen=True)
 class Exact:
     """noise_to_signal: trace of the covariance over the squared norm of the mean. scale, cosine: the mean against that of the
-    bound: its length along it, and the angle. Both shares count over all noisy copies together."""
+    bound: its length along it, and the angle."""
 
     noise_to_signal: float
     scale: float
     cosine: float
-    masked_share: float
-    blocks_without_mask: float
 
 
 def enumerate_masks(state: str, block_size: int, answer_tokens: int, seed: int) -> tuple[Enumerated, Enumerated]:
@@ -110,37 +125,38 @@ def quantiles(noise: Noise, progress: float) -> torch.Tensor:
     return mask_ratios(noise, index, QUANTILES, progress, torch.Generator().manual_seed(0)).sort().values
 
 
-def exact(masks: Enumerated, t_T: torch.Tensor, draws: str, weight: str) -> Exact:
-    """Of the sum over a sample's blocks.
+def estimate(t_T: torch.Tensor, block_size: int, draws: str, weight: str) -> Estimate:
+    """Of blocks of this size.
 
     Args:
         draws: as `noise.draws`, or "complementary" for independent draws and a second copy with the opposite masks.
         weight: as in `loss.block_weights`.
     """
-    size = masks.block_size
-    m = torch.arange(size + 1, dtype=torch.float64)
-    share_TN = t_T[:, None] ** m * (1 - t_T[:, None]) ** (size - m)  # probability of each single mask with m masked tokens
-    weight_TN = _weights(weight, t_T, m, size)
-    mean_TN, square_TN, cross_TN = share_TN * weight_TN, share_TN * weight_TN**2, torch.zeros_like(share_TN)
-    masked_share, empty = float(t_T.mean()), float((1 - t_T).pow(size).mean())
-    if draws == "complementary":
-        # The opposite mask has D - m masked tokens, each with probability 1 - t; flipping puts it under its own number.
-        other_TN = _weights(weight, 1 - t_T, size - m, size)
-        mean_TN = (mean_TN + (share_TN * other_TN).flip(1)) / 2
-        cross_TN = share_TN * weight_TN * other_TN / 2
-        square_TN = (square_TN + (share_TN * other_TN**2).flip(1)) / 4
-        masked_share, empty = 1.0, 0.0
-    mean_BP = (mean_TN.mean(0)[None, :, None] * masks.total).sum(1)
-    second = float((square_TN.mean(0) * masks.square + cross_TN.mean(0) * masks.cross).sum())
-    variance = second - float((mean_BP**2).sum()) + _between_blocks(masks, mean_TN, draws)
+    m = torch.arange(block_size + 1, dtype=torch.float64)
+    share_TN = t_T[:, None] ** m * (1 - t_T[:, None]) ** (block_size - m)  # of each single mask with m masked tokens
+    weight_TN = _weights(weight, t_T, m, block_size)
+    mean_TN, square_N = share_TN * weight_TN, (share_TN * weight_TN**2).mean(0)
+    if draws != "complementary":
+        empty = float((1 - t_T).pow(block_size).mean())
+        return Estimate(draws, mean_TN, square_N, torch.zeros_like(square_N), float(t_T.mean()), empty)
+    # The opposite mask has D - m masked tokens, each with probability 1 - t; flipping puts it under its own number.
+    other_TN = _weights(weight, 1 - t_T, block_size - m, block_size)
+    mean_TN = (mean_TN + (share_TN * other_TN).flip(1)) / 2
+    square_N = (square_N + (share_TN * other_TN**2).mean(0).flip(0)) / 4
+    return Estimate(draws, mean_TN, square_N, (share_TN * weight_TN * other_TN / 2).mean(0), 1.0, 0.0)
+
+
+def exact(masks: Enumerated, law: Estimate) -> Exact:
+    """Of the sum over a sample's blocks."""
+    mean_BP = (law.mean.mean(0)[None, :, None] * masks.total).sum(1)
+    second = float((law.square * masks.square + law.cross * masks.cross).sum())
+    variance = second - float((mean_BP**2).sum()) + _between_blocks(masks, law)
     mean_P, bound_P = mean_BP.sum(0), masks.bound()
     along = float(mean_P @ bound_P)
     return Exact(
-        noise_to_signal=variance / float(mean_P @ mean_P),
+        noise_to_signal=max(variance, 0.0) / float(mean_P @ mean_P),
         scale=along / float(bound_P @ bound_P),
         cosine=along / float(mean_P.norm() * bound_P.norm()),
-        masked_share=masked_share,
-        blocks_without_mask=empty,
     )
 
 
@@ -153,26 +169,25 @@ def _weights(kind: str, p_T: torch.Tensor, m: torch.Tensor, size: int) -> torch.
     return (size / m.clamp_min(1)).expand(len(p_T), -1)
 
 
-def _between_blocks(masks: Enumerated, mean_TN: torch.Tensor, draws: str) -> float:
+def _between_blocks(masks: Enumerated, law: Estimate) -> float:
     """Sum over pairs of different blocks of the covariance of their shares, which comes from sharing t alone.
 
     synchronous: the means at the same t. stratified: the means over two different strata, any two alike.
     """
-    if draws in ("independent", "complementary"):
+    if law.draws in ("independent", "complementary"):
         return 0.0
-    overall_BP = (mean_TN.mean(0)[None, :, None] * masks.total).sum(1)
-    unrelated = float(_pairs(overall_BP[:, None]))
-    if draws == "synchronous":
+    mean_TN, blocks = law.mean, masks.blocks
+    unrelated = _pairs((mean_TN.mean(0)[None, :, None] * masks.total).sum(1, keepdim=True))
+    if law.draws == "synchronous":
         moment_NN = mean_TN.T @ mean_TN / len(mean_TN)
         together = (masks.total.sum(0) @ masks.total.sum(0).T) - (masks.total @ masks.total.transpose(1, 2)).sum(0)
         return float((moment_NN * together).sum()) - unrelated
-    blocks = masks.blocks
     strata_KN = mean_TN.view(blocks, -1, mean_TN.shape[1]).mean(1)
     strata_BKP = torch.einsum("kn,bnp->bkp", strata_KN, masks.total)
-    any_two = float(_pairs(strata_BKP.sum(1, keepdim=True))) - float(_pairs(strata_BKP))
+    any_two = _pairs(strata_BKP.sum(1, keepdim=True)) - _pairs(strata_BKP)
     return any_two / (blocks * (blocks - 1)) - unrelated
 
 
-def _pairs(x_BKP: torch.Tensor) -> torch.Tensor:
+def _pairs(x_BKP: torch.Tensor) -> float:
     """Sum of inner products over pairs of different b, at equal k."""
-    return (x_BKP.sum(0) ** 2).sum() - (x_BKP**2).sum()
+    return float((x_BKP.sum(0) ** 2).sum() - (x_BKP**2).sum())

@@ -4,7 +4,7 @@ One answer is noised again and again; every row of a batch is the same sample un
 gradient of each row: rows do not mix, so a projection's gradient for a row is the product of what went in and what came back.
 Looked at are the projections of all layers, attention and MLP.
 
-Shapes: N draws, P parameters, B rows of a batch, T tokens, I and O widths in and out.
+Shapes: G batches, P parameters, B rows of a batch, T tokens, I and O widths in and out.
 """
 
 from collections.abc import Iterator
@@ -15,28 +15,83 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffvl.config import BlockDiffusionObjective, UniformNoise
+from diffvl.bench.forms import NUM_SPECIAL, TrunkSize, build_model
+from diffvl.config import BlockDiffusionObjective
 from diffvl.data.chat import Sample
 from diffvl.data.collate import Batch, collate
 from diffvl.objective import Draw, block_diffusion
 
 ROWS = 64  # of a batch
+TRUNK = TrunkSize(hidden=32, layers=2, heads=2, kv_heads=2, intermediate=64, vocabulary=28)
+STD = TRUNK.hidden**-0.5  # of the random weights; transformers' 0.02 would make the attention of every token the same
+PROMPT = 16  # tokens before the answer
+FOLLOWS = 0.8  # probability that a token is followed by its own successor
+FIT_STEPS, FIT_ROWS, FIT_RATE = 150, 16, 3e-3
+
+
+class Texts:
+    """Random samples in which every token has one likely successor, the same in all of them: something can be learned."""
+
+    def __init__(self, answer_tokens: int, seed: int) -> None:
+        self.answer_tokens = answer_tokens
+        self.generator = torch.Generator().manual_seed(seed)
+        self.successor = self._ordinary(TRUNK.vocabulary - NUM_SPECIAL, permuted=True)
+
+    def one(self) -> Sample:
+        length = PROMPT + self.answer_tokens
+        surprise = self._ordinary(length)
+        follows = torch.rand(length, generator=self.generator) < FOLLOWS
+        ids = [int(surprise[0])]
+        for place in range(1, length):
+            ids.append(int(self.successor[ids[-1]]) if follows[place] else int(surprise[place]))
+        return Sample(ids, [0] * PROMPT + [1] * self.answer_tokens, None, 0)
+
+    def _ordinary(self, count: int, permuted: bool = False) -> torch.Tensor:
+        if permuted:
+            return torch.randperm(count, generator=self.generator)
+        return torch.randint(0, TRUNK.vocabulary - NUM_SPECIAL, (count,), generator=self.generator)
+
+
+def random_trunk(seed: int) -> Any:
+    return build_model(TRUNK, torch.device("cpu"), torch.float32, seed, std=STD)
+
+
+def fit(model: Any, texts: Texts, objectives: list[BlockDiffusionObjective]) -> float:
+    """Trains the model a little, under each objective in turn; returns the loss per answer token of the last step."""
+    optimiser = torch.optim.Adam(model.parameters(), lr=FIT_RATE)
+    loss = 0.0
+    for step in range(FIT_STEPS):
+        batch = in_rows([texts.one() for _ in range(FIT_ROWS)])
+        output = block_diffusion(model, model.config, batch, objectives[step % len(objectives)], Draw(0, step, 0.0))
+        mean = output.loss / (FIT_ROWS * texts.answer_tokens)
+        mean.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        loss = float(mean.detach())
+    return loss
+
+
+def in_rows(samples: list[Sample]) -> Batch:
+    """One sample a row, numbered, so that each has its own noise."""
+    numbered = [[replace(sample, index=number)] for number, sample in enumerate(samples)]
+    return collate(numbered, pad_token_id=0)  # pyright: ignore[reportReturnType]
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """Sums over the draws of each batch: gradient [G, P], squared norm [G], and counts over all draws."""
+    """Sums over the rows of each batch: gradient [G, P], squared norm [G]; masked tokens and tokens in all of them."""
 
     sums: torch.Tensor
     squares: torch.Tensor
     masked: int
+    tokens: int
 
     @property
     def draws(self) -> int:
         return ROWS * len(self.sums)
 
-    def without(self, batch: int) -> "Gradients":
-        keep = torch.arange(len(self.sums)) != batch
+    def without(self, number: int) -> "Gradients":
+        keep = torch.arange(len(self.sums)) != number
         return replace(self, sums=self.sums[keep], squares=self.squares[keep])
 
     def mean(self) -> torch.Tensor:
@@ -50,40 +105,52 @@ class Gradients:
         """Squared norm of the expectation, without what the draws' scatter adds to it."""
         return float((self.mean() ** 2).sum()) - self.variance() / self.draws
 
+    def noise_to_signal(self) -> float:
+        return self.variance() / self.signal()
 
-def sample_gradients(model: Any, batch: Batch, objective: BlockDiffusionObjective, progress: float, seed: int, draws: int) -> Gradients:
-    """Of the loss of one sample, under `draws` draws of noise, a multiple of ROWS."""
-    sums, squares, masked = [], [], 0
-    for number in range(draws // ROWS):
+    def standard_error(self) -> float:
+        """Of `noise_to_signal`, by leaving out one batch at a time."""
+        count = len(self.sums)
+        without = torch.tensor([self.without(number).noise_to_signal() for number in range(count)])
+        return float(((count - 1) * without.var(correction=0)).sqrt())
+
+
+def sample_gradients(
+    model: Any, sample: Sample, objective: BlockDiffusionObjective, progress: float, seed: int, batches: int
+) -> Gradients:
+    """Gradients of the loss of one sample under ROWS draws of noise in each batch."""
+    batch = in_rows([sample] * ROWS)
+    sums, squares, masked, tokens = [], [], 0, 0
+    for number in range(batches):
         with _row_gradients(model) as rows:
             output = block_diffusion(model, model.config, batch, objective, Draw(seed, number, progress))
             output.loss.backward()
         gradient_BP = torch.cat([rows[name] for name in sorted(rows)], 1).double()
         sums.append(gradient_BP.sum(0))
         squares.append((gradient_BP**2).sum())
-        masked += int(output.sums["predicted"])
-    model.zero_grad()
-    return Gradients(torch.stack(sums), torch.stack(squares), masked)
+        masked, tokens = masked + int(output.sums["predicted"]), tokens + output.tokens
+        model.zero_grad()
+    return Gradients(torch.stack(sums), torch.stack(squares), masked, tokens)
 
 
 @contextmanager
 def _row_gradients(model: Any) -> Iterator[dict[str, torch.Tensor]]:
-    """Inside, every backward pass leaves the gradient of each projection for each row, {name: [B, O * I]}."""
+    """Inside, a backward pass leaves the gradient of each projection for each row, {name: [B, O * I]}."""
     found: dict[str, torch.Tensor] = {}
-    hooks = []
 
-    def watch(name: str, module: nn.Module) -> None:
+    def watch(name: str, module: nn.Module) -> Any:
         def forward(_: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             given = arguments[0].detach()
-            output.register_hook(
-                lambda gradient: found.__setitem__(name, torch.einsum("bti,bto->boi", given, gradient).flatten(1))
-            )
 
-        hooks.append(module.register_forward_hook(forward))
+            def backward(gradient: torch.Tensor) -> None:
+                found[name] = torch.einsum("bti,bto->boi", given, gradient).flatten(1)
 
-    for name, module in model.language_model.named_modules():
-        if isinstance(module, nn.Linear) and ".layers." in name:
-            watch(name, module)
+            output.register_hook(backward)
+
+        return module.register_forward_hook(forward)
+
+    layers = [(name, module) for name, module in model.language_model.named_modules() if ".layers." in name]
+    hooks = [watch(name, module) for name, module in layers if isinstance(module, nn.Linear)]
     try:
         yield found
     finally:

@@ -19,9 +19,10 @@ from diffvl.bench.forms import FORMS, Shape, TrunkSize, build_model, make_work, 
 from diffvl.bench.measure import Measured, draws, measure_forms, top_kernels
 from diffvl.bench.memory import MemoryMeter, meter_of, release
 from diffvl.bench.scaling import FULL_PLAN, QUICK_PLAN, measure_scaling
-from diffvl.config import BlockDiffusionObjective, parse
+from diffvl.config import BlockDiffusionObjective
 from diffvl.errors import UsageError
 from diffvl.progress import spinner_or_line
+from diffvl.settings import parse
 
 DEFAULT_SHAPES = "L3000-R300,L1000-R600,L512-R400"  # LLaVA-like, document, text
 QUICK_SHAPES = "L64-R16,L48-R24"
@@ -96,7 +97,8 @@ def compare(request: TrainBench, console: Console) -> Report:
     device = pick_device(request.device)
     scale = QUICK_SCALE if request.quick else SCALES[device.type]
     size = resized(scale.trunk, request.layers, request.hidden)
-    shapes = parse_shapes(request.shapes or (QUICK_SHAPES if request.quick else DEFAULT_SHAPES))
+    default_shapes = QUICK_SHAPES if request.quick else DEFAULT_SHAPES
+    shapes = parse_shapes(default_shapes if request.shapes is None else request.shapes)
     settings = {"kind": "block_diffusion", "block_size": request.block_size, "context": request.context}
     objective = parse(BlockDiffusionObjective, settings, "diffvl bench train")
     rounds = request.repeats or scale.rounds

@@ -1,0 +1,208 @@
+"""`diffvl bench objective`: how noisy and how biased the gradient is under each way to draw noise and weigh tokens.
+
+Two models: `exact` enumerates every mask of a model of a few parameters, so its figures have no sampling error; `sampled` draws
+gradients of a small trunk through the objective that is trained. In both one answer is fixed and only the noise is drawn, so
+the variance is that of the corruption alone. docs/objective.md says what the table means.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cache
+from typing import Any
+
+import torch
+
+from diffvl.bench import exact, sampled
+from diffvl.bench.machine import describe
+from diffvl.config import BlockDiffusionObjective
+
+ANSWER = 64  # tokens; a multiple of every block size
+BLOCK_SIZES = (4, 8, 16)
+WEIGHTS = ("1/t", "effective", "none")
+DRAWS = ("synchronous", "independent", "stratified", "complementary")
+SCHEDULES: dict[str, tuple[dict[str, Any], float]] = {  # settings, and the progress at which they are looked at
+    "uniform": ({"schedule": "uniform"}, 0.0),
+    "beta start": ({"schedule": "beta"}, 0.0),
+    "beta end": ({"schedule": "beta"}, 1.0),
+    "clamp": ({"schedule": "clamp", "t_min": 0.3, "t_max": 0.8}, 0.0),
+}
+# The opposite mask has ratio 1 - t, and 1 / (1 - t) has no finite second moment where t comes up to 1.
+COMPLEMENTARY_BOUND = {"t_max": 0.999}
+REFERENCE = 4  # times as many batches for the long-run gradient that bias is measured against
+Table = tuple[list[str], list[tuple[str, ...]]]
+
+
+def measure_objective(samples: int, seed: int) -> dict[str, Any]:
+    """The whole report, as `--json` prints it.
+
+    Args:
+        samples: gradients drawn for each row of the sampled table; whole batches of `sampled.ROWS`, at least two of them.
+    """
+    batches = max(2, round(samples / sampled.ROWS))
+    return {
+        "machine": describe() | {"threads": torch.get_num_threads()},
+        "settings": {
+            "samples": batches * sampled.ROWS,
+            "seed": seed,
+            "answer_tokens": ANSWER,
+            "schedules": {name: {**settings, "progress": progress} for name, (settings, progress) in SCHEDULES.items()},
+            "complementary_uniform": COMPLEMENTARY_BOUND,
+        },
+        "exact": exact_rows(seed),
+        "sampled": sampled_rows(batches, seed),
+    }
+
+
+def settings_of(schedule: str, draws: str) -> dict[str, Any]:
+    """A schedule's noise settings under a way to share draws."""
+    settings = {**SCHEDULES[schedule][0], "draws": "independent" if draws == "complementary" else draws}
+    if draws == "complementary" and schedule == "uniform":
+        settings |= COMPLEMENTARY_BOUND
+    return settings
+
+
+def exact_rows(seed: int) -> list[dict[str, Any]]:
+    """Every model, block size, schedule, weight and way to draw."""
+    rows = []
+    for model, block_size in itertools.product(exact.COUPLING, BLOCK_SIZES):
+        gradient, loss = exact.enumerate_masks(model, block_size, ANSWER, seed)
+        for schedule, draws, weight in itertools.product(SCHEDULES, DRAWS, WEIGHTS):
+            law = exact.estimate(_quantiles(schedule, draws), block_size, draws, weight)
+            row = {"model": model, "block_size": block_size, "schedule": schedule, "weight": weight, "draws": draws}
+            row |= asdict(exact.exact(gradient, law))
+            row["loss_noise_to_signal"] = exact.exact(loss, law).noise_to_signal
+            rows.append(row | {"masked_share": law.masked_share, "blocks_without_mask": law.blocks_without_mask})
+    return rows
+
+
+@cache
+def _quantiles(schedule: str, draws: str) -> torch.Tensor:
+    noise = _objective(1, schedule, draws, "none").noise.model_copy(update={"draws": "stratified"})
+    return exact.quantiles(noise, SCHEDULES[schedule][1])
+
+
+def cells() -> list[tuple[str, int, str, str]]:
+    """(trunk, block size, schedule, draws) of the sampled table: all schedules in blocks of 8 on the fitted trunk; elsewhere
+    uniform noise alone."""
+    found = [("random", 8, "uniform", draws) for draws in DRAWS]
+    for block_size in BLOCK_SIZES:
+        found += [
+            ("fitted", block_size, schedule, draws)
+            for schedule in (SCHEDULES if block_size == 8 else ("uniform",))
+            for draws in DRAWS
+        ]
+    return found
+
+
+def sampled_rows(batches: int, seed: int) -> list[dict[str, Any]]:
+    """The cells, each with every weight in blocks of 8 and with `effective` alone in others."""
+    texts = sampled.Texts(ANSWER, seed)
+    sample = texts.one()
+    model, trunk = sampled.random_trunk(seed), "random"
+    references: dict[int, sampled.Gradients] = {}
+    rows = []
+    for name, block_size, schedule, draws in cells():
+        if name != trunk:
+            sampled.fit(model, texts, [_objective(size, "uniform", "stratified", "effective") for size in BLOCK_SIZES])
+            trunk, references = name, {}
+        if block_size not in references:
+            steady = _objective(block_size, "uniform", "complementary", "effective")
+            references[block_size] = sampled.sample_gradients(model, sample, steady, 0.0, seed + 1, REFERENCE * batches)
+        for weight in WEIGHTS if block_size == 8 else ("effective",):
+            objective, progress = _objective(block_size, schedule, draws, weight), SCHEDULES[schedule][1]
+            drawn = sampled.sample_gradients(model, sample, objective, progress, seed, batches)
+            row = {"model": trunk, "block_size": block_size, "schedule": schedule, "weight": weight, "draws": draws}
+            rows.append(row | _figures(drawn, references[block_size], block_size))
+    return rows
+
+
+def _objective(block_size: int, schedule: str, draws: str, weight: str) -> BlockDiffusionObjective:
+    """With the grid in the answer, so that every block is whole."""
+    return BlockDiffusionObjective.model_validate(
+        {
+            "block_size": block_size,
+            "grid": "response",
+            "weight": weight,
+            "noise": settings_of(schedule, draws),
+            "complementary": draws == "complementary",
+        }
+    )
+
+
+def _figures(drawn: sampled.Gradients, reference: sampled.Gradients, block_size: int) -> dict[str, float]:
+    """As `exact.Exact`, with the standard error; the bound's gradient is the long-run mean of `effective` under uniform noise
+    times (D + 1) / D, which is what that mean falls short of it by (test_equations.py)."""
+    bound = reference.mean() * (block_size + 1) / block_size
+    length = reference.signal() * ((block_size + 1) / block_size) ** 2
+    along = float(drawn.mean() @ bound)
+    return {
+        "noise_to_signal": drawn.noise_to_signal(),
+        "standard_error": drawn.standard_error(),
+        "scale": along / length,
+        "cosine": along / (length * drawn.signal()) ** 0.5,
+        "masked_share": drawn.masked / (drawn.draws * ANSWER),
+        "tokens_per_forward": drawn.tokens / drawn.draws,
+    }
+
+
+# --- as tables -------------------------------------------------------------------------------------------------------------
+
+KEYS = ("model", "block_size", "schedule", "weight")
+SHORT = {"synchronous": "sync", "independent": "async", "stratified": "strat", "complementary": "compl"}
+
+
+def tables(report: dict[str, Any]) -> list[Table]:
+    """What is printed, in order: the machine, the exact rows, the sampled ones; the ways to draw stand side by side."""
+    machine, settings = report["machine"], report["settings"]
+    words = {
+        "machine": f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB; {machine['date']}",
+        "software": f"torch {machine['torch']}, transformers {machine['transformers']}, {machine['threads']} threads",
+        "run": f"one answer of {ANSWER} tokens, {settings['samples']} gradients for each sampled figure, seed {settings['seed']}",
+        "async ... compl": "trace of the covariance over squared norm of the mean; of the gradient, or of the loss where it says so",
+        "scale, cosine": "mean gradient against the bound's: length along it, and angle; async, then complementary",
+        "masked, empty": "share of the answer masked in a forward, share of blocks without a mask; async",
+    }
+    exact_headings = [*(f"loss {name}" for name in SHORT.values()), "scale", "cosine", "masked", "empty"]
+    return [
+        (["", ""], list(words.items())),
+        (["exact", "D", "schedule", "weight", *SHORT.values(), *exact_headings], _lines(report["exact"], _exact_cells)),
+        (
+            ["sampled", "D", "schedule", "weight", *SHORT.values(), "scale", "cosine", "masked", "tokens"],
+            _lines(report["sampled"], _sampled_cells),
+        ),
+    ]
+
+
+def _lines(rows: list[dict[str, Any]], cells_of: Callable[[dict[str, dict[str, Any]]], list[str]]) -> list[tuple[str, ...]]:
+    """One line for each combination of KEYS."""
+    groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in KEYS), {})[row["draws"]] = row
+    return [(*(str(key) for key in keys), *cells_of(group)) for keys, group in groups.items()]
+
+
+def _exact_cells(group: dict[str, dict[str, Any]]) -> list[str]:
+    alone = group["independent"]
+    return [
+        *(f"{group[draws]['noise_to_signal']:.3f}" for draws in SHORT),
+        *(f"{group[draws]['loss_noise_to_signal']:.4f}" for draws in SHORT),
+        *_against_bound(group),
+        f"{alone['masked_share']:.2f}",
+        f"{alone['blocks_without_mask']:.3f}",
+    ]
+
+
+def _sampled_cells(group: dict[str, dict[str, Any]]) -> list[str]:
+    alone, two = group["independent"], group["complementary"]
+    return [
+        *(f"{group[draws]['noise_to_signal']:.2f} ± {group[draws]['standard_error']:.2f}" for draws in SHORT),
+        *_against_bound(group),
+        f"{alone['masked_share']:.2f} {two['masked_share']:.2f}",
+        f"{alone['tokens_per_forward']:.0f} {two['tokens_per_forward']:.0f}",
+    ]
+
+
+def _against_bound(group: dict[str, dict[str, Any]]) -> list[str]:
+    pair = (group["independent"], group["complementary"])
+    return [" ".join(f"{row['scale']:.2f}" for row in pair), " ".join(f"{row['cosine']:.3f}" for row in pair)]

@@ -1,0 +1,206 @@
+"""Block masks against the dense rule, and what executes them: tiles of SDPA in whole, FlexAttention as far as a CPU can."""
+
+import itertools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import Loaded
+from helpers import CONTEXTS, GRIDS, batch, objective, sample
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+from diffvl import attention
+from diffvl.attention import TILED, block_mask, bucket, choose, tiled_attention, training_masks
+from diffvl.errors import ConfigError
+from diffvl.hub.layout_diffvl import Layout, block_index, clean_layout, noisy_stream
+from diffvl.objective import Draw, block_diffusion, noisy_layout
+from diffvl.packing import pack
+from diffvl.standins import TRUNKS
+
+CPU = torch.device("cpu")
+LIMITS = [(None, None), (10, None), (None, 16)]
+
+
+def rows(context: str, grid: str, copies: int = 1) -> Layout:
+    """Two rows of packed samples, answers of all lengths, the second row padded."""
+    generator = torch.Generator().manual_seed(3)
+    answer = torch.zeros(5, 60, dtype=torch.long)
+    valid = torch.zeros_like(answer, dtype=torch.bool)
+    for line in range(len(answer)):
+        start, first, gap, second = torch.randint(2, 14, (4,), generator=generator).tolist()
+        answer[line, start : start + first] = 1
+        answer[line, start + first + gap : start + first + gap + second] = 2
+        valid[line, : start + first + gap + second + line] = True
+    block = block_index(answer, 4, grid)
+    stream = noisy_stream(answer, block, 4, grid)
+    layout = clean_layout(block, valid, context)
+    for copy in range(copies):
+        layout = layout.joined(noisy_layout(stream, context, copy + 1))
+    return pack(layout, torch.tensor([0, 0, 0, 1, 1])).layout
+
+
+def executed(mask: BlockMask, tile: int) -> torch.Tensor:
+    """What a kernel that goes by the mask computes, bool [B, T, T]: full tiles whole, partial ones by the rule."""
+    length = mask.seq_lengths[0]
+    tiles = -(-length // tile)
+    index = torch.arange(length)
+    rule = mask.mask_mod(
+        torch.arange(mask.kv_indices.shape[0])[:, None, None], torch.tensor(0), index[None, :, None], index[None, None, :]
+    )
+    computed = torch.zeros(len(mask.kv_indices), tiles * tile, tiles * tile, dtype=torch.bool)
+    counts, lists = (mask.kv_num_blocks, mask.full_kv_num_blocks), (mask.kv_indices, mask.full_kv_indices)
+    for number, (count, indices) in enumerate(zip(counts, lists, strict=True)):
+        assert count is not None and indices is not None
+        for b, q in itertools.product(range(len(count)), range(tiles)):
+            for k in indices[b, 0, q, : count[b, 0, q]].tolist():
+                place = (b, slice(q * tile, (q + 1) * tile), slice(k * tile, (k + 1) * tile))
+                assert not computed[place].any(), "a tile is listed twice"
+                whole = torch.ones(tile, tile, dtype=torch.bool)
+                own = torch.nn.functional.pad(rule, (0, tiles * tile - length) * 2)[place]
+                computed[place] = whole if number else own
+    return computed[:, :length, :length]
+
+
+@pytest.mark.parametrize("tile", [8, 32])
+@pytest.mark.parametrize(("window", "chunk"), LIMITS)
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_a_block_mask_is_the_dense_rule(context: str, grid: str, window: int | None, chunk: int | None, tile: int):
+    for copies in (1, 2):
+        layout = rows(context, grid, copies)
+        mask = block_mask(layout, tile, window, chunk)
+        assert torch.equal(executed(mask, tile), layout.allowed(window=window, chunk=chunk))
+
+
+def test_tiles_are_left_out_and_some_need_no_rule():
+    """A long sample: about half of the tiles below the diagonal, most of them full, and nothing between noisy blocks."""
+    answer = torch.zeros(1, 512, dtype=torch.long)
+    answer[0, -64:] = 1
+    block = block_index(answer, 8, "absolute")
+    stream = noisy_stream(answer, block, 8, "absolute")
+    layout = clean_layout(block, torch.ones_like(answer, dtype=torch.bool), "block").joined(noisy_layout(stream, "block"))
+    mask = block_mask(layout, 32)
+    assert mask.full_kv_num_blocks is not None
+    tiles = 18  # 16 clean and 2 noisy
+    assert mask.full_kv_num_blocks[0, 0].tolist() == [*range(16), 14, 15]
+    # The diagonal, and for the noisy tiles their own and the clean ones that their first blocks must not see.
+    assert mask.kv_num_blocks[0, 0].tolist() == [1] * 16 + [2, 2]
+    assert int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum()) < tiles**2 * 0.53
+    assert torch.equal(executed(mask, 32), layout.allowed())
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_tiles_of_sdpa_are_dense_sdpa(context: str, monkeypatch: pytest.MonkeyPatch):
+    """Values and gradients, with grouped keys, in one group of queries and in many."""
+    layout = rows(context, "absolute")
+    generator = torch.Generator().manual_seed(0)
+    batch_size, length = layout.position.shape
+    states = [torch.randn(batch_size, heads, length, 8, generator=generator) for heads in (4, 2, 2)]
+    q, k, v = [state.requires_grad_() for state in states]
+    dense = scaled_dot_product_attention(q, k, v, attn_mask=layout.allowed()[:, None], scale=0.3, enable_gqa=True)
+    expected = torch.autograd.grad((dense * dense.detach().sin()).sum(), (q, k, v))
+    module, groups = torch.nn.Identity(), set()
+    for cost in (0, 200, 10**9):
+        monkeypatch.setattr(attention, "CALL_COST", cost)
+        monkeypatch.setattr(attention, "CPU_TILE", 8)
+        mask = block_mask(layout, 8)
+        ours, _ = tiled_attention(module, q, k, v, mask, scaling=0.3)
+        ours = ours.transpose(1, 2)
+        torch.testing.assert_close(ours, dense, rtol=1e-5, atol=1e-6)
+        given = torch.autograd.grad((ours * dense.detach().sin()).sum(), (q, k, v))
+        for one, other in zip(given, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        groups.add(len(mask.plan_for_sdpa))  # type: ignore[attr-defined]
+    assert len(groups) == 3 and min(groups) == 1
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")  # the reference is what is wanted
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own compiler
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_flex_attention_understands_the_mask(compiled: bool):
+    """torch's own reference of the kernel, and the compiled one, which a CPU has for the forward pass alone."""
+    layout = rows("block", "response")
+    generator = torch.Generator().manual_seed(0)
+    batch_size, length = layout.position.shape
+    q, k, v = (torch.randn(batch_size, heads, length, 16, generator=generator) for heads in (4, 2, 2))
+    dense = scaled_dot_product_attention(q, k, v, attn_mask=layout.allowed()[:, None], enable_gqa=True)
+    attend: Any = torch.compile(flex_attention) if compiled else flex_attention
+    ours = attend(q, k, v, block_mask=block_mask(layout, 128), enable_gqa=True)
+    torch.testing.assert_close(ours, dense, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("model_type", [model_type for model_type in TRUNKS if model_type != "gemma2"])
+def test_the_loss_does_not_depend_on_the_implementation(model_type: str, context: str, loaded: Callable[[str], Loaded]):
+    """Loss and gradients of a packed batch with pictures, complementary masks and an AR term, dense and in tiles."""
+    model, _ = loaded(model_type)
+    settings = objective(context=context, complementary=True, **({"ar_weight": 0.3} if context == "causal" else {}))
+    one = batch([sample(model.config, (21, 6, 3, 9), index=4, picture=True), sample(model.config, (6, 7), index=9)])
+    found = []
+    try:
+        for wanted in ("sdpa", TILED):
+            assert choose(model.language_model, wanted, CPU) == wanted
+            loss = block_diffusion(model, model.config, one, settings, Draw(seed=3, step=2, progress=0.5)).loss
+            gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+            found.append((loss, [gradient for gradient in gradients if gradient is not None]))
+    finally:
+        choose(model.language_model, "sdpa", CPU)
+    (dense, expected), (tiled, given) = found
+    torch.testing.assert_close(tiled, dense, rtol=2e-6, atol=0.0)
+    loudest = max(float(gradient.abs().max()) for gradient in expected)
+    for gradient, other in zip(given, expected, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-6 * loudest)
+
+
+def test_what_is_chosen(loaded: Callable[[str], Loaded]):
+    llama, gemma2 = loaded("llama")[0].language_model, loaded("gemma2")[0].language_model
+    try:
+        assert choose(llama, "auto", CPU) == TILED
+        assert isinstance(training_masks(llama.config, rows("block", "absolute"), torch.float32), BlockMask)
+    finally:
+        assert choose(llama, "sdpa", CPU) == "sdpa"
+    # Its soft-capped scores are not SDPA's.
+    assert choose(gemma2, "auto", CPU) == "eager"
+    with pytest.raises(ConfigError, match="attention: gemma2 cannot take tiled: its attention is not pluggable"):
+        choose(gemma2, TILED, CPU)
+    with pytest.raises(ConfigError, match="attention: flex_attention needs a GPU to train"):
+        choose(llama, "flex_attention", CPU)
+    assert llama.config._attn_implementation == "sdpa"
+
+
+def test_scores_that_sdpa_does_not_know_are_refused():
+    layout = rows("block", "absolute")
+    states = torch.zeros(2, 2, layout.position.shape[1], 8)
+    with pytest.raises(ValueError, match="Identity wants softcap, which tiled attention does not know"):
+        tiled_attention(torch.nn.Identity(), states, states, states, block_mask(layout, 64), softcap=50.0)
+    with pytest.raises(ValueError, match="tiled attention takes a BlockMask, got Tensor"):
+        tiled_attention(torch.nn.Identity(), states, states, states, layout.allowed()[:, None])  # type: ignore[arg-type]
+
+
+def test_row_lengths_come_in_few_sizes():
+    """At most an eighth longer, always a multiple of the kernel's tile, eight sizes for each doubling."""
+    sizes = [bucket(tokens) for tokens in range(1, 20_000)]
+    assert all(size >= tokens and size % 128 == 0 for tokens, size in enumerate(sizes, 1))
+    assert all(size <= max(tokens * 1.125, tokens + 127) for tokens, size in enumerate(sizes, 1))
+    assert len({size for size in sizes if 2048 < size <= 16384}) == 24
+
+
+def test_flex_rows_are_padded_to_a_bucket(loaded: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch):
+    """The rows that FlexAttention gets; the model is a stand-in, because a CPU has no backward for it."""
+    config = loaded("llama")[0].config
+    seen: dict[str, Any] = {}
+
+    def model(**given: Any) -> Any:
+        seen.update(given)
+        count = len(given["logits_rows"])
+        return SimpleNamespace(logits=given["row_map"](torch.zeros(count, config.vocabulary_size), slice(0, count)))
+
+    monkeypatch.setattr(config.text_config, "_attn_implementation_internal", "flex_attention")
+    one = batch([sample(config, (21, 6, 3, 9)), sample(config, (6, 7), index=9)])
+    output = block_diffusion(model, config, one, objective(), Draw(0, 0, 0.0))
+    assert seen["input_ids"].shape == (2, 128) and isinstance(seen["attention_mask"], BlockMask)
+    assert output.tokens < 128 and bool(torch.isfinite(output.loss))
