@@ -15,7 +15,7 @@ DIFFVL := $(BIN)/diffvl
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: help install test lint types check demo demo-models recipe-llava clean
+.PHONY: help install test test-gpu test-slow lint types check demo demo-models recipe-llava clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | while IFS=$$'\t' read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
@@ -35,6 +35,12 @@ $(STAMP): pyproject.toml constraints.txt
 
 test: $(STAMP) ## the tests: CPU, offline
 	$(BIN)/python -m pytest
+
+test-gpu: $(STAMP) ## the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu
+
+test-slow: $(STAMP) ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
 
 lint: $(STAMP) ## ruff and the import rules
 	$(BIN)/ruff check

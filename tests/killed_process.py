@@ -214,7 +214,7 @@ def tell_what_happens(tell: Tell, operations: Operations) -> None:
     whole_train, whole_loss = train.StageTrainer.train, train.StageTrainer.compute_loss
     whole_save = train.StageTrainer._save_checkpoint
 
-    def run(self: Any, *arguments: Any, **named: Any) -> Any:
+    def train_and_tell(self: Any, *arguments: Any, **named: Any) -> Any:
         tell("training", "")
         operations.counting = True
         return whole_train(self, *arguments, **named)
@@ -228,7 +228,7 @@ def tell_what_happens(tell: Tell, operations: Operations) -> None:
         whole_save(self, *arguments)
         tell("saved", self.state.global_step)
 
-    train.StageTrainer.train = run
+    train.StageTrainer.train = train_and_tell
     train.StageTrainer.compute_loss = compute_loss
     train.StageTrainer._save_checkpoint = save
 

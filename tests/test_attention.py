@@ -11,6 +11,7 @@ from conftest import Loaded
 from helpers import CONTEXTS, GRIDS, batch, objective, sample
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from diffvl import attention
 from diffvl.attention import TILED, block_mask, bucket, choose, tiled_attention, training_masks
@@ -170,6 +171,16 @@ def test_what_is_chosen(loaded: Callable[[str], Loaded]):
     with pytest.raises(ConfigError, match="attention: flex_attention needs a GPU to train"):
         choose(llama, "flex_attention", CPU)
     assert llama.config._attn_implementation == "sdpa"
+
+
+def test_a_model_that_rewrites_its_mask_keeps_its_own_attention(caplog: pytest.LogCaptureFixture):
+    """Doge adds its own mask to the one it is given."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+    doge = AutoModelForCausalLM.from_config(AutoConfig.for_model("doge", **sizes, num_key_value_heads=2))
+    assert choose(doge, "auto", CPU) == doge.config._attn_implementation == "sdpa"
+    assert "attention: doge cannot take tiled (tiled attention takes a BlockMask, got Tensor): it stays with sdpa" in caplog.text
+    with pytest.raises(ConfigError, match="attention: doge cannot take tiled: tiled attention takes a BlockMask, got Tensor"):
+        choose(doge, TILED, CPU)
 
 
 def test_scores_that_sdpa_does_not_know_are_refused():

@@ -18,7 +18,7 @@ from diffvl.errors import CheckpointError
 from diffvl.hub import sampling_diffvl
 
 ENVIRONMENT = {"PYTHONPATH": str(Path(cli.__file__).parents[1]), "COLUMNS": "120"}  # of a process that finds diffvl's source
-VERBS = ["bench train", "convert", "doctor", "evaluate", "generate", "models", "recipes", "shapes"]
+VERBS = ["bench objective", "bench train", "convert", "doctor", "evaluate", "generate", "models", "recipes", "shapes"]
 
 FLAGS = {
     "": {"--version"},
@@ -31,6 +31,7 @@ FLAGS = {
         "--json",
     },
     "evaluate": {"DIR", "--data", "--limit", "--json"},
+    "bench objective": {"--samples", "--seed", "--json"},
     "bench train": {
         *("--shapes", "--repeats", "--device", "--layers", "--hidden", "--block-size", "--context", "--seed", "--quick"),
         *("--profile", "--scaling", "--no-scaling", "--json"),
@@ -143,6 +144,7 @@ def test_help_and_version_load_neither_torch_nor_transformers_and_answer_at_once
         ["generate", "dir", "--prompt", "x", "--temperature", "-1"],
         ["evaluate", "dir", "--data", "x.json", "--limit", "0"],
         ["shapes", "dir", "--train", "0"],
+        ["bench", "objective", "--samples", "1"],
     ],
 )
 def test_words_that_do_not_fit_end_with_code_2(words: list[str], run):

@@ -100,6 +100,23 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert any(not torch.equal(value, weights_of(start)[key]) for key, value in ours.items())
 
 
+@pytest.mark.parametrize("model_type", [model_type for model_type in TRUNKS if model_type != "llama"])
+def test_a_resumed_run_is_the_uninterrupted_one_in_every_family(
+    model_type: str, prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A shorter run of the same, with packed rows and two curricula, cut between a save and the next."""
+    moving = {**BETA, "block_size": 8, "block_curriculum": {0.0: 4, 0.5: 8}, "complementary": True}
+    recipe = stage_recipe(shapes["train"], row_length=1024, objective=moving, steps=4, save_every=2, batch_size=1)
+    start = prepared(model_type)
+    whole = run(start, recipe, tmp_path / "whole")
+    crash(start, recipe, tmp_path / "cut", step=3, resume=False, patch=monkeypatch)
+    cut = run(start, recipe, tmp_path / "cut", resume=True)
+    assert metrics(cut) == metrics(whole) and len(metrics(whole)) == 4
+    assert [line["block_size"] for line in metrics(whole)] == [4, 4, 8, 8]
+    ours, theirs = weights_of(whole), weights_of(cut)
+    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+
+
 # --- how a step is cut ------------------------------------------------------------------------------------------------------
 
 
@@ -115,6 +132,15 @@ def whole_steps(
 ) -> list[dict[str, Any]]:
     """metrics.jsonl of one process that takes all 8 samples at once."""
     return metrics(run(prepared("llama"), step_recipe(shapes, 8, 1), tmp_path_factory.mktemp("eight") / "run"))
+
+
+@pytest.mark.parametrize("model_type", [model_type for model_type in TRUNKS if model_type != "llama"])
+def test_accumulation_changes_nothing_in_any_family(
+    model_type: str, prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path: Path
+):
+    start = prepared(model_type)
+    ones, eights = (metrics(run(start, step_recipe(shapes, 8 // cut, cut), tmp_path / str(cut))) for cut in (8, 1))
+    require_same_steps(ones, eights)
 
 
 def require_same_steps(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:

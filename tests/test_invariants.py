@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Loaded
-from helpers import CONTEXTS, GRIDS, ORDINARY, batch, objective, sample
+from helpers import CONTEXTS, GRIDS, ORDINARY, TARGETS, batch, objective, sample
 from transformers import AutoModelForCausalLM
 
 from diffvl.config import BlockDiffusionObjective
@@ -343,29 +343,32 @@ def drawn_for(row: int, stream: NoisyStream, corruption: Corruption) -> dict[tup
     return dict(zip(keys, values, strict=True))
 
 
-VARIANTS = [
-    {"context": "block", "grid": "absolute", "target": "same", "weight": "1/t", "pad_weight": 0.5},
-    {"context": "block", "grid": "response", "target": "shift", "weight": "effective", "pad_weight": 0.5},
-    {"context": "causal", "grid": "absolute", "target": "shift", "weight": "1/t", "ar_weight": 0.3},
-    {"context": "causal", "grid": "response", "target": "same", "weight": "effective", "ar_weight": 0.3},
-]
-
-
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(map(str, variant.values())).replace("/", "_"))
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("model_type", TRUNKS)
-def test_layout_equivalence(model_type: str, variant: dict, loaded: Callable[[str], Loaded]):
-    """Loss and gradients of the short layout (L + R) are those of the full two-stream form (2L), summed over the samples."""
+def test_layout_equivalence(model_type: str, context: str, grid: str, target: str, loaded: Callable[[str], Loaded]):
+    """Loss and gradients of the short layout (L + R) are those of the full two-stream form (2L), summed over the samples; of two
+    complementary copies, they are the mean of two such forms."""
     model, _ = loaded(model_type)
+    rest = {"ar_weight": 0.3, "weight": "effective"} if context == "causal" else {"pad_weight": 0.5, "weight": "1/t"}
+    variant = {"context": context, "grid": grid, "target": target, "complementary": grid == "response", **rest}
     settings = objective(noise={"schedule": "uniform", "t_min": 0.3, "t_max": 1.0}, **variant)
     samples = [sample(model.config, (21, 6, 3, 9), index=4, picture=True), sample(model.config, (6, 7), index=9)]
     both = batch(samples)
     draw = Draw(seed=3, step=2, progress=0.5)
     block = block_index(both["answer_index"], settings.block_size, settings.grid)
     stream = noisy_stream(both["answer_index"], block, settings.block_size, settings.grid)
-    corruption = corrupt(stream, settings, draw, both["sample"])[0]
-    assert corruption.masked[stream.padding_stop].any(), "the draw must mask a padding stop, or its weight is not tested"
+    copies = corrupt(stream, settings, draw, both["sample"])
+    assert copies[0].masked[stream.padding_stop].any(), "the draw must mask a padding stop, or its weight is not tested"
     output = block_diffusion(model, model.config, both, settings, draw)
-    plain = torch.stack([plain_loss(model, one, settings, drawn_for(row, stream, corruption)) for row, one in enumerate(samples)])
+    plain = torch.stack(
+        [
+            plain_loss(model, one, settings, drawn_for(row, stream, copy)) / len(copies)
+            for row, one in enumerate(samples)
+            for copy in copies
+        ]
+    )
     torch.testing.assert_close(output.loss, plain.sum(), rtol=2e-6, atol=0.0)
     names, parameters = zip(*model.named_parameters(), strict=True)
     ours = torch.autograd.grad(output.loss, parameters, allow_unused=True)

@@ -2,20 +2,18 @@
 
 import json
 import os
+import random
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import killed_process
 import pytest
 from helpers import metrics
+from killed_process import Killer, Moment, Story
 from tiny_runs import stage, succeed, write_recipe
-
-from diffvl import cli
 
 # Six steps, a checkpoint every two. A log line in between, so that an average would reach over a checkpoint; a curriculum, and
 # adapters with dropout, whose random state must come back too.
@@ -35,6 +33,28 @@ KEPT = {"step": (2,), "checkpoint written": (2,), "checkpoint renamed": (2,), "l
 CASES = [*(("plain", moment) for moment in killed_process.MOMENTS), ("lora", "step")]
 
 
+@pytest.fixture(scope="module")
+def killer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killer]:
+    with Killer(tmp_path_factory.mktemp("killer") / "stderr") as started:
+        yield started
+
+
+def listing(directory: Path) -> list[str]:
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+
+
+def require_same_run(ours: Path, theirs: Path) -> None:
+    """Two finished diffuse runs without a difference, and nothing beside them."""
+    assert listing(ours.parent) == listing(theirs.parent)
+    assert metrics(ours) == metrics(theirs)
+    for file in ("model.safetensors", "config.json", "tokenizer.json", "samples.jsonl", "run.yaml"):
+        assert (ours / file).read_bytes() == (theirs / file).read_bytes(), file
+    assert json.loads((ours / "diffvl.json").read_text())["state"] == json.loads((theirs / "diffvl.json").read_text())["state"]
+
+
+# --- chosen moments --------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Runs:
     """folder/RECIPE is the uninterrupted run; folder/RECIPE-MOMENT were killed. signals: what ended each of these."""
@@ -45,7 +65,13 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, prepared: Callable[[str], Path], tower: Path, shapes: dict[str, Path]) -> Runs:
+def runs(
+    tmp_path_factory: pytest.TempPathFactory,
+    killer: Killer,
+    prepared: Callable[[str], Path],
+    tower: Path,
+    shapes: dict[str, Path],
+) -> Runs:
     folder = tmp_path_factory.mktemp("killed")
     objective = {"kind": "block_diffusion", "block_size": 4, "noise": NOISE}
     plain = stage("diffuse", shapes["train"], objective=objective, **SETTINGS)
@@ -58,17 +84,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, prepared: Callable[[str], Pat
 
     for recipe in ("plain", "lora"):
         succeed(*words(recipe, recipe))
-    jobs = [(moment, words(recipe, f"{recipe}-{moment}")) for recipe, moment in CASES]
-    program = [sys.executable, killed_process.__file__, json.dumps(jobs)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
-    done = subprocess.run(program, capture_output=True, text=True, check=False, env=environment)
-    names = [f"{recipe}-{moment}" for recipe, moment in CASES]
-    assert done.returncode == 0, done.stderr
-    return Runs(folder, dict(zip(names, map(int, done.stdout.split()), strict=True)), words)
-
-
-def listing(directory: Path) -> list[str]:
-    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+    names = {(recipe, moment): f"{recipe}-{moment}" for recipe, moment in CASES}
+    signals = {
+        name: killer.run(words(recipe, name), folder / name, {"place": moment}).signal
+        for (recipe, moment), name in names.items()
+    }
+    return Runs(folder, signals, words)
 
 
 @pytest.mark.parametrize(("recipe", "moment"), CASES)
@@ -82,11 +103,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(recipe: str, moment: str, r
     kept = {path.name for path in (work / "checkpoints").glob("checkpoint-*")}
     assert kept == {f"checkpoint-{step}" for step in KEPT.get(moment, (4, 6))}
     succeed(*runs.words(recipe, name), "--resume")
-    assert listing(killed.parent) == listing(whole.parent)
-    assert metrics(killed) == metrics(whole)
-    for file in ("model.safetensors", "config.json", "tokenizer.json", "samples.jsonl", "run.yaml"):
-        assert (killed / file).read_bytes() == (whole / file).read_bytes(), file
-    assert json.loads((killed / "diffvl.json").read_text())["state"] == json.loads((whole / "diffvl.json").read_text())["state"]
+    require_same_run(killed, whole)
 
 
 @pytest.mark.parametrize(("recipe", "steps"), [("plain", [1, 2, 3, 4, 5, 6]), ("lora", [2, 4, 5, 6])])
@@ -98,3 +115,131 @@ def test_what_the_uninterrupted_run_logs(recipe: str, steps: list[int], runs: Ru
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(set(losses)) == len(losses)
     assert not [name for name in listing(runs.folder / recipe) if "partial" in name or "checkpoint" in name or "saving" in name]
+
+
+# --- random moments --------------------------------------------------------------------------------------------------------
+
+SAVE_EVERY = 2
+# All that moves, or is drawn, at once: both curricula, complementary masks, packed rows, micro-steps, epochs of two steps.
+EVERYTHING: dict[str, Any] = {
+    "objective": {
+        "kind": "block_diffusion",
+        "block_size": 8,
+        "block_curriculum": {0.0: 2, 0.3: 4, 0.7: 8},
+        "complementary": True,
+        "weight": "effective",
+        "noise": {**NOISE, "draws": "stratified"},
+    },
+    "batch_size": 1,
+    "accumulation": 2,
+    "save_every": SAVE_EVERY,
+    "eval_every": 3,
+    "eval_limit": 2,
+    "data": {"holdout": 2, "row_length": 400},
+}
+
+
+@dataclass
+class Course:
+    """One run from its beginning to its end through kills. told: what happened, for the reader of a failure."""
+
+    killer: Killer
+    words: list[str]
+    whole: Path
+    out: Path
+    told: list[str] = field(default_factory=list)
+
+    @property
+    def work(self) -> Path:
+        done = self.out / "diffuse"
+        return done if done.exists() else done.with_name("diffuse.partial")
+
+    def newest(self) -> int:
+        """The step of the newest checkpoint with a name, 0 without one."""
+        return max((int(path.name.split("-")[1]) for path in (self.work / "checkpoints").glob("checkpoint-*")), default=0)
+
+    def go_on(self, moment: Moment | None) -> Story:
+        """Begins or resumes the run, and checks what it did until it was killed or finished."""
+        before = self.newest()
+        resume = ["--resume"] if self.out.exists() else []
+        story = self.killer.run([*self.words, "--out", str(self.out), *resume], self.out, moment)
+        ended = "killed" if story.signal else "finished"
+        self.told.append(f"{moment}: steps {story.steps}, saved {story.saved}, {ended} {'saving, ' * story.saving}at {story.last}")
+        assert (story.signal, story.code) in ((signal.SIGKILL, 0), (0, 0)), self.killer.said()
+        # It began where the newest checkpoint stands, and left no step out.
+        assert story.steps == list(range(before, before + len(story.steps)))
+        # What is lost now are the steps since the last save and no more. (A finished run has no checkpoints any more.)
+        last_save = max(story.saved, default=before)
+        if self.work.name.endswith(".partial"):
+            assert self.newest() == last_save or (story.saving and self.newest() == last_save + SAVE_EVERY)
+            assert max(story.steps, default=0) - last_save <= SAVE_EVERY
+        # What it logged is what the uninterrupted run logged until there.
+        expected = metrics(self.whole)
+        lines = metrics(self.work) if (self.work / "metrics.jsonl").exists() else []
+        assert lines == expected[: len(lines)]
+        assert len(lines) >= sum(line["step"] <= last_save for line in expected)
+        assert [path.name for path in self.out.iterdir()] == [self.work.name]
+        return story
+
+
+@dataclass
+class RandomKills:
+    """Kills at moments drawn from a seed: after a random time, or at a random file operation, nearly all of which belong to a
+    save; run after run, until there were as many as asked for."""
+
+    killer: Killer
+    words: list[str]
+    folder: Path
+    seed: int
+
+    def happen(self, kills: int) -> list[Story]:
+        """Returns what is known of each killed run; what happened is printed."""
+        draw = random.Random(self.seed)
+        whole = self.killer.run([*self.words, "--out", str(self.folder / "whole")], self.folder / "whole")
+        assert (whole.signal, whole.code) == (0, 0), self.killer.said()
+        done: list[Story] = []
+        while len(done) < kills:
+            out = self.folder / f"from {len(done)}"
+            course = Course(self.killer, self.words, self.folder / "whole" / "diffuse", out)
+            try:
+                while (story := course.go_on(self._moment(draw, whole) if len(done) < kills else None)).signal:
+                    done.append(story)
+            finally:
+                print(f"seed {self.seed}, {out.name}:", *course.told, sep="\n  ")
+            require_same_run(out / "diffuse", course.whole)
+        return done
+
+    def _moment(self, draw: random.Random, whole: Story) -> Moment:
+        """Up to a third of the run away, so that a run is killed several times."""
+        if draw.random() < 0.5:
+            return {"seconds": draw.random() * whole.seconds / 3}
+        return {"operation": draw.randint(1, whole.operations // 3), "part": draw.random()}
+
+
+def everything(
+    folder: Path, start: Path, tower: Path, train: Path, **settings: Any
+) -> list[str]:
+    """The words of a run in which everything moves, but for --out."""
+    write_recipe(folder / "recipe.yaml", tower, diffuse=stage("diffuse", train, **EVERYTHING, **settings))
+    return ["convert", "--from", str(start), "--stage", "diffuse", "--recipe", str(folder / "recipe.yaml")]
+
+
+def test_kills_at_three_random_moments(
+    killer: Killer, prepared: Callable[[str], Path], tower: Path, shapes: dict[str, Path], tmp_path: Path
+):
+    words = everything(tmp_path, prepared("llama"), tower, shapes["train"], steps=7)
+    killed = RandomKills(killer, words, tmp_path, seed=3).happen(kills=3)
+    assert any(story.saving for story in killed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "lora"])
+def test_kills_at_ten_random_moments(
+    kind: str, killer: Killer, prepared: Callable[[str], Path], tower: Path, shapes: dict[str, Path], tmp_path: Path
+):
+    """KILL_SEED=N draws the moments of a failure again; its seed is in what the failure prints."""
+    adapters = {"lora": LORA} if kind == "lora" else {}
+    words = everything(tmp_path, prepared("llama"), tower, shapes["train"], steps=25, **adapters)
+    seed = int(os.environ.get("KILL_SEED") or random.SystemRandom().randrange(2**31))
+    killed = RandomKills(killer, words, tmp_path, seed).happen(kills=10)
+    assert len(killed) >= 10

@@ -219,10 +219,10 @@ def test_resume_drops_later_steps_and_the_line_that_a_kill_cut_short(tmp_path: P
 
 def test_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path, arguments: TrainingArguments) -> None:
     path = tmp_path / "metrics.jsonl"
-    for loss in (3.0, 3.5):  # the second start evaluates step 0 again, before training begins
+    for loss in (3.0, 3.5):  # the second start evaluates step 0 again
         log = MetricsLog(path, "diffuse")
-        log.on_log(arguments, state(0), CONTROL, logs={"eval_masked_loss": loss})
         log.on_train_begin(arguments, state(0), CONTROL)
+        log.on_log(arguments, state(0), CONTROL, logs={"eval_masked_loss": loss})
         log.on_log(arguments, state(1), CONTROL, logs={"loss": loss})
     assert [(line["step"], line.get("loss"), line.get("eval_masked_loss")) for line in read_json_lines(path)] == [
         (0, None, 3.5),

@@ -11,7 +11,7 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -75,20 +75,25 @@ def judge_type(model_type: str) -> Verdict:
 # --- the survey ----------------------------------------------------------------------------------------------------------
 
 
-def survey(types: Sequence[str], console: Console, seconds: float = SECONDS_PER_MODEL) -> list[Verdict]:
-    """A verdict for each type, whatever it does to the process that judges it."""
-    with _children() as ask:
+Judge = Callable[[str], Verdict]
+
+
+def survey(
+    types: Sequence[str], console: Console, seconds: float = SECONDS_PER_MODEL, judged_by: Judge = judge_type
+) -> list[Verdict]:
+    """A verdict for each type, whatever it does to the process that judges it; `judged_by` must be importable there."""
+    with _children(judged_by) as ask:
         return [ask(model_type, seconds) for model_type in track(console, types, len(types), "probing")]
 
 
 @contextmanager
-def _children() -> Iterator[Any]:
-    """Yields `ask(model_type, seconds) -> Verdict`; a child process is there when it is needed, and gone at the end."""
-    child: _Child | None = None
+def _children(judged_by: Judge) -> Iterator[Callable[[str, float], Verdict]]:
+    """Yields `ask(model_type, seconds)`; a child process is there when it is needed, and gone at the end."""
+    child: Child | None = None
 
     def ask(model_type: str, seconds: float) -> Verdict:
         nonlocal child
-        child = child or _Child()
+        child = child or Child(judged_by)
         answer = child.ask(model_type, seconds)
         if isinstance(answer, Verdict):
             return answer
@@ -103,13 +108,13 @@ def _children() -> Iterator[Any]:
             child.end()
 
 
-class _Child:
+class Child:
     """A process that judges one model type after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, judged_by: Judge) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would share torch's threads
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs,), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, judged_by), daemon=True)
         self.process.start()
         theirs.close()
         if not self.connection.poll(SECONDS_TO_START) or self._received() != "ready":
@@ -139,7 +144,7 @@ class _Child:
         self.connection.close()
 
 
-def serve(connection: Connection) -> None:
+def serve(connection: Connection, judged_by: Judge) -> None:
     """The child: model types in, verdicts out, in silence, until the other end is closed."""
     silence = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
@@ -153,7 +158,7 @@ def serve(connection: Connection) -> None:
             model_type = connection.recv()
         except EOFError:
             return
-        connection.send(judge_type(model_type))
+        connection.send(judged_by(model_type))
 
 
 # --- the page ------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ block masks and results against the dense form.
 Shapes: B batch, T tokens, H heads, QT and KT tiles along queries and keys.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from diffvl.errors import ConfigError
-from diffvl.hub.layout_diffvl import Layout, attends, attention_masks, for_layers
+from diffvl.hub.layout_diffvl import Layout, attends, attention_masks, clean_layout, for_layers
+
+log = logging.getLogger(__name__)
 
 TILED, FLEX = "tiled", "flex_attention"
 FLEX_TILE = 128  # FlexAttention's own tile, on both sides
@@ -40,20 +43,39 @@ def choose(trunk: PreTrainedModel, wanted: str, device: torch.device) -> str:
     Raises:
         ConfigError: if the architecture or the device cannot take what was asked for by name.
     """
-    if wanted == "auto":
+    automatic = wanted == "auto"
+    if automatic:
         wanted = _best(trunk, device)
     kind = trunk.config.model_type
     if wanted == FLEX and device.type != "cuda":
         raise ConfigError(f"attention: flex_attention needs a GPU to train (its CPU form has no backward); here: {device.type}")
     if wanted == TILED and not _takes_tiles(trunk):
         raise ConfigError(f"attention: {kind} cannot take {wanted}: its attention is not pluggable; use auto, sdpa or eager")
+    before = trunk.config._attn_implementation
     try:
         trunk.set_attn_implementation(wanted)
+        if wanted == TILED:
+            _try_tiles(trunk)
     except (ValueError, ImportError) as error:
-        raise ConfigError(f"attention: {kind} cannot take {wanted}: {error}") from error
+        trunk.set_attn_implementation(before)
+        if not automatic:
+            raise ConfigError(f"attention: {kind} cannot take {wanted}: {error}") from error
+        log.warning("attention: %s cannot take %s (%s): it stays with %s", kind, wanted, error, before)
+        return str(before)
     if trunk.config._attn_implementation != wanted:
         raise ConfigError(f"attention: {kind} cannot take {wanted}: it stays with {trunk.config._attn_implementation}")
     return wanted
+
+
+@torch.no_grad()
+def _try_tiles(trunk: PreTrainedModel) -> None:
+    """One short forward. Raises ValueError where the model rewrites its mask on the way to its attention."""
+    ids = torch.zeros(1, 2, dtype=torch.long)
+    layout = clean_layout(torch.zeros_like(ids), torch.ones_like(ids, dtype=torch.bool), context="causal")
+    training = trunk.training
+    masks = training_masks(trunk.config.get_text_config(decoder=True), layout, torch.float32)
+    trunk.eval()(input_ids=ids, attention_mask=masks, position_ids=layout.position, use_cache=False)
+    trunk.train(training)
 
 
 def _best(trunk: PreTrainedModel, device: torch.device) -> str:

@@ -311,6 +311,27 @@ def bench_train(
             _print_table(headings, rows)
 
 
+@bench.command("objective", epilog="Example:  diffvl bench objective --json > variance.json")
+def bench_objective(
+    samples: Annotated[int, typer.Option(min=128, help="Gradients drawn for each sampled figure.", metavar="N")] = 512,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure variance and bias of the gradient under each way to draw noise and weigh tokens."""
+    from rich.console import Console
+
+    from diffvl.bench.objective import measure_objective, tables
+    from diffvl.progress import quiet_libraries
+
+    quiet_libraries()
+    report = measure_objective(samples, seed, Console(stderr=True))
+    if as_json:
+        _print_json(report)
+    else:
+        for headings, rows in tables(report):
+            _print_table(headings, rows)
+
+
 def _print_json(figures: dict) -> None:
     import json
 

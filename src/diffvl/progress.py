@@ -224,9 +224,9 @@ class MetricsLog(TrainerCallback):
             return
         kept = []
         if self._path.exists():
-            before = [line for line in read_json_lines(self._path) if line.get("step", 0) <= state.global_step]
-            # A run killed before its first checkpoint starts again from step 0 and evaluates there again: the later line stands.
-            kept = list({(line.get("step"), *line): line for line in before}.values())
+            # A run killed before its first checkpoint starts again from step 0, and evaluates there again.
+            if state.global_step > 0:
+                kept = [line for line in read_json_lines(self._path) if line.get("step", 0) <= state.global_step]
             write_beside(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         # `seconds` goes on from the last kept line: time spent on lost steps and between two runs is not counted.
         self._began = self._clock() - max((line.get("seconds", 0.0) for line in kept), default=0.0)

@@ -97,9 +97,9 @@ class StageTrainer(Trainer):
             loss = loss + 0.0 * torch.stack([p.sum() for p in self.model.parameters() if p.requires_grad]).sum()
         return loss
 
-    def _progress(self) -> float:
-        """Optimiser steps done / steps of the stage: what curricula go by."""
-        return self.state.global_step / max(self.state.max_steps, 1)
+    def _progress(self, before: int = 0) -> float:
+        """Optimiser steps done / steps of the stage, what curricula go by; so many steps before now."""
+        return (self.state.global_step - before) / max(self.state.max_steps, 1)
 
     def _count(self, output: LossOutput) -> None:
         for name, value in output.sums.items():
@@ -130,7 +130,8 @@ class StageTrainer(Trainer):
             totals = self._over_processes([*(float(self._sums[name]) for name in names), float(self._tokens)])
             logs.update(rates(dict(zip(names, totals[:-1], strict=True))))
             logs["tokens_per_second"] = totals[-1] / max(time.monotonic() - self._since, 1e-9)
-            logs.update(curriculum_state(self.stage.objective, self._progress()))
+            # Where the curricula stood in the step that is reported, which is counted already.
+            logs.update(curriculum_state(self.stage.objective, self._progress(before=1)))
             logs["learning_rate"] = max(group["lr"] for group in self.optimizer.param_groups)
         self._sums, self._tokens, self._since = {}, 0, time.monotonic()
         super().log(logs, start_time)

@@ -6,16 +6,18 @@ the variance is that of the corruption alone. docs/objective.md says what the ta
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import cache
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from diffvl.bench import exact, sampled
 from diffvl.bench.machine import describe
 from diffvl.config import BlockDiffusionObjective
+from diffvl.progress import spinner_or_line, track
 
 ANSWER = 64  # tokens; a multiple of every block size
 BLOCK_SIZES = (4, 8, 16)
@@ -29,19 +31,27 @@ SCHEDULES: dict[str, tuple[dict[str, Any], float]] = {  # settings, and the prog
 }
 # The opposite mask has ratio 1 - t, and 1 / (1 - t) has no finite second moment where t comes up to 1.
 COMPLEMENTARY_BOUND = {"t_max": 0.999}
-REFERENCE = 4  # times as many batches for the long-run gradient that bias is measured against
+REFERENCE = 2  # times as many batches for the long-run gradient that bias is measured against
 Table = tuple[list[str], list[tuple[str, ...]]]
 
 
-def measure_objective(samples: int, seed: int) -> dict[str, Any]:
+def measure_objective(samples: int, seed: int, console: Console) -> dict[str, Any]:
     """The whole report, as `--json` prints it.
 
     Args:
         samples: gradients drawn for each row of the sampled table; whole batches of `sampled.ROWS`, at least two of them.
     """
     batches = max(2, round(samples / sampled.ROWS))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors so small that more threads only wait for each other
+    try:
+        with spinner_or_line(console, "enumerating every mask of a small model"):
+            exactly = exact_rows(seed)
+        drawn = list(track(console, sampled_rows(batches, seed), len(cells()), "drawing gradients of a small trunk"))
+    finally:
+        torch.set_num_threads(threads)
     return {
-        "machine": describe() | {"threads": torch.get_num_threads()},
+        "machine": describe() | {"threads": 1},
         "settings": {
             "samples": batches * sampled.ROWS,
             "seed": seed,
@@ -49,8 +59,8 @@ def measure_objective(samples: int, seed: int) -> dict[str, Any]:
             "schedules": {name: {**settings, "progress": progress} for name, (settings, progress) in SCHEDULES.items()},
             "complementary_uniform": COMPLEMENTARY_BOUND,
         },
-        "exact": exact_rows(seed),
-        "sampled": sampled_rows(batches, seed),
+        "exact": exactly,
+        "sampled": drawn,
     }
 
 
@@ -82,39 +92,34 @@ def _quantiles(schedule: str, draws: str) -> torch.Tensor:
     return exact.quantiles(noise, SCHEDULES[schedule][1])
 
 
-def cells() -> list[tuple[str, int, str, str]]:
-    """(trunk, block size, schedule, draws) of the sampled table: all schedules in blocks of 8 on the fitted trunk; elsewhere
-    uniform noise alone."""
-    found = [("random", 8, "uniform", draws) for draws in DRAWS]
+def cells() -> list[tuple[str, int, str, str, str]]:
+    """(trunk, block size, schedule, draws, weight) of the sampled table: in blocks of 8 every weight, on the fitted trunk under
+    every schedule; in other blocks `effective` under uniform noise."""
+    found = [("random", 8, "uniform", *pair) for pair in itertools.product(DRAWS, WEIGHTS)]
     for block_size in BLOCK_SIZES:
-        found += [
-            ("fitted", block_size, schedule, draws)
-            for schedule in (SCHEDULES if block_size == 8 else ("uniform",))
-            for draws in DRAWS
-        ]
+        whole = block_size == 8
+        choices = itertools.product(SCHEDULES if whole else ("uniform",), DRAWS, WEIGHTS if whole else ("effective",))
+        found += [("fitted", block_size, *choice) for choice in choices]
     return found
 
 
-def sampled_rows(batches: int, seed: int) -> list[dict[str, Any]]:
-    """The cells, each with every weight in blocks of 8 and with `effective` alone in others."""
+def sampled_rows(batches: int, seed: int) -> Iterator[dict[str, Any]]:
+    """One row for each of `cells`."""
     texts = sampled.Texts(ANSWER, seed)
     sample = texts.one()
-    model, trunk = sampled.random_trunk(seed), "random"
+    model, state = sampled.random_trunk(seed), "random"
     references: dict[int, sampled.Gradients] = {}
-    rows = []
-    for name, block_size, schedule, draws in cells():
-        if name != trunk:
+    for trunk, block_size, schedule, draws, weight in cells():
+        if trunk != state:
             sampled.fit(model, texts, [_objective(size, "uniform", "stratified", "effective") for size in BLOCK_SIZES])
-            trunk, references = name, {}
+            state, references = trunk, {}
         if block_size not in references:
             steady = _objective(block_size, "uniform", "complementary", "effective")
             references[block_size] = sampled.sample_gradients(model, sample, steady, 0.0, seed + 1, REFERENCE * batches)
-        for weight in WEIGHTS if block_size == 8 else ("effective",):
-            objective, progress = _objective(block_size, schedule, draws, weight), SCHEDULES[schedule][1]
-            drawn = sampled.sample_gradients(model, sample, objective, progress, seed, batches)
-            row = {"model": trunk, "block_size": block_size, "schedule": schedule, "weight": weight, "draws": draws}
-            rows.append(row | _figures(drawn, references[block_size], block_size))
-    return rows
+        objective, progress = _objective(block_size, schedule, draws, weight), SCHEDULES[schedule][1]
+        drawn = sampled.sample_gradients(model, sample, objective, progress, seed, batches)
+        row = {"model": trunk, "block_size": block_size, "schedule": schedule, "weight": weight, "draws": draws}
+        yield row | _figures(drawn, references[block_size], block_size)
 
 
 def _objective(block_size: int, schedule: str, draws: str, weight: str) -> BlockDiffusionObjective:
@@ -159,7 +164,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
         "machine": f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB; {machine['date']}",
         "software": f"torch {machine['torch']}, transformers {machine['transformers']}, {machine['threads']} threads",
         "run": f"one answer of {ANSWER} tokens, {settings['samples']} gradients for each sampled figure, seed {settings['seed']}",
-        "async ... compl": "trace of the covariance over squared norm of the mean; of the gradient, or of the loss where it says so",
+        "sync ... compl": "trace of the covariance over squared norm of the mean; of the gradient, or of the loss if it says so",
         "scale, cosine": "mean gradient against the bound's: length along it, and angle; async, then complementary",
         "masked, empty": "share of the answer masked in a forward, share of blocks without a mask; async",
     }

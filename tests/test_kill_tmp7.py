@@ -1,0 +1,245 @@
+"""Kill -9 at any moment, then `--resume`: the result is that of the uninterrupted run, to the bit, and nothing is left over."""
+
+import json
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import killed_process
+import pytest
+from helpers import metrics
+from killed_process import Killer, Moment, Story
+from tiny_runs import stage, succeed, write_recipe
+
+# Six steps, a checkpoint every two. A log line in between, so that an average would reach over a checkpoint; a curriculum, and
+# adapters with dropout, whose random state must come back too.
+SETTINGS: dict[str, Any] = {
+    "steps": 6,
+    "save_every": 2,
+    "log_every": 1,
+    "eval_every": 2,
+    "eval_limit": 2,
+    "optim": {"warmup_ratio": 0.5},
+    "data": {"holdout": 2},
+}
+NOISE = {"schedule": "beta", "mean_start": 0.2, "mean_end": 0.8, "concentration_start": 4, "concentration_end": 25}
+LORA = {"rank": 4, "alpha": 8, "dropout": 0.2}
+# The checkpoints there when it is killed, where not the last two: older ones go when a newer one has its name.
+KEPT = {"step": (2,), "checkpoint written": (2,), "checkpoint renamed": (2,), "last checkpoint renamed": (2, 4, 6)}
+CASES = [*(("plain", moment) for moment in killed_process.MOMENTS), ("lora", "step")]
+
+
+@pytest.fixture(scope="module")
+def killer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killer]:
+    with Killer(tmp_path_factory.mktemp("killer") / "stderr") as started:
+        yield started
+
+
+def listing(directory: Path) -> list[str]:
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+
+
+def require_same_run(ours: Path, theirs: Path) -> None:
+    """Two finished diffuse runs without a difference, and nothing beside them."""
+    assert listing(ours.parent) == listing(theirs.parent)
+    assert metrics(ours) == metrics(theirs)
+    for file in ("model.safetensors", "config.json", "tokenizer.json", "samples.jsonl", "run.yaml"):
+        assert (ours / file).read_bytes() == (theirs / file).read_bytes(), file
+    assert json.loads((ours / "diffvl.json").read_text())["state"] == json.loads((theirs / "diffvl.json").read_text())["state"]
+
+
+# --- chosen moments --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Runs:
+    """folder/RECIPE is the uninterrupted run; folder/RECIPE-MOMENT were killed. signals: what ended each of these."""
+
+    folder: Path
+    signals: dict[str, int]
+    words: Callable[[str, str], list[str]]
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tmp_path_factory: pytest.TempPathFactory,
+    killer: Killer,
+    prepared: Callable[[str], Path],
+    tower: Path,
+    shapes: dict[str, Path],
+) -> Runs:
+    folder = tmp_path_factory.mktemp("killed")
+    objective = {"kind": "block_diffusion", "block_size": 4, "noise": NOISE}
+    plain = stage("diffuse", shapes["train"], objective=objective, **SETTINGS)
+    write_recipe(folder / "plain.yaml", tower, diffuse=plain)
+    write_recipe(folder / "lora.yaml", tower, diffuse={**plain, "log_every": 5, "lora": LORA})
+
+    def words(recipe: str, name: str) -> list[str]:
+        start = ["convert", "--from", str(prepared("llama")), "--stage", "diffuse"]
+        return [*start, "--recipe", str(folder / f"{recipe}.yaml"), "--out", str(folder / name)]
+
+    for recipe in ("plain", "lora"):
+        succeed(*words(recipe, recipe))
+    names = {(recipe, moment): f"{recipe}-{moment}" for recipe, moment in CASES}
+    signals = {
+        name: killer.run(words(recipe, name), folder / name, {"place": moment}).signal
+        for (recipe, moment), name in names.items()
+    }
+    return Runs(folder, signals, words)
+
+
+@pytest.mark.parametrize(("recipe", "moment"), CASES)
+def test_a_killed_run_goes_on_as_if_nothing_had_been(recipe: str, moment: str, runs: Runs):
+    name = f"{recipe}-{moment}"
+    whole, killed = runs.folder / recipe / "diffuse", runs.folder / name / "diffuse"
+    assert runs.signals[name] == signal.SIGKILL
+    # It was killed where it should be: only the last moment is past the one at which the output exists.
+    assert killed.exists() == (moment == "finished")
+    work = killed if killed.exists() else killed.with_name("diffuse.partial")
+    kept = {path.name for path in (work / "checkpoints").glob("checkpoint-*")}
+    assert kept == {f"checkpoint-{step}" for step in KEPT.get(moment, (4, 6))}
+    succeed(*runs.words(recipe, name), "--resume")
+    require_same_run(killed, whole)
+
+
+@pytest.mark.parametrize(("recipe", "steps"), [("plain", [1, 2, 3, 4, 5, 6]), ("lora", [2, 4, 5, 6])])
+def test_what_the_uninterrupted_run_logs(recipe: str, steps: list[int], runs: Runs):
+    """Every step once; where not every step is logged, every checkpoint and the last step."""
+    lines = metrics(runs.folder / recipe / "diffuse")
+    assert [line["step"] for line in lines if "loss" in line] == steps
+    assert [line["step"] for line in lines if "eval_masked_loss" in line] == [0, 2, 4, 6]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(set(losses)) == len(losses)
+    assert not [name for name in listing(runs.folder / recipe) if "partial" in name or "checkpoint" in name or "saving" in name]
+
+
+# --- random moments --------------------------------------------------------------------------------------------------------
+
+SAVE_EVERY = 2
+# All that moves, or is drawn, at once: both curricula, complementary masks, packed rows, micro-steps, epochs of two steps.
+EVERYTHING: dict[str, Any] = {
+    "objective": {
+        "kind": "block_diffusion",
+        "block_size": 8,
+        "block_curriculum": {0.0: 2, 0.3: 4, 0.7: 8},
+        "complementary": True,
+        "weight": "effective",
+        "noise": {**NOISE, "draws": "stratified"},
+    },
+    "batch_size": 1,
+    "accumulation": 2,
+    "save_every": SAVE_EVERY,
+    "eval_every": 3,
+    "eval_limit": 2,
+    "data": {"holdout": 2, "row_length": 400},
+}
+
+
+@dataclass
+class Course:
+    """One run from its beginning to its end through kills. told: what happened, for the reader of a failure."""
+
+    killer: Killer
+    words: list[str]
+    whole: Path
+    out: Path
+    told: list[str] = field(default_factory=list)
+
+    @property
+    def work(self) -> Path:
+        done = self.out / "diffuse"
+        return done if done.exists() else done.with_name("diffuse.partial")
+
+    def newest(self) -> int:
+        """The step of the newest checkpoint with a name, 0 without one."""
+        return max((int(path.name.split("-")[1]) for path in (self.work / "checkpoints").glob("checkpoint-*")), default=0)
+
+    def go_on(self, moment: Moment | None) -> Story:
+        """Begins or resumes the run, and checks what it did until it was killed or finished."""
+        before = self.newest()
+        resume = ["--resume"] if self.out.exists() else []
+        story = self.killer.run([*self.words, "--out", str(self.out), *resume], self.out, moment)
+        ended = "killed" if story.signal else "finished"
+        self.told.append(f"{moment}: steps {story.steps}, saved {story.saved}, {ended} {'saving, ' * story.saving}at {story.last}")
+        assert (story.signal, story.code) in ((signal.SIGKILL, 0), (0, 0)), self.killer.said()
+        # It began where the newest checkpoint stands, and left no step out.
+        assert story.steps == list(range(before, before + len(story.steps)))
+        # What is lost now are the steps since the last save and no more. (A finished run has no checkpoints any more.)
+        last_save = max(story.saved, default=before)
+        if self.work.name.endswith(".partial"):
+            assert self.newest() == last_save or (story.saving and self.newest() == last_save + SAVE_EVERY)
+            assert max(story.steps, default=0) - last_save <= SAVE_EVERY
+        # What it logged is what the uninterrupted run logged until there.
+        expected = metrics(self.whole)
+        lines = metrics(self.work) if (self.work / "metrics.jsonl").exists() else []
+        assert lines == expected[: len(lines)]
+        assert len(lines) >= sum(line["step"] <= last_save for line in expected)
+        assert [path.name for path in self.out.iterdir()] == [self.work.name]
+        return story
+
+
+@dataclass
+class RandomKills:
+    """Kills at moments drawn from a seed: after a random time, or at a random file operation, nearly all of which belong to a
+    save; run after run, until there were as many as asked for."""
+
+    killer: Killer
+    words: list[str]
+    folder: Path
+    seed: int
+
+    def happen(self, kills: int) -> list[Story]:
+        """Returns what is known of each killed run; what happened is printed."""
+        draw = random.Random(self.seed)
+        whole = self.killer.run([*self.words, "--out", str(self.folder / "whole")], self.folder / "whole")
+        assert (whole.signal, whole.code) == (0, 0), self.killer.said()
+        done: list[Story] = []
+        while len(done) < kills:
+            out = self.folder / f"from {len(done)}"
+            course = Course(self.killer, self.words, self.folder / "whole" / "diffuse", out)
+            try:
+                while (story := course.go_on(self._moment(draw, whole) if len(done) < kills else None)).signal:
+                    done.append(story)
+            finally:
+                print(f"seed {self.seed}, {out.name}:", *course.told, sep="\n  ")
+            require_same_run(out / "diffuse", course.whole)
+        return done
+
+    def _moment(self, draw: random.Random, whole: Story) -> Moment:
+        """Up to a third of the run away, so that a run is killed several times."""
+        if draw.random() < 0.5:
+            return {"seconds": draw.random() * whole.seconds / 3}
+        return {"operation": draw.randint(1, whole.operations // 3), "part": draw.random()}
+
+
+def everything(
+    folder: Path, start: Path, tower: Path, train: Path, **settings: Any
+) -> list[str]:
+    """The words of a run in which everything moves, but for --out."""
+    write_recipe(folder / "recipe.yaml", tower, diffuse=stage("diffuse", train, **EVERYTHING, **settings))
+    return ["convert", "--from", str(start), "--stage", "diffuse", "--recipe", str(folder / "recipe.yaml")]
+
+
+def test_kills_at_three_random_moments(
+    killer: Killer, prepared: Callable[[str], Path], tower: Path, shapes: dict[str, Path], tmp_path: Path
+):
+    words = everything(tmp_path, prepared("llama"), tower, shapes["train"], steps=7)
+    killed = RandomKills(killer, words, tmp_path, seed=7).happen(kills=3)
+    assert any(story.saving for story in killed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "lora"])
+def test_kills_at_ten_random_moments(
+    kind: str, killer: Killer, prepared: Callable[[str], Path], tower: Path, shapes: dict[str, Path], tmp_path: Path
+):
+    """KILL_SEED=N draws the moments of a failure again; its seed is in what the failure prints."""
+    adapters = {"lora": LORA} if kind == "lora" else {}
+    words = everything(tmp_path, prepared("llama"), tower, shapes["train"], steps=25, **adapters)
+    seed = int(os.environ.get("KILL_SEED") or random.SystemRandom().randrange(2**31))
+    killed = RandomKills(killer, words, tmp_path, seed).happen(kills=10)
+    assert len(killed) >= 10
