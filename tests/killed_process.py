@@ -27,25 +27,28 @@ Tell = Callable[[str, object], None]
 
 
 class Moment(TypedDict, total=False):
-    """When to kill: one of these. part: how much of the file stays when the n-th operation writes tensors."""
+    """When to kill: one of the first three. saving: count operations of saves only. part: how much of the file stays when the
+    n-th operation writes tensors."""
 
     place: str
     seconds: float
     operation: int
+    saving: bool
     part: float
 
 
 @dataclass
 class Story:
     """What is known of a run. steps: begun, by the number of optimiser steps done before. saved: steps of the checkpoints whose
-    saving ended. operations: file operations since training began; last: the one before which, or in which, it was killed.
-    seconds: since training began. saving: whether a checkpoint was being saved at the end."""
+    saving ended. operations: file operations since training began, of_saves: those of saves among them; last: the one before
+    which, or in which, it was killed. seconds: since training began. saving: whether a checkpoint was being saved at the end."""
 
     signal: int = 0
     code: int = 0
     steps: list[int] = field(default_factory=list)
     saved: list[int] = field(default_factory=list)
     operations: int = 0
+    of_saves: int = 0
     last: str = ""
     seconds: float = 0.0
     saving: bool = False
@@ -172,8 +175,9 @@ class Operations:
     def __init__(self, folder: str, tell: Tell, moment: Moment) -> None:
         self._folder, self._tell = folder, tell
         self._deadly, self._part = moment.get("operation", 0), moment.get("part", 0.0)
+        self._of_saves_only = moment.get("saving", False)
         self._count = 0
-        self.counting = False
+        self.training = self.saving = False
 
     def install(self) -> None:
         sys.addaudithook(self._hear)
@@ -182,7 +186,7 @@ class Operations:
             setattr(module, name, self._writing_tensors(getattr(module, name), place))
 
     def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if not self.counting or (event not in RENAMING and not (event == "open" and arguments[2] & WRITING)):
+        if not self.training or (event not in RENAMING and not (event == "open" and arguments[2] & WRITING)):
             return
         # A tree is removed name by name, from inside its open folder.
         inside = self._folder in str(arguments[0]) or (event in ("os.remove", "os.rmdir") and arguments[1] != -1)
@@ -192,7 +196,7 @@ class Operations:
     def _writing_tensors(self, write: Callable[..., Any], place: int) -> Callable[..., Any]:
         def written(*arguments: Any, **named: Any) -> None:
             write(*arguments, **named)
-            if self.counting and self._counted(f"tensors {arguments[place]}"):
+            if self.training and self._counted(f"tensors {arguments[place]}"):
                 file = Path(arguments[place])
                 os.truncate(file, int(file.stat().st_size * self._part))
                 die()
@@ -201,9 +205,10 @@ class Operations:
 
     def _counted(self, what: str) -> bool:
         """Counts an operation; whether it is the deadly one."""
-        self._count += 1
         self._tell("operation", what)
-        return self._count == self._deadly
+        counts = self.saving or not self._of_saves_only
+        self._count += counts
+        return counts and self._count == self._deadly
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------------
@@ -216,7 +221,7 @@ def tell_what_happens(tell: Tell, operations: Operations) -> None:
 
     def train_and_tell(self: Any, *arguments: Any, **named: Any) -> Any:
         tell("training", "")
-        operations.counting = True
+        operations.training = True
         return whole_train(self, *arguments, **named)
 
     def compute_loss(self: Any, *arguments: Any, **named: Any) -> Any:
@@ -225,7 +230,9 @@ def tell_what_happens(tell: Tell, operations: Operations) -> None:
 
     def save(self: Any, *arguments: Any) -> None:
         tell("saving", "")
+        operations.saving = True
         whole_save(self, *arguments)
+        operations.saving = False
         tell("saved", self.state.global_step)
 
     train.StageTrainer.train = train_and_tell
@@ -276,7 +283,7 @@ def hear(story: Story, line: str) -> None:
     """Adds one line of a run to its story."""
     kind, _, what = line.partition(" ")
     if kind == "operation":
-        story.operations, story.last = story.operations + 1, what
+        story.operations, story.of_saves, story.last = story.operations + 1, story.of_saves + story.saving, what
     elif kind == "step" and story.steps[-1:] != [int(what)]:
         story.steps.append(int(what))
     elif kind == "saved":

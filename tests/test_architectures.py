@@ -42,13 +42,13 @@ def test_every_model_type_has_its_verdict_on_the_page():
 
 def test_the_page_holds_what_the_survey_found():
     good = Verdict("llama", "llama", "supported", copy="2 layers", checks=(Check("AR parity", True, 2e-6, "< 0.001"),))
-    limited = Verdict("doge", "doge", "supported", reason="exact up to 7", limit=7, checks=good.checks)
+    limited = Verdict("llama4_text", "llama4_text", "supported", reason="exact up to 7", limit=7, checks=good.checks)
     almost = Verdict("gemma3", "gemma3", "not supported", "vision", "has a | in it", checks=good.checks)
     bad = Verdict("gpt_neo", "gpt_neo", "not supported", "own mask", "why", checks=(Check("no leak", False, 2.5, "< 0.001"),))
     lost = Verdict("xlm", "xlm", "unknown", "no answer", "xlm: no answer within 5 s")
     text = page([good, limited, almost, bad, lost], Path("docs/x.md"))
     assert answers_of(text) == {
-        **{"llama": "supported", "doge": "supported", "xlm": "unknown"},
+        **{"llama": "supported", "llama4_text": "supported", "xlm": "unknown"},
         **{"gemma3": "not supported", "gpt_neo": "not supported"},
     }
     assert "Written by `diffvl doctor --all --out docs/x.md` on 20" in text
@@ -56,7 +56,7 @@ def test_the_page_holds_what_the_survey_found():
         "| of these, attention passes | 1 |",
         "| largest error of a supported one | 2.0e-06 |",
         "| smallest error of one whose attention fails | 2.5 |",
-        "| `doge` | DogeForCausalLM | - | 2.0e-06 | exact up to 7 |",
+        "| `llama4_text` | Llama4ForCausalLM | - | 2.0e-06 | exact up to 7 |",
         "### Vision (1)",
         "| `gemma3` | Gemma3ForConditionalGeneration | 2e-06 | has a \\| in it |",
         "| `xlm` | XLMWithLMHeadModel | xlm: no answer within 5 s |",

@@ -238,6 +238,20 @@ def test_the_peak_of_one_step_is_not_that_of_an_earlier_one():
     assert rise(size // 4) < 0.5 * size
 
 
+@pytest.mark.skipif(not memory.has_glibc(), reason="other allocators are left as they are")
+def test_freed_blocks_do_not_leave_holes_that_count():
+    """Half of 100 MB is freed in pieces of 2 MB, which no block of 3 MB fits into."""
+    memory.set_mapping_limit(memory.MAPPED_USUALLY)
+    meter = memory.meter_of(CPU)
+    start = meter.start()
+    blocks = [torch.ones(2_000_000, dtype=torch.uint8) for _ in range(50)]
+    blocks = blocks[::2]
+    blocks += [torch.ones(3_000_000, dtype=torch.uint8) for _ in range(15)]
+    peak = meter.peak()
+    assert start is not None and peak is not None
+    assert 95_000_000 < peak - start < 120_000_000
+
+
 def test_where_the_peak_cannot_be_set_back_it_is_not_measured_and_said_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(platform, "system", lambda: "Linux")
     monkeypatch.setattr(memory, "CLEAR_REFS", tmp_path / "missing" / "clear_refs")

@@ -89,7 +89,8 @@ def test_the_calling_sequence_gives_our_decoders_logits(
     for number in range(3):
         decoder.open_block()
         block = slice(number * BLOCK, (number + 1) * BLOCK)
-        torch.testing.assert_close(decoder.block_logits()[0], logits[block], rtol=1e-4, atol=5e-5)
+        masked = decoder.open_BD[0]
+        torch.testing.assert_close(decoder.block_logits()[0, masked], logits[block][masked], rtol=1e-4, atol=5e-5)
         decoder.ids_BD = torch.tensor([facts["tokens"][block]])
         decoder.commit()
     # And `generate` with as many steps as the sequence had settles the same tokens.

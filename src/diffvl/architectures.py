@@ -32,7 +32,7 @@ from diffvl.progress import track
 SECONDS_PER_MODEL = 120.0  # measured: less than a second each
 SECONDS_TO_START = 300.0  # of a child, which imports torch and transformers
 
-# What default configurations leave open although the class needs it, filled in as in published checkpoints.
+# What default configurations leave open although the class needs it, or leave out although its checkpoints have it.
 _ROPE = {"rope_type": "default", "rope_theta": 50_000.0}
 COMPLETIONS: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
@@ -40,7 +40,9 @@ COMPLETIONS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 6},
     "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 30},
     "nemotron": {"num_key_value_heads": 8},
     "reformer": {"axial_pos_embds": False},
     "xmod": {"default_language": "en_XX"},

@@ -37,7 +37,11 @@ PARTIAL = ".partial"
 STATE_FILE = "diffvl.json"
 RECIPE_FILE = "run.yaml"
 HUB_FILES = tuple(
-    f"{name}_diffvl.py" for name in ("configuration", "layout", "sampling", "generation", "head", "modeling", "processing")
+    f"{name}_diffvl.py"
+    for name in (
+        *("configuration", "layout", "head", "modeling", "processing"),
+        *("cache", "decoder", "sampling", "stopping", "speculation", "generation"),
+    )
 )
 MODEL_CLASS = "modeling_diffvl.DiffVLForConditionalGeneration"
 MODEL_MAP = {
@@ -151,16 +155,14 @@ def load_checkpoint(directory: Path, dtype: torch.dtype | None = None) -> tuple[
     Args:
         dtype: default: the checkpoint's own.
     Raises:
-        CheckpointError: if it is missing, of another kind, incomplete or damaged.
+        CheckpointError: if it is missing, of another kind, incomplete or damaged, or its token ids do not fit together.
     """
-    require_diffvl(directory)
-
-    def load() -> tuple[Any, Any, Any]:
-        loader: Any = DiffVLForConditionalGeneration
-        model, info = loader.from_pretrained(directory, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True)
-        return model, DiffVLProcessor.from_pretrained(directory), info
-
-    model, processor, info = _told(directory, load)
+    _, processor = load_description(directory)
+    loader: Any = DiffVLForConditionalGeneration
+    model, info = _told(
+        directory,
+        lambda: loader.from_pretrained(directory, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True),
+    )
     problems = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
     if any(problems.values()):
         raise CheckpointError(f"{directory}: the weights do not fit the configuration: {problems}")
@@ -170,7 +172,24 @@ def load_checkpoint(directory: Path, dtype: torch.dtype | None = None) -> tuple[
 def load_description(directory: Path) -> tuple[DiffVLConfig, DiffVLProcessor]:
     """What `load_checkpoint` reads, without the weights."""
     require_diffvl(directory)
-    return _told(directory, lambda: (DiffVLConfig.from_pretrained(directory), DiffVLProcessor.from_pretrained(directory)))
+    config, processor = _told(
+        directory, lambda: (DiffVLConfig.from_pretrained(directory), DiffVLProcessor.from_pretrained(directory))
+    )
+    _require_tokens(directory, config, processor)
+    return config, processor
+
+
+def _require_tokens(directory: Path, config: DiffVLConfig, processor: DiffVLProcessor) -> None:
+    """Raises CheckpointError unless mask and image token are the tokenizer's own and have rows in the trunk's embedding."""
+    tokenizer, rows = processor.tokenizer, config.text_config.vocab_size
+    tokens = {"mask_token_id": tokenizer.mask_token, "image_token_id": processor.image_token}
+    for name, token in tokens.items():
+        given, expected = getattr(config, name), tokenizer.convert_tokens_to_ids(token)
+        if given != expected or not 0 <= given < rows:
+            raise CheckpointError(
+                f"{directory / 'config.json'}: {name} is {given}, expected {expected}, which the tokenizer gives {token}; the "
+                f"embedding has {rows} rows. Set it back, or copy the checkpoint again"
+            )
 
 
 def require_diffvl(directory: Path) -> None:

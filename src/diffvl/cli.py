@@ -313,7 +313,7 @@ def bench_train(
 
 @bench.command("objective", epilog="Example:  diffvl bench objective --json > variance.json")
 def bench_objective(
-    samples: Annotated[int, typer.Option(min=128, help="Gradients drawn for each sampled figure.", metavar="N")] = 512,
+    samples: Annotated[int, typer.Option(min=128, help="Gradients drawn for each sampled figure.", metavar="N")] = 384,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:

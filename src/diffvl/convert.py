@@ -3,6 +3,7 @@
 Directories under the run's root: `prepared`, `align`, `diffuse`; each appears under its name only when it is complete.
 """
 
+import copy
 import gc
 import json
 import os
@@ -11,10 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 from diffvl import checkpoint, weights
+from diffvl.attention import choose
 from diffvl.config import STAGES, Lora, Recipe, StageName
 from diffvl.data.loader import check_pictures, load_data
 from diffvl.decode import DecodeSettings
@@ -251,7 +255,8 @@ def _ours(path: Path) -> bool:
 
 
 def _check_data(plan: Plan, console: Console) -> None:
-    """Reads the data of every stage to come, before any work: a mistake in the last one must not cost the first one's hours."""
+    """Reads the data of every stage to come, and asks the trunk for what a stage wants of it, before any work: a mistake in the
+    last one must not cost the first one's hours."""
     if plan.source is not None and not is_finished(plan.start):
         parts = read_parts(plan.source, plan.recipe)
         trunk, processor = parts.config.get_text_config(decoder=True), parts.processor
@@ -264,11 +269,22 @@ def _check_data(plan: Plan, console: Console) -> None:
         stage = plan.recipe.stages[name]
         try:
             with spinner_or_line(console, f"checking the data of {name}"):
+                _check_attention(trunk, stage.attention, plan)
                 data = load_data(stage.data, processor, longest_trainable(trunk, stage.objective))
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from error
         if process_state().is_main_process:
             check_pictures(data, stage.data.check_images, console)
+
+
+def _check_attention(trunk: Any, wanted: str, plan: Plan) -> None:
+    """Asks an empty copy of the trunk whether it takes what a stage names. Raises ConfigError if it does not."""
+    if wanted == "auto":
+        return
+    trusted = plan.source is not None and plan.source.trust_remote_code
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(copy.deepcopy(trunk), trust_remote_code=trusted)
+    choose(empty, wanted, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 # --- working -------------------------------------------------------------------------------------------------------------

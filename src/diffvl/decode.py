@@ -15,7 +15,7 @@ from diffvl.data.loader import longest_sample
 from diffvl.errors import UsageError
 from diffvl.hub.generation_diffvl import BlockGenerationOutput
 from diffvl.hub.processing_diffvl import DiffVLProcessor
-from diffvl.hub.sampling_diffvl import check_settings
+from diffvl.hub.sampling_diffvl import remasking_of
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,7 @@ def answer_chats(
     model, processor = decoder.model, decoder.processor
     size = model.config.block_size
     try:
-        steps = size if settings.steps is None else settings.steps
-        check_settings(steps, size, settings.strategy, settings.threshold, settings.temperature)
+        remasking_of(settings.strategy, settings.steps, size, settings.threshold, None)
         inputs = processor.apply_chat_template(chats, tokenize=True, add_generation_prompt=True)
     except ValueError as error:
         raise UsageError(str(error)) from error

@@ -99,7 +99,7 @@ def examine(model: str, trust_remote_code: bool = False) -> Verdict:
     try:
         config = weights.load_config(repo, trust_remote_code, revision)
     except UnsupportedModelError as error:
-        if "trust_remote_code" in str(error):
+        if "trust_remote_code" in str(error.__cause__):
             raise UsageError(
                 f"{model} is read by code that it brings along; to run that code, add --trust-remote-code"
             ) from error
@@ -143,11 +143,9 @@ def judge(model: str, config: PretrainedConfig, trust_remote_code: bool = False)
 
 
 def exact_up_to(config: PretrainedConfig) -> tuple[str, int] | None:
-    """(setting, tokens) of an architecture that counts tokens by their place in the row: more of them than so, and the clean
-    ones stand in the way of the noisy ones."""
+    """(setting, tokens) of an architecture that counts tokens by their place in the row, from which on noisy tokens, which stand
+    behind the clean ones, are taken for later ones than they are."""
     settings = config.get_text_config(decoder=True)
-    if keep := getattr(settings, "keep_window_size", None):  # of Doge: each token keeps its best so many keys
-        return "keep_window_size", keep
     step = getattr(settings, "floor_scale", None)  # of Llama 4: layers without rope sharpen with the index
     if step and getattr(settings, "attn_temperature_tuning", False) and not all(settings.no_rope_layers):
         return "floor_scale", int(step) - 1
@@ -251,6 +249,8 @@ def _other_positions(trunk: PreTrainedModel, failed: dict[str, Check]) -> Refusa
     if "AR parity" not in failed:
         return None
     native = native_logits(trunk, torch.tensor([[token.id for token in tokens]]))[0]
+    if spread(causal - native, native) < TOLERANCE:
+        return None
     first = (getattr(trunk.config, "pad_token_id", None) or 0) + 1
     shifted = plain_forward(trunk, [replace(token, position=token.position + first) for token in tokens], _causal)
     if spread(shifted - native, native) > TOLERANCE:

@@ -17,7 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from diffvl.hub.generation_diffvl import BlockCache
+from diffvl.hub.cache_diffvl import BlockCache
 from diffvl.hub.head_diffvl import mapped_rows
 from diffvl.hub.layout_diffvl import Layout, attention_masks, clean_layout
 from diffvl.miniature import FIRST_ORDINARY
@@ -132,24 +132,28 @@ def _clean_error(two: Streams) -> float:
 
 @torch.no_grad()
 def _decoding_error(two: Streams) -> float:
-    """Noisy logits of each block of the first sample against those over a cache of the clean tokens before it."""
-    expected, row, cache = two.logits()[0], 0, BlockCache()
+    """Noisy logits of each block of the first sample against those over a cache of the clean tokens before it, which were stored
+    by a forward of their own, or by the same forward."""
+    expected, row = two.logits()[0], 0
+    apart, fused = BlockCache(), BlockCache()
     clean = torch.arange(two.ids.shape[1]) < two.clean
     block, valid = two.layout.block[row], two.layout.valid[row]
     committed, largest = torch.zeros(0, dtype=torch.long), 0.0
     for number in two.noisy_blocks(row):
         before = (clean & valid & (block < number)).nonzero()[:, 0]
         fresh = before[len(committed) :]
-        _cached(two, cache, committed, fresh, store=True)
-        committed = before
         places = (~clean & valid & (block == number)).nonzero()[:, 0]
-        logits = _cached(two, cache, committed, places, store=False)
-        largest = max(largest, spread(logits - expected[places], expected))
-        assert cache.get_seq_length() == len(committed), "reading has written to the cache"
+        together = _cached(two, fused, committed, torch.cat([fresh, places]), store=len(fresh))[len(fresh) :]
+        _cached(two, apart, committed, fresh, store=True)
+        committed = before
+        alone = _cached(two, apart, committed, places, store=False)
+        largest = max([largest, *(spread(logits - expected[places], expected) for logits in (alone, together))])
+        lengths = {cache.get_seq_length() for cache in (apart, fused)}
+        assert lengths == {len(committed)}, f"the cache holds {lengths} tokens, {len(committed)} were stored"
     return largest
 
 
-def _cached(two: Streams, cache: BlockCache, past: torch.Tensor, fresh: torch.Tensor, store: bool) -> torch.Tensor:
+def _cached(two: Streams, cache: BlockCache, past: torch.Tensor, fresh: torch.Tensor, store: bool | int) -> torch.Tensor:
     """Logits of the tokens at `fresh` over the cached ones at `past`, as the decoder asks for them."""
     rows = {name: row[:1, torch.cat([past, fresh])] for name, row in two.layout.rows.items()}
     layout = Layout(**rows, context=two.layout.context)

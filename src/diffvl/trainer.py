@@ -22,7 +22,8 @@ from transformers.trainer_utils import rotate_checkpoints
 from diffvl import checkpoint
 from diffvl.config import Recipe, Stage
 from diffvl.data.collate import raise_bad_record
-from diffvl.data.loader import SampleDataset, batches_of
+from diffvl.data.loader import SHOWN_PROBLEMS, SampleDataset, batches_of
+from diffvl.data.records import record_at
 from diffvl.errors import CheckpointError, TrainingError, UsageError
 from diffvl.noise import sample_generator
 from diffvl.objective import Draw, LossOutput, curriculum_state, loss_of, measure, measured_sums, rates, scores
@@ -68,6 +69,7 @@ class StageTrainer(Trainer):
         self._sums: dict[str, torch.Tensor] = {}
         self._tokens = 0
         self._since = time.monotonic()
+        self._step_samples: list[torch.Tensor] = []
         self._resumed_from: Path | None = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> StepSampler:
@@ -78,6 +80,7 @@ class StageTrainer(Trainer):
         samples, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in samples:
             raise_bad_record(batch)
+        self._step_samples = [batch["sample"] for batch in samples]
         return samples, count
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -86,16 +89,31 @@ class StageTrainer(Trainer):
         draw = Draw(self.recipe.seed, step, self._progress())
         output = loss_of(model, self.model.config, inputs, self.stage.objective, draw)
         if not torch.isfinite(output.loss):
-            raise TrainingError(
-                f"step {step}: the loss is {output.loss.item()} on samples {inputs['sample'].tolist()}; the last good checkpoint "
-                "is kept. Lower the learning rate, or look at these records"
-            )
+            raise self._not_finite("loss", output.loss, [inputs["sample"]])
         self._count(output)
         loss = output.loss * self.accelerator.num_processes / num_items_in_batch
         if not loss.requires_grad:
             # A batch without pictures in a stage that trains the connector alone: nothing to learn, but a step like any other.
             loss = loss + 0.0 * torch.stack([p.sum() for p in self.model.parameters() if p.requires_grad]).sum()
         return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The norm; one that is not finite stops the run before the step spoils every weight, and a checkpoint with them."""
+        norm = torch.as_tensor(super()._get_grad_norm(model, grad_norm))
+        if not torch.isfinite(norm):
+            raise self._not_finite("norm of the gradient", norm, self._step_samples)
+        return norm
+
+    def _not_finite(self, what: str, value: torch.Tensor, samples: list[torch.Tensor]) -> TrainingError:
+        """Names the step as metrics.jsonl counts it, the samples by their index, and some of them by file and line."""
+        rows: SampleDataset = self.train_dataset  # type: ignore[assignment]
+        ids = torch.cat(samples).tolist()
+        places = [record_at(rows.records, index).source for index in ids[:SHOWN_PROBLEMS]]
+        return TrainingError(
+            f"step {self.state.global_step + 1}: the {what} is {value.item()} on samples {ids} ({', '.join(places)}"
+            f"{' ...' if len(ids) > len(places) else ''}); the last good checkpoint is kept, and --resume goes on from it. If it "
+            "happens again, look at these records, or begin again with a lower learning rate under another --out"
+        )
 
     def _progress(self, before: int = 0) -> float:
         """Optimiser steps done / steps of the stage, what curricula go by; so many steps before now."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils.quantization_config import GgufConfig
@@ -113,5 +113,5 @@ def _told(name: str, load: Callable[[], T]) -> T:
             f"{name}: no such directory here, and it could not be fetched from the model hub ({reason}). Check the name and the "
             "connection, or give the directory of a downloaded checkpoint"
         ) from error
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, StrictDataclassError) as error:
         raise UnsupportedModelError(f"{name}: transformers cannot load it: {str(error).strip().splitlines()[0]}") from error

@@ -15,8 +15,9 @@ from conftest import Loaded
 from helpers import ORDINARY
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
-from diffvl.hub.generation_diffvl import BlockCache, BlockGeneration, BlockGenerationOutput
-from diffvl.hub.sampling_diffvl import check_settings, choose
+from diffvl.hub.cache_diffvl import BlockCache, ReadingCache
+from diffvl.hub.generation_diffvl import BlockGeneration, BlockGenerationOutput
+from diffvl.hub.sampling_diffvl import Remasking, remasking_of, settled
 
 MASK, IMAGE, STOP, PAD, VOCABULARY, ROWS = 30, 31, 29, 28, 32, 36
 
@@ -32,15 +33,17 @@ class Scripted(BlockGeneration):
         self.generation_config = GenerationConfig(pad_token_id=PAD)
         self.language_model = SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa", sliding_window=None))
         self.script, self.height = torch.tensor(script), torch.tensor(height or [5.0] * len(script))
-        self.calls: list[tuple[list[int], bool]] = []
+        self.calls: list[tuple[list[int], int]] = []  # what went in, and how much of it stays in the cache
 
     def get_input_embeddings(self) -> Any:
         return SimpleNamespace(weight=torch.zeros(1))
 
     def __call__(self, ids: torch.Tensor, **given: Any) -> Any:
-        self.calls.append((ids[0].tolist(), given["store_kv"]))
+        self.calls.append((ids[0].tolist(), int(given["past_key_values"].store)))
         logits = torch.zeros(*ids.shape, ROWS)
-        predicted = given["position_ids"] + (self.config.target == "shift")
+        position = given["position_ids"]
+        position = torch.arange(ids.shape[1]).expand_as(ids) if position is None else position
+        predicted = position + (self.config.target == "shift")
         predicted = predicted.clamp_max(len(self.script) - 1)
         logits.scatter_(2, self.script[predicted][..., None], self.height[predicted][..., None])
         logits[..., [MASK, IMAGE, VOCABULARY + 1]] = 40.0
@@ -53,7 +56,12 @@ class Scripted(BlockGeneration):
 
     @property
     def denoising(self) -> list[list[int]]:
-        return [ids for ids, store in self.calls if not store]
+        """The open block in every forward that predicts one."""
+        return [ids[stored:] for ids, stored in self.calls if stored < len(ids)]
+
+    @property
+    def committed(self) -> list[list[int]]:
+        return [ids[:stored] for ids, stored in self.calls if stored]
 
 
 def endless(**settings: Any) -> Scripted:
@@ -64,12 +72,16 @@ def endless(**settings: Any) -> Scripted:
 # --- which tokens settle -------------------------------------------------------------------------------------------------------
 
 
-def picked(confidence: list[float], masked: list[int], quota: int, threshold: float | None = None) -> list[int]:
-    chosen = choose(torch.tensor([confidence]), torch.tensor([masked]).bool(), torch.tensor([quota]), threshold)
+def picked(confidence: list[float], masked: list[int], quota: int, threshold: float | None = None, **more: Any) -> list[int]:
+    """`more`: strategy and what belongs to it; entropies are one minus the confidence."""
+    strategy = "low_confidence_static" if threshold is None else "low_confidence_dynamic"
+    rule = Remasking(4, **{"strategy": strategy, "threshold": threshold, **more})
+    score = torch.tensor([confidence])
+    chosen = settled(rule, torch.tensor([quota]), torch.tensor([masked]).bool(), score, 1 - score)
     return chosen[0].nonzero()[:, 0].tolist()
 
 
-def test_choose_static():
+def test_static_takes_the_most_confident():
     confidence = [0.1, 0.9, 0.5, 0.7]
     assert picked(confidence, [1, 1, 1, 1], 2) == [1, 3]
     assert picked(confidence, [1, 0, 1, 1], 2) == [2, 3], "a settled token is not chosen again"
@@ -80,7 +92,7 @@ def test_choose_static():
     assert picked([0.0, 0.0, 0.0, 0.0], [0, 0, 1, 1], 1) == [2], "even without any confidence"
 
 
-def test_choose_dynamic():
+def test_dynamic_takes_all_that_are_sure():
     confidence = [0.95, 0.2, 0.93, 0.99]
     assert picked(confidence, [1, 1, 1, 1], 1, 0.9) == [0, 2, 3], "all that are sure"
     assert picked(confidence, [1, 1, 1, 0], 1, 0.9) == [0, 2]
@@ -90,10 +102,26 @@ def test_choose_dynamic():
     assert picked([0.9, 0.1, 0.1, 0.1], [1, 1, 1, 1], 0, 0.9) == [], "more than the threshold, not as much"
 
 
-def test_choose_takes_rows_apart():
+def test_sequential_goes_from_the_left():
+    assert picked([0.1, 0.9, 0.5, 0.7], [1, 1, 1, 1], 2, strategy="sequential") == [0, 1]
+    assert picked([0.1, 0.9, 0.5, 0.7], [0, 0, 1, 1], 1, strategy="sequential") == [2]
+
+
+def test_entropy_spends_its_budget_on_the_least_uncertain():
+    """Entropies 0.9, 0.1, 0.5, 0.3."""
+    confidence = [0.1, 0.9, 0.5, 0.7]
+    for budget, expected in ((0.0, [1]), (0.1, [1]), (0.41, [1, 3]), (0.91, [1, 2, 3]), (5.0, [0, 1, 2, 3])):
+        assert picked(confidence, [1, 1, 1, 1], 1, strategy="entropy", entropy_budget=budget) == expected
+    assert picked(confidence, [1, 1, 1, 1], 3, strategy="entropy", entropy_budget=0.0) == [1, 2, 3], "the quota at least"
+    assert picked(confidence, [1, 0, 1, 0], 0, strategy="entropy", entropy_budget=0.6) == [2]
+    assert picked(confidence, [0, 0, 0, 0], 0, strategy="entropy", entropy_budget=9.0) == []
+
+
+def test_rows_settle_apart():
     confidence = torch.tensor([[0.9, 0.1, 0.8], [0.1, 0.95, 0.2]])
     masked = torch.tensor([[True, True, True], [True, False, True]])
-    assert choose(confidence, masked, torch.tensor([1, 2]), None).tolist() == [[True, False, False], [True, False, True]]
+    chosen = settled(Remasking(4), torch.tensor([1, 2]), masked, confidence, confidence)
+    assert chosen.tolist() == [[True, False, False], [True, False, True]]
 
 
 # --- how a block is filled -----------------------------------------------------------------------------------------------------
@@ -105,25 +133,33 @@ def test_static_settles_the_most_confident_first():
     assert model.denoising == [[MASK] * 4, [MASK, 5, MASK, MASK], [MASK, 5, MASK, 7], [MASK, 5, 6, 7]]
 
 
+@pytest.mark.parametrize("context", ["block", "causal"])
 @pytest.mark.parametrize(("steps", "sizes"), [(1, [4]), (2, [2, 2]), (3, [2, 1, 1]), (4, [1, 1, 1, 1])])
-def test_steps_are_the_forwards_of_a_block(steps: int, sizes: list[int]):
-    """Three whole blocks: prefill, `steps` forwards each, and a commit between two; the remainder goes to the first steps."""
-    model = endless()
+def test_steps_are_the_forwards_of_a_block(steps: int, sizes: list[int], context: str):
+    """Three whole blocks: `steps` forwards each, the first of which commits what was finished before; the remainder of masks goes to
+    the first steps. A causal prompt has a forward of its own, which needs no mask."""
+    model = endless(context=context)
     output = model.generate(torch.arange(8)[None], max_new_tokens=12, denoising_steps=steps, return_dict_in_generate=True)
     assert isinstance(output, BlockGenerationOutput) and output.sequences is not None
     assert output.sequences[0].tolist() == list(range(20))
-    assert (output.forwards, output.tokens) == (1 + 3 * steps + 2, 12)
+    prefill = int(context == "causal")
+    assert (output.forwards, output.tokens, len(model.calls)) == (prefill + 3 * steps, 12, prefill + 3 * steps)
+    assert output.tokens_per_forward == 12 / output.forwards
     open_masks = [ids.count(MASK) for ids in model.denoising]
-    settled = [before - after for before, after in zip(open_masks, [*open_masks[1:], 0], strict=True)]
-    assert settled[: len(sizes) - 1] == sizes[:-1]
-    assert [store for _, store in model.calls] == [True, *[False] * steps, True, *[False] * steps, True, *[False] * steps]
+    left = [before - after for before, after in zip(open_masks, [*open_masks[1:], 0], strict=True)]
+    assert left[: len(sizes) - 1] == sizes[:-1]
+    rest = [0] * (steps - 1)
+    first = [8, 0, *rest] if prefill else [8, *rest]
+    assert [stored for _, stored in model.calls] == [*first, 4, *rest, 4, *rest]
+    # When each token settled: four a block, the earliest steps with the remainder, counted on from block to block.
+    per_block = [step for step, size in enumerate(sizes) for _ in range(size)]
+    assert output.settling == [[step + block * steps for block in range(3) for step in per_block]]
 
 
 def test_what_is_committed_is_what_was_settled():
     model = endless()
     model.answer([0, 1, 2, 3, 4, 5], max_new_tokens=8, denoising_steps=2)
-    stored = [ids for ids, store in model.calls if store]
-    assert stored == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert model.committed == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     assert model.denoising[0] == [4, 5, MASK, MASK], "the prompt's tail stands in the first block"
 
 
@@ -178,7 +214,7 @@ def test_nothing_follows_the_stop():
     assert Scripted(script).answer([0, 1, 2, 3, 4], max_new_tokens=5) == [5, 6, 7, 8, 9]
     model = Scripted(script)
     model.answer([0, 1, 2, 3, 4], max_new_tokens=20)
-    assert len(model.calls) == 1 + (3 + 4) + 1, "no forward after the block of the stop"
+    assert len(model.calls) == 3 + 4, "no forward after the block of the stop"
 
 
 def test_a_finished_row_waits_padded():
@@ -234,7 +270,7 @@ def test_the_words_of_transformers_mean_what_they_mean_there():
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"denoising_steps": 0}, "denoising_steps is 0, expected 1 to the block size, 4"),
     ({"denoising_steps": 5}, "denoising_steps is 5, expected 1 to the block size, 4"),
-    ({"remasking": "random"}, "remasking is 'random', expected one of low_confidence_static, low_confidence_dynamic"),
+    ({"remasking": "random"}, "remasking is 'random', expected one of low_confidence_static, low_confidence_dynamic, sequential"),
     ({"threshold": 0.5}, "threshold has no effect with low_confidence_static: use remasking='low_confidence_dynamic'"),
     ({"threshold": 1.5, "remasking": "low_confidence_dynamic"}, "threshold is 1.5, expected 0 to 1"),
     ({"temperature": -1.0}, "temperature is -1.0, expected 0 or more"),
@@ -243,7 +279,15 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"do_sample": False, "temperature": 0.7}, "temperature 0.7 has no effect with do_sample=False"),
     ({"do_sample": True, "temperature": 0.0}, "do_sample=True needs a temperature above 0"),
     ({"num_beams": 4}, "block decoding knows no num_beams"),
-    ({"use_cache": False, "streamer": None}, "block decoding knows no streamer, use_cache=False"),
+    ({"use_cache": False, "penalty_alpha": 1.0}, "block decoding knows no penalty_alpha, use_cache=False"),
+    ({"entropy_budget": 0.5}, "entropy_budget has no effect with low_confidence_static: use remasking='entropy'"),
+    ({"entropy_budget": -0.5, "remasking": "entropy"}, "entropy_budget is -0.5, expected 0 or more"),
+    ({"mode": "fast"}, "mode is 'fast', expected one of blocks, speculative, ar"),
+    ({"mode": "speculative"}, "mode='speculative' needs a checkpoint with context: causal"),
+    ({"mode": "ar", "denoising_steps": 2}, "denoising_steps has no effect with mode='ar'"),
+    ({"mode": "ar", "on_step": print}, "on_step has no effect with mode='ar': it watches blocks"),
+    ({"stop_strings": "x"}, "stop_strings needs the tokenizer"),
+    ({"repetition_stop": 1}, "repetition_stop is 1, expected 2 or more"),
     ({"image_sizes": torch.ones(1, 2)}, "1 image_sizes, but another number of pictures"),
     ({"pixel_values": torch.ones(1, 3, 8, 8)}, "1 pictures give 2 image tokens, the text has 0"),
 ]
@@ -264,9 +308,11 @@ def test_pictures_and_placeholders_must_match():
         endless(target="shift").generate(torch.tensor([[0]]), attention_mask=torch.tensor([[0]]))
 
 
-def test_check_settings_takes_what_fits():
-    check_settings(1, 8, "low_confidence_static", None, 0.0)
-    check_settings(8, 8, "low_confidence_dynamic", 0.0, 1.5)
+def test_defaults_of_remasking():
+    assert remasking_of("low_confidence_static", None, 8, None, None) == Remasking(8)
+    assert remasking_of("low_confidence_dynamic", 2, 8, None, None) == Remasking(2, "low_confidence_dynamic", threshold=0.9)
+    assert remasking_of("low_confidence_dynamic", 8, 8, 0.0, None).threshold == 0.0
+    assert remasking_of("entropy", 8, 8, None, None).entropy_budget == 0.35
 
 
 # --- the cache, and the AR decoder ---------------------------------------------------------------------------------------------
@@ -294,7 +340,7 @@ def test_a_cache_that_forgets_is_refused(loaded: Callable[[str], Loaded]):
     model, _ = loaded("mistral")
     sliding = DynamicCache(config=model.config.text_config)
     with pytest.raises(ValueError, match=r"store_kv=False needs a cache of plain layers: build it as DynamicCache\(\)"):
-        BlockCache.reading(sliding)
+        ReadingCache(sliding)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "gpt2"])

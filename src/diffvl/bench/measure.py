@@ -61,13 +61,12 @@ def schedule(forms: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
 def measure_forms(
     model: Any, work: Work, forms: Sequence[str], rounds: int, meter: MemoryMeter, seed: int, console: Console, text: str
 ) -> dict[str, Measured]:
-    """Form -> its figures; `text` names the work in what the console shows. With 0 rounds the first round's time is taken,
-    for work so long that a second run of it would not be worth the wait."""
+    """Form -> its figures; `text` names the work in what the console shows."""
     seconds: dict[str, list[float]] = {form: [] for form in forms}
     losses: dict[str, float] = {}
     attention: dict[str, str] = {}
     peaks: dict[str, tuple[int | None, int | None]] = {}
-    all_draws = draws(seed, max(rounds, 1))
+    all_draws = draws(seed, rounds)
     plan = [(-1, form) for form in forms] + list(schedule(forms, rounds))
     for number, form in track(console, plan, len(plan), text):
         attention[form] = choose_attention(model, form)
@@ -77,7 +76,7 @@ def measure_forms(
         time_taken, loss = _run(model, step, meter.device)
         if number < 0:
             peaks[form], losses[form] = (meter.peak(), start), loss
-        if number >= 0 or rounds == 0:
+        else:
             seconds[form].append(time_taken)
     model.zero_grad(set_to_none=True)
     return {form: Measured(form, attention[form], seconds[form], *peaks[form], losses[form]) for form in forms}

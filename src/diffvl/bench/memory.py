@@ -1,9 +1,10 @@
 """The peak memory of one step: the device's own count on CUDA, the process's high-water mark on Linux.
 
 On a CPU the kernel keeps the largest resident size a process ever had (VmHWM); writing 5 to /proc/self/clear_refs sets it
-back to the size of now, so that each form gets its own peak. What an earlier form has freed must leave the process first:
-`release` collects garbage and makes glibc hand its free pages back. The peak on a CPU holds the interpreter and its
-libraries too, on CUDA it holds tensors alone; both hold the weights and their gradients.
+back to the size of now, so that each form gets its own peak. What is freed must leave the process: `release` collects garbage
+and makes glibc hand its free pages back, and while a peak is measured every large block has pages of its own. Without that,
+blocks of up to 32 MB come from a heap full of holes, and a form's peak depends on the forms before it. The peak on a CPU holds
+the interpreter and its libraries too, on CUDA it holds tensors alone; both hold the weights and their gradients.
 """
 
 import ctypes
@@ -18,8 +19,14 @@ STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # man proc_pid_clear_refs
 
+# mallopt(3): blocks from the first limit on are mapped one by one; the second is how much may stay free at the heap's end.
+# glibc itself moves the first from 128 KB up to 32 MB as blocks are freed, which the timed rounds go back to, and keeps the
+# second at twice the first.
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
+MAPPED_ALONE, MAPPED_USUALLY = 64 * 1024, 32 * 1024 * 1024
+
 CUDA_METHOD = "torch.cuda.max_memory_allocated"
-LINUX_METHOD = "VmHWM of /proc/self/status, set back by writing 5 to /proc/self/clear_refs"
+LINUX_METHOD = "VmHWM of /proc/self/status, set back by writing 5 to /proc/self/clear_refs, freed blocks given back at once"
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,7 @@ class MemoryMeter:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             return torch.cuda.memory_allocated(self.device)
+        set_mapping_limit(MAPPED_ALONE)
         CLEAR_REFS.write_text(RESET_PEAK, encoding="ascii")
         return status_bytes("VmRSS")
 
@@ -47,6 +55,7 @@ class MemoryMeter:
             return None
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
+        set_mapping_limit(MAPPED_USUALLY)
         return status_bytes("VmHWM")
 
 
@@ -68,8 +77,22 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    elif platform.libc_ver()[0] == "glibc":
+    elif has_glibc():
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def set_mapping_limit(size: int) -> None:
+    """Blocks of `size` bytes and more get pages of their own, which leave the process when they are freed. Other allocators
+    than glibc's are left as they are."""
+    if has_glibc():
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, size)
+        libc.mallopt(M_TRIM_THRESHOLD, 2 * size)
+
+
+def has_glibc() -> bool:
+    """Whether memory comes from glibc."""
+    return platform.libc_ver()[0] == "glibc"
 
 
 def status_bytes(name: str) -> int:

@@ -95,7 +95,7 @@ def _quantiles(schedule: str, draws: str) -> torch.Tensor:
 def cells() -> list[tuple[str, int, str, str, str]]:
     """(trunk, block size, schedule, draws, weight) of the sampled table: in blocks of 8 every weight, on the fitted trunk under
     every schedule; in other blocks `effective` under uniform noise."""
-    found = [("random", 8, "uniform", *pair) for pair in itertools.product(DRAWS, WEIGHTS)]
+    found: list[tuple[str, int, str, str, str]] = [("random", 8, "uniform", *pair) for pair in itertools.product(DRAWS, WEIGHTS)]
     for block_size in BLOCK_SIZES:
         whole = block_size == 8
         choices = itertools.product(SCHEDULES if whole else ("uniform",), DRAWS, WEIGHTS if whole else ("effective",))

@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -29,21 +30,17 @@ def mapped_rows(
         rows: int64 [M], indices into the flattened tokens of the batch.
     """
     stock = trunk.get_base_model() if hasattr(trunk, "get_base_model") else trunk
-    body = stock.base_model
-    seen: list[Any] = []
-
-    def keep(_: Any, __: Any, output: Any) -> Any:
-        seen.append(output)
-        return _showing(output, output.last_hidden_state[:1, :1])
-
-    hook = body.register_forward_hook(keep)
-    try:
-        first_logits = trunk_pass().logits
-    finally:
-        hook.remove()
-    output = seen[0]
+    head = stock.get_output_embeddings()
+    with _watching(stock) as seen:
+        hook = head.register_forward_pre_hook(lambda _, arguments: (arguments[0].flatten(0, -2)[:1][None],))
+        try:
+            one_logit_row = trunk_pass().logits
+        finally:
+            hook.remove()
+    body, output = seen[-1]
+    _BODIES[stock] = body
     hidden = output.last_hidden_state.flatten(0, 1)[rows]
-    # Only the shape of the first pass's output is used; the trunk's own output must not be held through it.
+    # Only the form of the first pass's output is used; the trunk's own output must not be held through it.
     like = _showing(output, hidden[:0])
 
     def chunk(hidden_mH: torch.Tensor, which: slice) -> torch.Tensor:
@@ -51,12 +48,35 @@ def mapped_rows(
             logits = stock(input_ids=torch.zeros(1, 1, dtype=torch.long, device=rows.device), use_cache=False).logits
         return row_map(logits[0], which)
 
-    size = max(CHUNK_LOGITS // first_logits.shape[-1], 1)
+    size = max(CHUNK_LOGITS // one_logit_row.shape[-1], 1)
     chunks = [slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size)] or [slice(0, 0)]
     if len(chunks) == 1:
         return chunk(hidden, chunks[0])
     run: Any = _recomputed if torch.is_grad_enabled() else lambda function, *arguments: function(*arguments)
     return torch.cat([run(chunk, hidden[which], which) for which in chunks])
+
+
+# For each stock model the module below its head: the outermost one that returns hidden states. Models name it differently.
+_BODIES: "WeakKeyDictionary[Any, Any]" = WeakKeyDictionary()
+
+
+@contextmanager
+def _watching(stock: Any) -> Iterator[list[tuple[Any, Any]]]:
+    """In the block, collects (module, output) of modules that return hidden states, the outermost one last."""
+    seen: list[tuple[Any, Any]] = []
+
+    def note(module: Any, _: Any, output: Any) -> None:
+        if getattr(output, "last_hidden_state", None) is not None:
+            seen.append((module, output))
+
+    known = _BODIES.get(stock)
+    watched = [known] if known is not None else [module for module in stock.modules() if module is not stock]
+    hooks = [module.register_forward_hook(note) for module in watched]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _recomputed(function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:

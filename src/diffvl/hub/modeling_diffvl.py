@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_diffvl import DiffVLConfig
-from .generation_diffvl import BlockCache, BlockGeneration
+from .cache_diffvl import ReadingCache
+from .generation_diffvl import BlockGeneration
 from .head_diffvl import mapped_rows
 from .layout_diffvl import Layout, attention_masks, clean_layout
 
@@ -108,7 +109,13 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         # Class and register tokens stand before the patches in every stock tower.
         return self.connector(states[:, states.shape[1] - side * side :])
 
-    def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, image_index: torch.Tensor | None) -> torch.Tensor:
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        image_index: torch.Tensor | None,
+        image_features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Token embeddings with the pictures spliced in, [B, T, H].
 
         Args:
@@ -119,15 +126,17 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         """
         embeds = self.get_input_embeddings()(input_ids)
         is_image = input_ids == self.config.image_token_id
-        if pixel_values is None or pixel_values.shape[0] == 0:
+        if image_features is None and pixel_values is not None and pixel_values.shape[0] > 0:
+            image_features = self.image_features(pixel_values)
+        if image_features is None:
             if bool(is_image.any()):
                 raise ValueError(f"{int(is_image.sum())} image tokens in the text, but no pixel_values")
             return embeds
-        features = self.image_features(pixel_values).flatten(0, 1)
+        features = image_features.flatten(0, 1)
         if image_index is None:
             if int(is_image.sum()) != len(features):
                 raise ValueError(
-                    f"{len(pixel_values)} pictures give {len(features)} image tokens, the text has {int(is_image.sum())}"
+                    f"{len(image_features)} pictures give {len(features)} image tokens, the text has {int(is_image.sum())}"
                 )
             image_index = torch.where(is_image, is_image.flatten().long().cumsum(0).view_as(input_ids) - 1, -1)
         spliced = features[image_index.clamp_min(0)].to(embeds.dtype)
@@ -140,10 +149,11 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         image_sizes: torch.Tensor | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
+        past_key_values: Cache | None = None,
         use_cache: bool = False,
         store_kv: bool = True,
         image_index: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
         logits_rows: torch.Tensor | None = None,
         row_map: Callable[[torch.Tensor, slice], torch.Tensor] | None = None,
         answer_index: torch.Tensor | None = None,
@@ -160,6 +170,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
             position_ids: [B, T]; default: counted on from the cache.
             store_kv: False leaves the cache as it was, and still attends to it.
             image_index: see `embed`.
+            image_features: [N, P, H] as `image_features` gives them, in the place of pixel_values that were encoded before.
             answer_index: not used here; accepted, so that what `processor.apply_chat_template` gives can be passed whole.
             logits_rows: bool [B, T], or int64 [M] indices into the flattened [B * T]; the head runs on these rows only and
                 `.logits` is [M, V], in row-major order or in the order of the indices.
@@ -173,14 +184,14 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         """
         if image_sizes is not None and pixel_values is not None and len(image_sizes) != len(pixel_values):
             raise ValueError(f"{len(image_sizes)} image_sizes for {len(pixel_values)} pictures")
-        embeds = self.embed(input_ids, pixel_values, image_index)
+        embeds = self.embed(input_ids, pixel_values, image_index, image_features)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         masks, position_ids = self._masks(attention_mask, position_ids, input_ids.shape, past, embeds)
         cache = past_key_values
         if use_cache and cache is None:
-            cache = BlockCache()
+            cache = DynamicCache()
         elif cache is not None and not store_kv:
-            cache = BlockCache.reading(cache)
+            cache = ReadingCache(cache)
         trunk_pass = partial(
             self.language_model,
             inputs_embeds=embeds,
@@ -217,6 +228,8 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
                 raise ValueError(f"attention_mask has {valid.shape[1]} columns for {past} cached and {tokens} new tokens")
         block = torch.zeros(batch, total, dtype=torch.long, device=embeds.device)
         layout = clean_layout(block, valid, context="causal")
+        if mask is None and position_ids is None and past == 0:
+            return None, layout.position  # the trunk's own causal attention, which needs no mask
         if mask is None or mask.dim() == 2:
             if position_ids is not None:
                 layout.position = torch.cat([layout.position[:, :past], position_ids], dim=1)

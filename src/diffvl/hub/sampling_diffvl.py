@@ -1,6 +1,6 @@
 """Which token a masked position gets, and which positions settle in a denoising step.
 
-Shapes: B batch, D block size, V vocabulary.
+Shapes: B batch, D block size, M masked tokens of the batch, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-STRATEGIES = ("low_confidence_static", "low_confidence_dynamic")
+STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "sequential", "entropy")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ def sampling_of(settings: Any, asked: Sampling) -> Sampling:
         if asked.top_k is not None or asked.top_p is not None:
             raise ValueError("top_k and top_p have no effect at temperature 0: give a temperature, or leave them out")
         return Sampling(False, asked.temperature or 0.0)
+    if asked.temperature is not None and asked.temperature < 0:
+        raise ValueError(f"temperature is {asked.temperature}, expected 0 or more")
     names = ("temperature", "top_k", "top_p")
     said = {name: getattr(asked, name) if getattr(asked, name) is not None else getattr(settings, name, None) for name in names}
     if said["temperature"] is None:
@@ -53,25 +55,59 @@ def never_predicted(config: Any, vocabulary: int, device: torch.device) -> torch
     return forbidden
 
 
-def choose(confidence: torch.Tensor, masked: torch.Tensor, quota: torch.Tensor, threshold: float | None) -> torch.Tensor:
-    """Which masked tokens settle in this step, bool [B, D].
+@dataclass(frozen=True)
+class Prediction:
+    """What the sampler makes of masked tokens, each [M]: the token, its probability before top-k and top-p (SDAR's confidence),
+    and the entropy of that distribution in nats."""
 
-    Args:
-        confidence: [B, D]; masked: True where a token is still open; quota: [B], clamped to the masks that are left.
-        threshold: None takes the `quota` most confident (low_confidence_static); a number takes all that are more confident
-            than it, if these are at least `quota` (low_confidence_dynamic).
+    ids: torch.Tensor
+    confidence: torch.Tensor
+    entropy: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Remasking:
+    """Which predictions are kept in a denoising step, and which are masked again.
+
+    strategy: "low_confidence_static" (the quota's most confident), "low_confidence_dynamic" (all above `threshold`, at least the
+    quota's), "sequential" (from the left) or "entropy" (the least uncertain whose entropies add up to no more than
+    `entropy_budget`, at least the quota's; the rule of EB-Sampler, arXiv 2505.24857, with the quota as its floor).
     """
-    score = confidence.masked_fill(~masked, -1.0)
-    rank = torch.argsort(torch.argsort(score, dim=1, descending=True, stable=True), dim=1, stable=True)
-    chosen = (rank < quota[:, None]) & masked
-    if threshold is not None:
-        sure = (score > threshold) & masked
-        chosen = torch.where((sure.sum(1) >= quota)[:, None], sure, chosen)
+
+    steps: int
+    strategy: str = "low_confidence_static"
+    threshold: float | None = None
+    entropy_budget: float | None = None
+
+    def quota(self, count_B: torch.Tensor, step: int) -> torch.Tensor:
+        """Tokens that must settle in a step of a block with so many masks; the remainder goes to the first steps, as in SDAR."""
+        return count_B // self.steps + (step < count_B % self.steps).long()
+
+
+def settled(
+    remasking: Remasking, quota_B: torch.Tensor, masked_BD: torch.Tensor, confidence_BD: torch.Tensor, entropy_BD: torch.Tensor
+) -> torch.Tensor:
+    """Which masked tokens settle in this step, bool [B, D]; never more than are masked, and never none where one must."""
+    if remasking.strategy == "sequential":
+        score = -torch.arange(masked_BD.shape[1], device=masked_BD.device).expand_as(masked_BD).float()
+    elif remasking.strategy == "entropy":
+        score = -entropy_BD
+    else:
+        score = confidence_BD
+    score = score.masked_fill(~masked_BD, float("-inf"))
+    order = torch.argsort(score, dim=1, descending=True, stable=True)
+    rank = torch.argsort(order, dim=1, stable=True)
+    chosen = (rank < quota_B[:, None]) & masked_BD
+    if remasking.strategy == "low_confidence_dynamic":
+        chosen = chosen | ((confidence_BD > remasking.threshold) & masked_BD)
+    elif remasking.strategy == "entropy":
+        spent = entropy_BD.masked_fill(~masked_BD, float("inf")).gather(1, order).cumsum(1).gather(1, rank)
+        chosen = chosen | ((spent <= remasking.entropy_budget) & masked_BD)
     return chosen
 
 
 def picker(sampling: Sampling, seed: int, device: torch.device, config: Any) -> Any:
-    """logits [B, D, V] -> token ids [B, D] and their probability before top-k and top-p (SDAR's confidence)."""
+    """logits [M, V] -> Prediction."""
     generator = torch.Generator(device=device).manual_seed(seed)
     # The warpers look at the scores alone.
     no_ids: Any = None
@@ -82,29 +118,50 @@ def picker(sampling: Sampling, seed: int, device: torch.device, config: Any) -> 
         warpers.append(TopPLogitsWarper(sampling.top_p))
     heat = TemperatureLogitsWarper(sampling.temperature) if sampling.temperature else None
 
-    def pick(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        shape = logits.shape[:2]
-        flat = logits.flatten(0, 1).masked_fill(never_predicted(config, logits.shape[-1], logits.device), float("-inf"))
+    def pick(logits: torch.Tensor) -> Prediction:
+        logits = logits.masked_fill(never_predicted(config, logits.shape[-1], logits.device), float("-inf"))
+        if heat is not None:
+            logits = heat(no_ids, logits)
+        distribution = logits.softmax(-1)
+        entropy = torch.special.entr(distribution).sum(-1)
         if heat is None:
-            probability, ids = flat.softmax(-1).max(-1)
-            return ids.view(shape), probability.view(shape)
-        flat = heat(no_ids, flat)
-        kept = warpers(no_ids, flat).softmax(-1)
-        ids = torch.multinomial(kept, 1, generator=generator)
-        return ids.view(shape), flat.softmax(-1).gather(1, ids).view(shape)
+            confidence, ids = distribution.max(-1)
+        else:
+            kept = warpers(no_ids, logits).softmax(-1) if len(warpers) else distribution
+            ids = torch.multinomial(kept, 1, generator=generator)[:, 0] if len(kept) else kept.new_empty(0, dtype=torch.long)
+            confidence = distribution.gather(1, ids[:, None])[:, 0]
+        return Prediction(ids, confidence, entropy)
 
     return pick
 
 
-def check_settings(steps: int, block_size: int, remasking: str, threshold: float | None, temperature: float) -> None:
-    """Raises ValueError if the settings of `generate` do not fit together or do not fit the block size."""
+DEFAULT_THRESHOLD = 0.9
+DEFAULT_BUDGET = 0.35  # nats, as SDAR's entropy_bounded
+
+
+def remasking_of(
+    strategy: str, steps: int | None, block_size: int, threshold: float | None, entropy_budget: float | None
+) -> Remasking:
+    """The remasking settings of `generate`, with defaults.
+
+    Raises:
+        ValueError: if they do not fit together, or not the block size.
+    """
+    steps = block_size if steps is None else steps
     if not 1 <= steps <= block_size:
         raise ValueError(f"denoising_steps is {steps}, expected 1 to the block size, {block_size}")
-    if remasking not in STRATEGIES:
-        raise ValueError(f"remasking is {remasking!r}, expected one of {', '.join(STRATEGIES)}")
-    if threshold is not None and remasking != "low_confidence_dynamic":
-        raise ValueError("threshold has no effect with low_confidence_static: use remasking='low_confidence_dynamic'")
+    if strategy not in STRATEGIES:
+        raise ValueError(f"remasking is {strategy!r}, expected one of {', '.join(STRATEGIES)}")
+    if threshold is not None and strategy != "low_confidence_dynamic":
+        raise ValueError(f"threshold has no effect with {strategy}: use remasking='low_confidence_dynamic'")
+    if entropy_budget is not None and strategy != "entropy":
+        raise ValueError(f"entropy_budget has no effect with {strategy}: use remasking='entropy'")
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"threshold is {threshold}, expected 0 to 1")
-    if temperature < 0:
-        raise ValueError(f"temperature is {temperature}, expected 0 or more")
+    if entropy_budget is not None and entropy_budget < 0:
+        raise ValueError(f"entropy_budget is {entropy_budget}, expected 0 or more")
+    if strategy == "low_confidence_dynamic" and threshold is None:
+        threshold = DEFAULT_THRESHOLD
+    if strategy == "entropy" and entropy_budget is None:
+        entropy_budget = DEFAULT_BUDGET
+    return Remasking(steps, strategy, threshold, entropy_budget)
