@@ -282,6 +282,25 @@ def test_a_diffvl_directory_with_a_file_cut_short(name: str, run: tiny_runs.Run,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["mask_token_id", "image_token_id"])
+def test_token_ids_that_a_hand_has_changed(name: str, run: tiny_runs.Run, tmp_path: Path):
+    """Behind the table, before it, and on an ordinary token, which would be taken for a mask without a word."""
+    directory = copy(run.align, tmp_path / "align")
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    data, right, rows = write_data(tmp_path, record()), config[name], config["text_config"]["vocab_size"]
+    token = {"mask_token_id": "<|MASK|>", "image_token_id": "<image>"}[name]
+    for wrong in (rows, 10**6, -1, 65, None):
+        (directory / "config.json").write_text(json.dumps({**config, name: wrong}), encoding="utf-8")
+        says = [
+            f"{directory}/config.json: {name} is {wrong}, expected {right}, which the tokenizer gives {token}; the embedding has "
+        ]
+        says += [f"{rows} rows. Set it back, or copy the checkpoint again"]
+        refused("generate", directory, "--prompt", "Hi", says=says)
+        refused("evaluate", directory, "--data", data, says=says)
+        refused("convert", "--from", directory, "--stage", "diffuse", "--out", tmp_path / "out", says=says)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_whose_own_records_are_damaged(run: tiny_runs.Run, tmp_path: Path):
     directory = copy(run.align, tmp_path / "align")
     words = ("convert", "--from", directory, "--stage", "diffuse", "--out", tmp_path / "out")

@@ -9,6 +9,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import tiny_runs
+import torch
 import yaml
 from tiny_runs import Workshop, copy, cut, refused, the_message, tree, workshop
 from transformers import AutoConfig, AutoModelForCausalLM, ResNetConfig, ResNetModel, SwinConfig, SwinModel
@@ -247,6 +248,95 @@ def test_several_problems_are_told_at_once(convert: Workshop):
     says = ["4 wrong settings", "stages.align.stepz: unknown key", "stages.align.optim.beta1: ", "seed: "]
     says += ["stages.diffuse.objective.block_size: "]
     convert.refuses(*(word for setting in settings for word in ("--set", setting)), says=says)
+
+
+# --- the objective ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        # t outside its range
+        ({"noise": "{schedule: uniform, t_min: 0}"}, "noise.t_min: Input should be greater than 0 (got 0)"),
+        ({"noise": "{schedule: uniform, t_max: 1.5}"}, "noise.t_max: Input should be less than or equal to 1 (got 1.5)"),
+        ({"noise": "{schedule: ramp, t_min: -0.1}"}, "noise.t_min: Input should be greater than 0 (got -0.1)"),
+        ({"noise": "{schedule: clamp, t_min: 0.8, t_max: 0.2}"}, "noise: t_min (0.8) must not be above t_max (0.2)"),
+        ({"noise": "{schedule: beta, t_min: 1.0}"}, "noise.t_min: Input should be less than 1 (got 1.0)"),
+        # the Beta law
+        ({"noise": "{schedule: beta, mean_start: 0}"}, "noise.mean_start: Input should be greater than 0 (got 0)"),
+        ({"noise": "{schedule: beta, mean_end: 1.0}"}, "noise.mean_end: Input should be less than 1 (got 1.0)"),
+        ({"noise": "{schedule: beta, mean_end: 1.2}"}, "noise.mean_end: Input should be less than 1 (got 1.2)"),
+        ({"noise": "{schedule: beta, concentration_end: 0}"}, "noise.concentration_end: Input should be greater than 0 (got 0)"),
+        # block sizes
+        ({"block_size": "0"}, "block_size: Input should be greater than or equal to 1 (got 0)"),
+        ({"block_curriculum": "{0.0: 0, 0.5: 4}"}, "block_curriculum.0.0: Input should be greater than or equal to 1 (got 0)"),
+        ({"block_curriculum": "{0.0: 2, 1.0: 4}"}, "block_curriculum.1.0: Input should be less than 1 (got 1.0)"),
+        ({"block_curriculum": "{0.1: 2, 0.5: 4}"}, "block_curriculum must begin at share 0.0 (it begins at 0.1)"),
+        ({"block_curriculum": "{0.0: 4, 0.5: 8}"}, "ends with 8, but block_size, with which the checkpoint decodes, is 4"),
+        # what would have no effect
+        ({"block_curriculum": "{0.0: 2, 0.3: 4, 0.6: 4}"}, "has an entry without effect: neighbouring block sizes must differ"),
+        ({"block_curriculum": "{0.0: 4}"}, "block_curriculum has an entry without effect: neighbouring block sizes must differ"),
+        ({"noise": "{schedule: uniform, mean_start: 0.3}"}, "noise.mean_start: unknown key"),
+        ({"noise": "{schedule: beta, t_max: 0.9}"}, "noise.t_max: unknown key"),
+        ({"noise": "{schedule: full, t_min: 0.1}"}, "noise.t_min: unknown key"),
+        ({"noise": "{schedule: ramp, draws: stratified}"}, "noise.draws: unknown key"),
+        (
+            {"noise": "{schedule: beta, mean_end: 0.5, concentration_end: 4, until: 0.5}"},
+            "noise: curve and until have no effect when mean and concentration end where they start",
+        ),
+        (
+            {"noise": "{schedule: full}", "position_bias": "1"},
+            "position_bias has no effect with noise.schedule: full, which masks every token",
+        ),
+        (
+            {"block_size": "1", "position_bias": "1"},
+            "position_bias has no effect with block_size: 1, where a block has one token",
+        ),
+        ({"noise": "{schedule: full}", "complementary": "true"}, "complementary has no effect with the schedule full: its"),
+    ],
+)
+def test_objectives(changes: dict[str, str], says: str, convert: Workshop):
+    """Each is one problem, and is told before anything is looked at."""
+    settings = (word for key, value in changes.items() for word in ("--set", f"stages.diffuse.objective.{key}={value}"))
+    convert.refuses(*settings, says=[f"recipe {convert.recipe}: 1 wrong setting\n", "  stages.diffuse.objective", says])
+
+
+@pytest.mark.parametrize("changes", ["block_size=513", "block_curriculum={0.0: 513, 0.5: 4}"])
+def test_a_block_longer_than_the_context(changes: str, convert: Workshop):
+    name = changes.partition("=")[0]
+    says = [f"diffuse: objective.{name} has blocks of 513 tokens, but this trunk's context has 512 positions: set it lower"]
+    convert.refuses("--set", f"stages.diffuse.objective.{changes}", says=says)
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("row_length=399", "stages.diffuse.data: row_length (399) must be at least max_length (400)"),
+        ("row_length=7", "stages.diffuse.data.row_length: Input should be greater than or equal to 8 (got 7)"),
+    ],
+)
+def test_rows_too_short_for_a_sample(setting: str, says: str, convert: Workshop):
+    convert.refuses("--set", f"stages.diffuse.data.{setting}", says=["1 wrong setting\n", says])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU takes flex_attention")
+@pytest.mark.parametrize("name", ["align", "diffuse"])
+def test_attention_that_needs_a_gpu(name: str, convert: Workshop):
+    """Found before anything is prepared, also where the stage comes last."""
+    says = f"{name}: attention: flex_attention needs a GPU to train (its CPU form has no backward); here: cpu"
+    convert.refuses("--set", f"stages.{name}.attention=flex_attention", says=[says])
+
+
+def test_attention_that_the_architecture_cannot_take(convert: Workshop, tmp_path: Path):
+    tokenizer = standins.make_tokenizer()
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "attention_types": [[["global"], 2]]}
+    config_alone(tmp_path / "neo", "gpt_neo", **sizes, vocab_size=len(tokenizer), max_position_embeddings=512)
+    tokenizer.save_pretrained(tmp_path / "neo")
+    says = ["diffuse: attention: gpt_neo cannot take tiled: its attention is not pluggable"]
+    convert.refuses("--set", "stages.diffuse.attention=tiled", model=tmp_path / "neo", says=says)
+    words = ("convert", tmp_path / "neo", "--recipe", convert.recipe, "--out", convert.out, "--dry-run")
+    tiny_runs.succeed(*words)
+    tiny_runs.succeed(*words, "--set", "stages.diffuse.attention=eager")
 
 
 # --- the words of the command ----------------------------------------------------------------------------------------------

@@ -25,12 +25,6 @@ SEED = 4
 # --- the exact table -------------------------------------------------------------------------------------------------------
 
 
-def answer() -> torch.Tensor:
-    """The tokens that `enumerate_masks` draws, [B, D]."""
-    flips = torch.rand(B * D, generator=torch.Generator().manual_seed(SEED)) > exact.REPEATS
-    return (1.0 - 2.0 * (flips.long().cumsum(0) % 2)).double().view(B, D)
-
-
 def by_autograd(token_D: torch.Tensor, masked_D: torch.Tensor, coupling: float) -> torch.Tensor:
     """Gradient [P] and, last, the loss, from the model as it is described: log-odds = bias + sum over the visible tokens of the
     block of a weight for the distance, times the token."""
@@ -57,21 +51,24 @@ def table() -> torch.Tensor:
     """[B, S, P + 1] by autograd, in the fitted state."""
     masks = [torch.tensor([bool(code >> i & 1) for i in range(D)]) for code in range(2**D)]
     return torch.stack(
-        [torch.stack([by_autograd(token, mask, exact.COUPLING["fitted"]) for mask in masks]) for token in answer()]
+        [
+            torch.stack([by_autograd(token, mask, exact.COUPLING["fitted"]) for mask in masks])
+            for token in exact.random_answers(1, B * D, SEED).view(B, D)
+        ]
     )
 
 
 def test_enumerated_sums_are_those_of_autograd(table: torch.Tensor):
-    gradient, loss = exact.enumerate_masks("fitted", D, B * D, SEED)
+    gradient, loss = exact.enumerate_masks("fitted", D, 1, B * D, SEED)
     count = torch.tensor([bin(code).count("1") for code in range(2**D)])
     opposite = table.flip(1)
     for m in range(D + 1):
         here = count == m
-        torch.testing.assert_close(gradient.total[:, m], table[:, here, :-1].sum(1))
-        torch.testing.assert_close(gradient.square[:, m], (table[:, here, :-1] ** 2).sum((1, 2)))
-        torch.testing.assert_close(gradient.cross[:, m], (table[:, here, :-1] * opposite[:, here, :-1]).sum((1, 2)))
-        torch.testing.assert_close(loss.total[:, m, 0], table[:, here, -1].sum(1))
-    assert gradient.total[:, 2].abs().min() > 0.1
+        torch.testing.assert_close(gradient.total[0, :, m], table[:, here, :-1].sum(1))
+        torch.testing.assert_close(gradient.square[0, :, m], (table[:, here, :-1] ** 2).sum((1, 2)))
+        torch.testing.assert_close(gradient.cross[0, :, m], (table[:, here, :-1] * opposite[:, here, :-1]).sum((1, 2)))
+        torch.testing.assert_close(loss.total[0, :, m, 0], table[:, here, -1].sum(1))
+    assert gradient.total[0, :, 2].abs().min() > 0.1
 
 
 def drawn(table: torch.Tensor, draws: str, weight: str, samples: int = 6000) -> torch.Tensor:
@@ -94,6 +91,20 @@ def drawn(table: torch.Tensor, draws: str, weight: str, samples: int = 6000) -> 
     return (summed(p_R, masked_R) + summed(1 - p_R, ~masked_R)) / 2
 
 
+def test_figures_of_several_answers_are_sums():
+    """Variance over squared mean, each summed over the answers."""
+    t_T = exact.quantiles(UniformNoise(draws="stratified"), 0.0)
+    answers, _ = exact.enumerate_masks("fitted", 4, 3, 16, SEED)
+    parts = [
+        exact.Enumerated(4, *(value[i : i + 1] for value in (answers.total, answers.square, answers.cross))) for i in range(3)
+    ]
+    for draws in objective.DRAWS:
+        law = exact.estimate(t_T, 4, draws, "1/t" if draws != "complementary" else "effective")
+        signals = [float((torch.einsum("n,abnp->ap", law.mean.mean(0), part.total) ** 2).sum()) for part in parts]
+        noises = [exact.exact(part, law).noise_to_signal * signal for part, signal in zip(parts, signals, strict=True)]
+        assert exact.exact(answers, law).noise_to_signal == pytest.approx(sum(noises) / sum(signals), rel=1e-9)
+
+
 @pytest.mark.parametrize("weight", objective.WEIGHTS)
 @pytest.mark.parametrize("draws", objective.DRAWS)
 def test_exact_variance_is_that_of_drawn_estimates(draws: str, weight: str, table: torch.Tensor):
@@ -102,10 +113,10 @@ def test_exact_variance_is_that_of_drawn_estimates(draws: str, weight: str, tabl
     law = exact.estimate(t_T, D, draws, weight)
     estimates = drawn(table, draws, weight)
     for masks, values in zip(
-        exact.enumerate_masks("fitted", D, B * D, SEED), (estimates[:, :-1], estimates[:, -1:]), strict=True
+        exact.enumerate_masks("fitted", D, 1, B * D, SEED), (estimates[:, :-1], estimates[:, -1:]), strict=True
     ):
         found = exact.exact(masks, law)
-        mean = (law.mean.mean(0)[None, :, None] * masks.total).sum((0, 1))
+        mean = (law.mean.mean(0)[None, :, None] * masks.total[0]).sum((0, 1))
         batches = values.view(24, -1, values.shape[1]).var(1).sum(1)
         error = float(batches.std() / math.sqrt(24))
         assert abs(float(batches.mean()) - found.noise_to_signal * float(mean @ mean)) < 4 * error
@@ -115,7 +126,7 @@ def test_exact_variance_is_that_of_drawn_estimates(draws: str, weight: str, tabl
 def test_exact_bias_is_known_where_it_is_known():
     """1/t under uniform noise is the bound's; effective falls short by D / (D + 1); none has another direction."""
     t_T = exact.quantiles(UniformNoise(t_min=1e-6, draws="stratified"), 0.0)
-    gradient, _ = exact.enumerate_masks("fitted", 8, 64, 0)
+    gradient, _ = exact.enumerate_masks("fitted", 8, 3, 64, 0)
     found = {weight: exact.exact(gradient, exact.estimate(t_T, 8, "independent", weight)) for weight in objective.WEIGHTS}
     assert (found["1/t"].scale, found["1/t"].cosine) == pytest.approx((1.0, 1.0), abs=1e-3)
     assert (found["effective"].scale, found["effective"].cosine) == pytest.approx((8 / 9, 1.0), abs=1e-3)
@@ -134,31 +145,35 @@ def settings(**others: Any) -> BlockDiffusionObjective:
 
 
 def test_gradients_of_rows_are_those_of_one_row_at_a_time(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sampled, "ROWS", 3)
-    model, sample = sampled.random_trunk(0), sampled.Texts(12, 0).one()
-    together = sampled.sample_gradients(model, sample, settings(), 0.0, 7, 2)
+    """Two answers in batches of three rows each."""
+    monkeypatch.setattr(sampled, "ROWS", 6)
+    texts, model = sampled.Texts(12, 0), sampled.random_trunk(0)
+    answers = [texts.one(), texts.one()]
+    together = sampled.sample_gradients(model, answers, settings(), 0.0, 7, 2)
     names = [name for name, _ in model.language_model.named_parameters() if ".layers." in name and "proj" in name]
     weights = [model.language_model.get_parameter(name) for name in sorted(names)]
-    sums, squares = torch.zeros_like(together.sums), torch.zeros_like(together.squares)
-    for step, row in itertools.product(range(2), range(3)):
-        batch: dict[str, Any] = {**sampled.in_rows([sample] * 3)}
+    sums, squares, masked = torch.zeros_like(together.sums), torch.zeros_like(together.squares), 0
+    batch: dict[str, Any] = {**sampled.in_rows([answer for answer in answers for _ in range(3)])}
+    for step, row in itertools.product(range(2), range(6)):
         alone: Any = {name: value[row : row + 1] for name, value in batch.items()} | {"row": torch.tensor([0])}
-        loss = block_diffusion(model, model.config, alone, settings(), Draw(7, step, 0.0)).loss
-        gradient = torch.cat([piece.flatten() for piece in torch.autograd.grad(loss, weights)]).double()
-        sums[step] += gradient
-        squares[step] += (gradient**2).sum()
+        output = block_diffusion(model, model.config, alone, settings(), Draw(7, step, 0.0))
+        gradient = torch.cat([piece.flatten() for piece in torch.autograd.grad(output.loss, weights)]).double()
+        sums[row // 3, step] += gradient
+        squares[row // 3, step] += (gradient**2).sum()
+        masked += int(output.sums["predicted"])
     torch.testing.assert_close(together.sums, sums, rtol=1e-4, atol=1e-5 * float(sums.abs().max()))
     torch.testing.assert_close(together.squares, squares, rtol=1e-4, atol=0.0)
-    assert together.draws == 6 and 0 < together.masked < 6 * 12
+    assert (together.draws, together.masked) == (3, masked / 12)
 
 
-def test_figures_of_known_gradients(monkeypatch: pytest.MonkeyPatch):
-    """Mean (3, 4) and unit variance in each of 50 components: 50 / 25."""
-    monkeypatch.setattr(sampled, "ROWS", 40)
-    values = torch.randn(60, 40, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    values[..., 0] += 3.0
-    values[..., 1] += 4.0
-    known = sampled.Gradients(values.sum(1), (values**2).sum((1, 2)), masked=0, tokens=0)
+def test_figures_of_known_gradients():
+    """Two answers with means (3, 4, 0 ...) and (0, 5, 0 ...) and unit variance in each of 50 components: 50 / 25."""
+    values = torch.randn(2, 60, 20, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values[0, ..., 0] += 3.0
+    values[0, ..., 1] += 4.0
+    values[1, ..., 1] += 5.0
+    known = sampled.Gradients(values.sum(2), (values**2).sum((2, 3)), draws=20, masked=0.0, tokens=0.0)
+    assert known.count == 1200
     assert known.variance() == pytest.approx(50, rel=0.02)
     assert known.signal() == pytest.approx(25, abs=4 * 2 * 5 / math.sqrt(2400))
     assert known.noise_to_signal() == pytest.approx(2.0, abs=4 * known.standard_error())
@@ -167,13 +182,12 @@ def test_figures_of_known_gradients(monkeypatch: pytest.MonkeyPatch):
 
 def test_figures_against_the_bound(monkeypatch: pytest.MonkeyPatch):
     """The reference falls short of the bound by D / (D + 1), here of (4, 0); what is drawn has mean (2, 2), without scatter."""
-    monkeypatch.setattr(sampled, "ROWS", 10)
     monkeypatch.setattr(objective, "ANSWER", 16)
 
     def still(mean: list[float]) -> sampled.Gradients:
-        sums = 10 * torch.tensor([mean, mean], dtype=torch.float64)
-        squares = torch.full((2,), 10 * sum(x * x for x in mean), dtype=torch.float64)
-        return sampled.Gradients(sums, squares, masked=160, tokens=20 * 96)
+        sums = 10 * torch.tensor([[mean, mean]], dtype=torch.float64)
+        squares = torch.full((1, 2), 10 * sum(x * x for x in mean), dtype=torch.float64)
+        return sampled.Gradients(sums, squares, draws=10, masked=8.0, tokens=96.0)
 
     figures = objective._figures(still([2.0, 2.0]), still([4.0 * 8 / 9, 0.0]), block_size=8)
     expected = {"scale": 0.5, "cosine": 0.5**0.5, "masked_share": 0.5, "tokens_per_forward": 96, "noise_to_signal": 0.0}
@@ -201,13 +215,13 @@ def test_the_report_and_its_tables(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
         objective, "SCHEDULES", {"uniform": objective.SCHEDULES["uniform"], "beta end": objective.SCHEDULES["beta end"]}
     )
-    monkeypatch.setattr(sampled, "ROWS", 2)
+    monkeypatch.setattr(sampled, "ROWS", 8)
     monkeypatch.setattr(sampled, "FIT_STEPS", 2)
     threads = torch.get_num_threads()
-    report = objective.measure_objective(5, 0, QUIET)
+    report = objective.measure_objective(17, 0, QUIET)
     assert torch.get_num_threads() == threads
     assert json.loads(json.dumps(report)) == report
-    assert report["settings"]["samples"] == 4 and report["machine"]["threads"] == 1
+    assert report["settings"]["samples"] == 16
     assert len(report["exact"]) == 2 * 2 * 2 * 4 and len(report["sampled"]) == 4 + 4 + 2 * 4
     sized = {row["block_size"] for row in report["exact"]}
     assert sized == {4, 8}

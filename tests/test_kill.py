@@ -1,19 +1,24 @@
-"""Kill -9 at any moment, then `--resume`: the result is that of the uninterrupted run, to the bit, and nothing is left over."""
+"""Kill -9 at any moment, or a loss that is not finite, then `--resume`: the result is that of the uninterrupted run, to the bit,
+and nothing is left over."""
 
 import json
+import math
 import os
 import random
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import killed_process
 import pytest
+import torch
 from helpers import metrics
 from killed_process import Killer, Moment, Story
-from tiny_runs import stage, succeed, write_recipe
+from tiny_runs import refused, stage, succeed, tree, write_recipe
+
+from diffvl import trainer
 
 # Six steps, a checkpoint every two. A log line in between, so that an average would reach over a checkpoint; a curriculum, and
 # adapters with dropout, whose random state must come back too.
@@ -86,8 +91,7 @@ def runs(
         succeed(*words(recipe, recipe))
     names = {(recipe, moment): f"{recipe}-{moment}" for recipe, moment in CASES}
     signals = {
-        name: killer.run(words(recipe, name), folder / name, {"place": moment}).signal
-        for (recipe, moment), name in names.items()
+        name: killer.run(words(recipe, name), folder / name, {"place": moment}).signal for (recipe, moment), name in names.items()
     }
     return Runs(folder, signals, words)
 
@@ -115,6 +119,56 @@ def test_what_the_uninterrupted_run_logs(recipe: str, steps: list[int], runs: Ru
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(set(losses)) == len(losses)
     assert not [name for name in listing(runs.folder / recipe) if "partial" in name or "checkpoint" in name or "saving" in name]
+
+
+# --- what is not finite ----------------------------------------------------------------------------------------------------
+
+
+def spoil(step: int, how: Callable[[torch.Tensor], torch.Tensor], patch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Changes the loss after so many steps; returns the samples of all steps, as they come."""
+    seen, loss_of = [], trainer.loss_of
+
+    def spoiled(*arguments: Any) -> Any:
+        batch, draw = arguments[2], arguments[-1]
+        seen.append(batch["sample"].tolist())
+        output = loss_of(*arguments)
+        return replace(output, loss=how(output.loss)) if draw.step == step else output
+
+    patch.setattr(trainer, "loss_of", spoiled)
+    return seen
+
+
+NOT_FINITE: dict[str, tuple[int, Callable[[torch.Tensor], torch.Tensor], str]] = {
+    "nan loss": (4, lambda loss: loss * math.nan, "step 5: the loss is nan on samples "),
+    "infinite loss": (4, lambda loss: loss / 0, "step 5: the loss is inf on samples "),
+    # A good loss with a bad gradient, in the step behind which a checkpoint is due: it must not get the weights that come of it.
+    "nan gradient": (3, lambda loss: loss + (0 * loss).sqrt(), "step 4: the norm of the gradient is nan on samples "),
+}
+
+
+@pytest.mark.parametrize("fault", NOT_FINITE)
+def test_what_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(
+    fault: str, runs: Runs, monkeypatch: pytest.MonkeyPatch
+):
+    step, how, says = NOT_FINITE[fault]
+    words, out = runs.words("plain", fault), runs.folder / fault
+    with monkeypatch.context() as patch:
+        seen = spoil(step, how, patch)
+        message = refused(*words, says=[])
+    # The records of that step, by index and by line: record i stands in line i + 2.
+    samples = seen[step]
+    lines = ", ".join(f"train.json:{index + 2}" for index in samples)
+    assert len(seen) == step + 1 and len(samples) == 2
+    assert message.startswith(f"{says}{samples} ({lines}); the last good checkpoint is kept, and --resume goes on from it. If it")
+    work = out / "diffuse.partial"
+    assert sorted(path.name for path in out.iterdir()) == ["diffuse.partial"]
+    assert {path.name for path in (work / "checkpoints").iterdir()} == {f"checkpoint-{done}" for done in (2, 4) if done <= step}
+    before = tree(out)
+    lower = ("--set", "stages.diffuse.trainable.trunk=0.0001")
+    refused(*words, "--resume", *lower, says=["other settings", "trainable.trunk: began with 0.001, asked for 0.0001"])
+    assert tree(out) == before
+    assert f"going on after step {step // 2 * 2}" in succeed(*words, "--resume").out
+    require_same_run(out / "diffuse", runs.folder / "plain" / "diffuse")
 
 
 # --- random moments --------------------------------------------------------------------------------------------------------
@@ -164,7 +218,8 @@ class Course:
         resume = ["--resume"] if self.out.exists() else []
         story = self.killer.run([*self.words, "--out", str(self.out), *resume], self.out, moment)
         ended = "killed" if story.signal else "finished"
-        self.told.append(f"{moment}: steps {story.steps}, saved {story.saved}, {ended} {'saving, ' * story.saving}at {story.last}")
+        last = story.last.replace(f"{self.out}/", "")
+        self.told.append(f"{moment}: steps {story.steps}, saved {story.saved}, {ended} {'saving, ' * story.saving}at {last}")
         assert (story.signal, story.code) in ((signal.SIGKILL, 0), (0, 0)), self.killer.said()
         # It began where the newest checkpoint stands, and left no step out.
         assert story.steps == list(range(before, before + len(story.steps)))

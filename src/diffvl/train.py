@@ -133,7 +133,9 @@ def longest_trainable(text_config: Any, objective: Objective) -> int | None:
         return context
     largest = objective.largest_block
     if context is not None and largest > context:
-        raise ConfigError(f"objective.block_size is {largest}, but this trunk's context has {context} positions: set it lower")
+        name = "block_size" if largest == objective.block_size else "block_curriculum"
+        told = f"objective.{name} has blocks of {largest} tokens, but this trunk's context has {context} positions: set it lower"
+        raise ConfigError(told)
     return longest_sample(context, largest, objective.grid)
 
 

@@ -1,16 +1,17 @@
 """Exact variance and bias of loss and gradient on a model so small that every mask can be enumerated.
 
-The model fills in an answer of tokens -1 and 1: the log-odds of a masked token are a bias plus, for every visible token of its
+The model fills in answers of tokens -1 and 1: the log-odds of a masked token are a bias plus, for every visible token of its
 block, that token times a weight which depends on their distance. So all blocks share their parameters, and a token is the
 surer the more of its block is visible, as in a trunk. Cross-entropy and gradient of a block are taken for each of its 2^D
 masks; every law of t then gives expectation and variance as sums over masks and over quantiles of t, without sampling.
 
-Shapes: D block size, B blocks, S = 2^D masks, P components (parameters, or 1 for the loss), N = D + 1 numbers of masked tokens,
-T quantiles of t.
+Each answer is a sample of its own; their variances and squared means are summed over the answers.
+
+Shapes: A answers, B blocks of an answer, D block size, S = 2^D masks, P components (parameters, or 1 for the loss), N = D + 1
+numbers of masked tokens, T quantiles of t, K strata.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,8 @@ DECAY = 0.6  # what remains of it one token further
 class Enumerated:
     """Sums over the masks of each block with m masked tokens, m = 0 to D, of G: the block's cross-entropy or its gradient.
 
-    total [B, N, P]: of G. square [B, N]: of |G|^2. cross [B, N]: of the inner product of G with that of the opposite mask.
+    total [A, B, N, P]: of G. square [A, B, N]: of |G|^2. cross [A, B, N]: of the inner product of G with that of the opposite
+    mask.
     """
 
     block_size: int
@@ -37,16 +39,12 @@ class Enumerated:
     square: torch.Tensor
     cross: torch.Tensor
 
-    @property
-    def blocks(self) -> int:
-        return len(self.total)
-
     def bound(self) -> torch.Tensor:
-        """Of the bound on the log-likelihood (the integral over t of 1/t times the masked cross-entropy), [P]: the mean over
-        m = 1 to D of D / m times the mean G with m masked tokens."""
+        """Of the bound on each answer's log-likelihood (the integral over t of 1/t times the masked cross-entropy), [A, P]: the
+        mean over m = 1 to D of D / m times the mean G with m masked tokens."""
         size = self.block_size
-        share = torch.tensor([0.0] + [1 / (m * math.comb(size, m)) for m in range(1, size + 1)], dtype=torch.float64)
-        return (share[:, None] * self.total.sum(0)).sum(0)
+        share_N = torch.tensor([0.0] + [1 / (m * math.comb(size, m)) for m in range(1, size + 1)], dtype=torch.float64)
+        return torch.einsum("n,abnp->ap", share_N, self.total)
 
 
 @dataclass(frozen=True)
@@ -76,40 +74,50 @@ class Exact:
     cosine: float
 
 
-def enumerate_masks(state: str, block_size: int, answer_tokens: int, seed: int) -> tuple[Enumerated, Enumerated]:
-    """All masks of all blocks of a random answer: of the gradient, and of the loss; `state` names one of COUPLING."""
-    generator = torch.Generator().manual_seed(seed)
-    flips = torch.rand(answer_tokens, generator=generator) > REPEATS
-    token_BD = (1.0 - 2.0 * (flips.long().cumsum(0) % 2)).double().view(-1, block_size)
+def enumerate_masks(state: str, block_size: int, answers: int, answer_tokens: int, seed: int) -> tuple[Enumerated, Enumerated]:
+    """All masks of all blocks of random answers: of the gradient, and of the loss; `state` names one of COUPLING."""
+    token_ABD = random_answers(answers, answer_tokens, seed).view(answers, -1, block_size)
     masked_SD = ((torch.arange(2**block_size)[:, None] >> torch.arange(block_size)) & 1).double()
-    both = [_gradient_and_loss(token_D, masked_SD, COUPLING[state]) for token_D in token_BD]
-    gradient, loss = (_summed(block_size, masked_SD.sum(1).long(), values) for values in zip(*both, strict=True))
+    count_S = masked_SD.sum(1).long()
+    known: dict[tuple[float, ...], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    sums = []
+    for token_D in token_ABD.flatten(0, 1):
+        name = tuple(token_D.tolist())
+        if name not in known:
+            gradient, loss = _gradient_and_loss(token_D, masked_SD, COUPLING[state])
+            known[name] = (_summed(gradient, count_S), _summed(loss, count_S))
+        sums.append(known[name])
+    gradient, loss = (
+        Enumerated(block_size, *(torch.stack(column).unflatten(0, token_ABD.shape[:2]) for column in zip(*part, strict=True)))
+        for part in zip(*sums, strict=True)
+    )
     return gradient, loss
 
 
-def _summed(block_size: int, count_S: torch.Tensor, values: Sequence[torch.Tensor]) -> Enumerated:
-    """From G of every block, each [S, P]."""
-    totals, products = [], []
-    for value_SP in values:
-        total = torch.zeros(block_size + 1, value_SP.shape[1], dtype=torch.float64)
-        totals.append(total.index_add_(0, count_S, value_SP))
-        # Flipping the order of the masks turns each into its opposite.
-        product = torch.stack([(value_SP**2).sum(1), (value_SP * value_SP.flip(0)).sum(1)], 1)
-        products.append(torch.zeros(block_size + 1, 2, dtype=torch.float64).index_add_(0, count_S, product))
-    square, cross = torch.stack(products).unbind(-1)
-    return Enumerated(block_size, torch.stack(totals), square, cross)
+def random_answers(answers: int, answer_tokens: int, seed: int) -> torch.Tensor:
+    """Of -1 and 1, [A, tokens]."""
+    generator = torch.Generator().manual_seed(seed)
+    flips = torch.rand(answers, answer_tokens, generator=generator) > REPEATS
+    return 1.0 - 2.0 * (flips.long().cumsum(1) % 2).double()
+
+
+def _summed(value_SP: torch.Tensor, count_S: torch.Tensor) -> list[torch.Tensor]:
+    """Of one block: total [N, P], square [N], cross [N]."""
+    # Flipping the order of the masks turns each into its opposite.
+    columns = [value_SP, (value_SP**2).sum(1), (value_SP * value_SP.flip(0)).sum(1)]
+    rows = int(count_S.max()) + 1
+    return [torch.zeros(rows, *column.shape[1:], dtype=torch.float64).index_add_(0, count_S, column) for column in columns]
 
 
 def _gradient_and_loss(token_D: torch.Tensor, masked_SD: torch.Tensor, coupling: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the summed cross-entropy of the masked tokens at each mask: gradient [S, P], for the bias, then for the weights of the
     tokens d places after and d places before, d = 1 to D - 1; and the cross-entropy itself, [S, 1]."""
     size = len(token_D)
+    place = torch.arange(size)
+    distance_DD = (place[:, None] - place).abs()
+    weight_DD = torch.where(distance_DD > 0, coupling * DECAY ** (distance_DD - 1.0), 0.0).double()
     visible_SD = (1 - masked_SD) * token_D
-    log_odds = torch.zeros_like(masked_SD)
-    for distance in range(1, size):
-        weight = coupling * DECAY ** (distance - 1)
-        log_odds[:, :-distance] += weight * visible_SD[:, distance:]
-        log_odds[:, distance:] += weight * visible_SD[:, :-distance]
+    log_odds = visible_SD @ weight_DD
     residual_SD = (torch.sigmoid(log_odds) - (token_D + 1) / 2) * masked_SD
     columns = [residual_SD.sum(1)]
     for distance in range(1, size):
@@ -147,16 +155,16 @@ def estimate(t_T: torch.Tensor, block_size: int, draws: str, weight: str) -> Est
 
 
 def exact(masks: Enumerated, law: Estimate) -> Exact:
-    """Of the sum over a sample's blocks."""
-    mean_BP = (law.mean.mean(0)[None, :, None] * masks.total).sum(1)
+    """Of the sum over an answer's blocks."""
+    mean_ABP = torch.einsum("n,abnp->abp", law.mean.mean(0), masks.total)
     second = float((law.square * masks.square + law.cross * masks.cross).sum())
-    variance = second - float((mean_BP**2).sum()) + _between_blocks(masks, law)
-    mean_P, bound_P = mean_BP.sum(0), masks.bound()
-    along = float(mean_P @ bound_P)
+    variance = second - float((mean_ABP**2).sum()) + _between_blocks(masks, law)
+    mean_AP, bound_AP = mean_ABP.sum(1), masks.bound()
+    along = float((mean_AP * bound_AP).sum())
     return Exact(
-        noise_to_signal=max(variance, 0.0) / float(mean_P @ mean_P),
-        scale=along / float(bound_P @ bound_P),
-        cosine=along / float(mean_P.norm() * bound_P.norm()),
+        noise_to_signal=max(variance, 0.0) / float((mean_AP**2).sum()),
+        scale=along / float((bound_AP**2).sum()),
+        cosine=along / float(mean_AP.norm() * bound_AP.norm()),
     )
 
 
@@ -170,24 +178,25 @@ def _weights(kind: str, p_T: torch.Tensor, m: torch.Tensor, size: int) -> torch.
 
 
 def _between_blocks(masks: Enumerated, law: Estimate) -> float:
-    """Sum over pairs of different blocks of the covariance of their shares, which comes from sharing t alone.
+    """Sum over pairs of different blocks of the covariance of what they add, which comes from sharing t alone.
 
     synchronous: the means at the same t. stratified: the means over two different strata, any two alike.
     """
     if law.draws in ("independent", "complementary"):
         return 0.0
-    mean_TN, blocks = law.mean, masks.blocks
-    unrelated = _pairs((mean_TN.mean(0)[None, :, None] * masks.total).sum(1, keepdim=True))
+    mean_TN, blocks = law.mean, masks.total.shape[1]
+    unrelated = _pairs(torch.einsum("n,abnp->abp", mean_TN.mean(0), masks.total)[:, :, None])
     if law.draws == "synchronous":
         moment_NN = mean_TN.T @ mean_TN / len(mean_TN)
-        together = (masks.total.sum(0) @ masks.total.sum(0).T) - (masks.total @ masks.total.transpose(1, 2)).sum(0)
+        sum_ANP = masks.total.sum(1)
+        together = torch.einsum("anp,amp->nm", sum_ANP, sum_ANP) - torch.einsum("abnp,abmp->nm", masks.total, masks.total)
         return float((moment_NN * together).sum()) - unrelated
     strata_KN = mean_TN.view(blocks, -1, mean_TN.shape[1]).mean(1)
-    strata_BKP = torch.einsum("kn,bnp->bkp", strata_KN, masks.total)
-    any_two = _pairs(strata_BKP.sum(1, keepdim=True)) - _pairs(strata_BKP)
+    strata_ABKP = torch.einsum("kn,abnp->abkp", strata_KN, masks.total)
+    any_two = _pairs(strata_ABKP.sum(2, keepdim=True)) - _pairs(strata_ABKP)
     return any_two / (blocks * (blocks - 1)) - unrelated
 
 
-def _pairs(x_BKP: torch.Tensor) -> float:
-    """Sum of inner products over pairs of different b, at equal k."""
-    return float((x_BKP.sum(0) ** 2).sum() - (x_BKP**2).sum())
+def _pairs(x_ABKP: torch.Tensor) -> float:
+    """Sum of inner products over pairs of different blocks of an answer, at equal k."""
+    return float((x_ABKP.sum(1) ** 2).sum() - (x_ABKP**2).sum())

@@ -1,7 +1,7 @@
 """`diffvl bench objective`: how noisy and how biased the gradient is under each way to draw noise and weigh tokens.
 
 Two models: `exact` enumerates every mask of a model of a few parameters, so its figures have no sampling error; `sampled` draws
-gradients of a small trunk through the objective that is trained. In both one answer is fixed and only the noise is drawn, so
+gradients of a small trunk through the objective that is trained. In both the answers are fixed and only the noise is drawn, so
 the variance is that of the corruption alone. docs/objective.md says what the table means.
 """
 
@@ -21,6 +21,8 @@ from diffvl.progress import spinner_or_line, track
 
 ANSWER = 64  # tokens; a multiple of every block size
 BLOCK_SIZES = (4, 8, 16)
+EXACT_ANSWERS = {4: 64, 8: 64, 16: 16}  # by block size: a block of 16 has 65,536 masks
+SAMPLED_ANSWERS = 4
 WEIGHTS = ("1/t", "effective", "none")
 DRAWS = ("synchronous", "independent", "stratified", "complementary")
 SCHEDULES: dict[str, tuple[dict[str, Any], float]] = {  # settings, and the progress at which they are looked at
@@ -56,6 +58,8 @@ def measure_objective(samples: int, seed: int, console: Console) -> dict[str, An
             "samples": batches * sampled.ROWS,
             "seed": seed,
             "answer_tokens": ANSWER,
+            "exact_answers": {str(size): count for size, count in EXACT_ANSWERS.items()},
+            "sampled_answers": SAMPLED_ANSWERS,
             "schedules": {name: {**settings, "progress": progress} for name, (settings, progress) in SCHEDULES.items()},
             "complementary_uniform": COMPLEMENTARY_BOUND,
         },
@@ -76,7 +80,7 @@ def exact_rows(seed: int) -> list[dict[str, Any]]:
     """Every model, block size, schedule, weight and way to draw."""
     rows = []
     for model, block_size in itertools.product(exact.COUPLING, BLOCK_SIZES):
-        gradient, loss = exact.enumerate_masks(model, block_size, ANSWER, seed)
+        gradient, loss = exact.enumerate_masks(model, block_size, EXACT_ANSWERS[block_size], ANSWER, seed)
         for schedule, draws, weight in itertools.product(SCHEDULES, DRAWS, WEIGHTS):
             law = exact.estimate(_quantiles(schedule, draws), block_size, draws, weight)
             row = {"model": model, "block_size": block_size, "schedule": schedule, "weight": weight, "draws": draws}
@@ -106,7 +110,7 @@ def cells() -> list[tuple[str, int, str, str, str]]:
 def sampled_rows(batches: int, seed: int) -> Iterator[dict[str, Any]]:
     """One row for each of `cells`."""
     texts = sampled.Texts(ANSWER, seed)
-    sample = texts.one()
+    answers = [texts.one() for _ in range(SAMPLED_ANSWERS)]
     model, state = sampled.random_trunk(seed), "random"
     references: dict[int, sampled.Gradients] = {}
     for trunk, block_size, schedule, draws, weight in cells():
@@ -115,9 +119,9 @@ def sampled_rows(batches: int, seed: int) -> Iterator[dict[str, Any]]:
             state, references = trunk, {}
         if block_size not in references:
             steady = _objective(block_size, "uniform", "complementary", "effective")
-            references[block_size] = sampled.sample_gradients(model, sample, steady, 0.0, seed + 1, REFERENCE * batches)
+            references[block_size] = sampled.sample_gradients(model, answers, steady, 0.0, seed + 1, REFERENCE * batches)
         objective, progress = _objective(block_size, schedule, draws, weight), SCHEDULES[schedule][1]
-        drawn = sampled.sample_gradients(model, sample, objective, progress, seed, batches)
+        drawn = sampled.sample_gradients(model, answers, objective, progress, seed, batches)
         row = {"model": trunk, "block_size": block_size, "schedule": schedule, "weight": weight, "draws": draws}
         yield row | _figures(drawn, references[block_size], block_size)
 
@@ -140,14 +144,14 @@ def _figures(drawn: sampled.Gradients, reference: sampled.Gradients, block_size:
     times (D + 1) / D, which is what that mean falls short of it by (test_equations.py)."""
     bound = reference.mean() * (block_size + 1) / block_size
     length = reference.signal() * ((block_size + 1) / block_size) ** 2
-    along = float(drawn.mean() @ bound)
+    along = float((drawn.mean() * bound).sum(1).mean())
     return {
         "noise_to_signal": drawn.noise_to_signal(),
         "standard_error": drawn.standard_error(),
         "scale": along / length,
         "cosine": along / (length * drawn.signal()) ** 0.5,
-        "masked_share": drawn.masked / (drawn.draws * ANSWER),
-        "tokens_per_forward": drawn.tokens / drawn.draws,
+        "masked_share": drawn.masked / ANSWER,
+        "tokens_per_forward": drawn.tokens,
     }
 
 
@@ -162,8 +166,8 @@ def tables(report: dict[str, Any]) -> list[Table]:
     machine, settings = report["machine"], report["settings"]
     words = {
         "machine": f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB; {machine['date']}",
-        "software": f"torch {machine['torch']}, transformers {machine['transformers']}, {machine['threads']} threads",
-        "run": f"one answer of {ANSWER} tokens, {settings['samples']} gradients for each sampled figure, seed {settings['seed']}",
+        "software": f"torch {machine['torch']}, transformers {machine['transformers']}",
+        "run": f"answers of {ANSWER} tokens, {settings['samples']} gradients for each sampled figure, seed {settings['seed']}",
         "sync ... compl": "trace of the covariance over squared norm of the mean; of the gradient, or of the loss if it says so",
         "scale, cosine": "mean gradient against the bound's: length along it, and angle; async, then complementary",
         "masked, empty": "share of the answer masked in a forward, share of blocks without a mask; async",

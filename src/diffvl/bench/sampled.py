@@ -1,10 +1,11 @@
 """Variance and bias of the gradient estimate of a small trunk, sampled through the objective that is trained.
 
-One answer is noised again and again; every row of a batch is the same sample under another draw. One backward pass gives the
+A few answers are noised again and again; every row of a batch holds one of them under another draw. One backward pass gives the
 gradient of each row: rows do not mix, so a projection's gradient for a row is the product of what went in and what came back.
-Looked at are the projections of all layers, attention and MLP.
+Looked at are the projections of all layers, attention and MLP. Variances and squared means are those of one answer's gradient,
+averaged over the answers.
 
-Shapes: G batches, P parameters, B rows of a batch, T tokens, I and O widths in and out.
+Shapes: A answers, G batches, P parameters, B rows of a batch, T tokens, I and O widths in and out.
 """
 
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from diffvl.data.chat import Sample
 from diffvl.data.collate import Batch, collate
 from diffvl.objective import Draw, block_diffusion
 
-ROWS = 64  # of a batch
+ROWS = 64  # of a batch, a multiple of the answers
 TRUNK = TrunkSize(hidden=32, layers=2, heads=2, kv_heads=2, intermediate=64, vocabulary=28)
 STD = TRUNK.hidden**-0.5  # of the random weights; transformers' 0.02 would make the attention of every token the same
 PROMPT = 16  # tokens before the answer
@@ -79,58 +80,63 @@ def in_rows(samples: list[Sample]) -> Batch:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Sums over the rows of each batch: gradient [G, P], squared norm [G]; masked tokens and tokens in all of them."""
+    """Sums over the rows of each answer in each batch: gradient [A, G, P], squared norm [A, G]. draws: rows of one answer in a
+    batch. masked, tokens: of a row, on average."""
 
     sums: torch.Tensor
     squares: torch.Tensor
-    masked: int
-    tokens: int
-
-    @property
-    def draws(self) -> int:
-        return ROWS * len(self.sums)
+    draws: int
+    masked: float
+    tokens: float
 
     def without(self, number: int) -> "Gradients":
-        keep = torch.arange(len(self.sums)) != number
-        return replace(self, sums=self.sums[keep], squares=self.squares[keep])
+        keep = torch.arange(self.sums.shape[1]) != number
+        return replace(self, sums=self.sums[:, keep], squares=self.squares[:, keep])
+
+    @property
+    def count(self) -> int:
+        return self.draws * self.sums.shape[1]
 
     def mean(self) -> torch.Tensor:
-        return self.sums.sum(0) / self.draws
+        """Of each answer, [A, P]."""
+        return self.sums.sum(1) / self.count
 
     def variance(self) -> float:
         """Trace of the covariance."""
-        return float(self.squares.sum() - self.draws * (self.mean() ** 2).sum()) / (self.draws - 1)
+        return float((self.squares.sum(1) - self.count * (self.mean() ** 2).sum(1)).mean()) / (self.count - 1)
 
     def signal(self) -> float:
         """Squared norm of the expectation, without what the draws' scatter adds to it."""
-        return float((self.mean() ** 2).sum()) - self.variance() / self.draws
+        return float((self.mean() ** 2).sum(1).mean()) - self.variance() / self.count
 
     def noise_to_signal(self) -> float:
         return self.variance() / self.signal()
 
     def standard_error(self) -> float:
         """Of `noise_to_signal`, by leaving out one batch at a time."""
-        count = len(self.sums)
+        count = self.sums.shape[1]
         without = torch.tensor([self.without(number).noise_to_signal() for number in range(count)])
         return float(((count - 1) * without.var(correction=0)).sqrt())
 
 
 def sample_gradients(
-    model: Any, sample: Sample, objective: BlockDiffusionObjective, progress: float, seed: int, batches: int
+    model: Any, answers: list[Sample], objective: BlockDiffusionObjective, progress: float, seed: int, batches: int
 ) -> Gradients:
-    """Gradients of the loss of one sample under ROWS draws of noise in each batch."""
-    batch = in_rows([sample] * ROWS)
+    """Gradients of the loss of each answer, under ROWS / A draws of noise in each batch."""
+    draws = ROWS // len(answers)
+    batch = in_rows([answer for answer in answers for _ in range(draws)])
     sums, squares, masked, tokens = [], [], 0, 0
     for number in range(batches):
         with _row_gradients(model) as rows:
             output = block_diffusion(model, model.config, batch, objective, Draw(seed, number, progress))
             output.loss.backward()
-        gradient_BP = torch.cat([rows[name] for name in sorted(rows)], 1).double()
-        sums.append(gradient_BP.sum(0))
-        squares.append((gradient_BP**2).sum())
+        gradient_ABP = torch.cat([rows[name] for name in sorted(rows)], 1).double().unflatten(0, (len(answers), draws))
+        sums.append(gradient_ABP.sum(1))
+        squares.append((gradient_ABP**2).sum((1, 2)))
         masked, tokens = masked + int(output.sums["predicted"]), tokens + output.tokens
         model.zero_grad()
-    return Gradients(torch.stack(sums), torch.stack(squares), masked, tokens)
+    rows_drawn = batches * draws * len(answers)
+    return Gradients(torch.stack(sums, 1), torch.stack(squares, 1), draws, masked / rows_drawn, tokens / rows_drawn)
 
 
 @contextmanager

@@ -30,6 +30,11 @@ class Piece:
             torch.cat([self.ids, after.ids], 1), self.rows.joined(after.rows), torch.cat([self.image, after.image], 1)
         )
 
+    def behind(self, count: int) -> "Piece":
+        """Without the first so many tokens."""
+        rows = {name: row[:, count:] for name, row in self.rows.rows.items()}
+        return Piece(self.ids[:, count:], Layout(**rows, context=self.rows.context), self.image[:, count:])
+
     def selected(self, keep: torch.Tensor) -> "Piece":
         return Piece(self.ids[keep], rows_of(self.rows, keep), self.image[keep])
 
@@ -37,6 +42,33 @@ class Piece:
 def rows_of(layout: Layout, keep: torch.Tensor) -> Layout:
     """Some samples of a layout."""
     return Layout(**{name: row[keep] for name, row in layout.rows.items()}, context=layout.context)
+
+
+@dataclass
+class Prefix:
+    """What a decoder has committed for one conversation, for the next turn to go on from: ids [1, C] and layout of the cached
+    tokens, and the pictures [N, 3, S, S] with their features."""
+
+    ids: torch.Tensor
+    rows: Layout
+    cache: BlockCache
+    pixel_values: torch.Tensor | None
+    image_features: torch.Tensor | None
+
+    def shared(self, ids: torch.Tensor, block: torch.Tensor) -> int:
+        """How many of the cached tokens a prompt with these ids and blocks, each [1, n], begins with. Where clean tokens see their
+        whole block, a block counts only if both have all of it."""
+        most = min(self.ids.shape[1], ids.shape[1])
+        own, index = self.rows, torch.arange(most, device=ids.device)
+        same = (self.ids[0, :most] == ids[0, :most]) & (own.block[0, :most] == block[0, :most])
+        same &= own.valid[0, :most] & (own.position[0, :most] == index)
+        count = int(same.long().cumprod(0).sum())
+        if self.rows.context == "causal":
+            return count
+        goes_on = [False, False]
+        for number, blocks in enumerate((own.block[0], block[0])):
+            goes_on[number] = 0 < count < len(blocks) and bool(blocks[count] == blocks[count - 1])
+        return int((block[0, :count] < block[0, count - 1]).sum()) if any(goes_on) else count
 
 
 class BlockDecoder:
@@ -55,12 +87,16 @@ class BlockDecoder:
         valid: torch.Tensor,
         answer_index: torch.Tensor,
         pixel_values: torch.Tensor | None,
+        prefix: Prefix | None = None,
     ) -> None:
-        """`valid` [B, L] marks prompt tokens; `answer_index` [B, L] the earlier answers in the prompt (see block_index)."""
+        """`valid` [B, L] marks prompt tokens; `answer_index` [B, L] the earlier answers in the prompt (see block_index). `prefix`
+        is what an earlier turn of the same conversation left, for one prompt; it is used up."""
         self.model, self.config = model, model.config
         self.cache = BlockCache()
         self.layout: Layout | None = None
         self.waiting: Piece | None = None
+        self.stored_ids = input_ids[:, :0]
+        self.reused = 0
         self.last_logits: torch.Tensor | None = None
         self.forwards = 0
         self.pixel_values = pixel_values
@@ -69,6 +105,8 @@ class BlockDecoder:
         pictures, found = 0 if pixel_values is None else len(pixel_values), int((self.image_index >= 0).sum())
         if found != pictures * self.config.image_tokens:
             raise ValueError(f"{pictures} pictures give {pictures * self.config.image_tokens} image tokens, the text has {found}")
+        if prefix is not None:
+            self._reuse(prefix)
 
     def _lay_out_prompt(self, input_ids: torch.Tensor, valid: torch.Tensor, answer_index: torch.Tensor) -> None:
         """Rows of the prompt, right-padded, with the first token of the new answer behind it to find its block."""
@@ -92,13 +130,38 @@ class BlockDecoder:
         is_image = (self.prompt_ids == self.config.image_token_id) & (index < lengths[:, None])
         self.image_index = torch.where(is_image, is_image.flatten().long().cumsum(0).view_as(is_image) - 1, -1)
 
+    def _reuse(self, prefix: Prefix) -> None:
+        """Goes on with the cache of an earlier turn as far as the prompt begins with what is in it."""
+        if len(self.prompt_ids) != 1:
+            raise ValueError(f"a prefix takes one prompt, got {len(self.prompt_ids)}")
+        seen, given = prefix.pixel_values, self.pixel_values
+        if seen is not None and (given is None or len(given) < len(seen) or not torch.equal(given[: len(seen)], seen)):
+            return  # other pictures stand behind the same placeholders
+        start = int(self.start[0])
+        count = prefix.shared(self.prompt_ids[:, :start], self.prompt_block[:, : start + 1])
+        if count == 0:
+            return
+        self.cache, self.reused = prefix.cache, count
+        self.cache.crop(count - prefix.ids.shape[1])
+        self.stored_ids = prefix.ids[:, :count]
+        rows = {name: row[:, :count] for name, row in prefix.rows.rows.items()}
+        self.layout = Layout(**rows, context=prefix.rows.context)
+        if seen is not None and given is not None and len(seen) == len(given):
+            self.image_features = prefix.image_features
+
+    def prefix(self) -> Prefix | None:
+        """What is committed, for the next turn; None where nothing is."""
+        if self.layout is None:
+            return None
+        return Prefix(self.stored_ids, self.layout, self.cache, self.pixel_values, self.image_features)
+
     # --- a block's life --------------------------------------------------------------------------------------------------------
 
     def prefill(self) -> None:
         """Takes in the prompt up to the first open block. Under a causal context in one pass of the trunk's own attention, without
         any mask; else it waits for the first denoising step, which needs a mask anyway."""
         longest = int(self.start.max())
-        if longest == 0:
+        if longest == self.reused:
             return
         index = torch.arange(longest, device=self.start.device).expand(len(self.start), longest)
         rows = Layout(
@@ -109,7 +172,8 @@ class BlockDecoder:
             document=torch.zeros_like(index),
             context=self.config.context,
         )
-        self.waiting = Piece(self.prompt_ids[:, :longest], rows, self.image_index[:, :longest])
+        whole = Piece(self.prompt_ids[:, :longest], rows, self.image_index[:, :longest])
+        self.waiting = whole.behind(self.reused)
         if self.config.context == "causal":
             self.flush()
 
@@ -178,7 +242,7 @@ class BlockDecoder:
         for name in ("prompt_ids", "prompt_block", "prompt_length", "block_number", "start", "end", "image_index"):
             setattr(self, name, getattr(self, name)[keep])
         if self.layout is not None:
-            self.layout = rows_of(self.layout, keep)
+            self.layout, self.stored_ids = rows_of(self.layout, keep), self.stored_ids[keep]
             self.cache.batch_select_indices(keep)
         if self.waiting is not None:
             self.waiting = self.waiting.selected(keep)
@@ -236,6 +300,7 @@ class BlockDecoder:
         logits = self._trunk(piece, count, asked)
         if stored is not None:
             self.layout = stored.rows if self.layout is None else self.layout.joined(stored.rows)
+            self.stored_ids = torch.cat([self.stored_ids, stored.ids], 1)
         self.waiting = None
         in_stored = (torch.arange(asked.shape[1], device=asked.device) < count).expand_as(asked)[asked]
         return logits[in_stored], logits[~in_stored]

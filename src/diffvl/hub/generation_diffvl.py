@@ -16,7 +16,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils.generic import ModelOutput
 
-from .decoder_diffvl import BlockDecoder
+from .decoder_diffvl import BlockDecoder, Prefix
 from .sampling_diffvl import Remasking, Sampling, never_predicted, picker, remasking_of, sampling_of, settled
 from .speculation_diffvl import speculate
 from .stopping_diffvl import Stopping
@@ -31,7 +31,8 @@ class BlockGenerationOutput(ModelOutput):
     """sequences: [B, L + new] prompt and answer, padded after the stop. tokens: answer tokens up to and including the stop, summed
     over the batch. forwards: passes of the trunk. prefill_seconds: until the prompt was in and the first tokens were predicted;
     decode_seconds: the rest. settling: for each sample the denoising step at which each answer token settled, counted over its
-    answer; None where tokens come one by one."""
+    answer; None where tokens come one by one. prefix: of one prompt, for the next turn of the conversation; reused: tokens of
+    this prompt that were not computed again."""
 
     sequences: torch.Tensor | None = None
     tokens: int | None = None
@@ -39,6 +40,8 @@ class BlockGenerationOutput(ModelOutput):
     prefill_seconds: float | None = None
     decode_seconds: float | None = None
     settling: list[list[int]] | None = None
+    prefix: Prefix | None = None
+    reused: int | None = None
 
     @property
     def tokens_per_forward(self) -> float:
@@ -93,6 +96,7 @@ class BlockGeneration:
         repetition_stop: int | None = None,
         streamer: Any = None,
         on_step: OnStep | None = None,
+        prefix: Prefix | None = None,
         use_cache: bool = True,
         num_beams: int = 1,
         return_dict_in_generate: bool = False,
@@ -118,6 +122,8 @@ class BlockGeneration:
                 so many times.
             streamer: as in transformers, for one prompt; it gets the tokens of a block when they are final. on_step: see
                 DenoisingStep.
+            prefix: the `prefix` of the output of an earlier turn of the conversation; what the prompt shares with it is not
+                computed again. For one prompt and mode "blocks".
             use_cache, num_beams: accepted at their neutral values, because callers of transformers pass them.
         Raises:
             ValueError: on settings that do not fit together.
@@ -140,11 +146,11 @@ class BlockGeneration:
             raise ValueError(f"{len(image_sizes)} image_sizes, but another number of pictures")
         if streamer is not None and len(input_ids) != 1:
             raise ValueError(f"a streamer takes one prompt, got {len(input_ids)}")
-        _check_mode(mode, self.config, sampling, denoising_steps, on_step)
+        _check_mode(mode, self.config, sampling, denoising_steps, on_step, prefix)
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         if answer_index is None:
             answer_index = torch.zeros_like(input_ids)
-        decoder = BlockDecoder(self, input_ids, valid, answer_index, pixel_values)
+        decoder = BlockDecoder(self, input_ids, valid, answer_index, pixel_values, prefix)
         if streamer is not None:
             streamer.put(input_ids.cpu())
         run = Run(decoder, stopping, streamer, on_step)
@@ -162,11 +168,15 @@ class BlockGeneration:
         return run.output(sequences) if return_dict_in_generate else sequences
 
 
-def _check_mode(mode: str, config: Any, sampling: Sampling, steps: int | None, on_step: OnStep | None) -> None:
+def _check_mode(
+    mode: str, config: Any, sampling: Sampling, steps: int | None, on_step: OnStep | None, prefix: Prefix | None
+) -> None:
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}")
     if mode != "blocks" and on_step is not None:
         raise ValueError(f"on_step has no effect with mode={mode!r}: it watches blocks")
+    if mode != "blocks" and prefix is not None:
+        raise ValueError(f"prefix has no effect with mode={mode!r}: it holds blocks")
     if mode == "ar" and steps is not None:
         raise ValueError("denoising_steps has no effect with mode='ar'")
     if mode == "speculative":
@@ -230,6 +240,8 @@ class Run:
             prefill_seconds=first - self.began,
             decode_seconds=now - first,
             settling=settling,
+            prefix=self.decoder.prefix() if len(self.answers) == 1 and self.settling is not None else None,
+            reused=self.decoder.reused,
         )
 
 

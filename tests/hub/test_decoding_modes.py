@@ -1,0 +1,286 @@
+"""Decoding of real tiny models: what a mode, a neighbour or a stop may and may not change."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import Loaded
+from helpers import CONTEXTS, GRIDS, TARGETS, picture
+
+from diffvl.hub import speculation_diffvl
+from diffvl.hub.decoder_diffvl import BlockDecoder
+from diffvl.hub.generation_diffvl import BlockGenerationOutput, DenoisingStep
+from diffvl.hub.sampling_diffvl import STRATEGIES
+from diffvl.hub.stopping_diffvl import Stopping
+from diffvl.standins import TRUNKS
+
+CHATS: list[list[dict[str, Any]]] = [
+    [{"role": "user", "content": [{"type": "text", "text": "Now?"}, {"type": "image", "image": picture()}]}],
+    [{"role": "user", "content": "A longer question, which has no picture to go with it. " * 2}],
+    [
+        {"role": "user", "content": "First"},
+        {"role": "assistant", "content": "An answer."},
+        {"role": "user", "content": [{"type": "image", "image": picture(1)}, {"type": "text", "text": "and then?"}]},
+    ],
+    [{"role": "user", "content": "Hi"}],
+]
+
+
+def generated(loaded: Loaded, chats: list[Any], **settings: Any) -> BlockGenerationOutput:
+    model, processor = loaded
+    inputs = processor.apply_chat_template(chats, tokenize=True, add_generation_prompt=True)
+    output = model.generate(**inputs, return_dict_in_generate=True, **settings)
+    assert isinstance(output, BlockGenerationOutput) and output.sequences is not None
+    output.sequences = output.sequences[:, inputs["input_ids"].shape[1] :]
+    return output
+
+
+def answers(loaded: Loaded, chats: list[Any], **settings: Any) -> list[list[int]]:
+    """Up to and including the stop."""
+    output = generated(loaded, chats, **settings)
+    stops, rows = loaded[0].config.stop_token_ids, []
+    assert output.sequences is not None
+    for row in output.sequences.tolist():
+        end = next((place + 1 for place, token in enumerate(row) if token in stops), len(row))
+        rows.append(row[:end])
+    return rows
+
+
+# --- a batch is its prompts -----------------------------------------------------------------------------------------------------
+
+REMASKING: list[dict[str, Any]] = [
+    {"denoising_steps": 2},
+    {"remasking": "low_confidence_dynamic", "threshold": 0.3},
+    {"remasking": "sequential", "denoising_steps": 3},
+    {"remasking": "entropy", "entropy_budget": 3.0},
+]
+
+
+@pytest.mark.parametrize("rule", REMASKING, ids=lambda rule: rule.get("remasking", "static"))
+@pytest.mark.parametrize("model_type", TRUNKS)
+def test_neighbours_change_nothing(model_type: str, rule: dict[str, Any], loaded: Callable[[str], Loaded]):
+    """Every prompt alone and in a batch with pictures and earlier turns, ended by stops at different times."""
+    model, _ = loaded(model_type)
+    model.config.set_decoding("blocks", 4, "block", "absolute", "same")
+    alone = [answers(loaded(model_type), [chat], max_new_tokens=14, **rule)[0] for chat in CHATS]
+    # A token of the first answer as the stop: samples then end at different blocks and leave the batch.
+    for stop in (model.config.stop_token_ids[0], alone[0][2], alone[3][5]):
+        together = answers(loaded(model_type), CHATS, max_new_tokens=14, eos_token_id=stop, **rule)
+        for one, several in zip(alone, together, strict=True):
+            end = one.index(stop) + 1 if stop in one else len(one)
+            assert several[:end] == one[:end]
+
+
+def test_finished_samples_leave_the_batch(loaded: Callable[[str], Loaded]):
+    """The trunk sees fewer rows when some have ended."""
+    model, _ = loaded("llama")
+    model.config.set_decoding("blocks", 4, "causal", "response", "same")
+    alone = [answers(loaded("llama"), [chat], max_new_tokens=24)[0] for chat in CHATS]
+    stop = alone[0][1]
+    rows: list[int] = []
+    hook = model.language_model.register_forward_pre_hook(
+        lambda _, __, given: rows.append(given["inputs_embeds"].shape[0]), with_kwargs=True
+    )
+    try:
+        together = answers(loaded("llama"), CHATS, max_new_tokens=24, eos_token_id=stop)
+    finally:
+        hook.remove()
+    assert rows[0] == 4 and rows[-1] < 4 and rows == sorted(rows, reverse=True)
+    for one, several in zip(alone, together, strict=True):
+        end = one.index(stop) + 1 if stop in one else len(one)
+        assert several[:end] == one[:end]
+
+
+# --- the fused commit -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("context", "grid", "target"), list(itertools.product(CONTEXTS, GRIDS, TARGETS)))
+@pytest.mark.parametrize("model_type", TRUNKS)
+def test_a_fused_commit_decodes_what_a_commit_of_its_own_does(
+    model_type: str, context: str, grid: str, target: str, loaded: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch
+):
+    """The unfused loop flushes what waits before every denoising step; same tokens, more forwards."""
+    model, _ = loaded(model_type)
+    model.config.set_decoding("blocks", 4, context, grid, target)
+    settings: dict[str, Any] = {"max_new_tokens": 12, "denoising_steps": 2, "eos_token_id": -1}
+    fused = generated(loaded(model_type), CHATS, **settings)
+    predict = BlockDecoder.predict
+
+    def unfused(self: BlockDecoder, masked: torch.Tensor) -> torch.Tensor:
+        self.flush()
+        return predict(self, masked)
+
+    monkeypatch.setattr(BlockDecoder, "predict", unfused)
+    plain = generated(loaded(model_type), CHATS, **settings)
+    assert fused.sequences is not None and plain.sequences is not None and fused.forwards is not None
+    assert fused.sequences.tolist() == plain.sequences.tolist()
+    # A commit for each of the blocks but the last, and the prompt's where it is not taken in alone anyway.
+    assert plain.forwards is not None and plain.forwards > fused.forwards
+    assert fused.settling == plain.settling
+
+
+# --- the prefix of a conversation ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("context", "grid", "target"), list(itertools.product(CONTEXTS, GRIDS, TARGETS)))
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_a_conversation_goes_on_from_its_prefix(
+    model_type: str, context: str, grid: str, target: str, loaded: Callable[[str], Loaded]
+):
+    """Three turns, two pictures: the same answers as from nothing, with fewer tokens through the trunk."""
+    model, processor = loaded(model_type)
+    model.config.set_decoding("blocks", 4, context, grid, target)
+    chat: list[dict[str, Any]] = []
+    prefix, reused = None, []
+    for number, turn in enumerate((CHATS[0][0], {"role": "user", "content": "And what else?"}, CHATS[2][2])):
+        chat.append(turn)
+        fresh = generated((model, processor), [chat], max_new_tokens=11)
+        output = generated((model, processor), [chat], max_new_tokens=11, prefix=prefix)
+        assert fresh.sequences is not None and output.sequences is not None
+        assert output.sequences.tolist() == fresh.sequences.tolist() and fresh.reused == 0
+        prefix = output.prefix
+        reused.append(output.reused)
+        chat.append({"role": "assistant", "content": f"My answer {number}."})
+    assert reused[0] == 0 and 0 < reused[1] < reused[2]
+
+
+def test_a_prefix_with_another_picture_is_not_taken(loaded: Callable[[str], Loaded]):
+    model, _ = loaded("llama")
+    model.config.set_decoding("blocks", 4, "block", "absolute", "same")
+    prefix = generated(loaded("llama"), [CHATS[0]], max_new_tokens=6).prefix
+    other = [{**CHATS[0][0], "content": [CHATS[0][0]["content"][0], {"type": "image", "image": picture(7)}]}]
+    output = generated(loaded("llama"), [other], max_new_tokens=6, prefix=prefix)
+    fresh = generated(loaded("llama"), [other], max_new_tokens=6)
+    assert output.sequences is not None and fresh.sequences is not None
+    assert output.reused == 0 and output.sequences.tolist() == fresh.sequences.tolist()
+
+
+# --- speculation and the AR baseline ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [None, 2])
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("model_type", TRUNKS)
+def test_speculation_gives_the_ar_answer(
+    model_type: str, grid: str, target: str, steps: int | None, loaded: Callable[[str], Loaded]
+):
+    """Token for token, that of transformers' own generate on the same weights; in a batch and alone."""
+    model, _ = loaded(model_type)
+    model.config.set_decoding("blocks", 4, "causal", grid, target)
+    settings: dict[str, Any] = {"max_new_tokens": 13}
+    expected = answers(loaded(model_type), CHATS, mode="ar", **settings)
+    assert answers(loaded(model_type), CHATS, mode="speculative", denoising_steps=steps, **settings) == expected
+    assert answers(loaded(model_type), [CHATS[2]], mode="speculative", **settings) == [expected[2]]
+
+
+def test_agreeing_drafts_save_forwards(loaded: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch):
+    """With drafts that are the AR answer itself a round keeps a whole block; with bad ones it gives two tokens."""
+    model, _ = loaded("llama")
+    model.config.set_decoding("blocks", 4, "causal", "response", "same")
+    settings: dict[str, Any] = {"max_new_tokens": 20, "eos_token_id": -1}
+    truth = answers(loaded("llama"), [CHATS[3]], mode="ar", **settings)[0]
+    draft = speculation_diffvl._draft
+
+    def forwards(right: bool) -> int:
+        def told(decoder: Any, known: Any, masked: torch.Tensor, steps: int, pick: Any) -> torch.Tensor:
+            ids = draft(decoder, known, masked, steps, pick)
+            place = (decoder.position_BD - decoder.prompt_length[:, None]).clamp(0, len(truth) - 1)
+            other = torch.tensor(truth)[place]
+            first = masked & (masked.long().cumsum(1) == 1)
+            return torch.where(masked & ~first, other if right else (other + 1) % 200, ids)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(speculation_diffvl, "_draft", told)
+            output = generated(loaded("llama"), [CHATS[3]], mode="speculative", **settings)
+        assert output.sequences is not None and output.sequences[0].tolist() == truth and output.forwards is not None
+        return output.forwards
+
+    # The prompt's forward, then two a round: a round of blocks of 4 gives 5, 4, 4 ... tokens if all agree, 2 if none does.
+    assert forwards(right=True) == 1 + 2 * 5
+    assert forwards(right=False) == 1 + 2 * 10
+
+
+# --- stops, streams, statistics -------------------------------------------------------------------------------------------------------
+
+
+def test_stop_strings_and_repetitions(loaded: Callable[[str], Loaded]):
+    model, processor = loaded("llama")
+    model.config.set_decoding("blocks", 4, "block", "absolute", "same")
+    free = answers(loaded("llama"), [CHATS[1]], max_new_tokens=24, eos_token_id=-1)[0]
+    tokenizer = processor.tokenizer
+    text = tokenizer.decode(free[:11], skip_special_tokens=False)
+    for length in (2, 5):
+        string = text[-length:]
+        first = next(end for end in range(1, 25) if string in tokenizer.decode(free[:end], skip_special_tokens=False))
+        stopped = answers(
+            loaded("llama"), [CHATS[1]], max_new_tokens=24, eos_token_id=-1, stop_strings=[string, "\x01"], tokenizer=tokenizer
+        )
+        assert stopped == [free[:first]] and first <= 11
+
+
+@pytest.mark.parametrize(("answer", "repeats", "kept"), [
+    ([1, 2, 3, 3, 3, 3], 4, [1, 2, 3]),
+    ([1, 2, 1, 2, 1, 2], 3, [1, 2]),
+    ([9, 1, 2, 1, 2, 1], 3, None),
+    ([3, 3, 3], 4, None),
+])  # fmt: skip
+def test_a_loop_is_cut_after_its_first_round(answer: list[int], repeats: int, kept: list[int] | None):
+    grown = list(answer)
+    assert Stopping(frozenset({99}), 50, repeats=repeats).cut(grown, 0) == (kept is not None)
+    assert grown == (answer if kept is None else kept)
+
+
+class Collected:
+    """A streamer as transformers has them."""
+
+    def __init__(self) -> None:
+        self.pieces: list[list[int]] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.pieces.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.ended = True
+
+
+@pytest.mark.parametrize("mode", ["blocks", "speculative", "ar"])
+def test_a_streamer_gets_final_tokens(mode: str, loaded: Callable[[str], Loaded]):
+    model, processor = loaded("qwen3")
+    model.config.set_decoding("blocks", 4, "causal", "absolute", "same")
+    streamer = Collected()
+    answer = answers(loaded("qwen3"), [CHATS[1]], max_new_tokens=10, mode=mode, streamer=streamer)[0]
+    prompt = processor.apply_chat_template([CHATS[1]], tokenize=True, add_generation_prompt=True)["input_ids"][0].tolist()
+    assert streamer.pieces[0] == prompt and [token for piece in streamer.pieces[1:] for token in piece] == answer
+    assert streamer.ended
+    with pytest.raises(ValueError, match="a streamer takes one prompt, got 2"):
+        answers(loaded("qwen3"), CHATS[:2], streamer=streamer)
+
+
+def test_steps_can_be_watched(loaded: Callable[[str], Loaded]):
+    """The order in which tokens settle, as it happens and in the output."""
+    model, _ = loaded("llama")
+    model.config.set_decoding("blocks", 4, "block", "response", "same")
+    seen: list[DenoisingStep] = []
+    output = generated(loaded("llama"), [CHATS[3]], max_new_tokens=8, denoising_steps=2, on_step=seen.append, eos_token_id=-1)
+    assert [step.settled.sum().item() for step in seen] == [2, 2, 2, 2] and output.settling is not None
+    assert [(step.ids == model.config.mask_token_id).sum().item() for step in seen] == [2, 0, 2, 0]
+    assert all((step.confidence[step.settled] > 0).all() and step.samples == [0] for step in seen)
+    order = [[0] * 4, [0] * 4]
+    for number, step in enumerate(seen):
+        for place in step.settled[0].nonzero()[:, 0].tolist():
+            order[number // 2][place] = number
+    assert output.settling == [[*order[0], *order[1]]]
+
+
+def test_every_strategy_is_listed_and_its_statistics_add_up(loaded: Callable[[str], Loaded]):
+    model, _ = loaded("qwen2")
+    model.config.set_decoding("blocks", 4, "block", "absolute", "same")
+    for strategy in STRATEGIES:
+        output = generated(loaded("qwen2"), CHATS, max_new_tokens=8, remasking=strategy, eos_token_id=-1)
+        assert output.tokens == 32 and output.forwards and output.tokens_per_forward == 32 / output.forwards
+        assert output.prefill_seconds is not None and output.prefill_seconds > 0
+        assert output.decode_seconds is not None and output.decode_seconds > 0
