@@ -237,7 +237,7 @@ def tell_what_happens(tell: Tell, operations: Operations) -> None:
 
     train.StageTrainer.train = train_and_tell
     train.StageTrainer.compute_loss = compute_loss
-    train.StageTrainer._save_checkpoint = save
+    train.StageTrainer._save_checkpoint = save  # type: ignore[method-assign]
 
 
 def run(words: list[str], folder: str, moment: Moment, pipe: int) -> None:

@@ -139,7 +139,7 @@ def test_flex_attention_understands_the_mask(compiled: bool):
 def test_the_loss_does_not_depend_on_the_implementation(model_type: str, context: str, loaded: Callable[[str], Loaded]):
     """Loss and gradients of a packed batch with pictures, complementary masks and an AR term, dense and in tiles."""
     model, _ = loaded(model_type)
-    settings = objective(context=context, complementary=True, **({"ar_weight": 0.3} if context == "causal" else {}))
+    settings = objective(context=context, complementary=True, weight="effective", **({"ar_weight": 0.3} if context == "causal" else {}))
     one = batch([sample(model.config, (21, 6, 3, 9), index=4, picture=True), sample(model.config, (6, 7), index=9)])
     found = []
     try:

@@ -234,3 +234,24 @@ def test_a_file_that_is_no_mapping_is_named(tmp_path: Path, text: str | None, wo
     with pytest.raises(ConfigError) as caught:
         read_yaml(file)
     assert str(caught.value).startswith(str(file)) and words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("noise", "bounded"),
+    [
+        ({"schedule": "uniform"}, False),
+        ({"schedule": "clamp", "t_max": 0.9}, True),
+        ({"schedule": "uniform", "t_max": 0.999}, True),
+        ({"schedule": "beta"}, True),
+        ({"schedule": "beta", "mean_start": 0.8, "concentration_start": 2}, False),
+    ],
+)
+def test_complementary_weights_must_have_a_variance(noise: dict[str, Any], bounded: bool):
+    """The second copy weighs 1/(1 - t), which grows without bound where t comes near 1."""
+    for weight in ("1/t", "effective"):
+        settings = {"complementary": True, "weight": weight, "noise": noise}
+        if bounded or weight == "effective":
+            assert BlockDiffusionObjective.model_validate(settings).complementary
+        else:
+            with pytest.raises(ValueError, match="complementary with weight 1/t needs noise that stays below t = 1"):
+                BlockDiffusionObjective.model_validate(settings)

@@ -29,7 +29,7 @@ def test_flex_attention_gives_the_loss_of_dense_attention(model_type: str, conte
     found = []
     for wanted in ("sdpa", FLEX):
         assert choose(model.language_model, wanted, CUDA) == wanted
-        settings = objective(context=context, complementary=True)
+        settings = objective(context=context, complementary=True, weight="effective")
         loss = block_diffusion(model, model.config, both, settings, Draw(3, 2, 0.5)).loss  # type: ignore[arg-type]
         gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
         found.append((loss, [gradient for gradient in gradients if gradient is not None]))

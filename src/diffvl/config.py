@@ -42,6 +42,8 @@ class _Bounded(Section):
     def _ordered(self) -> Self:
         if self.t_min > self.t_max:
             raise ValueError(f"t_min ({self.t_min}) must not be above t_max ({self.t_max})")
+        if self.t_min == self.t_max and getattr(self, "draws", "independent") != "independent":
+            raise ValueError("draws has no effect when t_min and t_max are the same")
         return self
 
 
@@ -97,6 +99,16 @@ class FullNoise(Section):
 
 
 Noise = Annotated[UniformNoise | ClampNoise | RampNoise | BetaNoise | FullNoise, Field(discriminator="schedule")]
+
+
+
+def _reaches_one(noise: Noise) -> bool:
+    """Whether 1/(1 - t) has an infinite mean: uniform laws that end at 1, and Beta laws whose second shape is 1 or less."""
+    if not isinstance(noise, BetaNoise):
+        return noise.schedule != "full" and noise.t_max == 1.0
+    ends = ((noise.mean_start, noise.concentration_start), (noise.mean_end, noise.concentration_end))
+    return any((1 - mean) * concentration <= 1 for mean, concentration in ends)
+
 
 # --- objectives --------------------------------------------------------------------------------------------------------
 
@@ -158,6 +170,11 @@ class BlockDiffusionObjective(Section):
     def _complement_has_effect(self) -> Self:
         if self.complementary and isinstance(self.noise, FullNoise):
             raise ValueError("complementary has no effect with the schedule full: its complement masks nothing")
+        if self.complementary and self.weight == "1/t" and _reaches_one(self.noise):
+            raise ValueError(
+                "complementary with weight 1/t needs noise that stays below t = 1: the second copy weighs 1/(1 - t), whose variance "
+                "is infinite; use weight: effective, or t_max: 0.999"
+            )
         return self
 
     @model_validator(mode="after")
