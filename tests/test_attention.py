@@ -13,13 +13,14 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from diffvl import attention
-from diffvl.attention import TILED, block_mask, bucket, choose, tiled_attention, training_masks
+from diffvl import tiles
+from diffvl.attention import block_mask, bucket, choose, training_masks
 from diffvl.errors import ConfigError
 from diffvl.hub.layout_diffvl import Layout, block_index, clean_layout, noisy_stream
 from diffvl.objective import Draw, block_diffusion, noisy_layout
 from diffvl.packing import pack
 from diffvl.standins import TRUNKS
+from diffvl.tiles import TILED, tiled_attention
 
 CPU = torch.device("cpu")
 LIMITS = [(None, None), (10, None), (None, 16)]
@@ -105,8 +106,8 @@ def test_tiles_of_sdpa_are_dense_sdpa(context: str, monkeypatch: pytest.MonkeyPa
     expected = torch.autograd.grad((dense * dense.detach().sin()).sum(), (q, k, v))
     module, groups = torch.nn.Identity(), set()
     for cost in (0, 200, 10**9):
-        monkeypatch.setattr(attention, "CALL_COST", cost)
-        monkeypatch.setattr(attention, "CPU_TILE", 8)
+        monkeypatch.setattr(tiles, "CALL_COST", cost)
+        monkeypatch.setattr(tiles, "CPU_TILE", 8)
         mask = block_mask(layout, 8)
         ours, _ = tiled_attention(module, q, k, v, mask, scaling=0.3)
         ours = ours.transpose(1, 2)
@@ -116,6 +117,47 @@ def test_tiles_of_sdpa_are_dense_sdpa(context: str, monkeypatch: pytest.MonkeyPa
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
         groups.add(len(mask.plan_for_cpu))  # type: ignore[attr-defined]
     assert len(groups) == 3 and min(groups) == 1
+
+
+def long_rows(context: str, block_size: int) -> Layout:
+    """A row of two long samples, each with an answer in the middle and one at the end, beside a row of one and padding."""
+    answer = torch.zeros(3, 700, dtype=torch.long)
+    valid = torch.ones_like(answer, dtype=torch.bool)
+    answer[0, 400:470], answer[0, 650:] = 1, 2
+    answer[1, 600:], valid[1, 690:] = 1, False
+    answer[2, 301:333] = 1
+    answer = answer * valid
+    block = block_index(answer, block_size, "absolute")
+    stream = noisy_stream(answer, block, block_size, "absolute")
+    layout = clean_layout(block, valid, context).joined(noisy_layout(stream, context))
+    return pack(layout, torch.tensor([0, 0, 1])).layout
+
+
+@pytest.mark.parametrize("window", [None, 150])
+@pytest.mark.parametrize("rows_taken", [[0], [0, 1]])
+@pytest.mark.parametrize(("context", "block_size"), [("block", 4), ("block", 8), ("block", 40), ("block", 100), ("causal", 8)])
+def test_clean_streams_go_through_the_causal_kernel(context: str, block_size: int, rows_taken: list[int], window: int | None):
+    """Packed, cut by turns, beside other rows, in blocks that the band holds and in too wide ones, and under a window: dense SDPA's
+    values and gradients; and the causal kernel is used where it can be."""
+    whole = long_rows(context, block_size)
+    layout = Layout(**{name: row[rows_taken] for name, row in whole.rows.items()}, context=context)
+    mask = block_mask(layout, 64, window)
+    plan = tiles.plan_of(mask)
+    causal = [part for group in plan for part in group.parts if isinstance(part, tiles.Slab) and part.causal]
+    bands = [part for group in plan for part in group.parts if isinstance(part, tiles.Band)]
+    assert bool(causal) == (window is None and block_size <= 64 and rows_taken == [0])
+    assert bool(bands) == (bool(causal) and context == "block")
+    covered = sorted(index for group in plan for index in range(group.queries.start, group.queries.stop))
+    assert covered == list(range(layout.position.shape[1]))
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(len(rows_taken), 2, layout.position.shape[1], 8, generator=generator) for _ in range(3)]
+    q, k, v = [state.requires_grad_() for state in states]
+    dense = scaled_dot_product_attention(q, k, v, attn_mask=layout.allowed(window=window)[:, None])
+    expected = torch.autograd.grad((dense * dense.detach().sin()).sum(), (q, k, v))
+    ours = tiled_attention(torch.nn.Identity(), q, k, v, mask)[0].transpose(1, 2)
+    torch.testing.assert_close(ours, dense, rtol=1e-5, atol=1e-6)
+    for one, other in zip(torch.autograd.grad((ours * dense.detach().sin()).sum(), (q, k, v)), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")  # the reference is what is wanted

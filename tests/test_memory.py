@@ -10,11 +10,12 @@ from conftest import Loaded
 from helpers import batch, objective, sample
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffvl.attention import TILED, block_mask, choose
+from diffvl.attention import block_mask, choose
 from diffvl.hub import head_diffvl
 from diffvl.hub.layout_diffvl import block_index, clean_layout, noisy_stream
 from diffvl.objective import Draw, block_diffusion, noisy_layout
 from diffvl.standins import HIDDEN
+from diffvl.tiles import TILED
 
 
 class Shapes(TorchDispatchMode):

@@ -10,24 +10,21 @@ Shapes: B batch, T tokens, H heads, QT and KT tiles along queries and keys.
 """
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import repeat_kv
+from transformers import PreTrainedModel
 
 from diffvl.errors import ConfigError
 from diffvl.hub.layout_diffvl import Layout, attends, attention_masks, clean_layout, for_layers
+from diffvl.tiles import CPU_TILE, TILED
 
 log = logging.getLogger(__name__)
 
-TILED, FLEX = "tiled", "flex_attention"
+FLEX = "flex_attention"
 FLEX_TILE = 128  # FlexAttention's own tile, on both sides
-CPU_TILE = 64
-# A new group of query tiles costs kernel calls; so many wasted scores are worth one.
-CALL_COST = 8 * CPU_TILE * CPU_TILE
 
 
 # --- choosing --------------------------------------------------------------------------------------------------------------
@@ -207,181 +204,3 @@ def bucket(tokens: int) -> int:
     kernels are reused at the price of one padding token in nine at most."""
     step = max(FLEX_TILE, 2 ** max((tokens - 1).bit_length() - 4, 0))
     return -(-tokens // step) * step
-
-
-# --- execution on a CPU ------------------------------------------------------------------------------------------------------
-
-# torch's own CPU kernels behind scaled_dot_product_attention; called by name, because merging parts needs the log-sum-exp.
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Keys that a group of queries looks at together. allowed: who sees whom among them, bool [B, 1, Q, K], None where all see all.
-    blind: queries that see none of them, bool [B, 1, Q]."""
-
-    keys: slice
-    allowed: torch.Tensor | None = None
-    blind: torch.Tensor | None = None
-    biases: dict[torch.dtype, torch.Tensor] = field(default_factory=dict)
-
-    def bias(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """The additive form, made once for all layers."""
-        if self.allowed is not None and dtype not in self.biases:
-            zeros = torch.zeros(self.allowed.shape, dtype=dtype)
-            self.biases[dtype] = zeros.masked_fill(~self.allowed, float("-inf"))
-        return self.biases.get(dtype)
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Neighbouring queries and the parts that hold every key that any of them may see."""
-
-    queries: slice
-    parts: tuple[_Part, ...]
-
-
-def tiled_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: BlockMask,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """An attention function of transformers that executes a BlockMask on a CPU: for each group of queries one call for the keys
-    that all of them see, which needs no mask, and one for the rest. Query [B, H, T, head], key and value [B, KV heads, T, head]
-    -> [B, T, H, head].
-
-    Raises:
-        ValueError: for another kind of mask, or a model that changes scores in a way that torch's kernel does not know.
-    """
-    odd = sorted(name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None)
-    odd += ["dropout"] if dropout else []
-    odd += ["values of another width than keys"] if value.shape[-1] != query.shape[-1] else []
-    if odd:
-        raise ValueError(f"{type(module).__name__} wants {', '.join(odd)}, which tiled attention does not know")
-    if not isinstance(attention_mask, BlockMask):
-        raise ValueError(f"tiled attention takes a BlockMask, got {type(attention_mask).__name__}")
-    repeats = query.shape[1] // key.shape[1]
-    states = [query, repeat_kv(key, repeats), repeat_kv(value, repeats)]
-    if torch.is_autocast_enabled("cpu"):
-        states = [state.to(torch.get_autocast_dtype("cpu")) for state in states]
-    attended = _Tiles.apply(*states, _plan(attention_mask), scaling)
-    assert isinstance(attended, torch.Tensor)
-    return attended.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(TILED, tiled_attention)
-
-
-class _Tiles(torch.autograd.Function):
-    """Attention in parts, joined by their log-sum-exps: the softmax over all keys is the parts' own, weighted (arXiv 2205.14135,
-    section 3.1). The kernel's backward takes the joined output and log-sum-exp for every part, and gives the part's share."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: list[_Group], scale: float | None
-    ) -> torch.Tensor:
-        output = torch.empty_like(q)
-        sums = torch.empty(q.shape[:-1], dtype=torch.float32)
-        for group in plan:
-            queries = q[:, :, group.queries]
-            joined, total = None, None
-            for part in group.parts:
-                keys, values = k[:, :, part.keys], v[:, :, part.keys]
-                one, log_sum = _flash(queries, keys, values, 0.0, False, attn_mask=part.bias(q.dtype), scale=scale)
-                if part.blind is not None:
-                    one = one.masked_fill(part.blind[..., None], 0.0)
-                    log_sum = log_sum.masked_fill(part.blind, float("-inf"))
-                if joined is None or total is None:
-                    joined, total = one, log_sum
-                else:
-                    both = torch.logaddexp(total, log_sum)
-                    # A query that has seen nothing yet: -inf - -inf.
-                    before, now = ((share - both).exp().nan_to_num(0.0)[..., None] for share in (total, log_sum))
-                    joined, total = joined * before + one * now, both
-            assert joined is not None and total is not None
-            output[:, :, group.queries] = joined.to(q.dtype)
-            sums[:, :, group.queries] = total
-        ctx.save_for_backward(q, k, v, output, sums)
-        ctx.plan, ctx.scale = plan, scale
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, output, sums = ctx.saved_tensors
-        of_q, of_k, of_v = (torch.zeros_like(state) for state in (q, k, v))
-        for group in ctx.plan:
-            rows = (slice(None), slice(None), group.queries)
-            for part in group.parts:
-                columns = (slice(None), slice(None), part.keys)
-                given = (gradient[rows], q[rows], k[columns], v[columns], output[rows], sums[rows])
-                shares = _flash_backward(*given, 0.0, False, attn_mask=part.bias(q.dtype), scale=ctx.scale)
-                for total, where, share in zip((of_q, of_k, of_v), (rows, columns, columns), shares, strict=True):
-                    total[where] += share
-        return of_q, of_k, of_v, None, None
-
-
-def _plan(mask: BlockMask) -> list[_Group]:
-    """Groups of query tiles, worked out once for a mask (every layer asks) and kept on it."""
-    plan = getattr(mask, "plan_for_cpu", None)
-    if plan is None:
-        plan = [_group(mask, start, end, keys) for start, end, keys in _grouped(_visible_tiles(mask))]
-        mask.plan_for_cpu = plan  # type: ignore[attr-defined]
-    return plan
-
-
-def _visible_tiles(mask: BlockMask) -> torch.Tensor:
-    """bool [QT, KT]: the tiles that some row of the batch needs."""
-    assert mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None
-    needed = torch.zeros(mask.kv_indices.shape, dtype=torch.bool)
-    lists = ((mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices))
-    for count, indices in lists:
-        listed = torch.arange(indices.shape[-1]) < count[..., None]
-        needed |= torch.zeros_like(needed).scatter(-1, indices.long(), listed)
-    return needed.any(0)[0]
-
-
-def _grouped(visible: torch.Tensor) -> list[tuple[int, int, torch.Tensor]]:
-    """(first, end, key tiles) of runs of query tiles: a run grows while the scores wasted on keys that only some of its tiles
-    see cost less than one more call."""
-    runs: list[tuple[int, int, torch.Tensor]] = []
-    for number, keys in enumerate(visible):
-        if runs:
-            first, end, together = runs[-1]
-            union = together | keys
-            grown = (number + 1 - first) * int(union.sum())
-            apart = (end - first) * int(together.sum()) + int(keys.sum())
-            if (grown - apart) * CPU_TILE * CPU_TILE <= CALL_COST:
-                runs[-1] = (first, number + 1, union)
-                continue
-        runs.append((number, number + 1, keys))
-    return runs
-
-
-def _group(mask: BlockMask, first: int, end: int, key_tiles: torch.Tensor) -> _Group:
-    """Tiles -> tokens: runs of keys that all the queries see, and one part from the first to the last of the others, where the rule
-    is evaluated."""
-    length, tile = mask.seq_lengths[0], mask.BLOCK_SIZE[0]
-    queries = slice(first * tile, min(end * tile, length))
-    within = key_tiles.repeat_interleave(tile)[:length].nonzero()[:, 0]
-    low, high = int(within[0]), int(within[-1]) + 1
-    index = torch.arange(length)
-    batch = torch.arange(mask.kv_indices.shape[0])[:, None, None]
-    allowed = mask.mask_mod(batch, torch.zeros_like(batch), index[queries][None, :, None], index[low:high][None, None, :])
-    everybody = allowed.flatten(0, 1).all(0)
-    somebody = (allowed.flatten(0, 1).any(0) & ~everybody).nonzero()[:, 0]
-    parts = []
-    if len(somebody):
-        start, stop = int(somebody[0]), int(somebody[-1]) + 1
-        everybody[start:stop] = False
-        seen = allowed[:, None, :, start:stop].contiguous()
-        parts.append(_Part(slice(low + start, low + stop), seen, ~seen.any(-1)))
-    edges = torch.nn.functional.pad(everybody.long(), (1, 1)).diff()
-    starts, stops = (edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist()
-    parts = [_Part(slice(low + start, low + stop)) for start, stop in zip(starts, stops, strict=True)] + parts
-    return _Group(queries, tuple(parts))
