@@ -1,12 +1,14 @@
 """Kill -9 at any moment, or a loss that is not finite, then `--resume`: the result is that of the uninterrupted run, to the bit,
 and nothing is left over."""
 
+import itertools
 import json
 import math
 import os
 import random
+import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -239,64 +241,106 @@ class Course:
 
 @dataclass
 class RandomKills:
-    """Kills at moments drawn from a seed: after a random time, at a random file operation, or at one of a save; run after run,
-    until there were as many as asked for."""
+    """Moments drawn from a seed: after a random time, at a random file operation, or at one of a save; each kind once at least.
+    Up to a third of the run away, so that a run is killed several times; of saves, in the next one."""
+
+    seed: int
+    whole: Story
+
+    def moments(self) -> Iterator[Moment]:
+        draw = random.Random(self.seed)
+        kinds = ["time", "operation", "save"]
+        for kind in itertools.chain(draw.sample(kinds, k=3), iter(lambda: draw.choice(kinds), None)):
+            if kind == "time":
+                yield {"seconds": draw.random() * self.whole.seconds / 3}
+            elif kind == "operation":
+                yield {"operation": draw.randint(1, self.whole.operations // 3), "part": draw.random()}
+            else:
+                yield {"operation": draw.randint(1, operations_of_a_save(self.whole)), "saving": True, "part": draw.random()}
+
+
+def operations_of_a_save(whole: Story) -> int:
+    """The first saves have nothing to remove and are shorter by some."""
+    return math.ceil(whole.of_saves / len(whole.saved))
+
+
+@dataclass(frozen=True)
+class Courses:
+    """Runs with the same words, and the uninterrupted one."""
 
     killer: Killer
     words: list[str]
     folder: Path
-    seed: int
+    whole: Story
 
-    def happen(self, kills: int) -> list[Story]:
-        """Returns what is known of each killed run; what happened is printed."""
-        draw = random.Random(self.seed)
-        kinds = draw.sample(["time", "operation", "save"], k=3)  # each of them once at least
-        whole = self.killer.run([*self.words, "--out", str(self.folder / "whole")], self.folder / "whole")
-        assert (whole.signal, whole.code) == (0, 0), self.killer.said()
-        done: list[Story] = []
+    def through(self, moments: Iterable[Moment], name: str = "killed") -> list[Story]:
+        """Kills one run at each of the moments, as far as it does not finish before. Returns what is known of each kill."""
+        course = Course(self.killer, self.words, self.folder / "whole" / "diffuse", self.folder / name)
+        killed: list[Story] = []
+        try:
+            for moment in itertools.chain(moments, [None]):
+                story = course.go_on(moment)
+                if not story.signal:
+                    break
+                killed.append(story)
+        finally:
+            print(f"{name}:", *course.told, sep="\n  ")
+        require_same_run(course.out / "diffuse", course.whole)
+        return killed
+
+    def through_random(self, seed: int, kills: int) -> list[Story]:
+        """Run after run, until there were so many kills."""
+        print(f"seed {seed}")
+        moments, done = RandomKills(seed, self.whole).moments(), []
         while len(done) < kills:
-            out = self.folder / f"from {len(done)}"
-            course = Course(self.killer, self.words, self.folder / "whole" / "diffuse", out)
-            try:
-                while (story := course.go_on(self._moment(draw, kinds[0], whole) if len(done) < kills else None)).signal:
-                    done.append(story)
-                    kinds = kinds[1:] or draw.choices(["time", "operation", "save"])
-            finally:
-                print(f"seed {self.seed}, {out.name}:", *course.told, sep="\n  ")
-            require_same_run(out / "diffuse", course.whole)
+            done += self.through(itertools.islice(moments, kills - len(done)), f"from {len(done)}")
         return done
 
-    def _moment(self, draw: random.Random, kind: str, whole: Story) -> Moment:
-        """Up to a third of the run away, so that a run is killed several times; of saves, in the next one."""
-        if kind == "time":
-            return {"seconds": draw.random() * whole.seconds / 3}
-        if kind == "operation":
-            return {"operation": draw.randint(1, whole.operations // 3), "part": draw.random()}
-        return {"operation": draw.randint(1, whole.of_saves // len(whole.saved)), "saving": True, "part": draw.random()}
 
-
-def everything(folder: Path, start: Path, tower: Path, train: Path, **settings: Any) -> list[str]:
-    """The words of a run in which everything moves, but for --out."""
-    write_recipe(folder / "recipe.yaml", tower, diffuse=stage("diffuse", train, **EVERYTHING, **settings))
-    return ["convert", "--from", str(start), "--stage", "diffuse", "--recipe", str(folder / "recipe.yaml")]
-
-
-def test_kills_at_three_random_moments(
+@pytest.fixture
+def courses(
     killer: Killer, prepared: Callable[[str], Path], tower: Path, shapes: dict[str, Path], tmp_path: Path
-):
-    words = everything(tmp_path, prepared("llama"), tower, shapes["train"], steps=7)
-    killed = RandomKills(killer, words, tmp_path, seed=12).happen(kills=3)
+) -> Callable[..., Courses]:
+    """Settings of the stage -> runs in which everything moves."""
+
+    def make(**settings: Any) -> Courses:
+        recipe = write_recipe(
+            tmp_path / "recipe.yaml", tower, diffuse=stage("diffuse", shapes["train"], **EVERYTHING, **settings)
+        )
+        words = ["convert", "--from", str(prepared("llama")), "--stage", "diffuse", "--recipe", str(recipe)]
+        whole = killer.run([*words, "--out", str(tmp_path / "whole")], tmp_path / "whole")
+        assert (whole.signal, whole.code) == (0, 0), killer.said()
+        return Courses(killer, words, tmp_path, whole)
+
+    return make
+
+
+def test_kills_at_three_random_moments(courses: Callable[..., Courses]):
+    killed = courses(steps=7).through_random(seed=12, kills=3)
     assert any(story.saving for story in killed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["plain", "lora"])
-def test_kills_at_ten_random_moments(
-    kind: str, killer: Killer, prepared: Callable[[str], Path], tower: Path, shapes: dict[str, Path], tmp_path: Path
-):
+@pytest.mark.parametrize("settings", [{}, {"lora": LORA}], ids=["plain", "lora"])
+def test_kills_at_ten_random_moments(settings: dict[str, Any], courses: Callable[..., Courses]):
     """KILL_SEED=N draws the moments of a failure again; its seed is in what the failure prints."""
-    adapters = {"lora": LORA} if kind == "lora" else {}
-    words = everything(tmp_path, prepared("llama"), tower, shapes["train"], steps=25, **adapters)
     seed = int(os.environ.get("KILL_SEED") or random.SystemRandom().randrange(2**31))
-    killed = RandomKills(killer, words, tmp_path, seed).happen(kills=10)
+    killed = courses(steps=25, **settings).through_random(seed, kills=10)
     assert len(killed) == 10 and any(story.saving for story in killed)
+
+
+@pytest.mark.slow
+def test_a_kill_at_every_file_operation_of_a_save(courses: Callable[..., Courses]):
+    """Each in a run of its own, which goes on from a copy of one that has a checkpoint already: there is an old one to remove."""
+    runs = courses(steps=5, keep_checkpoints=1)
+    Course(runs.killer, runs.words, runs.folder / "whole" / "diffuse", runs.folder / "begun").go_on({"place": "step"})
+    touched = []
+    for number in itertools.count(1):
+        shutil.copytree(runs.folder / "begun", runs.folder / str(number))
+        (story,) = runs.through([{"operation": number, "saving": True, "part": 0.5}], str(number))
+        if story.saved:  # the operations of that save are through, this was one of the next
+            break
+        touched.append(Path(story.last.split()[-1]).name)
+    assert {"checkpoint-4", "curriculum.json.partial", "scheduler.pt", "checkpoint-2", "saving"} < set(touched)
+    # Written half in the new checkpoint, and removed from the old one.
+    assert touched.count("optimizer.pt") == touched.count("model.safetensors") == touched.count("rng_state.pth") == 2

@@ -4,23 +4,21 @@ Padding stops are left out of every figure. The masked-token measure draws its n
 (`objective.measure`); generated answers are given the true history of their conversation.
 """
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from diffvl.chats import answer_turns, chat_before, questions
 from diffvl.config import ArObjective, BlockDiffusionObjective, Data, Objective
-from diffvl.data.chat import messages_of
 from diffvl.data.collate import collate
-from diffvl.data.images import open_picture
 from diffvl.data.loader import SampleDataset, batches_of, load_data, open_samples
-from diffvl.data.records import Record
 from diffvl.decode import Decoder, DecodeSettings, answer_chats, context_length, load_for_decoding
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.objective import measure, scores
 from diffvl.progress import track
+from diffvl.textscore import edit_similarity, is_exact
 
 BATCH_SIZE = 8
 UNLIMITED = 10**9  # tokens
@@ -47,10 +45,10 @@ def evaluate_directory(directory: Path, data: Path, limit: int | None, settings:
     exact: list[bool] = []
     similar: list[float] = []
     tokens = forwards = 0
-    questions = list(_questions(samples, count))
-    chunks = [questions[start : start + BATCH_SIZE] for start in range(0, len(questions), BATCH_SIZE)]
+    asked = list(questions(samples.record(place) for place in range(count)))
+    chunks = [asked[start : start + BATCH_SIZE] for start in range(0, len(asked), BATCH_SIZE)]
     for chunk in track(console, chunks, len(chunks), "answering"):
-        answers = answer_chats(decoder, [_chat(record, turn) for record, turn in chunk], settings, shorten=True)
+        answers = answer_chats(decoder, [chat_before(record, turn) for record, turn in chunk], settings, shorten=True)
         for (record, turn), given in zip(chunk, answers, strict=True):
             truth = record.turns[turn].text
             exact.append(is_exact(given.text, truth))
@@ -106,8 +104,8 @@ def held_out_answers(directory: Path, data: Data, settings: DecodeSettings, cons
     records = [held_out.record(int(place * stride)) for place in range(count)]
     chunks = [records[start : start + BATCH_SIZE] for start in range(0, count, BATCH_SIZE)]
     for chunk in track(console, chunks, len(chunks), "answering held-out questions"):
-        turns = [next(_answer_turns(record)) for record in chunk]
-        chats = [_chat(record, turn) for record, turn in zip(chunk, turns, strict=True)]
+        turns = [next(answer_turns(record)) for record in chunk]
+        chats = [chat_before(record, turn) for record, turn in zip(chunk, turns, strict=True)]
         answers = answer_chats(decoder, chats, settings, shorten=True)
         for record, turn, given in zip(chunk, turns, answers, strict=True):
             shown.append(
@@ -119,45 +117,3 @@ def held_out_answers(directory: Path, data: Data, settings: DecodeSettings, cons
                 }
             )
     return shown
-
-
-def _questions(samples: SampleDataset, count: int) -> Iterator[tuple[Record, int]]:
-    for place in range(count):
-        record = samples.record(place)
-        for turn in _answer_turns(record):
-            yield record, turn
-
-
-def _answer_turns(record: Record) -> Iterator[int]:
-    return (turn for turn, spoken in enumerate(record.turns) if spoken.role == "assistant")
-
-
-def _chat(record: Record, turn: int) -> list[dict[str, Any]]:
-    """The conversation up to (not including) an answer, with its pictures."""
-    pictures = iter([open_picture(path, record.source) for path in record.images])
-    messages = messages_of(record)[:turn]
-    for message in messages:
-        if isinstance(message["content"], list):
-            for part in message["content"]:
-                if part["type"] == "image":
-                    part["image"] = next(pictures)
-    return messages
-
-
-def is_exact(given: str, truth: str) -> bool:
-    """Equal up to white space."""
-    return " ".join(given.split()) == " ".join(truth.split())
-
-
-def edit_similarity(given: str, truth: str) -> float:
-    """1 - Levenshtein distance / length of the longer text, in characters; 1 for two empty texts."""
-    longest = max(len(given), len(truth))
-    if longest == 0:
-        return 1.0
-    previous = list(range(len(truth) + 1))
-    for row, letter in enumerate(given, 1):
-        current = [row]
-        for column, other in enumerate(truth, 1):
-            current.append(min(previous[column] + 1, current[-1] + 1, previous[column - 1] + (letter != other)))
-        previous = current
-    return 1.0 - previous[-1] / longest

@@ -87,7 +87,7 @@ class _Joined(torch.autograd.Function):
                     both = torch.logaddexp(total, log_sum)
                     # A query that has seen nothing yet: -inf - -inf.
                     before, now = ((share - both).exp().nan_to_num(0.0)[..., None] for share in (total, log_sum))
-                    joined, total = joined * before + one * now, both
+                    joined, total = joined.mul_(before).add_(one.mul_(now)), both
             assert joined is not None and total is not None
             output[:, :, group.queries] = joined.to(q.dtype)
             sums[:, :, group.queries] = total
@@ -153,8 +153,8 @@ class Slab:
 
 @dataclass(frozen=True)
 class Band:
-    """The keys just behind the diagonal, for tiles of w queries at once: tile i looks at w tokens of its own and w more. keys: their
-    indices [n * 2w]. allowed: bool [B, n, w, 2w]."""
+    """The keys just behind the diagonal, for tiles of w queries at once: a tile looks at its own w tokens and, where blocks lie
+    across tiles, at w more. keys: their indices [n * K], K = w or 2w. allowed: bool [B, n, w, K]."""
 
     width: int
     keys: torch.Tensor
@@ -167,7 +167,7 @@ class Band:
         """As Slab's."""
         allowed = self.allowed.flatten(0, 1)[:, None]
         bias = _bias(allowed, self.biases, q.dtype)
-        keys, values = (self._cut(state[:, :, self.keys], 2 * self.width) for state in (k, v))
+        keys, values = (self._cut(state[:, :, self.keys], allowed.shape[-1]) for state in (k, v))
         tiles, log_sum = _flash(self._tiled(q), keys, values, 0.0, False, attn_mask=bias, scale=scale)
         tiles, log_sum = _without(~allowed.any(-1), tiles, log_sum)
         return self._joined(tiles, q), self._joined(log_sum[..., None], q)[..., 0]
@@ -186,7 +186,7 @@ class Band:
     ) -> torch.Tensor:
         """As Slab's."""
         bias = _bias(self.allowed.flatten(0, 1)[:, None], self.biases, q.dtype)
-        keys, values = (self._cut(state[:, :, self.keys], 2 * self.width) for state in (k, v))
+        keys, values = (self._cut(state[:, :, self.keys], self.allowed.shape[-1]) for state in (k, v))
         sums = self._tiled(log_sum[..., None])[..., 0].contiguous()
         given = (self._tiled(gradient), self._tiled(q), keys, values, self._tiled(output), sums)
         share, of_keys, of_values = _flash_backward(*given, 0.0, False, attn_mask=bias, scale=scale)
@@ -365,5 +365,7 @@ def _band(mask: BlockMask, queries: slice) -> Band | None:
         # The next tile of keys must be out of sight, or the band is too narrow.
         beyond = starts[:, None, None] + torch.arange(2 * width, 2 * width + CPU_TILE)[None, None, :]
         if not bool((_rule(mask, q_index, beyond) & inside).any()):
+            if not bool(allowed[..., width:].any()):
+                k_index, allowed = k_index[..., :width], allowed[..., :width].contiguous()
             return Band(width, k_index.flatten().clamp_max(mask.seq_lengths[0] - 1), allowed)
     return None

@@ -1,0 +1,32 @@
+"""Records -> the questions in them, each as the conversation before a true answer, with its pictures."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from diffvl.data.chat import messages_of
+from diffvl.data.images import open_picture
+from diffvl.data.records import Record
+
+
+def questions(records: Iterable[Record]) -> Iterator[tuple[Record, int]]:
+    """(record, turn) of every answer."""
+    for record in records:
+        for turn in answer_turns(record):
+            yield record, turn
+
+
+def answer_turns(record: Record) -> Iterator[int]:
+    """The turns of a record that are answers."""
+    return (turn for turn, spoken in enumerate(record.turns) if spoken.role == "assistant")
+
+
+def chat_before(record: Record, turn: int) -> list[dict[str, Any]]:
+    """The conversation up to (not including) a turn, with its pictures."""
+    pictures = iter([open_picture(path, record.source) for path in record.images])
+    messages = messages_of(record)[:turn]
+    for message in messages:
+        if isinstance(message["content"], list):
+            for part in message["content"]:
+                if part["type"] == "image":
+                    part["image"] = next(pictures)
+    return messages
