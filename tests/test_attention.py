@@ -137,8 +137,8 @@ def long_rows(context: str, block_size: int) -> Layout:
 @pytest.mark.parametrize("rows_taken", [[0], [0, 1]])
 @pytest.mark.parametrize(("context", "block_size"), [("block", 4), ("block", 8), ("block", 40), ("block", 100), ("causal", 8)])
 def test_clean_streams_go_through_the_causal_kernel(context: str, block_size: int, rows_taken: list[int], window: int | None):
-    """Packed, cut by turns, beside other rows, in blocks that the band holds and in too wide ones, and under a window: dense SDPA's
-    values and gradients; and the causal kernel is used where it can be."""
+    """Packed, cut by turns, beside other rows, in blocks that the band holds and in too wide ones, and under a window: values and
+    gradients of dense SDPA; and the causal kernel is used where it can be."""
     whole = long_rows(context, block_size)
     layout = Layout(**{name: row[rows_taken] for name, row in whole.rows.items()}, context=context)
     mask = block_mask(layout, 64, window)
@@ -160,7 +160,8 @@ def test_clean_streams_go_through_the_causal_kernel(context: str, block_size: in
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")  # the reference is what is wanted
+# The reference is what is wanted.
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own compiler
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @torch.no_grad()
@@ -181,7 +182,8 @@ def test_flex_attention_understands_the_mask(compiled: bool):
 def test_the_loss_does_not_depend_on_the_implementation(model_type: str, context: str, loaded: Callable[[str], Loaded]):
     """Loss and gradients of a packed batch with pictures, complementary masks and an AR term, dense and in tiles."""
     model, _ = loaded(model_type)
-    settings = objective(context=context, complementary=True, weight="effective", **({"ar_weight": 0.3} if context == "causal" else {}))
+    term = {"ar_weight": 0.3} if context == "causal" else {}
+    settings = objective(context=context, complementary=True, weight="effective", **term)
     one = batch([sample(model.config, (21, 6, 3, 9), index=4, picture=True), sample(model.config, (6, 7), index=9)])
     found = []
     try:

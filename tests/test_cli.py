@@ -18,7 +18,18 @@ from diffvl.errors import CheckpointError
 from diffvl.hub import sampling_diffvl
 
 ENVIRONMENT = {"PYTHONPATH": str(Path(cli.__file__).parents[1]), "COLUMNS": "120"}  # of a process that finds diffvl's source
-VERBS = ["bench objective", "bench train", "convert", "doctor", "evaluate", "generate", "models", "recipes", "shapes"]
+VERBS = [
+    "bench decode",
+    "bench objective",
+    "bench train",
+    "convert",
+    "doctor",
+    "evaluate",
+    "generate",
+    "models",
+    "recipes",
+    "shapes",
+]
 
 FLAGS = {
     "": {"--version"},
@@ -31,6 +42,10 @@ FLAGS = {
         "--json",
     },
     "evaluate": {"DIR", "--data", "--limit", "--json"},
+    "bench decode": {
+        *("DIR", "--data", "--sweep", "--limit", "--steps", "--batch", "--max-new-tokens", "--repeats", "--device", "--layers"),
+        *("--hidden", "--block-size", "--context", "--seed", "--quick", "--json"),
+    },
     "bench objective": {"--samples", "--seed", "--json"},
     "bench train": {
         *("--shapes", "--repeats", "--device", "--layers", "--hidden", "--block-size", "--context", "--seed", "--quick"),

@@ -64,7 +64,8 @@ def test_lora_targets_are_the_linear_layers_of_the_trunk(file: Path):
 
 
 def test_families_and_their_agreed_tokens():
-    assert [family.model_type for family in all_families()] == ["gemma2", "gpt2", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe"]
+    names = ["gemma2", "gpt2", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe"]
+    assert [family.model_type for family in all_families()] == names
     for model_type in ("qwen2", "qwen3", "qwen3_moe"):
         family = family_of(model_type)
         assert (family.mask_token.text, family.mask_token.id, family.image_token) == ("<|MASK|>", 151669, "<|image_pad|>")

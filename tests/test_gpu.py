@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,13 +25,13 @@ def test_flex_attention_gives_the_loss_of_dense_attention(model_type: str, conte
     model = copy.deepcopy(loaded(model_type)[0]).to(CUDA)
     lengths = [(200, 60, 3, 90), (60, 70)]
     samples = [sample(model.config, one, index, picture=index == 0) for index, one in enumerate(lengths)]
-    both = {name: value.to(CUDA) for name, value in batch(samples).items()}
+    both: Any = {name: value.to(CUDA) for name, value in batch(samples).items()}
     both["row"] = torch.zeros(2, dtype=torch.long, device=CUDA)
     found = []
     for wanted in ("sdpa", FLEX):
         assert choose(model.language_model, wanted, CUDA) == wanted
         settings = objective(context=context, complementary=True, weight="effective")
-        loss = block_diffusion(model, model.config, both, settings, Draw(3, 2, 0.5)).loss  # type: ignore[arg-type]
+        loss = block_diffusion(model, model.config, both, settings, Draw(3, 2, 0.5)).loss
         gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
         found.append((loss, [gradient for gradient in gradients if gradient is not None]))
     (dense, expected), (flex, given) = found
@@ -56,6 +57,6 @@ def test_decoding_is_that_of_the_cpu(model_type: str, loaded: Callable[[str], Lo
     chat = [[{"role": "user", "content": "Hi"}], [{"role": "user", "content": "What else is there?"}]]
     inputs = processor.apply_chat_template(chat, tokenize=True, add_generation_prompt=True)
     expected = model.generate(**inputs, max_new_tokens=16, denoising_steps=2)
-    on_gpu = {name: value.to(CUDA) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    on_gpu: dict[str, Any] = {name: value.to(CUDA) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
     given = copy.deepcopy(model).to(CUDA).generate(**on_gpu, max_new_tokens=16, denoising_steps=2)
     assert isinstance(given, torch.Tensor) and given.tolist() == expected.tolist()  # type: ignore[union-attr]

@@ -1,4 +1,5 @@
-"""The attention rule as a block-sparse mask, and who executes it: FlexAttention on a GPU, torch's flash kernel tile by tile on a CPU.
+"""The attention rule as a block-sparse mask, and who executes it: FlexAttention on a GPU, torch's flash kernel tile by tile on a
+CPU.
 
 A training row has two kinds of empty area: what lies after a token, and the noisy blocks of others. A dense mask computes
 both and then throws them away, and holds one value for each pair of tokens. Here the mask is a `BlockMask` of torch's

@@ -7,12 +7,14 @@ seed, how to decode); a hyperparameter has no flag of its own, it is set with `-
 import logging
 import shlex
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from diffvl.cli_bench import bench
+from diffvl.cli_decode import chat, generate
+from diffvl.cli_print import print_json, print_line, print_table
 from diffvl.config import VERSION, StageName
 from diffvl.errors import EXIT_CODE, DiffvlError, UsageError
 
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     from diffvl.doctor import Verdict
 
 INTERRUPTED = 130  # 128 + SIGINT, what Typer exits with on Ctrl-C
-UNLIMITED = 10_000  # columns
 
 app = typer.Typer(
     help="Turn an autoregressive language model into a block-diffusion vision-language model.",
@@ -30,14 +31,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-bench = typer.Typer(help="Measure the core of this package on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
-
-STATIC, DYNAMIC = "low_confidence_static", "low_confidence_dynamic"
-Strategy = Literal["low_confidence_static", "low_confidence_dynamic"]  # as `hub/sampling_diffvl.py`; a test compares them
-
-Device = Literal["auto", "cpu", "cuda"]
-Context = Literal["block", "causal"]
 
 MODEL_HELP = "A name from `diffvl models`, a hub id, a directory or a .gguf file; --stage diffuse can do without."
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random draw.")]
@@ -97,42 +91,8 @@ def convert(
     run_convert(request)
 
 
-@app.command(epilog='Example:  diffvl generate runs/qwen2.5-7b/diffuse --image cat.jpg --prompt "What is on the mat?"')
-def generate(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint that `diffvl convert` wrote.")],
-    prompt: Annotated[str, typer.Option(help="What to ask.", metavar="TEXT")],
-    image: Annotated[list[Path] | None, typer.Option(help="A picture; repeatable.", metavar="FILE")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps per block. Default: one token per step.")] = None,
-    threshold: Annotated[float | None, typer.Option(min=0, max=1, help="Confidence above which a token is filled in.")] = None,
-    strategy: Annotated[Strategy, typer.Option(help="Fill a fixed number of tokens per step, or all the sure ones.")] = STATIC,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
-    seed: Seed = 0,
-    as_json: AsJson = False,
-) -> None:
-    """Answer a prompt about pictures, block by block."""
-    if threshold is not None and strategy == STATIC:
-        raise UsageError(
-            f"--threshold {threshold} has no effect with --strategy {STATIC}, which fills in a fixed number of tokens per "
-            f"step: add --strategy {DYNAMIC}, or leave --threshold out"
-        )
-    from diffvl.decode import DecodeSettings, answer, load_for_decoding
-    from diffvl.progress import quiet_libraries
-
-    quiet_libraries()
-    settings = DecodeSettings(
-        max_new_tokens=max_new_tokens,
-        steps=steps,
-        threshold=threshold,
-        strategy=strategy,
-        temperature=temperature,
-        seed=seed,
-    )
-    reply = answer(load_for_decoding(directory), image or [], prompt, settings)
-    if as_json:
-        _print_json(asdict(reply))
-    else:
-        print(reply.text)
+app.command(epilog='Example:  diffvl generate runs/qwen2.5-7b/diffuse --image cat.jpg --prompt "What is on the mat?"')(generate)
+app.command(epilog="Example:  diffvl chat runs/qwen2.5-7b/diffuse, then  /image cat.jpg  and  What is on the mat?")(chat)
 
 
 @app.command(epilog="Example:  diffvl evaluate runs/qwen2.5-7b/diffuse --data held_out.json --limit 200")
@@ -150,10 +110,10 @@ def evaluate(
     quiet_libraries()
     figures = evaluate_directory(directory, data, limit, DecodeSettings())
     if as_json:
-        _print_json(figures)
+        print_json(figures)
     else:
         rows = [(name, f"{value:.4f}" if isinstance(value, float) else str(value)) for name, value in figures.items()]
-        _print_table(["figure", "value"], rows)
+        print_table(["figure", "value"], rows)
 
 
 @app.command(epilog="Example:  diffvl doctor qwen2.5-7b, or  diffvl doctor ./my-checkpoint --json")
@@ -182,7 +142,7 @@ def doctor(
 
     verdict = examine(model, trust_remote_code)
     if as_json:
-        _print_json(verdict.as_json())
+        print_json(verdict.as_json())
     else:
         _print_verdict(verdict)
     raise typer.Exit(0 if verdict.answer == "supported" else 1)
@@ -198,12 +158,12 @@ def _survey(out: Path | None, as_json: bool) -> None:
     if out is not None:
         write_page(verdicts, out)
     if as_json:
-        _print_json({"verdicts": [verdict.as_json() for verdict in verdicts]})
+        print_json({"verdicts": [verdict.as_json() for verdict in verdicts]})
     elif out is not None:
         print(out)
     else:
         rows = [(verdict.model_type, verdict.answer, _scientific(verdict.worst_error), verdict.kind) for verdict in verdicts]
-        _print_table(["model type", "verdict", "worst error", "why"], rows)
+        print_table(["model type", "verdict", "worst error", "why"], rows)
 
 
 def _print_verdict(verdict: "Verdict") -> None:
@@ -213,12 +173,12 @@ def _print_verdict(verdict: "Verdict") -> None:
             (check.name, _scientific(check.error), check.wanted, "passes" if check.passed else check.fault or "fails")
             for check in verdict.checks
         ]
-        _print_table(["check", "std of the logits", "wanted", "result"], rows)
+        print_table(["check", "std of the logits", "wanted", "result"], rows)
         print(f"probed: {verdict.copy}; random weights, fp32; {verdict.seconds:.1f} s")
     subject = verdict.model if verdict.model_type in ("", verdict.model) else f"{verdict.model} ({verdict.model_type})"
-    _print_line(f"{subject}: {verdict.answer}", "bold green" if verdict.answer == "supported" else "bold red")
+    print_line(f"{subject}: {verdict.answer}", "bold green" if verdict.answer == "supported" else "bold red")
     if verdict.reason:
-        _print_line(verdict.reason)
+        print_line(verdict.reason)
 
 
 def _scientific(error: float | None) -> str:
@@ -232,11 +192,11 @@ def models() -> None:
 
     families = all_families()
     named = [(name, entry, family) for family in families for name, entry in family.checkpoints.items()]
-    _print_table(
+    print_table(
         ["name", "hub repo", "family", "vision tower", "recipe"],
         [(name, entry.repo, family.model_type, entry.vision_tower, entry.recipe) for name, entry, family in named],
     )
-    _print_table(["family", "traits"], [(f.model_type, f.note) for f in families])
+    print_table(["family", "traits"], [(f.model_type, f.note) for f in families])
 
 
 @app.command(epilog="Example:  diffvl recipes, then  diffvl convert qwen2.5-0.5b --recipe lora")
@@ -245,7 +205,7 @@ def recipes() -> None:
     from diffvl.families import find_recipe, recipe_names
 
     summaries = [(name, find_recipe(name).read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")) for name in recipe_names()]
-    _print_table(["name", "what it does"], summaries)
+    print_table(["name", "what it does"], summaries)
 
 
 @app.command(epilog="Example:  diffvl shapes runs/demo/data --align 1000 --train 2000 --test 200")
@@ -261,103 +221,6 @@ def shapes(
 
     for file in write_shapes(out, align=align, train=train, test=test, seed=seed).values():
         print(file)
-
-
-@bench.command("train", epilog="Example:  diffvl bench train --json > bench.json")
-def bench_train(
-    shapes: Annotated[
-        str | None, typer.Option(help="All tokens (L) and answer tokens (R) of a sample, with commas.", metavar="L3000-R300,...")
-    ] = None,
-    repeats: Annotated[int | None, typer.Option(min=1, help="Timed rounds. Default: 3, on CUDA 10.", metavar="N")] = None,
-    device: Annotated[Device, typer.Option(help="Where to run; auto takes CUDA where there is one.")] = "auto",
-    layers: Annotated[int | None, typer.Option(min=1, help="Layers of the trunk. Default: by device.", metavar="N")] = None,
-    hidden: Annotated[int | None, typer.Option(min=1, help="Width of the trunk. Default: by device.", metavar="N")] = None,
-    block_size: Annotated[int, typer.Option(help="Tokens per block.", metavar="N")] = 8,
-    context: Annotated[Context, typer.Option(help="Attention among clean tokens.")] = "block",
-    seed: Seed = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, to see that it runs; the figures mean nothing.")] = False,
-    profile: Annotated[bool, typer.Option("--profile", help="Name the kernels that a step of ours goes to.")] = False,
-    scaling: Annotated[bool, typer.Option(help="Fit how time grows with sample and answer.")] = True,
-    as_json: AsJson = False,
-) -> None:
-    """Compare a training step of this package with AR finetuning and with block diffusion as published."""
-    from rich.console import Console
-
-    from diffvl.bench.tables import bar_lines, tables
-    from diffvl.bench.train import TrainBench, compare
-    from diffvl.progress import quiet_libraries
-
-    quiet_libraries()
-    request = TrainBench(
-        shapes=shapes,
-        repeats=repeats,
-        device=device,
-        layers=layers,
-        hidden=hidden,
-        block_size=block_size,
-        context=context,
-        seed=seed,
-        quick=quick,
-        profile=profile,
-        scaling=scaling,
-    )
-    report = compare(request, Console(stderr=True))
-    if as_json:
-        for line in bar_lines(report.verdicts):
-            print(line, file=sys.stderr)
-        _print_json(report.json)
-    else:
-        for headings, rows in tables(report.machine, report.rows, report.fits, report.verdicts):
-            _print_table(headings, rows)
-
-
-@bench.command("objective", epilog="Example:  diffvl bench objective --json > variance.json")
-def bench_objective(
-    samples: Annotated[int, typer.Option(min=128, help="Gradients drawn for each sampled figure.", metavar="N")] = 384,
-    seed: Seed = 0,
-    as_json: AsJson = False,
-) -> None:
-    """Measure variance and bias of the gradient under each way to draw noise and weigh tokens."""
-    from rich.console import Console
-
-    from diffvl.bench.objective import measure_objective, tables
-    from diffvl.progress import quiet_libraries
-
-    quiet_libraries()
-    report = measure_objective(samples, seed, Console(stderr=True))
-    if as_json:
-        _print_json(report)
-    else:
-        for headings, rows in tables(report):
-            _print_table(headings, rows)
-
-
-def _print_json(figures: dict) -> None:
-    import json
-
-    print(json.dumps(figures, ensure_ascii=False))
-
-
-def _print_table(headings: list[str], rows: list[tuple[str, ...]]) -> None:
-    """A table on stdout; in a file or a pipe, which have no width, every row stands on one line."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(*headings)
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
-    console = Console()
-    if not console.is_terminal:
-        console.width = console.measure(table, options=console.options.update(max_width=UNLIMITED)).maximum
-    console.print(table)
-
-
-def _print_line(text: str, style: str | None = None) -> None:
-    """One line on stdout, taken as it is and not broken."""
-    from rich.console import Console
-
-    Console().print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _say(label: str, style: str, message: str) -> None:

@@ -101,7 +101,6 @@ class FullNoise(Section):
 Noise = Annotated[UniformNoise | ClampNoise | RampNoise | BetaNoise | FullNoise, Field(discriminator="schedule")]
 
 
-
 def _reaches_one(noise: Noise) -> bool:
     """Whether 1/(1 - t) has an infinite mean: uniform laws that end at 1, and Beta laws whose second shape is 1 or less."""
     if not isinstance(noise, BetaNoise):
@@ -172,8 +171,8 @@ class BlockDiffusionObjective(Section):
             raise ValueError("complementary has no effect with the schedule full: its complement masks nothing")
         if self.complementary and self.weight == "1/t" and _reaches_one(self.noise):
             raise ValueError(
-                "complementary with weight 1/t needs noise that stays below t = 1: the second copy weighs 1/(1 - t), whose variance "
-                "is infinite; use weight: effective, or t_max: 0.999"
+                "complementary with weight 1/t needs noise that stays below t = 1: the second copy weighs 1/(1 - t), whose "
+                "variance is infinite; use weight: effective, or t_max: 0.999"
             )
         return self
 

@@ -131,7 +131,9 @@ def user_message(text: str, pictures: Sequence[Image.Image]) -> Message:
         raise UsageError(f"the prompt is not valid UTF-8 text (character {error.start + 1}, {text[error.start]!r})") from error
     marked = text if IMAGE_MARKER in text else f"{IMAGE_MARKER}\n" * len(pictures) + text
     if marked.count(IMAGE_MARKER) != len(pictures):
-        raise UsageError(f"the prompt has {marked.count(IMAGE_MARKER)} {IMAGE_MARKER} markers, {len(pictures)} pictures were given")
+        raise UsageError(
+            f"the prompt has {marked.count(IMAGE_MARKER)} {IMAGE_MARKER} markers, {len(pictures)} pictures were given"
+        )
     content: list[dict[str, Any]] = []
     for number, piece in enumerate(marked.split(IMAGE_MARKER)):
         if number:
@@ -225,7 +227,6 @@ def encode(decoder: Decoder, chats: list[list[Message]]) -> BatchFeature:
         raise UsageError(str(error)) from error
 
 
-@torch.no_grad()
 def decode(
     decoder: Decoder,
     inputs: BatchFeature,

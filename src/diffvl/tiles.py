@@ -1,7 +1,7 @@
 """A BlockMask executed on a CPU, with torch's flash kernel, part by part.
 
-FlexAttention has no backward on a CPU, and a dense mask computes everything that it then throws away. Here the queries are cut into
-groups, and each group looks at its keys in parts that need no mask where all is allowed: the clean stream of a sample is one
+FlexAttention has no backward on a CPU, and a dense mask computes everything that it then throws away. Here the queries are cut
+into groups, and each group looks at its keys in parts that need no mask where all is allowed: the clean stream of a sample is one
 call of the causal kernel, plus the few keys behind the diagonal that a block shows its own tokens. The parts of a group are
 joined by their log-sum-exps: the softmax over all keys is the parts' own, weighted (FlashAttention, arXiv 2205.14135, section
 3.1). tests/test_attention.py holds values and gradients against dense attention.
@@ -42,8 +42,8 @@ def tiled_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function of transformers that executes a BlockMask. Query [B, H, T, head], key and value [B, KV heads, T, head]
-    -> [B, T, H, head].
+    """An attention function of transformers that executes a BlockMask. Query [B, H, T, head], key and value [B, KV heads, T,
+    head] -> [B, T, H, head].
 
     Raises:
         ValueError: for another kind of mask, or a model that changes scores in a way that torch's kernel does not know.
@@ -112,8 +112,8 @@ class _Joined(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Slab:
-    """Neighbouring keys. allowed: who sees whom among them, bool [B, 1, Q, K], None where all see all. blind: queries that see none
-    of them, bool [B, 1, Q]. causal: the keys are the queries' own tokens, and each sees those up to itself."""
+    """Neighbouring keys. allowed: who sees whom among them, bool [B, 1, Q, K], None where all see all. blind: queries that see
+    none of them, bool [B, 1, Q]. causal: the keys are the queries' own tokens, and each sees those up to itself."""
 
     keys: slice
     allowed: torch.Tensor | None = None
@@ -121,9 +121,7 @@ class Slab:
     causal: bool = False
     biases: dict[torch.dtype, torch.Tensor] = field(default_factory=dict)
 
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Output [B, H, Q, head] and log-sum-exp [B, H, Q] over these keys alone."""
         bias = _bias(self.allowed, self.biases, q.dtype)
         output, log_sum = _flash(q, k[:, :, self.keys], v[:, :, self.keys], 0.0, self.causal, attn_mask=bias, scale=scale)
@@ -161,9 +159,7 @@ class Band:
     allowed: torch.Tensor
     biases: dict[torch.dtype, torch.Tensor] = field(default_factory=dict)
 
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, torch.Tensor]:
         """As Slab's."""
         allowed = self.allowed.flatten(0, 1)[:, None]
         bias = _bias(allowed, self.biases, q.dtype)
@@ -217,9 +213,7 @@ def _bias(allowed: torch.Tensor | None, made: dict[torch.dtype, torch.Tensor], d
     return made.get(dtype)
 
 
-def _without(
-    blind: torch.Tensor | None, output: torch.Tensor, log_sum: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _without(blind: torch.Tensor | None, output: torch.Tensor, log_sum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Nothing from keys that a query does not see; the kernel says nothing useful of a softmax over none."""
     if blind is None:
         return output, log_sum
@@ -319,8 +313,8 @@ def _whole(everybody: torch.Tensor, low: int) -> list[Slab]:
 
 
 def _causal_runs(visible: torch.Tensor, full: torch.Tensor) -> list[tuple[int, int]]:
-    """Ranges of query tiles that see all of the range's tiles before their own, one tile before the range and one behind their own
-    at most: clean streams."""
+    """Ranges of query tiles that see all of the range's tiles before their own, one tile before the range and one behind their
+    own at most: clean streams."""
     runs, first, count = [], 0, len(visible)
     while first < count:
         end = first

@@ -15,7 +15,7 @@ from conftest import Loaded
 from helpers import ORDINARY
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
-from diffvl.hub.cache_diffvl import BlockCache, ReadingCache
+from diffvl.hub.cache_diffvl import ReadingCache
 from diffvl.hub.generation_diffvl import BlockGeneration, BlockGenerationOutput
 from diffvl.hub.sampling_diffvl import Remasking, remasking_of, settled
 
@@ -136,8 +136,8 @@ def test_static_settles_the_most_confident_first():
 @pytest.mark.parametrize("context", ["block", "causal"])
 @pytest.mark.parametrize(("steps", "sizes"), [(1, [4]), (2, [2, 2]), (3, [2, 1, 1]), (4, [1, 1, 1, 1])])
 def test_steps_are_the_forwards_of_a_block(steps: int, sizes: list[int], context: str):
-    """Three whole blocks: `steps` forwards each, the first of which commits what was finished before; the remainder of masks goes to
-    the first steps. A causal prompt has a forward of its own, which needs no mask."""
+    """Three whole blocks: `steps` forwards each, the first of which commits what was finished before; the remainder of masks
+    goes to the first steps. A causal prompt has a forward of its own, which needs no mask."""
     model = endless(context=context)
     output = model.generate(torch.arange(8)[None], max_new_tokens=12, denoising_steps=steps, return_dict_in_generate=True)
     assert isinstance(output, BlockGenerationOutput) and output.sequences is not None

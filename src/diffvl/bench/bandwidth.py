@@ -1,6 +1,7 @@
 """The floor under a forward at batch 1: every weight is read once, and memory gives so many bytes a second."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,12 +17,12 @@ def memory_bandwidth(device: torch.device) -> float:
     source = torch.ones(BUFFER_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
     size = source.numel() * source.element_size()
-    reading = size / _best(lambda: source.sum(), device)
+    reading = size / _best(source.sum, device)
     copying = 2 * size / _best(lambda: target.copy_(source), device)
     return max(reading, copying)
 
 
-def _best(work: Any, device: torch.device) -> float:
+def _best(work: Callable[[], Any], device: torch.device) -> float:
     best = float("inf")
     for _ in range(ROUNDS):
         synchronize(device)

@@ -19,8 +19,8 @@ def machine_table(machine: dict[str, Any]) -> Table:
     words = {
         **_machine_words(machine),
         "model": machine["model"],
-        "run": f"{machine['device']}, {machine['dtype']}, {machine['threads']} threads; medians of interleaved repeats ({repeats}); "
-        f"load before {machine['load_before']}",
+        "run": f"{machine['device']}, {machine['dtype']}, {machine['threads']} threads; medians of interleaved repeats "
+        f"({repeats}); load before {machine['load_before']}",
         "answers": f"{machine['prompt_tokens']} prompt tokens at batch 1, up to {machine['new_tokens']} new ones, "
         f"context {machine['context']}, grid {machine['grid']}, low_confidence_static, greedy",
         "tokens/s": "whole calls, prompt included; published is single-sample: at every batch its tokens/s is that of batch 1",
@@ -63,7 +63,8 @@ def sweep_tables(machine: dict[str, Any], rows: Sequence[dict[str, Any]]) -> lis
     words = {
         **_machine_words(machine),
         "model": machine["model"],
-        "run": f"{machine['device']}, {machine['dtype']}, {machine['threads']} threads, batch 1, load before {machine['load_before']}",
+        "run": f"{machine['device']}, {machine['dtype']}, {machine['threads']} threads, batch 1, "
+        f"load before {machine['load_before']}",
         "answers": f"{machine['questions']} questions of {machine['settings']['data']}, low_confidence_dynamic, "
         f"{machine['steps']} steps for blocks of {machine['block_size']}, greedy",
     }

@@ -64,7 +64,7 @@ OnFirst = Callable[[], None]
 
 
 def ar_generate(model: Any, prompts: Prompts, steps: int, on_first: OnFirst | None = None) -> Decoded:
-    """transformers' `generate` on the trunk, one token a forward. With `on_first` it is asked for one token, and that is called."""
+    """transformers' `generate` on the trunk, one token a forward; with `on_first` one token in all."""
     trunk = model.language_model
     # Out of the vocabulary and yet an id: "no stop token" cannot be said otherwise, because the trunk's own would be taken.
     never = trunk.get_output_embeddings().weight.shape[0]

@@ -2,8 +2,8 @@
 
     {"prompt": "What is it?", "image": "a.png", "id": "a"}
 
-`image` is a path, `images` a list of them; both may be absent. Paths are relative to the file's folder. `id` is a string or a whole
-number, by default the number of the line. A key that is none of these is an error: misspelt, it would be a picture not looked at.
+`image` is a path, `images` a list of them; both may be absent. Paths are relative to the file's folder. `id` is a string or a
+whole number, by default the number of the line. Another key is an error: misspelt, it would be a picture not looked at.
 """
 
 import os
@@ -71,9 +71,9 @@ def _question(value: Any, path: Path, line: int) -> Question:
     if unknown:
         raise DataError(f"unknown key {unknown[0]!r}: expected {', '.join(KEYS)}")
     prompt = value.get("prompt")
-    if not isinstance(prompt, str) or not prompt.strip():
+    if not isinstance(prompt, str):
         raise DataError("`prompt` must be a text" + ("" if "prompt" in value else "; it is missing"))
-    name = value.get("id", line)
+    name = value.get("id") if value.get("id") is not None else line
     if isinstance(name, bool) or not isinstance(name, str | int):
         raise DataError(f"`id` must be a string or a whole number, got {type(name).__name__}")
     images = tuple(os.path.join(path.parent, image) for image in _images(value))
@@ -84,13 +84,14 @@ def _question(value: Any, path: Path, line: int) -> Question:
 
 
 def _images(value: dict[str, Any]) -> list[str]:
-    if "image" in value and "images" in value:
+    image, images = value.get("image"), value.get("images")
+    if image is not None and images is not None:
         raise DataError("both `image` and `images`: keep one of them")
-    if "image" in value:
-        if not isinstance(value["image"], str) or not value["image"]:
-            raise DataError("`image` must be a path; a list of paths is named `images`")
-        return [value["image"]]
-    images = value.get("images", [])
-    if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
+    if image is not None and not isinstance(image, str):
+        raise DataError("`image` must be a path; a list of paths is named `images`")
+    if images is not None and not isinstance(images, list):
         raise DataError("`images` must be a list of paths")
-    return images
+    paths = [image] if image is not None else images or []
+    if not all(isinstance(path, str) and path for path in paths):
+        raise DataError("a picture must be named by its path")
+    return paths

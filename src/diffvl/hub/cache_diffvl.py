@@ -1,8 +1,8 @@
 """Keys and values of a prompt and its committed blocks, in buffers that are read without being copied.
 
-A denoising step must see the cache and leave it as it was; a fused commit stores the first part of what comes in and not the rest.
-So whatever comes in is written behind the committed tokens, where attention finds it in one piece, and only `store` decides how
-much of it stays. Windows live in the masks: every layer keeps all tokens.
+A denoising step must see the cache and leave it as it was; a fused commit stores the first part of what comes in and not the
+rest. So whatever comes in is written behind the committed tokens, where attention finds it in one piece, and only `store`
+decides how much of it stays. Windows live in the masks: every layer keeps all tokens.
 """
 
 from typing import Any

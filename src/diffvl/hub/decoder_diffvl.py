@@ -26,9 +26,7 @@ class Piece:
     image: torch.Tensor
 
     def joined(self, after: "Piece") -> "Piece":
-        return Piece(
-            torch.cat([self.ids, after.ids], 1), self.rows.joined(after.rows), torch.cat([self.image, after.image], 1)
-        )
+        return Piece(torch.cat([self.ids, after.ids], 1), self.rows.joined(after.rows), torch.cat([self.image, after.image], 1))
 
     def behind(self, count: int) -> "Piece":
         """Without the first so many tokens."""
@@ -56,8 +54,8 @@ class Prefix:
     image_features: torch.Tensor | None
 
     def shared(self, ids: torch.Tensor, block: torch.Tensor) -> int:
-        """How many of the cached tokens a prompt with these ids and blocks, each [1, n], begins with. Where clean tokens see their
-        whole block, a block counts only if both have all of it."""
+        """How many of the cached tokens a prompt with these ids and blocks, each [1, n], begins with. Where clean tokens see
+        their whole block, a block counts only if both have all of it."""
         most = min(self.ids.shape[1], ids.shape[1])
         own, index = self.rows, torch.arange(most, device=ids.device)
         same = (self.ids[0, :most] == ids[0, :most]) & (own.block[0, :most] == block[0, :most])
@@ -75,8 +73,8 @@ class BlockDecoder:
     """Opens blocks, predicts their masks and commits them, for a batch of prompts of any lengths.
 
     Attributes:
-        ids_BD: the open block; position_BD, valid_BD, open_BD: positions, tokens of the grid cell, tokens to predict (a first block
-            also holds the prompt's tail).
+        ids_BD: the open block; position_BD, valid_BD, open_BD: positions, tokens of the grid cell, tokens to predict (a first
+            block also holds the prompt's tail).
         forwards: passes of the trunk so far.
     """
 
@@ -158,8 +156,8 @@ class BlockDecoder:
     # --- a block's life --------------------------------------------------------------------------------------------------------
 
     def prefill(self) -> None:
-        """Takes in the prompt up to the first open block. Under a causal context in one pass of the trunk's own attention, without
-        any mask; else it waits for the first denoising step, which needs a mask anyway."""
+        """Takes in the prompt up to the first open block. Under a causal context in one pass of the trunk's own attention,
+        without any mask; else it waits for the first denoising step, which needs a mask anyway."""
         longest = int(self.start.max())
         if longest == self.reused:
             return
@@ -259,8 +257,8 @@ class BlockDecoder:
         return Piece(self.ids_BD, rows, self.image_BD)
 
     def _commit_with(self, read: Piece | None, asked_read: torch.Tensor | None) -> torch.Tensor:
-        """One forward that commits what waits and reads a block, where there is either; remembers what the last committed token of
-        each sample predicts, if a shifted target will ask for it. Returns the logits of `asked_read`."""
+        """One forward that commits what waits and reads a block, where there is either; remembers what the last committed token
+        of each sample predicts, if a shifted target will ask for it. Returns the logits of `asked_read`."""
         stored, last = self.waiting, None
         if stored is None and read is None:
             return torch.empty(0)

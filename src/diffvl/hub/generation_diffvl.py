@@ -28,11 +28,11 @@ LEAVE_AT = 0.25
 
 @dataclass
 class BlockGenerationOutput(ModelOutput):
-    """sequences: [B, L + new] prompt and answer, padded after the stop. tokens: answer tokens up to and including the stop, summed
-    over the batch. forwards: passes of the trunk. prefill_seconds: until the prompt was in and the first tokens were predicted;
-    decode_seconds: the rest. settling: for each sample the denoising step at which each answer token settled, counted over its
-    answer; None where tokens come one by one. prefix: of one prompt, for the next turn of the conversation; reused: tokens of
-    this prompt that were not computed again."""
+    """sequences: [B, L + new] prompt and answer, padded after the stop. tokens: answer tokens up to and including the stop,
+    summed over the batch. forwards: passes of the trunk. prefill_seconds: until the prompt was in and the first tokens were
+    predicted; decode_seconds: the rest. settling: for each sample the denoising step at which each answer token settled, counted
+    over its answer; None where tokens come one by one. prefix: of one prompt, for the next turn of the conversation; reused:
+    tokens of this prompt that were not computed again."""
 
     sequences: torch.Tensor | None = None
     tokens: int | None = None
@@ -51,8 +51,8 @@ class BlockGenerationOutput(ModelOutput):
 
 @dataclass(frozen=True)
 class DenoisingStep:
-    """What `on_step` sees after every denoising step: ids [B, D] of the open blocks with mask tokens where open, which settled just
-    now, the confidence of what was predicted in this step (0 elsewhere), and the samples' numbers in the batch as given."""
+    """What `on_step` sees after every denoising step: ids [B, D] of the open blocks with mask tokens where open, which settled
+    just now, the confidence of what was predicted in this step (0 elsewhere), and the samples' numbers in the batch as given."""
 
     ids: torch.Tensor
     settled: torch.Tensor

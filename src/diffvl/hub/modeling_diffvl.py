@@ -18,8 +18,8 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import AutoModel, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .configuration_diffvl import DiffVLConfig
 from .cache_diffvl import ReadingCache
+from .configuration_diffvl import DiffVLConfig
 from .generation_diffvl import BlockGeneration
 from .head_diffvl import mapped_rows
 from .layout_diffvl import Layout, attention_masks, clean_layout

@@ -91,9 +91,7 @@ def _draft(decoder: BlockDecoder, known: Piece, masked: torch.Tensor, steps: int
     return decoder.ids_BD
 
 
-def _check(
-    decoder: BlockDecoder, drafted: torch.Tensor, masked: torch.Tensor, pick: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _check(decoder: BlockDecoder, drafted: torch.Tensor, masked: torch.Tensor, pick: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Commits the drafted tokens as clean ones and forgets those that do not agree.
 
     Returns:

@@ -1,0 +1,340 @@
+"""`diffvl bench decode`: tokens per second of transformers' AR `generate`, the published block loop, and ours, in one process.
+
+In order: the model and its prompts, a proof that the published loop and ours give the same tokens (no figure without it), every
+decoder at every number of steps and batch size, and the bars that the project holds itself to.
+"""
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from diffvl.bench import machine
+from diffvl.bench.bandwidth import memory_bandwidth, streamed_bytes
+from diffvl.bench.decode_bars import DecodeVerdict, decode_verdicts, row_of
+from diffvl.bench.decoders import DECODERS, Decoded, Prompts, blocks_and_steps
+from diffvl.bench.flops import synchronize
+from diffvl.bench.forms import resized
+from diffvl.bench.measure import schedule
+from diffvl.bench.subject import Subject, random_subject, trained_subject
+from diffvl.bench.sweep import SweepBench
+from diffvl.bench.train import QUICK_SCALE, SCALES, pick_device
+from diffvl.errors import TrainingError, UsageError
+from diffvl.progress import spinner_or_line, track
+
+BATCHES = (1, 8, 32)
+NEW_TOKENS = 64
+CPU_LAYERS = 12  # of SmolLM2-135M's 30: what two cores do in the time
+REPEATS, BATCHED_REPEATS = {"cpu": 5, "cuda": 7}, {"cpu": 2, "cuda": 5}  # at batch 1, and above
+BLOCK_SIZE = 8
+
+
+@dataclass(frozen=True)
+class DecodeBench:
+    """What the command line asks for; None takes the default.
+
+    directory: a checkpoint instead of random weights. data: its questions. quick: tiny sizes, to see that it runs.
+    """
+
+    directory: Path | None = None
+    data: Path | None = None
+    steps: str | None = None
+    batch: str | None = None
+    max_new_tokens: int | None = None
+    repeats: int | None = None
+    device: str = "auto"
+    layers: int | None = None
+    hidden: int | None = None
+    block_size: int | None = None
+    context: str | None = None
+    seed: int = 0
+    quick: bool = False
+
+
+@dataclass(frozen=True)
+class DecodeReport:
+    """machine, rows: what `--json` prints. verdicts: every bar of the device against the rows."""
+
+    machine: dict[str, Any]
+    rows: list[dict[str, Any]]
+    verdicts: list[DecodeVerdict]
+
+    @property
+    def json(self) -> dict[str, Any]:
+        return {"machine": self.machine, "rows": self.rows}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One decoder at one number of steps. AR is a block of 1 in 1 step."""
+
+    decoder: str
+    steps: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.decoder} {self.steps}"
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What a case decoded, the seconds of its timed calls, and those until its first tokens had settled."""
+
+    decoded: Decoded
+    seconds: list[float]
+    first_seconds: list[float]
+
+
+def compare_decoders(request: DecodeBench, console: Console) -> DecodeReport:
+    """Runs the whole comparison; progress goes to `console`.
+
+    Raises:
+        UsageError, CheckpointError, DataError: on words that do not fit together, or a checkpoint or file that is wrong.
+        TrainingError: if the published loop and ours do not give the same tokens.
+    """
+    refuse_idle_words(request)
+    device = pick_device(request.device)
+    batches = numbers("--batch", request.batch, BATCHES if not request.quick else (1, 2))
+    load_before = round(machine.load(), 2)
+    with spinner_or_line(console, "building the model and its prompts"):
+        subject = make_subject(request, device, max(batches))
+    config = subject.model.config
+    default = tuple(dict.fromkeys(max(config.block_size // part, 1) for part in (1, 2, 4)))
+    steps = numbers("--steps", request.steps, default)
+    if max(steps) > config.block_size:
+        raise UsageError(f"--steps {max(steps)}: expected at most the block size, {config.block_size}")
+
+    with spinner_or_line(console, "checking that ours and the published loop give the same tokens"):
+        alone = subject.prompts.first(1, config)
+        proof = prove_same_tokens(subject.model, alone, steps)
+        bandwidth = memory_bandwidth(device)
+    weight_bytes = streamed_bytes(subject.model.language_model)
+    repeats = {batch: repeats_of(request, device, batch) for batch in batches}
+    described = machine.describe() | {
+        "device": device.type,
+        "dtype": str(subject.model.language_model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "load_before": load_before,
+        "model": subject.name,
+        "context": config.context,
+        "grid": config.grid,
+        "steps": list(steps),
+        "repeats": repeats,
+        "prompt_tokens": alone.lengths[0],
+        "new_tokens": alone.limit,
+        **proof,
+        "weight_bytes": weight_bytes,
+        "bytes_per_second": bandwidth,
+        "floor_seconds": weight_bytes / bandwidth,
+        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(request).items()},
+    }
+    rows: list[dict[str, Any]] = []
+    for batch in batches:
+        prompts = subject.prompts.first(batch, config)
+        timed = measure_cases(subject.model, prompts, cases(steps, batch), repeats[batch], device, console, f"batch {batch}")
+        rows += [row(case, prompts, one, config, device) for case, one in timed.items()]
+    add_ratios(rows)
+    return DecodeReport(described, rows, decode_verdicts(rows, device.type, weight_bytes / bandwidth))
+
+
+# --- what is asked -----------------------------------------------------------------------------------------------------------
+
+
+def refuse_idle_words(request: DecodeBench) -> None:
+    """Raises UsageError for a setting that would have no effect."""
+    if request.directory is None:
+        if request.data is not None:
+            raise UsageError("--data has no effect without DIR: random weights read no questions. Name a checkpoint")
+        return
+    given = {"--layers": request.layers, "--hidden": request.hidden, "--block-size": request.block_size}
+    given |= {"--context": request.context, "--seed": request.seed or None, "--quick": request.quick or None}
+    idle = [name for name, value in given.items() if value is not None]
+    if idle:
+        raise UsageError(f"{', '.join(idle)} with DIR: the checkpoint has its own sizes. Leave it out, or leave out DIR")
+
+
+def sweep_request(request: DecodeBench, asked: bool, limit: int | None) -> SweepBench:
+    """What `--sweep` is asked to do. Raises UsageError if something is missing, or would have no effect."""
+    if not asked:
+        raise UsageError(f"--limit {limit} has no effect without --sweep")
+    if request.directory is None or request.data is None:
+        raise UsageError("--sweep measures answers against true ones: give DIR and --data FILE")
+    refuse_idle_words(request)
+    idle = {"--steps": request.steps, "--batch": request.batch, "--repeats": request.repeats, "--seed": request.seed or None}
+    for flag, value in idle.items():
+        if value is not None:
+            raise UsageError(f"{flag} has no effect with --sweep, which answers every question once at each threshold")
+    return SweepBench(request.directory, request.data, limit, request.max_new_tokens, request.device)
+
+
+def numbers(flag: str, words: str | None, default: Sequence[int]) -> tuple[int, ...]:
+    """`8,4,2` -> (8, 4, 2). Raises UsageError on other words, and on a number named twice."""
+    if words is None:
+        return tuple(default)
+    parts = [word.strip() for word in words.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"{flag} {words!r}: expected whole numbers from 1 on with commas between them, as in 8,4,2")
+    found = tuple(map(int, parts))
+    if len(set(found)) < len(found):
+        raise UsageError(f"{flag} {words!r}: a number is named twice")
+    return found
+
+
+def make_subject(request: DecodeBench, device: torch.device, batch: int) -> Subject:
+    """The model and as many prompts as the largest batch."""
+    wanted = NEW_TOKENS if request.max_new_tokens is None else request.max_new_tokens
+    if request.directory is not None:
+        return trained_subject(request.directory, request.data, batch, wanted, device)
+    scale = QUICK_SCALE if request.quick else SCALES[device.type]
+    layers = request.layers
+    if layers is None and not request.quick and device.type == "cpu":
+        layers = CPU_LAYERS
+    size = resized(scale.trunk, layers, request.hidden)
+    block_size = BLOCK_SIZE if request.block_size is None else request.block_size
+    if request.max_new_tokens is None:
+        wanted = -(-(wanted if not request.quick else 16) // block_size) * block_size
+    context = request.context or "block"
+    return random_subject(size, block_size, context, batch, wanted, device, scale.dtype, request.seed)
+
+
+def repeats_of(request: DecodeBench, device: torch.device, batch: int) -> int:
+    """Timed rounds at a batch size."""
+    if request.repeats is not None:
+        return request.repeats
+    return 1 if request.quick else (REPEATS if batch == 1 else BATCHED_REPEATS)[device.type]
+
+
+def cases(steps: Sequence[int], batch: int) -> list[Case]:
+    """What runs at a batch size: the published loop takes one sample."""
+    blocks = ["published", "ours"] if batch == 1 else ["ours"]
+    return [Case("ar_generate", 1), *(Case(decoder, count) for decoder in blocks for count in steps)]
+
+
+# --- the proof ---------------------------------------------------------------------------------------------------------------
+
+
+def prove_same_tokens(model: Any, prompts: Prompts, steps: Sequence[int]) -> dict[str, int]:
+    """Decodes one prompt with the published loop and with ours at each number of steps, in fp32, where rounding does not decide
+    which token is likelier; says how many tokens were compared, and how many different ones there were.
+
+    Raises:
+        TrainingError: if the answers differ.
+    """
+    compared, seen = 0, set()
+    with in_fp32(model):
+        for count in steps:
+            theirs = DECODERS["published"](model, prompts, count, None).answers[0]
+            own = DECODERS["ours"](model, prompts, count, None).answers[0]
+            if own != theirs:
+                place = next(
+                    (at for at, (a, b) in enumerate(zip(own, theirs, strict=False)) if a != b), min(len(own), len(theirs))
+                )
+                raise TrainingError(
+                    f"ours and the published loop do not give the same tokens here ({count} steps, greedy, fp32): from token "
+                    f"{place} on, ours {own[place : place + 8]}, published {theirs[place : place + 8]}. Figures of their speed "
+                    "would compare different work and are not printed. With another --seed (or other data) it may have been a "
+                    "tie between two tokens; if it is not, it is a fault of diffvl: run tests/test_bench_decode.py and report it"
+                )
+            compared += len(own)
+            seen |= set(own)
+    return {"equal_tokens": compared, "different_tokens": len(seen)}
+
+
+@contextmanager
+def in_fp32(model: Any) -> Iterator[None]:
+    """In the block the weights are fp32; after it what they were, bit by bit. Buffers stay as they are."""
+    before = [(parameter, parameter.dtype) for parameter in model.parameters()]
+    for parameter, _ in before:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in before:
+            parameter.data = parameter.data.to(dtype)
+
+
+# --- the measurement -----------------------------------------------------------------------------------------------------------
+
+
+def measure_cases(
+    model: Any, prompts: Prompts, chosen: Sequence[Case], rounds: int, device: torch.device, console: Console, text: str
+) -> dict[Case, Timed]:
+    """Every case once in a first round that is not timed, then once in every round, each beginning with another case."""
+    by_name = {case.name: case for case in chosen}
+    decoded: dict[Case, Decoded] = {}
+    seconds: dict[Case, list[float]] = {case: [] for case in chosen}
+    first: dict[Case, list[float]] = {case: [] for case in chosen}
+    plan = [(-1, name) for name in by_name] + list(schedule(list(by_name), rounds))
+    for number, name in track(console, plan, len(plan), text):
+        case = by_name[name]
+        if number < 0:
+            time_first(model, prompts, case, device)
+            continue
+        first[case].append(time_first(model, prompts, case, device))
+        taken, decoded[case] = time_whole(model, prompts, case, device)
+        seconds[case].append(taken)
+    return {case: Timed(decoded[case], seconds[case], first[case]) for case in chosen}
+
+
+def time_whole(model: Any, prompts: Prompts, case: Case, device: torch.device) -> tuple[float, Decoded]:
+    """One call, from prompt to answer."""
+    synchronize(device)
+    began = time.perf_counter()
+    decoded = DECODERS[case.decoder](model, prompts, case.steps, None)
+    synchronize(device)
+    return time.perf_counter() - began, decoded
+
+
+def time_first(model: Any, prompts: Prompts, case: Case, device: torch.device) -> float:
+    """Seconds until the first token has settled, in a call of its own that is asked for one token: what notices it would slow the
+    timed calls down."""
+    noticed: list[float] = []
+
+    def on_first() -> None:
+        synchronize(device)
+        noticed.append(time.perf_counter())
+
+    synchronize(device)
+    began = time.perf_counter()
+    DECODERS[case.decoder](model, prompts.shortened(1), case.steps, on_first)
+    return noticed[0] - began
+
+
+def row(case: Case, prompts: Prompts, timed: Timed, config: Any, device: torch.device) -> dict[str, Any]:
+    """A row of the report. forwards_per_token counts one sample's tokens, without a prefill that predicts nothing."""
+    decoded, seconds, first = timed.decoded, statistics.median(timed.seconds), statistics.median(timed.first_seconds)
+    after_first = decoded.forwards - decoded.prefills - 1
+    found = {
+        "decoder": case.decoder,
+        "steps": case.steps,
+        "block_size": 1 if case.decoder == "ar_generate" else config.block_size,
+        "batch": len(prompts.ids),
+        "forwards_per_token": (decoded.forwards - decoded.prefills) * len(prompts.ids) / decoded.tokens,
+        "tokens_per_second": decoded.tokens / seconds,
+        "first_token_seconds": first,
+        "tokens": decoded.tokens,
+        "forwards": decoded.forwards,
+        "prefill_forwards": decoded.prefills,
+        "forward_seconds": (seconds - first) / after_first if after_first > 0 else None,
+        "seconds": timed.seconds,
+        "spread": (max(timed.seconds) - min(timed.seconds)) / seconds,
+    }
+    if case.decoder != "ar_generate":
+        blocks, due = blocks_and_steps(config, prompts.lengths, [len(answer) for answer in decoded.answers], case.steps)
+        found |= {"blocks": blocks, "steps_due": due}
+    return found
+
+
+def add_ratios(rows: list[dict[str, Any]]) -> None:
+    """Tokens per second over those of AR at the same batch, and of the published loop at batch 1 with as many steps."""
+    for one in rows:
+        ar = row_of(rows, "ar_generate", one["batch"], None)
+        other = None if one["decoder"] == "ar_generate" else row_of(rows, "published", 1, one["steps"])
+        one["ratio_to_ar"] = None if ar is None else one["tokens_per_second"] / ar["tokens_per_second"]
+        one["ratio_to_published"] = None if other is None else one["tokens_per_second"] / other["tokens_per_second"]

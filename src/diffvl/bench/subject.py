@@ -1,0 +1,99 @@
+"""What `diffvl bench decode` decodes: a model with random weights and random prompts, or a checkpoint and its questions.
+
+Random weights measure the engine: nothing may end an answer but its limit, so every decoder makes the same tokens at a fixed
+number per step. A trained checkpoint measures the whole, with its own stops.
+"""
+
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffvl.bench.decoders import NEVER, Prompts
+from diffvl.bench.forms import NUM_SPECIAL, STOP_TOKEN, TrunkSize, build_model
+from diffvl.bench.published_decoder import require_same_target
+from diffvl.chats import answer_turns, chat_before
+from diffvl.data.records import open_records, record_at
+from diffvl.decode import Decoder, context_length, encode, load_for_decoding
+from diffvl.errors import UsageError
+
+# Tokens of the prompts of a batch, over and over; the first is that of batch 1.
+PROMPT_LENGTHS = (96, 64, 128, 80, 112, 72, 120, 88)
+PROMPTS = (
+    "Describe a harbour at sunrise.",
+    "Which three things should a beginner know about growing tomatoes?",
+    "Explain how a bicycle stays upright.",
+    "Write a short letter to a friend who has moved to another town.",
+)
+# Larger than a fresh model's 0.02, with which every position predicts the same and any order of settling looks right.
+WEIGHT_STD = 0.08
+
+
+@dataclass(frozen=True)
+class Subject:
+    """prompts: as many as the largest batch. name: of the model, in words. trained: whether it is a checkpoint."""
+
+    model: Any
+    prompts: Prompts
+    name: str
+    trained: bool
+
+
+def random_subject(
+    size: TrunkSize, block_size: int, context: str, batch: int, tokens: int, device: torch.device, dtype: torch.dtype, seed: int
+) -> Subject:
+    """Random weights and prompts of whole blocks, so that every block is full of masks; absolute grid, target same."""
+    model = build_model(size, device, dtype, seed, std=WEIGHT_STD).eval()
+    model.config.set_decoding("blocks", block_size, context, "absolute", "same")
+    lengths = [max(length // block_size, 1) * block_size for length in islice(cycle(PROMPT_LENGTHS), batch)]
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(STOP_TOKEN + 1, size.vocabulary - NUM_SPECIAL, (batch, max(lengths)), generator=generator)
+    valid = torch.arange(max(lengths))[None] >= max(lengths) - torch.tensor(lengths)[:, None]
+    prompts = Prompts(ids.to(device), valid.to(device), None, tokens, frozenset({NEVER}))
+    sizes = f"hidden {size.hidden}, layers {size.layers}, heads {size.heads}, kv heads {size.kv_heads}, "
+    sizes += f"intermediate {size.intermediate}, vocabulary {size.vocabulary}"
+    return Subject(model, prompts, f"random weights, llama-like, {sizes}, tied", trained=False)
+
+
+def trained_subject(directory: Path, data: Path | None, batch: int, tokens: int, device: torch.device) -> Subject:
+    """A checkpoint with the first questions of the file (or a few of its own), repeated where the batch is larger.
+
+    Raises:
+        CheckpointError, DataError: if directory or file are not what they should be.
+        UsageError: if the checkpoint does not decode in blocks, or a prompt does not fit its context.
+    """
+    decoder = load_block_decoder(directory, device)
+    config = decoder.model.config
+    require_same_target(config)
+    chats = [[{"role": "user", "content": text}] for text in PROMPTS] if data is None else first_questions(data, batch)
+    inputs = encode(decoder, list(islice(cycle(chats), batch))).to(device)
+    length, limit = inputs["input_ids"].shape[1], context_length(decoder)
+    if limit is not None and length + tokens > limit:
+        raise UsageError(
+            f"a prompt of {length} tokens and {tokens} new ones do not fit the context of {limit}: lower --max-new-tokens or "
+            "take data with shorter prompts"
+        )
+    valid = inputs["attention_mask"].bool()
+    prompts = Prompts(inputs["input_ids"], valid, inputs.get("pixel_values"), tokens, frozenset(config.stop_token_ids))
+    return Subject(decoder.model, prompts, f"{directory} ({config.text_config.model_type})", trained=True)
+
+
+def load_block_decoder(directory: Path, device: torch.device) -> Decoder:
+    """Raises UsageError for a checkpoint that has only seen the next-token objective."""
+    decoder = load_for_decoding(directory)
+    if decoder.model.config.decoding != "blocks":
+        raise UsageError(
+            f"{directory}: the checkpoint decodes token by token (it has seen no block-diffusion stage): train one with "
+            "`diffvl convert --stage diffuse` and name that directory"
+        )
+    decoder.model.to(device)
+    return decoder
+
+
+def first_questions(data: Path, count: int) -> list[list[dict[str, Any]]]:
+    """The first question of each of the first records."""
+    records = open_records(data)
+    chosen = [record_at(records, place) for place in range(min(count, len(records)))]
+    return [chat_before(record, next(answer_turns(record))) for record in chosen]
