@@ -48,7 +48,7 @@ def choose(trunk: PreTrainedModel, wanted: str, device: torch.device) -> str:
         raise ConfigError(f"attention: flex_attention needs a GPU to train (its CPU form has no backward); here: {device.type}")
     if wanted == TILED and not _takes_tiles(trunk):
         raise ConfigError(f"attention: {kind} cannot take {wanted}: its attention is not pluggable; use auto, sdpa or eager")
-    before = trunk.config._attn_implementation
+    before = str(trunk.config._attn_implementation)
     try:
         trunk.set_attn_implementation(wanted)
         if wanted == TILED:
@@ -58,7 +58,7 @@ def choose(trunk: PreTrainedModel, wanted: str, device: torch.device) -> str:
         if not automatic:
             raise ConfigError(f"attention: {kind} cannot take {wanted}: {error}") from error
         log.warning("attention: %s cannot take %s (%s): it stays with %s", kind, wanted, error, before)
-        return str(before)
+        return before
     if trunk.config._attn_implementation != wanted:
         raise ConfigError(f"attention: {kind} cannot take {wanted}: it stays with {trunk.config._attn_implementation}")
     return wanted

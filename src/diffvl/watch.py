@@ -25,7 +25,7 @@ from diffvl.decode import UNFINISHED, Answer, text_of
 from diffvl.hub.generation_diffvl import DenoisingStep
 
 RATE = 15.0  # pictures a second
-PLACEHOLDER, GREY = "░░ ", Style(color="grey42")
+PLACEHOLDER, GREY = " ░░", Style(color="grey42")
 FOOTER = Style(dim=True)
 RED, YELLOW, GREEN = (224, 80, 72), (222, 184, 64), (88, 184, 104)
 CONTEXT = 4  # committed tokens that are decoded along, because a token's text may depend on the ones before it

@@ -4,6 +4,7 @@ In order: the model and its prompts, a proof that the published loop and ours gi
 decoder at every number of steps and batch size, and the bars that the project holds itself to.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,8 @@ from diffvl.progress import spinner_or_line, track
 BATCHES = (1, 8, 32)
 NEW_TOKENS = 64
 CPU_LAYERS = 12  # of SmolLM2-135M's 30: what two cores do in the time
-REPEATS, BATCHED_REPEATS = {"cpu": 5, "cuda": 7}, {"cpu": 2, "cuda": 5}  # at batch 1, and above
+REPEATS, BATCHED_REPEATS = {"cpu": 5, "cuda": 7}, {"cpu": 2, "cuda": 5}  # at batch 1; above, and for trained weights
+QUESTIONS = 8  # of a file that are asked at every batch size, one after the other at batch 1
 BLOCK_SIZE = 8
 
 
@@ -84,9 +86,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Timed:
-    """What a case decoded, the seconds of its timed calls, and those until its first tokens had settled."""
+    """What a case decoded, group by group; for each round the seconds of all groups, and the mean of those until their first
+    tokens had settled."""
 
-    decoded: Decoded
+    decoded: list[Decoded]
     seconds: list[float]
     first_seconds: list[float]
 
@@ -110,37 +113,45 @@ def compare_decoders(request: DecodeBench, console: Console) -> DecodeReport:
     if max(steps) > config.block_size:
         raise UsageError(f"--steps {max(steps)}: expected at most the block size, {config.block_size}")
 
+    groups = {batch: subject.groups(batch) for batch in batches}
     with spinner_or_line(console, "checking that ours and the published loop give the same tokens"):
-        alone = subject.prompts.first(1, config)
-        proof = prove_same_tokens(subject.model, alone, steps)
+        proof = prove_same_tokens(subject.model, subject.groups(1), steps)
         bandwidth = memory_bandwidth(device)
-    weight_bytes = streamed_bytes(subject.model.language_model)
+    weights = streamed_bytes(subject.model.language_model)
     repeats = {batch: repeats_of(request, device, batch) for batch in batches}
-    described = machine.describe() | {
-        "device": device.type,
-        "dtype": str(subject.model.language_model.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
+    described = describe(request, subject, device) | {
         "load_before": load_before,
-        "model": subject.name,
-        "context": config.context,
-        "grid": config.grid,
         "steps": list(steps),
         "repeats": repeats,
-        "prompt_tokens": alone.lengths[0],
-        "new_tokens": alone.limit,
+        "prompts": {batch: len(found) * batch for batch, found in groups.items()},
         **proof,
-        "weight_bytes": weight_bytes,
+        "weight_bytes": weights,
         "bytes_per_second": bandwidth,
-        "floor_seconds": weight_bytes / bandwidth,
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(request).items()},
+        "floor_seconds": weights / bandwidth,
     }
     rows: list[dict[str, Any]] = []
     for batch in batches:
-        prompts = subject.prompts.first(batch, config)
-        timed = measure_cases(subject.model, prompts, cases(steps, batch), repeats[batch], device, console, f"batch {batch}")
-        rows += [row(case, prompts, one, config, device) for case, one in timed.items()]
+        text = f"batch {batch}"
+        timed = measure_cases(subject.model, groups[batch], cases(steps, batch), repeats[batch], device, console, text)
+        rows += [row(case, groups[batch], one, config) for case, one in timed.items()]
     add_ratios(rows)
-    return DecodeReport(described, rows, decode_verdicts(rows, device.type, weight_bytes / bandwidth))
+    return DecodeReport(described, rows, decode_verdicts(rows, device.type, weights / bandwidth))
+
+
+def describe(request: DecodeBench, subject: Subject, device: torch.device) -> dict[str, Any]:
+    """The machine, the model and what it was asked."""
+    config = subject.model.config
+    return machine.describe() | {
+        "device": device.type,
+        "dtype": str(subject.model.language_model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "model": subject.name,
+        "context": config.context,
+        "grid": config.grid,
+        "prompt_tokens": [length for prompts in subject.groups(1) for length in prompts.lengths],
+        "new_tokens": subject.prompts.limit,
+        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(request).items()},
+    }
 
 
 # --- what is asked -----------------------------------------------------------------------------------------------------------
@@ -190,7 +201,7 @@ def make_subject(request: DecodeBench, device: torch.device, batch: int) -> Subj
     """The model and as many prompts as the largest batch."""
     wanted = NEW_TOKENS if request.max_new_tokens is None else request.max_new_tokens
     if request.directory is not None:
-        return trained_subject(request.directory, request.data, batch, wanted, device)
+        return trained_subject(request.directory, request.data, batch, QUESTIONS, wanted, device)
     scale = QUICK_SCALE if request.quick else SCALES[device.type]
     layers = request.layers
     if layers is None and not request.quick and device.type == "cpu":
@@ -207,7 +218,9 @@ def repeats_of(request: DecodeBench, device: torch.device, batch: int) -> int:
     """Timed rounds at a batch size."""
     if request.repeats is not None:
         return request.repeats
-    return 1 if request.quick else (REPEATS if batch == 1 else BATCHED_REPEATS)[device.type]
+    if request.quick:
+        return 1
+    return (REPEATS if batch == 1 and request.directory is None else BATCHED_REPEATS)[device.type]
 
 
 def cases(steps: Sequence[int], batch: int) -> list[Case]:
@@ -219,22 +232,20 @@ def cases(steps: Sequence[int], batch: int) -> list[Case]:
 # --- the proof ---------------------------------------------------------------------------------------------------------------
 
 
-def prove_same_tokens(model: Any, prompts: Prompts, steps: Sequence[int]) -> dict[str, int]:
-    """Decodes one prompt with the published loop and with ours at each number of steps, in fp32, where rounding does not decide
-    which token is likelier; says how many tokens were compared, and how many different ones there were.
+def prove_same_tokens(model: Any, alone: Sequence[Prompts], steps: Sequence[int]) -> dict[str, int]:
+    """Decodes single prompts with the published loop and with ours at each number of steps, in fp32, where rounding does not
+    decide which token is likelier; says how many tokens were compared, and how many different ones there were.
 
     Raises:
         TrainingError: if the answers differ.
     """
     compared, seen = 0, set()
     with in_fp32(model):
-        for count in steps:
+        for prompts, count in itertools.product(alone, steps):
             theirs = DECODERS["published"](model, prompts, count, None).answers[0]
             own = DECODERS["ours"](model, prompts, count, None).answers[0]
             if own != theirs:
-                place = next(
-                    (at for at, (a, b) in enumerate(zip(own, theirs, strict=False)) if a != b), min(len(own), len(theirs))
-                )
+                place = next((at for at, pair in enumerate(zip(own, theirs, strict=False)) if pair[0] != pair[1]), len(own))
                 raise TrainingError(
                     f"ours and the published loop do not give the same tokens here ({count} steps, greedy, fp32): from token "
                     f"{place} on, ours {own[place : place + 8]}, published {theirs[place : place + 8]}. Figures of their speed "
@@ -263,23 +274,31 @@ def in_fp32(model: Any) -> Iterator[None]:
 
 
 def measure_cases(
-    model: Any, prompts: Prompts, chosen: Sequence[Case], rounds: int, device: torch.device, console: Console, text: str
+    model: Any,
+    groups: Sequence[Prompts],
+    chosen: Sequence[Case],
+    rounds: int,
+    device: torch.device,
+    console: Console,
+    text: str,
 ) -> dict[Case, Timed]:
     """Every case once in a first round that is not timed, then once in every round, each beginning with another case."""
     by_name = {case.name: case for case in chosen}
-    decoded: dict[Case, Decoded] = {}
-    seconds: dict[Case, list[float]] = {case: [] for case in chosen}
-    first: dict[Case, list[float]] = {case: [] for case in chosen}
+    timed = {case: Timed([], [], []) for case in chosen}
     plan = [(-1, name) for name in by_name] + list(schedule(list(by_name), rounds))
     for number, name in track(console, plan, len(plan), text):
         case = by_name[name]
         if number < 0:
-            time_first(model, prompts, case, device)
+            # Two blocks are every kind of forward there is; on CUDA there may be graphs that are captured on the way.
+            limit = min(groups[0].limit, 2 * model.config.block_size)
+            time_whole(model, groups[0] if device.type == "cuda" else groups[0].shortened(limit), case, device)
             continue
-        first[case].append(time_first(model, prompts, case, device))
-        taken, decoded[case] = time_whole(model, prompts, case, device)
-        seconds[case].append(taken)
-    return {case: Timed(decoded[case], seconds[case], first[case]) for case in chosen}
+        first = [time_first(model, prompts, case, device) for prompts in groups]
+        whole = [time_whole(model, prompts, case, device) for prompts in groups]
+        timed[case].first_seconds.append(statistics.fmean(first))
+        timed[case].seconds.append(sum(seconds for seconds, _ in whole))
+        timed[case].decoded[:] = [decoded for _, decoded in whole]
+    return timed
 
 
 def time_whole(model: Any, prompts: Prompts, case: Case, device: torch.device) -> tuple[float, Decoded]:
@@ -306,28 +325,33 @@ def time_first(model: Any, prompts: Prompts, case: Case, device: torch.device) -
     return noticed[0] - began
 
 
-def row(case: Case, prompts: Prompts, timed: Timed, config: Any, device: torch.device) -> dict[str, Any]:
+def row(case: Case, groups: Sequence[Prompts], timed: Timed, config: Any) -> dict[str, Any]:
     """A row of the report. forwards_per_token counts one sample's tokens, without a prefill that predicts nothing."""
-    decoded, seconds, first = timed.decoded, statistics.median(timed.seconds), statistics.median(timed.first_seconds)
-    after_first = decoded.forwards - decoded.prefills - 1
+    seconds, first = statistics.median(timed.seconds), statistics.median(timed.first_seconds)
+    tokens, forwards, prefills = (sum(getattr(one, name) for one in timed.decoded) for name in ("tokens", "forwards", "prefills"))
+    after_first = forwards - prefills - len(groups)
+    batch = len(groups[0].ids)
     found = {
         "decoder": case.decoder,
         "steps": case.steps,
         "block_size": 1 if case.decoder == "ar_generate" else config.block_size,
-        "batch": len(prompts.ids),
-        "forwards_per_token": (decoded.forwards - decoded.prefills) * len(prompts.ids) / decoded.tokens,
-        "tokens_per_second": decoded.tokens / seconds,
+        "batch": batch,
+        "forwards_per_token": (forwards - prefills) * batch / tokens,
+        "tokens_per_second": tokens / seconds,
         "first_token_seconds": first,
-        "tokens": decoded.tokens,
-        "forwards": decoded.forwards,
-        "prefill_forwards": decoded.prefills,
-        "forward_seconds": (seconds - first) / after_first if after_first > 0 else None,
+        "tokens": tokens,
+        "forwards": forwards,
+        "prefill_forwards": prefills,
+        "forward_seconds": (seconds - first * len(groups)) / after_first if after_first > 0 else None,
         "seconds": timed.seconds,
         "spread": (max(timed.seconds) - min(timed.seconds)) / seconds,
     }
     if case.decoder != "ar_generate":
-        blocks, due = blocks_and_steps(config, prompts.lengths, [len(answer) for answer in decoded.answers], case.steps)
-        found |= {"blocks": blocks, "steps_due": due}
+        counts = [
+            blocks_and_steps(config, prompts.lengths, list(map(len, one.answers)), case.steps)
+            for prompts, one in zip(groups, timed.decoded, strict=True)
+        ]
+        found |= {"blocks": sum(blocks for blocks, _ in counts), "steps_due": sum(due for _, due in counts)}
     return found
 
 

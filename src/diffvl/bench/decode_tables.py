@@ -15,13 +15,15 @@ def decode_tables(machine: dict[str, Any], rows: Sequence[dict[str, Any]], bars:
 def machine_table(machine: dict[str, Any]) -> Table:
     """One line per fact."""
     settings = machine["settings"]
-    repeats = ", ".join(f"{count} at batch {batch}" for batch, count in machine["repeats"].items())
+    repeats = ", ".join(
+        f"{count} of {machine['prompts'][batch]} prompts at batch {batch}" for batch, count in machine["repeats"].items()
+    )
     words = {
         **_machine_words(machine),
         "model": machine["model"],
         "run": f"{machine['device']}, {machine['dtype']}, {machine['threads']} threads; medians of interleaved repeats "
         f"({repeats}); load before {machine['load_before']}",
-        "answers": f"{machine['prompt_tokens']} prompt tokens at batch 1, up to {machine['new_tokens']} new ones, "
+        "answers": f"{_range(machine['prompt_tokens'])} prompt tokens at batch 1, up to {machine['new_tokens']} new ones, "
         f"context {machine['context']}, grid {machine['grid']}, low_confidence_static, greedy",
         "tokens/s": "whole calls, prompt included; published is single-sample: at every batch its tokens/s is that of batch 1",
         "weight streaming": f"{machine['weight_bytes'] / 1e9:.3g} GB at {machine['bytes_per_second'] / 1e9:.3g} GB/s: "
@@ -100,6 +102,10 @@ def _bar_words(bar: DecodeVerdict) -> tuple[str, str, str, str]:
     met = {True: "met", False: "NOT met", None: "not measured"}[bar.met]
     number = ".0f" if bar.relation == "=" else ".2f"
     return bar.text, f"{bar.relation} {bar.limit:{number}}", _maybe(bar.value, 1.0, number), met
+
+
+def _range(values: Sequence[int]) -> str:
+    return f"{min(values)}" if min(values) == max(values) else f"{min(values)} to {max(values)}"
 
 
 def _maybe(value: float | None, factor: float = 1.0, form: str = ".2f") -> str:

@@ -37,14 +37,15 @@ class Prompts:
     def shortened(self, limit: int) -> "Prompts":
         return Prompts(self.ids, self.valid, self.pixel_values, limit, self.stops)
 
-    def first(self, count: int, config: Any) -> "Prompts":
-        """The first so many, with their pictures and no more padding than they need."""
-        begin = self.ids.shape[1] - max(self.lengths[:count])
-        ids, valid, pixels = self.ids[:count, begin:], self.valid[:count, begin:], self.pixel_values
+    def part(self, begin: int, end: int, config: Any) -> "Prompts":
+        """Some of them, with their pictures and no more padding than they need."""
+        pictures = (self.ids == config.image_token_id).logical_and(self.valid).sum(1).div(config.image_tokens).long().tolist()
+        before = self.ids.shape[1] - max(self.lengths[begin:end])
+        pixels = self.pixel_values
         if pixels is not None:
-            pictures = int((ids[valid] == config.image_token_id).sum()) // config.image_tokens
-            pixels = pixels[:pictures] if pictures else None
-        return Prompts(ids, valid, pixels, self.limit, self.stops)
+            first = sum(pictures[:begin])
+            pixels = pixels[first : first + sum(pictures[begin:end])] if any(pictures[begin:end]) else None
+        return Prompts(self.ids[begin:end, before:], self.valid[begin:end, before:], pixels, self.limit, self.stops)
 
 
 @dataclass(frozen=True)

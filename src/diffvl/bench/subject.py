@@ -27,25 +27,32 @@ PROMPTS = (
     "Explain how a bicycle stays upright.",
     "Write a short letter to a friend who has moved to another town.",
 )
-# Larger than a fresh model's 0.02, with which every position predicts the same and any order of settling looks right.
-WEIGHT_STD = 0.08
+# The std of the weights times the square root of the width. A fresh model's 0.02 is too small at these widths: every position
+# predicts the same then, and any order of settling looks right.
+WEIGHT_GAIN = 2.0
 
 
 @dataclass(frozen=True)
 class Subject:
-    """prompts: as many as the largest batch. name: of the model, in words. trained: whether it is a checkpoint."""
+    """prompts: as many as the largest batch, and no fewer than `asked`, which is how many are decoded at any batch size. name: of
+    the model, in words."""
 
     model: Any
     prompts: Prompts
+    asked: int
     name: str
-    trained: bool
+
+    def groups(self, batch: int) -> list[Prompts]:
+        """The prompts as batches of this size: as many as hold what is asked, or one."""
+        count = max(self.asked // batch, 1)
+        return [self.prompts.part(place * batch, (place + 1) * batch, self.model.config) for place in range(count)]
 
 
 def random_subject(
     size: TrunkSize, block_size: int, context: str, batch: int, tokens: int, device: torch.device, dtype: torch.dtype, seed: int
 ) -> Subject:
     """Random weights and prompts of whole blocks, so that every block is full of masks; absolute grid, target same."""
-    model = build_model(size, device, dtype, seed, std=WEIGHT_STD).eval()
+    model = build_model(size, device, dtype, seed, std=WEIGHT_GAIN / size.hidden**0.5).eval()
     model.config.set_decoding("blocks", block_size, context, "absolute", "same")
     lengths = [max(length // block_size, 1) * block_size for length in islice(cycle(PROMPT_LENGTHS), batch)]
     generator = torch.Generator().manual_seed(seed)
@@ -54,11 +61,11 @@ def random_subject(
     prompts = Prompts(ids.to(device), valid.to(device), None, tokens, frozenset({NEVER}))
     sizes = f"hidden {size.hidden}, layers {size.layers}, heads {size.heads}, kv heads {size.kv_heads}, "
     sizes += f"intermediate {size.intermediate}, vocabulary {size.vocabulary}"
-    return Subject(model, prompts, f"random weights, llama-like, {sizes}, tied", trained=False)
+    return Subject(model, prompts, 1, f"random weights, llama-like, {sizes}, tied")
 
 
-def trained_subject(directory: Path, data: Path | None, batch: int, tokens: int, device: torch.device) -> Subject:
-    """A checkpoint with the first questions of the file (or a few of its own), repeated where the batch is larger.
+def trained_subject(directory: Path, data: Path | None, batch: int, asked: int, tokens: int, device: torch.device) -> Subject:
+    """A checkpoint with the first questions of the file (or a few of this module's), repeated where more are needed.
 
     Raises:
         CheckpointError, DataError: if directory or file are not what they should be.
@@ -67,8 +74,9 @@ def trained_subject(directory: Path, data: Path | None, batch: int, tokens: int,
     decoder = load_block_decoder(directory, device)
     config = decoder.model.config
     require_same_target(config)
-    chats = [[{"role": "user", "content": text}] for text in PROMPTS] if data is None else first_questions(data, batch)
-    inputs = encode(decoder, list(islice(cycle(chats), batch))).to(device)
+    count = max(batch, asked)
+    chats = [[{"role": "user", "content": text}] for text in PROMPTS] if data is None else first_questions(data, count)
+    inputs = encode(decoder, list(islice(cycle(chats), count))).to(device)
     length, limit = inputs["input_ids"].shape[1], context_length(decoder)
     if limit is not None and length + tokens > limit:
         raise UsageError(
@@ -77,7 +85,7 @@ def trained_subject(directory: Path, data: Path | None, batch: int, tokens: int,
         )
     valid = inputs["attention_mask"].bool()
     prompts = Prompts(inputs["input_ids"], valid, inputs.get("pixel_values"), tokens, frozenset(config.stop_token_ids))
-    return Subject(decoder.model, prompts, f"{directory} ({config.text_config.model_type})", trained=True)
+    return Subject(decoder.model, prompts, asked, f"{directory} ({config.text_config.model_type})")
 
 
 def load_block_decoder(directory: Path, device: torch.device) -> Decoder:

@@ -99,8 +99,10 @@ def settled(
     rank = torch.argsort(order, dim=1, stable=True)
     chosen = (rank < quota_B[:, None]) & masked_BD
     if remasking.strategy == "low_confidence_dynamic":
+        assert remasking.threshold is not None
         chosen = chosen | ((confidence_BD > remasking.threshold) & masked_BD)
     elif remasking.strategy == "entropy":
+        assert remasking.entropy_budget is not None
         spent = entropy_BD.masked_fill(~masked_BD, float("inf")).gather(1, order).cumsum(1).gather(1, rank)
         chosen = chosen | ((spent <= remasking.entropy_budget) & masked_BD)
     return chosen
