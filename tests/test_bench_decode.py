@@ -324,7 +324,7 @@ def test_a_forward_too_many_is_not_met_and_other_block_sizes_have_no_bar_of_spee
 
 
 def test_streamed_weights_count_an_embedding_only_where_the_head_shares_it():
-    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40}
+    sizes: Any = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40}
     for tied in (True, False):
         trunk: Any = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=tied))
         every = sum(parameter.numel() for parameter in trunk.parameters())

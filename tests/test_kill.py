@@ -221,7 +221,8 @@ class Course:
         story = self.killer.run([*self.words, "--out", str(self.out), *resume], self.out, moment)
         ended = "killed" if story.signal else "finished"
         last = story.last.replace(f"{self.out}/", "")
-        self.told.append(f"{moment}: steps {story.steps}, saved {story.saved}, {ended} {'saving, ' * story.saving}at {last}")
+        what = f"steps {story.steps}, saved {story.saved}, {ended} {'saving, ' * story.saving}at {last}"
+        self.told.append(f"{moment}: {what}, {story.seconds:.1f} s after training began")
         assert (story.signal, story.code) in ((signal.SIGKILL, 0), (0, 0)), self.killer.said()
         # It began where the newest checkpoint stands, and left no step out.
         assert story.steps == list(range(before, before + len(story.steps)))

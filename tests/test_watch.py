@@ -53,7 +53,7 @@ def styles(watch: BlockWatch) -> list[tuple[str, str]]:
     return [(body.plain[span.start : span.end], str(span.style)) for span in body.spans]
 
 
-# --- what stands where -------------------------------------------------------------------------------------------------------
+# --- what stands where ----------------------------------------------------------------------------------------------------
 
 
 def test_masked_settled_and_committed_look_different():
@@ -108,7 +108,7 @@ def test_control_characters_are_not_sent_to_the_terminal():
     assert watch.body().plain == "a\N{REPLACEMENT CHARACTER}[2Jb\N{REPLACEMENT CHARACTER}\n\N{REPLACEMENT CHARACTER}"
 
 
-# --- when it is drawn --------------------------------------------------------------------------------------------------------
+# --- when it is drawn -----------------------------------------------------------------------------------------------------
 
 
 def test_at_most_fifteen_pictures_a_second_and_always_the_last():
@@ -139,7 +139,7 @@ def test_a_long_answer_shows_its_end_and_at_last_the_whole():
     assert [line.strip() for line in last.splitlines()[:30]] == lines
 
 
-# --- real decoding -----------------------------------------------------------------------------------------------------------
+# --- real decoding --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("context", ["block", "causal"])
@@ -174,7 +174,7 @@ def test_what_is_drawn_is_what_is_decoded(context: str, grid: str, loaded: Calla
     assert len(frames(console)) == len(seen) + 1
 
 
-# --- the command ---------------------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -186,13 +186,11 @@ def converse(chat: Chat, read: Callable[[], str], at_terminal: bool) -> None:
     """
     while True:
         try:
-            line = read()
+            if not chat.take(read()):
+                return
         except EOFError:
             return
         except KeyboardInterrupt:
             if not at_terminal:
                 raise
             chat.complain("\nCtrl-D or /quit ends the chat")
-            continue
-        if not chat.take(line):
-            return

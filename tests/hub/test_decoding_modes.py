@@ -93,7 +93,7 @@ def test_finished_samples_leave_the_batch(loaded: Callable[[str], Loaded]):
         assert several[:end] == one[:end]
 
 
-# --- the fused commit -------------------------------------------------------------------------------------------------------------
+# --- the fused commit -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("context", "grid", "target"), list(itertools.product(CONTEXTS, GRIDS, TARGETS)))
@@ -121,7 +121,7 @@ def test_a_fused_commit_decodes_what_a_commit_of_its_own_does(
     assert fused.settling == plain.settling
 
 
-# --- the prefix of a conversation -------------------------------------------------------------------------------------------------
+# --- the prefix of a conversation -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("context", "grid", "target"), list(itertools.product(CONTEXTS, GRIDS, TARGETS)))
@@ -157,7 +157,7 @@ def test_a_prefix_with_another_picture_is_not_taken(loaded: Callable[[str], Load
     assert output.reused == 0 and output.sequences.tolist() == fresh.sequences.tolist()
 
 
-# --- speculation and the AR baseline ----------------------------------------------------------------------------------------------
+# --- speculation and the AR baseline --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("steps", [None, 2])
@@ -203,7 +203,7 @@ def test_agreeing_drafts_save_forwards(loaded: Callable[[str], Loaded], monkeypa
     assert forwards(right=False) == 1 + 2 * 10
 
 
-# --- stops, streams, statistics ---------------------------------------------------------------------------------------------------
+# --- stops, streams, statistics -------------------------------------------------------------------------------------------------
 
 
 def test_stop_strings_and_repetitions(loaded: Callable[[str], Loaded]):
