@@ -1,5 +1,7 @@
 """The command line: which flags there are, what is imported for help, what reaches the package, and how it ends."""
 
+import dataclasses
+import inspect
 import json
 import subprocess
 import sys
@@ -12,16 +14,18 @@ from typing import Any, get_args
 import pytest
 import typer.main
 
-from diffvl import cli, config
+from diffvl import cli, cli_decode, config
 from diffvl.data import shapes
+from diffvl.decode import DecodeSettings
 from diffvl.errors import CheckpointError
-from diffvl.hub import sampling_diffvl
+from diffvl.hub import generation_diffvl, sampling_diffvl
 
 ENVIRONMENT = {"PYTHONPATH": str(Path(cli.__file__).parents[1]), "COLUMNS": "120"}  # of a process that finds diffvl's source
 VERBS = [
     "bench decode",
     "bench objective",
     "bench train",
+    "chat",
     "convert",
     "doctor",
     "evaluate",
@@ -31,16 +35,19 @@ VERBS = [
     "shapes",
 ]
 
+DECODING = {
+    *("--max-new-tokens", "--steps", "--mode", "--strategy", "--threshold", "--entropy-budget", "--temperature", "--top-k"),
+    *("--top-p", "--seed", "--stop", "--repetition-stop"),
+}
+
 FLAGS = {
     "": {"--version"},
     "convert": {
         *("MODEL", "--stage", "--recipe", "--data", "--from", "--out", "--lora", "--set", "--resume", "--dry-run"),
         "--trust-remote-code",
     },
-    "generate": {
-        *("DIR", "--image", "--prompt", "--max-new-tokens", "--steps", "--threshold", "--strategy", "--temperature", "--seed"),
-        "--json",
-    },
+    "generate": {"DIR", "--image", "--prompt", "--batch", "--batch-size", "--stream", "--watch", "--json", *DECODING},
+    "chat": {"DIR", *DECODING},
     "evaluate": {"DIR", "--data", "--limit", "--json"},
     "bench decode": {
         *("DIR", "--data", "--sweep", "--limit", "--steps", "--batch", "--max-new-tokens", "--repeats", "--device", "--layers"),
@@ -114,7 +121,13 @@ def test_no_flag_appears_or_disappears_unnoticed():
 
 
 def test_choices_are_those_of_the_package():
-    assert get_args(cli.Strategy) == sampling_diffvl.STRATEGIES == (cli.STATIC, cli.DYNAMIC)
+    assert get_args(cli_decode.Strategy) == sampling_diffvl.STRATEGIES and get_args(cli_decode.Mode) == generation_diffvl.MODES
+    fields = {field.name: field.default for field in dataclasses.fields(DecodeSettings)}
+    assert set(cli_decode.SETTINGS) == set(fields)
+    for verb in (cli_decode.generate, cli_decode.chat):
+        defaults = {name: given.default for name, given in inspect.signature(verb).parameters.items() if name in fields}
+        assert defaults == {**fields, "stop": None}
+    assert {cli_decode.STATIC, cli_decode.DYNAMIC, cli_decode.ENTROPY} < set(sampling_diffvl.STRATEGIES)
     assert get_args(config.StageName) == config.STAGES
 
 
@@ -153,8 +166,15 @@ def test_help_and_version_load_neither_torch_nor_transformers_and_answer_at_once
         ["nonsense"],
         ["convert", "--lr", "1"],
         ["convert", "--stage", "pretrain"],
-        ["generate", "dir"],
+        ["generate", "--prompt", "x"],
         ["generate", "dir", "--prompt", "x", "--strategy", "random"],
+        ["generate", "dir", "--prompt", "x", "--mode", "beam"],
+        ["generate", "dir", "--prompt", "x", "--temperature", "1", "--top-k", "0"],
+        ["generate", "dir", "--prompt", "x", "--temperature", "1", "--top-p", "1.1"],
+        ["generate", "dir", "--prompt", "x", "--repetition-stop", "1"],
+        ["generate", "dir", "--batch", "x.jsonl", "--batch-size", "0"],
+        ["chat"],
+        ["chat", "dir", "--prompt", "x"],
         ["generate", "dir", "--prompt", "x", "--steps", "0"],
         ["generate", "dir", "--prompt", "x", "--temperature", "-1"],
         ["evaluate", "dir", "--data", "x.json", "--limit", "0"],
@@ -167,11 +187,61 @@ def test_words_that_do_not_fit_end_with_code_2(words: list[str], run):
     assert (code, out) == (2, "") and "Error" in err and "Traceback" not in err
 
 
-def test_a_threshold_without_effect_is_an_error(run):
-    code, _, err = run("generate", "dir", "--prompt", "x", "--threshold", "0.9")
-    assert code == 2
-    assert err.startswith("error: --threshold 0.9 has no effect with --strategy low_confidence_static")
-    assert "add --strategy low_confidence_dynamic" in err
+STATIC = "--strategy low_confidence_static"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("", "give --prompt TEXT, or --batch FILE.jsonl with many"),
+        ("--prompt x --batch f.jsonl", "give --prompt TEXT, or --batch FILE.jsonl with many, not both"),
+        ("--batch f.jsonl --stream", "--stream has no effect with --batch, which prints a JSON line for each answer"),
+        ("--batch f.jsonl --watch", "--watch has no effect with --batch, which prints a JSON line for each answer"),
+        ("--batch f.jsonl --image a.png", "--image has no effect with --batch: name the pictures in its file"),
+        ("--prompt x --batch-size 4", "--batch-size has no effect with a single --prompt"),
+        ("--prompt x --stream --json", "--json has no effect with --stream, which prints text as it comes"),
+        ("--prompt x --watch --stream", "--stream has no effect with --watch, which draws the answer itself"),
+        ("--prompt x --watch --json", "--json has no effect with --watch, which draws the answer itself"),
+        ("--prompt x --watch --mode ar", "--watch has no effect with --mode ar: it settles no blocks"),
+        ("--prompt x --watch --mode speculative", "--watch has no effect with --mode speculative: it settles no blocks"),
+    ],
+)
+def test_words_of_generate_that_exclude_each_other(words: str, says: str, run):
+    assert run("generate", "dir", *words.split()) == (2, "", f"error: {says}\n")
+
+
+@pytest.mark.parametrize("verb", ["generate dir --prompt x", "chat dir"])
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--threshold 0.9", f"--threshold 0.9 has no effect with {STATIC}: add --strategy low_confidence_dynamic, or leave"),
+        ("--entropy-budget 0.1", f"--entropy-budget 0.1 has no effect with {STATIC}: add --strategy entropy, or leave"),
+        (
+            "--strategy entropy --threshold 0.9",
+            "--threshold 0.9 has no effect with --strategy entropy: add --strategy low_confid",
+        ),
+        ("--mode ar --steps 2", "--steps has no effect with --mode ar, which decodes token by token"),
+        (f"--mode ar {STATIC}", "--strategy has no effect with --mode ar, which decodes token by token"),
+        ("--mode ar --threshold 0.9", "--threshold 0.9 has no effect with --mode ar: leave it out"),
+        (
+            "--mode speculative --strategy entropy",
+            "--strategy has no effect with --mode speculative, which keeps what its AR log",
+        ),
+        (
+            "--mode speculative --temperature 1",
+            "--temperature 1.0 has no effect with --mode speculative, which is greedy: leave it",
+        ),
+        ("--top-k 5", "--top-k has no effect with temperature 0, which takes the likeliest token: add --temperature"),
+        ("--top-p 0.5 --temperature 0", "--top-p has no effect with temperature 0, which takes the likeliest token: add --temp"),
+        ("--seed 0", "--seed has no effect with temperature 0, which takes the likeliest token: add --temperature"),
+        ("--stop=", "--stop '' is in every text: name a text that ends the answer"),
+    ],
+)
+def test_a_setting_without_effect_is_an_error(verb: str, words: str, says: str, run, monkeypatch: pytest.MonkeyPatch):
+    """Told before anything is loaded."""
+    monkeypatch.setitem(sys.modules, "diffvl.decode", None)
+    code, out, err = run(*verb.split(), *words.split())
+    assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith(f"error: {says}")
 
 
 def test_a_user_mistake_is_one_message_and_code_2(run, monkeypatch: pytest.MonkeyPatch):

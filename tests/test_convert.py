@@ -287,7 +287,7 @@ def test_generate(run: tiny_runs.Run, shapes: dict[str, Path]):
     for directory in (run.align, run.diffuse):
         replies = [generated(directory, "--image", picture, "--max-new-tokens", 8) for _ in range(2)]
         for reply in replies:
-            assert reply.keys() == {"text", "tokens", "forwards", "seconds"} and 1 <= reply["tokens"] <= 8
+            assert 1 <= reply["tokens"] <= 8
             assert reply["seconds"] > 0
         assert replies[0]["text"] == replies[1]["text"]
     one_step = generated(run.diffuse, "--image", picture, "--max-new-tokens", 8, "--steps", 1)

@@ -25,6 +25,7 @@ from diffvl.tiles import CPU_TILE, TILED
 log = logging.getLogger(__name__)
 
 FLEX = "flex_attention"
+FLEX_WIDTH = 16  # of a head, at least
 FLEX_TILE = 128  # FlexAttention's own tile, on both sides
 
 
@@ -46,6 +47,10 @@ def choose(trunk: PreTrainedModel, wanted: str, device: torch.device) -> str:
     kind = trunk.config.model_type
     if wanted == FLEX and device.type != "cuda":
         raise ConfigError(f"attention: flex_attention needs a GPU to train (its CPU form has no backward); here: {device.type}")
+    if wanted == TILED and device.type != "cpu":
+        raise ConfigError(f"attention: tiled is for CPUs, this is {device.type}; use auto, flex_attention or sdpa")
+    if wanted == FLEX and (odd := _flex_cannot(trunk)):
+        raise ConfigError(f"attention: {kind} cannot take {wanted}: {odd}")
     if wanted == TILED and not _takes_tiles(trunk):
         raise ConfigError(f"attention: {kind} cannot take {wanted}: its attention is not pluggable; use auto, sdpa or eager")
     before = str(trunk.config._attn_implementation)
@@ -59,6 +64,10 @@ def choose(trunk: PreTrainedModel, wanted: str, device: torch.device) -> str:
             raise ConfigError(f"attention: {kind} cannot take {wanted}: {error}") from error
         log.warning("attention: %s cannot take %s (%s): it stays with %s", kind, wanted, error, before)
         return before
+    if wanted == FLEX:
+        # Row lengths, windows and evaluation each compile a kernel; past the limit torch would hold all scores, with a warning only.
+        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
     if trunk.config._attn_implementation != wanted:
         raise ConfigError(f"attention: {kind} cannot take {wanted}: it stays with {trunk.config._attn_implementation}")
     return wanted
@@ -79,10 +88,23 @@ def _try_tiles(trunk: PreTrainedModel) -> None:
 
 def _best(trunk: PreTrainedModel, device: torch.device) -> str:
     if device.type == "cuda" and trunk._supports_flex_attn and trunk._can_set_attn_implementation():
-        return FLEX
+        if not (odd := _flex_cannot(trunk)):
+            return FLEX
+        log.warning("attention: %s cannot take %s (%s): it stays with sdpa", trunk.config.model_type, FLEX, odd)
     if device.type == "cpu" and _takes_tiles(trunk):
         return TILED
     return str(trunk.config._attn_implementation)
+
+
+def _flex_cannot(trunk: PreTrainedModel) -> str:
+    """What FlexAttention does not know of a trunk; empty where nothing stands against it."""
+    config = trunk.config.get_text_config(decoder=True)
+    names = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+    if any(getattr(config, name, None) for name in names):
+        return "it has dropout in its attention"
+    heads = getattr(config, "num_attention_heads", None)
+    width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else FLEX_WIDTH)
+    return f"its heads are {width} wide, and {FLEX_WIDTH} is the least" if width < FLEX_WIDTH else ""
 
 
 def _takes_tiles(trunk: PreTrainedModel) -> bool:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from diffvl.cli_print import print_json
 from diffvl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def generate(
         _watch(decoder, message, settings, console)
     else:
         reply = _reply(decoder, message, settings)
-        print(json.dumps(asdict(reply), ensure_ascii=False) if as_json else reply.text)
+        print_json(asdict(reply)) if as_json else print(reply.text)
 
 
 def chat(

@@ -315,8 +315,8 @@ class TextPieces(BaseStreamer):
 
     def _go_on(self, text: str) -> None:
         if len(text) > len(self.text):
-            self._write(text[len(self.text) :])
-            self.text = text
+            piece, self.text = text[len(self.text) :], text  # noted first: Ctrl-C may come while it is written
+            self._write(piece)
 
 
 # --- files of questions ------------------------------------------------------------------------------------------------------

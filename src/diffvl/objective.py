@@ -257,6 +257,10 @@ def _predict(
     def judge(logits_mV: torch.Tensor, which: slice) -> torch.Tensor:
         forbidden = never_predicted(config, logits_mV.shape[-1], logits_mV.device)
         entropy = token_cross_entropy(logits_mV, targets_M[which], forbidden)
+        if torch.is_grad_enabled() and not entropy.requires_grad and isinstance(model, torch.nn.Module):
+            # A batch without pictures in a stage that trains the connector alone: nothing to learn, but a step like any other.
+            # Added here, inside the model's forward, where data parallelism sees that the parameters take part.
+            entropy = entropy + 0.0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
         likeliest = logits_mV.detach().masked_fill(forbidden, float("-inf")).argmax(-1)
         return torch.stack([entropy, (likeliest == targets_M[which]).to(entropy.dtype)], -1)
 

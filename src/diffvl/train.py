@@ -136,7 +136,9 @@ def longest_trainable(text_config: Any, objective: Objective) -> int | None:
         name = "block_size" if largest == objective.block_size else "block_curriculum"
         told = f"objective.{name} has blocks of {largest} tokens, but this trunk's context has {context} positions: set it lower"
         raise ConfigError(told)
-    return longest_sample(context, largest, objective.grid)
+    sizes = {objective.block_size, *objective.block_curriculum.values()}
+    limits = [longest_sample(context, size, objective.grid) for size in sizes]
+    return None if context is None else min(limit for limit in limits if limit is not None)
 
 
 def build_trainer(

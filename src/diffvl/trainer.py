@@ -91,11 +91,7 @@ class StageTrainer(Trainer):
         if not torch.isfinite(output.loss):
             raise self._not_finite("loss", output.loss, [inputs["sample"]])
         self._count(output)
-        loss = output.loss * self.accelerator.num_processes / num_items_in_batch
-        if not loss.requires_grad:
-            # A batch without pictures in a stage that trains the connector alone: nothing to learn, but a step like any other.
-            loss = loss + 0.0 * torch.stack([p.sum() for p in self.model.parameters() if p.requires_grad]).sum()
-        return loss
+        return output.loss * self.accelerator.num_processes / num_items_in_batch
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The norm; one that is not finite stops the run before the step spoils every weight, and a checkpoint with them."""
@@ -151,7 +147,8 @@ class StageTrainer(Trainer):
             # Where the curricula stood in the step that is reported, which is counted already.
             logs.update(curriculum_state(self.stage.objective, self._progress(before=1)))
             logs["learning_rate"] = max(group["lr"] for group in self.optimizer.param_groups)
-        self._sums, self._tokens, self._since = {}, 0, time.monotonic()
+            # Not by an evaluation's line, which comes in between.
+            self._sums, self._tokens, self._since = {}, 0, time.monotonic()
         super().log(logs, start_time)
 
     @torch.no_grad()

@@ -146,6 +146,18 @@ def test_a_conversation_goes_on_from_its_prefix(
     assert reused[0] == 0 and 0 < reused[1] < reused[2]
 
 
+@pytest.mark.parametrize(("context", "grid", "target"), list(itertools.product(CONTEXTS, GRIDS, TARGETS)))
+def test_the_same_prompt_again(context: str, grid: str, target: str, loaded: Callable[[str], Loaded]):
+    """A retry: everything of the prompt may be in the cache already."""
+    model, _ = loaded("llama")
+    model.config.set_decoding("blocks", 4, context, grid, target)
+    for chat in CHATS:
+        first = generated(loaded("llama"), [chat], max_new_tokens=7)
+        again = generated(loaded("llama"), [chat], max_new_tokens=7, prefix=first.prefix)
+        assert first.sequences is not None and again.sequences is not None
+        assert again.sequences.tolist() == first.sequences.tolist() and again.reused is not None and again.reused > 0
+
+
 def test_a_prefix_with_another_picture_is_not_taken(loaded: Callable[[str], Loaded]):
     model, _ = loaded("llama")
     model.config.set_decoding("blocks", 4, "block", "absolute", "same")
@@ -174,6 +186,29 @@ def test_speculation_gives_the_ar_answer(
     expected = answers(loaded(model_type), CHATS, mode="ar", **settings)
     assert answers(loaded(model_type), CHATS, mode="speculative", denoising_steps=steps, **settings) == expected
     assert answers(loaded(model_type), [CHATS[2]], mode="speculative", **settings) == [expected[2]]
+
+
+def test_ended_samples_wait_for_the_others(loaded: Callable[[str], Loaded]):
+    """Samples that have ended take no more places: no position lies behind what the longest answer needs."""
+    model, _ = loaded("gpt2")
+    model.config.set_decoding("blocks", 4, "causal", "response", "same")
+    alone = [answers(loaded("gpt2"), [chat], mode="ar", max_new_tokens=24)[0] for chat in CHATS]
+    stop = alone[0][0]
+    hook = model.language_model.register_forward_pre_hook(
+        lambda _, __, given: seen.append(int(given["position_ids"].max())), with_kwargs=True
+    )
+    seen: list[int] = []
+    try:
+        together = answers(loaded("gpt2"), CHATS, mode="speculative", max_new_tokens=24, eos_token_id=stop)
+    finally:
+        hook.remove()
+    for one, several in zip(alone, together, strict=True):
+        end = one.index(stop) + 1 if stop in one else len(one)
+        assert several[:end] == one[:end]
+    _, processor = loaded("gpt2")
+    inputs = processor.apply_chat_template(CHATS, tokenize=True, add_generation_prompt=True)
+    furthest = int(inputs["attention_mask"].sum(1).max()) + 24 + 4
+    assert max(seen) <= furthest
 
 
 def test_agreeing_drafts_save_forwards(loaded: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch):

@@ -262,6 +262,7 @@ def test_the_words_of_transformers_mean_what_they_mean_there():
     assert draw(generation_config=hot) == draw(temperature=3.0) == draw(do_sample=True, temperature=3.0) != draw()
     assert draw(generation_config=hot, do_sample=False) == draw(use_cache=True, num_beams=1) == draw()
     stop = draw()[2]
+    assert draw(generation_config=GenerationConfig(eos_token_id=stop)) == draw(eos_token_id=stop)
     assert draw(eos_token_id=stop) == draw(eos_token_id=[stop]) == draw()[: draw().index(stop) + 1]
 
 
@@ -287,6 +288,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"mode": "ar", "denoising_steps": 2}, "denoising_steps has no effect with mode='ar'"),
     ({"mode": "ar", "on_step": print}, "on_step has no effect with mode='ar': it watches blocks"),
     ({"stop_strings": "x"}, "stop_strings needs the tokenizer"),
+    ({"mode": "ar", "remasking": "sequential"}, "remasking, threshold and entropy_budget have no effect with mode='ar'"),
+    ({"generation_config": GenerationConfig(num_beams=4)}, "block decoding knows no num_beams (in generation_config)"),
+    ({"generation_config": GenerationConfig(repetition_penalty=2.0)}, "block decoding knows no repetition_penalty"),
     ({"repetition_stop": 1}, "repetition_stop is 1, expected 2 or more"),
     ({"image_sizes": torch.ones(1, 2)}, "1 image_sizes, but another number of pictures"),
     ({"pixel_values": torch.ones(1, 3, 8, 8)}, "1 pictures give 2 image tokens, the text has 0"),

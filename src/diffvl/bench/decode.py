@@ -31,7 +31,7 @@ from diffvl.progress import spinner_or_line, track
 
 BATCHES = (1, 8, 32)
 NEW_TOKENS = 64
-CPU_LAYERS = 12  # of SmolLM2-135M's 30: what two cores do in the time
+CPU_LAYERS = 10  # of SmolLM2-135M's 30: what two cores do in the time
 REPEATS, BATCHED_REPEATS = {"cpu": 5, "cuda": 7}, {"cpu": 2, "cuda": 5}  # at batch 1; above, and for trained weights
 QUESTIONS = 8  # of a file that are asked at every batch size, one after the other at batch 1
 BLOCK_SIZE = 8

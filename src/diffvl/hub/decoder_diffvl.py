@@ -136,7 +136,9 @@ class BlockDecoder:
         if seen is not None and (given is None or len(given) < len(seen) or not torch.equal(given[: len(seen)], seen)):
             return  # other pictures stand behind the same placeholders
         start = int(self.start[0])
-        count = prefix.shared(self.prompt_ids[:, :start], self.prompt_block[:, : start + 1])
+        # A shifted target reads the first open token where the last committed one goes in, which must be seen again then.
+        most = start - 1 if self.config.target == "shift" else start
+        count = prefix.shared(self.prompt_ids[:, : max(most, 0)], self.prompt_block[:, : start + 1])
         if count == 0:
             return
         self.cache, self.reused = prefix.cache, count

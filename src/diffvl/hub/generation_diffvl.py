@@ -132,6 +132,9 @@ class BlockGeneration:
         if unknown or not use_cache or num_beams != 1:
             odd = [*unknown, *(["use_cache=False"] if not use_cache else []), *(["num_beams"] if num_beams != 1 else [])]
             raise ValueError(f"block decoding knows no {', '.join(odd)}")
+        if generation_config is not None:
+            _refuse_words(generation_config)
+            eos_token_id = generation_config.eos_token_id if eos_token_id is None else eos_token_id
         said_strings = stop_strings if stop_strings is not None else getattr(settings, "stop_strings", None)
         stopping = Stopping(
             frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or self.config.stop_token_ids),
@@ -147,6 +150,8 @@ class BlockGeneration:
         if streamer is not None and len(input_ids) != 1:
             raise ValueError(f"a streamer takes one prompt, got {len(input_ids)}")
         _check_mode(mode, self.config, sampling, denoising_steps, on_step, prefix)
+        if mode != "blocks" and (remasking, threshold, entropy_budget) != ("low_confidence_static", None, None):
+            raise ValueError(f"remasking, threshold and entropy_budget have no effect with mode={mode!r}")
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         if answer_index is None:
             answer_index = torch.zeros_like(input_ids)
@@ -166,6 +171,14 @@ class BlockGeneration:
         pad = pad_token_id if pad_token_id is not None else getattr(settings, "pad_token_id", None)
         sequences = _sequences(input_ids, run.answers, pad if isinstance(pad, int) else min(stopping.tokens))
         return run.output(sequences) if return_dict_in_generate else sequences
+
+
+def _refuse_words(settings: GenerationConfig) -> None:
+    """Raises ValueError for settings of transformers that block decoding does not know, unless they are neutral."""
+    neutral = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0, "penalty_alpha": 0}
+    odd = [name for name, value in neutral.items() if getattr(settings, name, None) not in (None, value)]
+    if odd:
+        raise ValueError(f"block decoding knows no {', '.join(odd)} (in generation_config)")
 
 
 def _check_mode(
@@ -319,7 +332,8 @@ def _decode_ar(run: Run, model: Any, input_ids: torch.Tensor, valid: torch.Tenso
         )
     run.decoder.forwards += sequences.shape[1]
     for sample, answer in enumerate(sequences.tolist()):
-        run.extend(sample, answer)
+        # One by one, as they came: a loop is cut where it closes.
+        any(run.extend(sample, [token]) for token in answer)
 
 
 def _sequences(input_ids: torch.Tensor, answers: list[list[int]], pad: int) -> torch.Tensor:

@@ -129,7 +129,8 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         if image_features is None and pixel_values is not None and pixel_values.shape[0] > 0:
             image_features = self.image_features(pixel_values)
         if image_features is None:
-            if bool(is_image.any()):
+            shown = is_image if image_index is None else image_index >= 0
+            if bool(shown.any()):
                 raise ValueError(f"{int(is_image.sum())} image tokens in the text, but no pixel_values")
             return embeds
         features = image_features.flatten(0, 1)

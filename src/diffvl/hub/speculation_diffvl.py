@@ -24,7 +24,8 @@ def speculate(run: Any, steps: int, pick: Any) -> None:
     decoder.open_block()
     while True:
         # 1. Draft: the last known token goes in as a clean one and says the next; the rest of its block is denoised.
-        masked = decoder.open_BD
+        live = ~torch.tensor(ended, device=decoder.start.device)
+        masked = decoder.open_BD & live[:, None]
         drafted = _draft(decoder, known, masked, steps, pick)
         run.predicted()
         # 2. Check: the drafted tokens go in as clean ones, and each must be what the one before it says.
@@ -35,7 +36,8 @@ def speculate(run: Any, steps: int, pick: Any) -> None:
                 ended[sample] = run.extend(sample, [*drafted[sample][kept[sample]].tolist(), int(correction[sample])])
         if all(ended):
             return
-        known = _go_on(decoder, drafted, kept, correction)
+        live = ~torch.tensor(ended, device=decoder.start.device)
+        known = _go_on(decoder, drafted, kept, correction, live)
 
 
 def _take_in_prompt(decoder: BlockDecoder) -> Piece:
@@ -107,27 +109,30 @@ def _check(decoder: BlockDecoder, drafted: torch.Tensor, masked: torch.Tensor, p
     assert decoder.layout is not None
     decoder.layout.valid[:, -drafted.shape[1] :] = kept
     last = torch.where(kept, torch.arange(kept.shape[1], device=kept.device), -1).max(1, keepdim=True).values
-    return kept, says.gather(1, last)[:, 0]
+    return kept, says.gather(1, last.clamp_min(0))[:, 0]
 
 
-def _go_on(decoder: BlockDecoder, drafted: torch.Tensor, kept: torch.Tensor, correction: torch.Tensor) -> Piece:
-    """Opens the block of the next unknown token, with what is known of it, and returns the last known token."""
+def _go_on(
+    decoder: BlockDecoder, drafted: torch.Tensor, kept: torch.Tensor, correction: torch.Tensor, live: torch.Tensor
+) -> Piece:
+    """Opens the block of the next unknown token, with what is known of it, and returns the last known token. Samples that have ended
+    stay where they are, and what goes in for them is no token."""
     position = torch.where(kept, decoder.position_BD, -1).max(1).values + 1  # of the correction
     decoder.ids_BD = torch.where(kept | ~decoder.open_BD, drafted, decoder.config.mask_token_id)
-    in_block = decoder.position_BD == position[:, None]
+    in_block = (decoder.position_BD == position[:, None]) & live[:, None]
     decoder.ids_BD = torch.where(in_block & decoder.valid_BD, correction[:, None], decoder.ids_BD)
     decoder.open_BD = decoder.open_BD & ~kept & ~in_block
     block = torch.where(position < decoder.end, decoder.block_number, decoder.block_number + 1)
-    rows = _clean(decoder, position[:, None], block[:, None], torch.ones_like(kept[:, :1]))
+    rows = _clean(decoder, position[:, None], block[:, None], live[:, None])
     known = Piece(correction[:, None], rows, torch.full_like(correction[:, None], -1))
-    _next_block(decoder, position, correction)
+    _next_block(decoder, position, correction, live)
     return known
 
 
-def _next_block(decoder: BlockDecoder, position: torch.Tensor, correction: torch.Tensor) -> None:
+def _next_block(decoder: BlockDecoder, position: torch.Tensor, correction: torch.Tensor, live: torch.Tensor) -> None:
     """Moves the samples on whose block is full: their next one is all masks, but for a known token that begins it."""
     size = decoder.config.block_size
-    full = ~decoder.open_BD.any(1)
+    full = ~decoder.open_BD.any(1) & live
     while bool(full.any()):
         start = torch.where(full, decoder.end, decoder.start)
         decoder.start, decoder.end = start, torch.where(full, decoder.end + size, decoder.end)
@@ -140,4 +145,4 @@ def _next_block(decoder: BlockDecoder, position: torch.Tensor, correction: torch
         fresh = torch.where(begins, correction[:, None], decoder.config.mask_token_id)
         decoder.ids_BD = torch.where(full[:, None], fresh, decoder.ids_BD)
         decoder.open_BD = torch.where(full[:, None], decoder.valid_BD & ~begins, decoder.open_BD)
-        full = ~decoder.open_BD.any(1)
+        full = ~decoder.open_BD.any(1) & live
