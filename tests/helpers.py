@@ -3,6 +3,7 @@
 Shapes: B batch, L clean length, S side of a picture in pixels.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,13 @@ def stage_recipe(data: Path, holdout: int = 0, row_length: int | None = None, **
         **stage,
     }
     return resolve({"stages": {"diffuse": settings}}, [], "test")
+
+
+def text_only(path: Path, count: int) -> Path:
+    """A data file of records without pictures."""
+    turns = [{"from": "human", "value": "Say it."}, {"from": "gpt", "value": "It."}]
+    path.write_text(json.dumps([{"conversations": turns} for _ in range(count)]), encoding="utf-8")
+    return path
 
 
 def metrics(directory: Path) -> list[dict[str, Any]]:

@@ -222,7 +222,10 @@ def test_what_is_chosen(loaded: Callable[[str], Loaded]):
 def test_what_flex_attention_cannot_take_is_known_without_a_gpu(caplog: pytest.LogCaptureFixture):
     """Before a kernel is compiled: dropout, which it does not have, and heads too narrow for it."""
     sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
-    for more, words in (({"attention_dropout": 0.1}, "it has dropout in its attention"), ({"head_dim": 8}, "its heads are 8 wide")):
+    for more, words in (
+        ({"attention_dropout": 0.1}, "it has dropout in its attention"),
+        ({"head_dim": 8}, "its heads are 8 wide"),
+    ):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes, **more))
         assert choose(model, "auto", torch.device("cuda")) == "sdpa"
         assert f"attention: llama cannot take flex_attention ({words}" in caplog.text

@@ -75,7 +75,7 @@ def test_every_directory_says_where_it_came_from(run: tiny_runs.Run, source: Cal
         assert state["versions"]["torch"] == torch.__version__ and {"diffvl", "transformers"} <= state["versions"].keys()
         assert state["created"] and state["machine"]
     assert max(state_of(run.root / "prepared")["proofs"].values()) < 1e-3
-    assert state_of(run.diffuse)["state"] == {"steps": 2, "samples_per_step": 2, "seed": 0}
+    assert state_of(run.diffuse)["state"] == {"steps": 2, "rows_per_step": 2, "seed": 0, "curriculum": {}}
 
 
 def test_run_yaml_is_the_recipe_resolved(run: tiny_runs.Run, source: Callable[[str], Path]):

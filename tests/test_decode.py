@@ -76,7 +76,9 @@ def test_pieces_come_with_the_blocks_and_not_with_the_words():
     for start in range(0, len(ids), 4):
         streamer.put(torch.tensor(ids[start : start + 4]))
         grown.append("".join(seen))
-    assert grown == [words.decode(ids[: start + 4]).rstrip() for start in range(0, len(ids), 4)] and len(set(grown)) == len(grown)
+    assert grown == [str(words.decode(ids[: start + 4])).rstrip() for start in range(0, len(ids), 4)] and len(set(grown)) == len(
+        grown
+    )
 
 
 def test_broken_characters_at_the_end_are_shown_in_the_end():

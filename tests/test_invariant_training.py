@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import QUIET, metrics, stage_recipe, weights_of
+from helpers import QUIET, metrics, stage_recipe, text_only, weights_of
 from transformers import TrainerCallback
 
 from diffvl import train as training
@@ -159,10 +159,9 @@ def test_accumulation_changes_nothing(
     require_same_steps(ones, whole_steps)
 
 
-def test_two_processes_are_one(
-    whole_steps: list[dict[str, Any]], prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path: Path
-):
-    (tmp_path / "recipe.yaml").write_text(dump(step_recipe(shapes, 2, 2)))
+def run_two(start: Path, recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl of a run on two processes (gloo)."""
+    (folder / "recipe.yaml").write_text(dump(recipe))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = {
@@ -171,13 +170,7 @@ def test_two_processes_are_one(
             "WORLD_SIZE": "2",
             "OMP_NUM_THREADS": "1",
         }
-    words = [
-        sys.executable,
-        Path(__file__).with_name("train_process.py"),
-        prepared("llama"),
-        tmp_path / "recipe.yaml",
-        tmp_path / "run",
-    ]
+    words = [sys.executable, Path(__file__).with_name("train_process.py"), start, folder / "recipe.yaml", folder / "run"]
     processes = [
         subprocess.Popen(
             words,
@@ -195,7 +188,20 @@ def test_two_processes_are_one(
             process.kill()
             process.wait()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
-    require_same_steps(metrics(partial(tmp_path / "run")), whole_steps)
+    return metrics(partial(folder / "run"))
+
+
+def test_two_processes_are_one(
+    whole_steps: list[dict[str, Any]], prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path: Path
+):
+    require_same_steps(run_two(prepared("llama"), step_recipe(shapes, 2, 2), tmp_path), whole_steps)
+
+
+def test_two_processes_without_pictures(prepared: Callable[[str], Path], tmp_path: Path):
+    """The connector is all that trains, and nothing has passed through it: data parallelism must still find its gradients."""
+    data = text_only(tmp_path / "text.json", 8)
+    recipe = stage_recipe(data, objective={"kind": "ar"}, trainable={"connector": 1e-3}, steps=2, batch_size=2)
+    assert [line["step"] for line in run_two(prepared("llama"), recipe, tmp_path) if "loss" in line] == [1, 2]
 
 
 def test_noise_is_drawn_by_optimiser_steps(

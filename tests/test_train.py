@@ -1,13 +1,12 @@
 """What whole runs of `train` met in practice: each test here stands for a defect that a review found."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import QUIET, batch, metrics, objective, sample, stage_recipe
+from helpers import QUIET, batch, metrics, objective, sample, stage_recipe, text_only
 
 from diffvl import train as training
 from diffvl.checkpoint import load_checkpoint, saved_dtype, write_checkpoint
@@ -19,12 +18,6 @@ from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.objective import Draw, loss_of, measured_sums
 from diffvl.standins import make_tokenizer
 from diffvl.trainer import StepSampler
-
-
-def text_only(path: Path, count: int) -> Path:
-    turns = [{"from": "human", "value": "Say it."}, {"from": "gpt", "value": "It."}]
-    path.write_text(json.dumps([{"conversations": turns} for _ in range(count)]), encoding="utf-8")
-    return path
 
 
 def test_a_connector_stage_takes_batches_without_pictures(prepared: Callable[[str], Path], tmp_path: Path):

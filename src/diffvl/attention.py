@@ -45,14 +45,7 @@ def choose(trunk: PreTrainedModel, wanted: str, device: torch.device) -> str:
     if automatic:
         wanted = _best(trunk, device)
     kind = trunk.config.model_type
-    if wanted == FLEX and device.type != "cuda":
-        raise ConfigError(f"attention: flex_attention needs a GPU to train (its CPU form has no backward); here: {device.type}")
-    if wanted == TILED and device.type != "cpu":
-        raise ConfigError(f"attention: tiled is for CPUs, this is {device.type}; use auto, flex_attention or sdpa")
-    if wanted == FLEX and (odd := _flex_cannot(trunk)):
-        raise ConfigError(f"attention: {kind} cannot take {wanted}: {odd}")
-    if wanted == TILED and not _takes_tiles(trunk):
-        raise ConfigError(f"attention: {kind} cannot take {wanted}: its attention is not pluggable; use auto, sdpa or eager")
+    _refuse(trunk, wanted, device)
     before = str(trunk.config._attn_implementation)
     try:
         trunk.set_attn_implementation(wanted)
@@ -65,12 +58,25 @@ def choose(trunk: PreTrainedModel, wanted: str, device: torch.device) -> str:
         log.warning("attention: %s cannot take %s (%s): it stays with %s", kind, wanted, error, before)
         return before
     if wanted == FLEX:
-        # Row lengths, windows and evaluation each compile a kernel; past the limit torch would hold all scores, with a warning only.
+        # Row lengths, windows and evaluation each compile a kernel; past its limit torch would hold all scores, and only warn.
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.fail_on_recompile_limit_hit = True
     if trunk.config._attn_implementation != wanted:
         raise ConfigError(f"attention: {kind} cannot take {wanted}: it stays with {trunk.config._attn_implementation}")
     return wanted
+
+
+def _refuse(trunk: PreTrainedModel, wanted: str, device: torch.device) -> None:
+    """Raises ConfigError for what is known to be impossible without a trial."""
+    kind = trunk.config.model_type
+    if wanted == FLEX and device.type != "cuda":
+        raise ConfigError(f"attention: flex_attention needs a GPU to train (its CPU form has no backward); here: {device.type}")
+    if wanted == TILED and device.type != "cpu":
+        raise ConfigError(f"attention: tiled is for CPUs, this is {device.type}; use auto, flex_attention or sdpa")
+    if wanted == FLEX and (odd := _flex_cannot(trunk)):
+        raise ConfigError(f"attention: {kind} cannot take {wanted}: {odd}")
+    if wanted == TILED and not _takes_tiles(trunk):
+        raise ConfigError(f"attention: {kind} cannot take {wanted}: its attention is not pluggable; use auto, sdpa or eager")
 
 
 @torch.no_grad()

@@ -134,10 +134,9 @@ class BlockGeneration:
             raise ValueError(f"block decoding knows no {', '.join(odd)}")
         if generation_config is not None:
             _refuse_words(generation_config)
-            eos_token_id = generation_config.eos_token_id if eos_token_id is None else eos_token_id
         said_strings = stop_strings if stop_strings is not None else getattr(settings, "stop_strings", None)
         stopping = Stopping(
-            frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or self.config.stop_token_ids),
+            _stop_ids(eos_token_id, getattr(generation_config, "eos_token_id", None), self.config.stop_token_ids),
             int(getattr(settings, "max_new_tokens", None) or 128) if max_new_tokens is None else max_new_tokens,
             (said_strings,) if isinstance(said_strings, str) else tuple(said_strings or ()),
             tokenizer,
@@ -160,17 +159,23 @@ class BlockGeneration:
             streamer.put(input_ids.cpu())
         run = Run(decoder, stopping, streamer, on_step)
         pick = picker(sampling, seed, input_ids.device, self.config)
-        if mode == "blocks":
-            decode_blocks(run, rule, pick)
-        elif mode == "speculative":
-            speculate(run, rule.steps if denoising_steps is not None else 1, pick)
-        else:
-            _decode_ar(run, self, input_ids, valid, sampling, seed)
+        ways: dict[str, Callable[[], None]] = {
+            "blocks": lambda: decode_blocks(run, rule, pick),
+            "speculative": lambda: speculate(run, denoising_steps or 1, pick),
+            "ar": lambda: _decode_ar(run, self, input_ids, valid, sampling, seed),
+        }
+        ways[mode]()
         if streamer is not None:
             streamer.end()
         pad = pad_token_id if pad_token_id is not None else getattr(settings, "pad_token_id", None)
         sequences = _sequences(input_ids, run.answers, pad if isinstance(pad, int) else min(stopping.tokens))
         return run.output(sequences) if return_dict_in_generate else sequences
+
+
+def _stop_ids(*said: int | list[int] | None) -> frozenset[int]:
+    """The first that says something: the caller, the caller's generation_config, the checkpoint."""
+    first = next(ids for ids in said if ids is not None)
+    return frozenset([first] if isinstance(first, int) else first)
 
 
 def _refuse_words(settings: GenerationConfig) -> None:

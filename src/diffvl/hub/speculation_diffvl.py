@@ -115,8 +115,8 @@ def _check(decoder: BlockDecoder, drafted: torch.Tensor, masked: torch.Tensor, p
 def _go_on(
     decoder: BlockDecoder, drafted: torch.Tensor, kept: torch.Tensor, correction: torch.Tensor, live: torch.Tensor
 ) -> Piece:
-    """Opens the block of the next unknown token, with what is known of it, and returns the last known token. Samples that have ended
-    stay where they are, and what goes in for them is no token."""
+    """Opens the block of the next unknown token, with what is known of it, and returns the last known token. Samples that have
+    ended stay where they are, and what goes in for them is no token."""
     position = torch.where(kept, decoder.position_BD, -1).max(1).values + 1  # of the correction
     decoder.ids_BD = torch.where(kept | ~decoder.open_BD, drafted, decoder.config.mask_token_id)
     in_block = (decoder.position_BD == position[:, None]) & live[:, None]
