@@ -441,4 +441,23 @@ def test_numbers():
     assert numbers("--steps", "8, 4,2", ()) == (8, 4, 2)
     assert numbers("--steps", None, [3]) == (3,)
     assert set(DECODERS) == {"ar_generate", "published", "ours"}
-    assert DecodeBench().device == "auto"
+
+
+def test_rounds():
+    """Fewer at larger batches, and few for a checkpoint, which has several prompts."""
+    rounds = [decode.repeats_of(DecodeBench(), CPU, batch) for batch in (1, 2, 8, 32)]
+    assert rounds == [5, 3, 3, 1]
+    assert decode.repeats_of(DecodeBench(directory=Path("x")), CPU, 1) == 2
+    assert decode.repeats_of(DecodeBench(quick=True), CPU, 1) == 1
+    assert decode.repeats_of(DecodeBench(repeats=4, quick=True), CPU, 8) == 4
+
+
+@pytest.mark.parametrize("decoder", list(DECODERS))
+def test_the_time_to_the_first_token_is_that_of_one_prediction(decoder: str, monkeypatch: pytest.MonkeyPatch):
+    """The call ends there: a prefill where the decoder makes one, and one forward that predicts."""
+    model, prompts = tiny("causal")
+    forwards: list[None] = []
+    hook = model.language_model.register_forward_pre_hook(lambda *_: forwards.append(None))
+    assert decode.time_first(model, prompts, Case(decoder, 4), CPU) > 0
+    hook.remove()
+    assert len(forwards) == (1 if decoder == "ar_generate" else 2)

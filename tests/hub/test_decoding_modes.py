@@ -261,6 +261,8 @@ def test_stop_strings_and_repetitions(loaded: Callable[[str], Loaded]):
     ([1, 2, 1, 2, 1, 2], 3, [1, 2]),
     ([9, 1, 2, 1, 2, 1], 3, None),
     ([3, 3, 3], 4, None),
+    ([7] + [5] * 16, 4, [7, 5]),
+    ([1, 2, 1, 2, 1, 2, 8, 9], 3, [1, 2]),
 ])  # fmt: skip
 def test_a_loop_is_cut_after_its_first_round(answer: list[int], repeats: int, kept: list[int] | None):
     grown = list(answer)

@@ -8,7 +8,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ from diffvl.progress import spinner_or_line, track
 BATCHES = (1, 8, 32)
 NEW_TOKENS = 64
 CPU_LAYERS = 10  # of SmolLM2-135M's 30: what two cores do in the time
-REPEATS, BATCHED_REPEATS = {"cpu": 5, "cuda": 7}, {"cpu": 2, "cuda": 5}  # at batch 1; above, and for trained weights
+# Largest batch -> timed rounds, for random weights; a CPU has no time for more at large batches, and no bar is set there.
+REPEATS = {"cpu": {1: 5, 8: 3}, "cuda": {1: 7, 32: 5}}
+FEWEST, TRAINED = 1, 2  # rounds beyond these batches; rounds for a checkpoint, which has several prompts
 QUESTIONS = 8  # of a file that are asked at every batch size, one after the other at batch 1
 BLOCK_SIZE = 8
 
@@ -82,6 +84,10 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.decoder} {self.steps}"
+
+
+class FirstTokenError(Exception):
+    """Ends a call when its first token has settled."""
 
 
 @dataclass(frozen=True)
@@ -218,9 +224,9 @@ def repeats_of(request: DecodeBench, device: torch.device, batch: int) -> int:
     """Timed rounds at a batch size."""
     if request.repeats is not None:
         return request.repeats
-    if request.quick:
-        return 1
-    return (REPEATS if batch == 1 and request.directory is None else BATCHED_REPEATS)[device.type]
+    if request.quick or request.directory is not None:
+        return 1 if request.quick else TRAINED
+    return next((rounds for largest, rounds in REPEATS[device.type].items() if batch <= largest), FEWEST)
 
 
 def cases(steps: Sequence[int], batch: int) -> list[Case]:
@@ -311,17 +317,19 @@ def time_whole(model: Any, prompts: Prompts, case: Case, device: torch.device) -
 
 
 def time_first(model: Any, prompts: Prompts, case: Case, device: torch.device) -> float:
-    """Seconds until the first token has settled, in a call of its own that is asked for one token: what notices it would slow the
-    timed calls down."""
+    """Seconds until the first token has settled, in a call of its own that ends there: what notices it would slow the timed calls
+    down."""
     noticed: list[float] = []
 
     def on_first() -> None:
         synchronize(device)
         noticed.append(time.perf_counter())
+        raise FirstTokenError
 
     synchronize(device)
     began = time.perf_counter()
-    DECODERS[case.decoder](model, prompts.shortened(1), case.steps, on_first)
+    with suppress(FirstTokenError):
+        DECODERS[case.decoder](model, prompts.shortened(1), case.steps, on_first)
     return noticed[0] - began
 
 

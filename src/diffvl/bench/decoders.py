@@ -96,7 +96,7 @@ def published(model: Any, prompts: Prompts, steps: int, on_first: OnFirst | None
 
 
 def ours(model: Any, prompts: Prompts, steps: int, on_first: OnFirst | None = None) -> Decoded:
-    """`generate` of the checkpoint; `on_first` is called after every step, which only its first caller minds."""
+    """`generate` of the checkpoint; `on_first` is called after every step."""
     output = model.generate(
         prompts.ids,
         pixel_values=prompts.pixel_values,

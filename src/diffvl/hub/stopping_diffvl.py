@@ -10,7 +10,7 @@ LONGEST_UNIT = 64  # tokens of a repeated unit that is looked for
 @dataclass(frozen=True)
 class Stopping:
     """tokens: ids that end an answer and stay in it. strings: texts that end it (with the tokenizer that decodes them). repeats:
-    an answer that ends with any unit this many times in a row is cut after the first; None does not look. limit: tokens."""
+    an answer in which any unit stands this many times in a row is cut after the first; None does not look. limit: tokens."""
 
     tokens: frozenset[int]
     limit: int
@@ -32,7 +32,7 @@ class Stopping:
         if self.strings:
             ends += self._string_end(answer, seen)
         if self.repeats is not None:
-            ends += self._loop_end(answer)
+            ends += self._loop_end(answer, seen)
         if len(answer) >= self.limit:
             ends.append(self.limit)
         if not ends:
@@ -50,10 +50,12 @@ class Stopping:
         text = self.tokenizer.decode(answer, skip_special_tokens=False)
         return any(string in text for string in self.strings)
 
-    def _loop_end(self, answer: Sequence[int]) -> list[int]:
+    def _loop_end(self, answer: Sequence[int], seen: int) -> list[int]:
+        """The end of the first round of a loop, looked for at every length: in what portions tokens come does not matter."""
         assert self.repeats is not None
-        for unit in range(1, min(LONGEST_UNIT, len(answer) // self.repeats) + 1):
-            tail = list(answer[-unit * self.repeats :])
-            if tail == tail[:unit] * self.repeats:
-                return [len(answer) - unit * (self.repeats - 1)]
+        for length in range(seen + 1, len(answer) + 1):
+            for unit in range(1, min(LONGEST_UNIT, length // self.repeats) + 1):
+                tail = list(answer[length - unit * self.repeats : length])
+                if tail == tail[:unit] * self.repeats:
+                    return [length - unit * (self.repeats - 1)]
         return []
