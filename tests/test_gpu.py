@@ -46,8 +46,8 @@ def test_flex_attention_gives_the_loss_of_dense_attention(model_type: str, conte
         torch.testing.assert_close(gradient, other, rtol=1e-2, atol=1e-4 * loudest)
 
 
-def test_a_run_learns_and_resumes(prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path: Path):
-    """bf16, FlexAttention, packed rows; the resumed run has the same samples and nearly the same losses."""
+def test_a_run_learns_and_repeats(prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path: Path):
+    """bf16, FlexAttention, packed rows; a second run has the same samples and nearly the same losses."""
     recipe = stage_recipe(shapes["train"], row_length=1024, steps=8, save_every=4, precision="bf16", batch_size=1)
     whole = metrics(run(prepared("llama"), recipe, tmp_path / "whole"))
     assert whole[-1]["loss"] < whole[0]["loss"]

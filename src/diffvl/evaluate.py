@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from diffvl.chats import answer_turns, chat_before, questions
+from diffvl.answer_turns import answer_turns, chat_before, questions
 from diffvl.config import ArObjective, BlockDiffusionObjective, Data, Objective
 from diffvl.data.collate import collate
 from diffvl.data.loader import SampleDataset, batches_of, load_data, open_samples

@@ -23,7 +23,7 @@ from diffvl.hub.layout_diffvl import Layout, NoisyStream, block_index, clean_lay
 from diffvl.hub.sampling_diffvl import never_predicted
 from diffvl.loss import block_weights, token_cross_entropy
 from diffvl.noise import mask_probabilities, mask_ratios, masked_tokens, noise_state, sample_generator
-from diffvl.packing import Packed, longest_row, pack
+from diffvl.packing import Packed, pack
 
 
 @dataclass(frozen=True)
@@ -229,9 +229,7 @@ def followed_by_answer(answer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 def packed_rows(streams: Layout, row_S: torch.Tensor, config: DiffVLConfig) -> Packed:
     """Samples into rows; with FlexAttention of a length for which kernels are compiled once."""
-    if config.text_config._attn_implementation != FLEX:
-        return pack(streams, row_S)
-    return pack(streams, row_S, bucket(longest_row(streams, row_S)))
+    return pack(streams, row_S, bucket if config.text_config._attn_implementation == FLEX else int)
 
 
 def _image_rows(config: DiffVLConfig, batch: Batch) -> torch.Tensor:

@@ -7,6 +7,7 @@ sample; packing only moves tokens, so that a packed sample has the numbers that 
 Shapes: S samples, W tokens of a sample's streams, padded; B rows, T tokens of a row.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,18 +29,18 @@ class Packed:
         return torch.where(self.layout.valid, stream_SW.flatten()[self.source], filler)
 
 
-def pack(streams: Layout, row_S: torch.Tensor, length: int | None = None) -> Packed:
+def pack(streams: Layout, row_S: torch.Tensor, length_for: Callable[[int], int] = int) -> Packed:
     """Moves valid tokens into rows.
 
     Args:
         streams: layout of the samples' streams, [S, W].
         row_S: the row of each sample, rising from 0 without gaps.
-        length: T; default: what the longest row needs.
+        length_for: tokens of the longest row -> T, where rows must have certain lengths; default: no more than needed.
     """
     counts = streams.valid.sum(1)
     rows = int(row_S[-1]) + 1
     filled = torch.zeros(rows, dtype=counts.dtype, device=counts.device).index_add_(0, row_S, counts)
-    length = int(filled.max()) if length is None else length
+    length = length_for(int(filled.max()))
     before = counts.cumsum(0) - counts - (filled.cumsum(0) - filled)[row_S]
     place = (row_S * length + before)[:, None] + streams.valid.cumsum(1) - 1
     source = torch.zeros(rows * length, dtype=torch.long, device=row_S.device)
@@ -52,10 +53,3 @@ def pack(streams: Layout, row_S: torch.Tensor, length: int | None = None) -> Pac
     moved = {name: row.flatten()[source] for name, row in {**streams.rows, "document": document}.items()}
     moved = {name: torch.where(valid, row, torch.zeros_like(row)) for name, row in moved.items()}
     return Packed(Layout(**moved, context=streams.context), place, source)
-
-
-def longest_row(streams: Layout, row_S: torch.Tensor) -> int:
-    """Tokens of the longest row."""
-    counts = streams.valid.sum(1)
-    rows = torch.zeros(int(row_S[-1]) + 1, dtype=counts.dtype, device=counts.device)
-    return int(rows.index_add_(0, row_S, counts).max())

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from diffvl.answer_turns import chat_before, questions
 from diffvl.bench import machine
 from diffvl.bench.measure import schedule
 from diffvl.bench.subject import load_block_decoder
 from diffvl.bench.train import pick_device
-from diffvl.chats import chat_before, questions
 from diffvl.data.records import open_records, record_at
 from diffvl.decode import Answer, DecodeSettings, answer_chats
 from diffvl.progress import track
