@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from diffvl.checkpoint import HUB_FILES, load_checkpoint, write_checkpoint
 from diffvl.hub import modeling_diffvl
-from diffvl.hub.generation_diffvl import BlockDecoder
+from diffvl.hub.decoder_diffvl import BlockDecoder
 from diffvl.standins import TRUNKS
 
 BLOCK = 4

@@ -14,7 +14,7 @@ from rich.console import Console
 from tiny_runs import Ended, command, refused, succeed
 
 from diffvl.decode import Answer, Decoder, DecodeSettings, Watcher, answer_chats
-from diffvl.hub.generation_diffvl import DenoisingStep
+from diffvl.hub.run_diffvl import DenoisingStep
 from diffvl.watch import PLACEHOLDER, BlockWatch, colour_of
 
 MASK = 999

@@ -25,7 +25,7 @@ from diffvl.decode import (
     user_message,
 )
 from diffvl.errors import DiffvlError, UsageError
-from diffvl.hub.decoder_diffvl import Prefix
+from diffvl.hub.prefix_diffvl import Prefix
 
 HELP = """\
 /image PATH   add a picture to the next message

@@ -39,8 +39,9 @@ RECIPE_FILE = "run.yaml"
 HUB_FILES = tuple(
     f"{name}_diffvl.py"
     for name in (
-        *("configuration", "layout", "head", "modeling", "processing"),
-        *("cache", "decoder", "sampling", "stopping", "speculation", "generation"),
+        *("configuration", "attention", "layout", "head", "modeling", "processing"),
+        *("cache", "static", "pieces", "prefix", "decoder"),
+        *("sampling", "stopping", "run", "speculation", "generation"),
     )
 )
 MODEL_CLASS = "modeling_diffvl.DiffVLForConditionalGeneration"

@@ -22,9 +22,9 @@ from diffvl.data.loader import longest_sample
 from diffvl.data.questions import Question, summary
 from diffvl.errors import CheckpointError, DataError, UsageError
 from diffvl.hub.configuration_diffvl import DiffVLConfig
-from diffvl.hub.decoder_diffvl import Prefix
-from diffvl.hub.generation_diffvl import BlockGenerationOutput, OnStep
+from diffvl.hub.prefix_diffvl import Prefix
 from diffvl.hub.processing_diffvl import DiffVLProcessor
+from diffvl.hub.run_diffvl import BlockGenerationOutput, OnStep
 from diffvl.hub.sampling_diffvl import remasking_of
 
 Message = dict[str, Any]  # one of a conversation: role and content; picture parts carry their pictures

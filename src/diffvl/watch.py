@@ -22,7 +22,7 @@ from rich.text import Text
 from transformers.generation.streamers import BaseStreamer
 
 from diffvl.decode import UNFINISHED, Answer, text_of
-from diffvl.hub.generation_diffvl import DenoisingStep
+from diffvl.hub.run_diffvl import DenoisingStep
 
 RATE = 15.0  # pictures a second
 PLACEHOLDER, GREY = " ░░", Style(color="grey42")

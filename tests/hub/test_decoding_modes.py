@@ -11,7 +11,7 @@ from helpers import CONTEXTS, GRIDS, TARGETS, picture
 
 from diffvl.hub import speculation_diffvl
 from diffvl.hub.decoder_diffvl import BlockDecoder
-from diffvl.hub.generation_diffvl import BlockGenerationOutput, DenoisingStep
+from diffvl.hub.run_diffvl import BlockGenerationOutput, DenoisingStep
 from diffvl.hub.sampling_diffvl import STRATEGIES
 from diffvl.hub.stopping_diffvl import Stopping
 from diffvl.standins import TRUNKS
@@ -108,9 +108,9 @@ def test_a_fused_commit_decodes_what_a_commit_of_its_own_does(
     fused = generated(loaded(model_type), CHATS, **settings)
     predict = BlockDecoder.predict
 
-    def unfused(self: BlockDecoder, masked: torch.Tensor) -> torch.Tensor:
+    def unfused(self: BlockDecoder, masked: torch.Tensor, count: int) -> torch.Tensor:
         self.flush()
-        return predict(self, masked)
+        return predict(self, masked, count)
 
     monkeypatch.setattr(BlockDecoder, "predict", unfused)
     plain = generated(loaded(model_type), CHATS, **settings)

@@ -16,7 +16,8 @@ from helpers import ORDINARY
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from diffvl.hub.cache_diffvl import ReadingCache
-from diffvl.hub.generation_diffvl import BlockGeneration, BlockGenerationOutput
+from diffvl.hub.generation_diffvl import BlockGeneration
+from diffvl.hub.run_diffvl import BlockGenerationOutput
 from diffvl.hub.sampling_diffvl import Remasking, remasking_of, settled
 
 MASK, IMAGE, STOP, PAD, VOCABULARY, ROWS = 30, 31, 29, 28, 32, 36
@@ -31,7 +32,8 @@ class Scripted(BlockGeneration):
         decoding = {"block_size": 4, "grid": "absolute", "context": "block", "target": "same"}
         self.config = SimpleNamespace(**common, stop_token_ids=[STOP], **{**decoding, **settings})
         self.generation_config = GenerationConfig(pad_token_id=PAD)
-        self.language_model = SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa", sliding_window=None))
+        trunk_config = SimpleNamespace(_attn_implementation="sdpa", sliding_window=None)
+        self.language_model = SimpleNamespace(config=trunk_config, _can_set_attn_implementation=lambda: False)
         self.script, self.height = torch.tensor(script), torch.tensor(height or [5.0] * len(script))
         self.calls: list[tuple[list[int], int]] = []  # what went in, and how much of it stays in the cache
 
@@ -47,7 +49,7 @@ class Scripted(BlockGeneration):
         predicted = predicted.clamp_max(len(self.script) - 1)
         logits.scatter_(2, self.script[predicted][..., None], self.height[predicted][..., None])
         logits[..., [MASK, IMAGE, VOCABULARY + 1]] = 40.0
-        return SimpleNamespace(logits=logits[given["logits_rows"]])
+        return SimpleNamespace(logits=logits.flatten(0, 1)[given["logits_rows"]])
 
     def answer(self, prompt: list[int], **settings: Any) -> list[int]:
         sequence = self.generate(torch.tensor([prompt]), **settings)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from diffvl.bench.published_decoder import answer_start, decode_published
-from diffvl.hub.generation_diffvl import BlockGenerationOutput
+from diffvl.hub.run_diffvl import BlockGenerationOutput
 
 NEVER = -1  # stands in the place of a stop token where nothing may end an answer but its limit
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 FIRST_CAPACITY = 256  # tokens
 
@@ -70,6 +70,69 @@ class BlockCache(Cache):
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=lambda: BufferLayer(self))  # type: ignore[arg-type]
         self.store: bool | int = True
+
+
+class StaticBufferLayer(StaticLayer):
+    """One layer of a StaticBlockCache, [B, H, capacity, head]: incoming tokens are written from the cache's cursor on, and
+    attention is given the whole buffer."""
+
+    def __init__(self, capacity: int, cursor: torch.Tensor) -> None:
+        super().__init__(capacity)
+        self.cumulative_length = cursor
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        place = torch.arange(key_states.shape[-2], device=key_states.device) + self.cumulative_length
+        self.keys.index_copy_(2, place, key_states)
+        self.values.index_copy_(2, place, value_states)
+        return self.keys, self.values
+
+
+class StaticBlockCache(Cache):
+    """Buffers that never move or grow, for a trunk that is compiled for fixed shapes. What is committed ends at a cursor on the
+    device; a forward writes behind it, and `advance` says how much of that stays. Masks hide the rest of the buffers.
+
+    Attributes:
+        committed: tokens, the cursor as a number.
+    """
+
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        self.capacity = capacity
+        self.cursor = torch.zeros((), dtype=torch.long, device=device)
+        torch._dynamo.mark_static_address(self.cursor)
+        self.committed = 0
+        super().__init__(layer_class_to_replicate=lambda: StaticBufferLayer(capacity, self.cursor))  # type: ignore[arg-type]
+
+    def advance(self, tokens: int) -> None:
+        self.move_to(self.committed + tokens)
+
+    def move_to(self, committed: int) -> None:
+        assert committed <= self.capacity
+        self.committed = committed
+        self.cursor.fill_(committed)
+
+    def snapshot(self) -> BlockCache:
+        """A copy of what is committed, which later calls leave alone."""
+        copied = BlockCache()
+        layers: list[Any] = self.layers
+        for layer in layers:
+            fresh = BufferLayer(copied)
+            fresh.keys, fresh.values = (states[..., : self.committed, :].clone() for states in (layer.keys, layer.values))
+            fresh.dtype, fresh.device, fresh.is_initialized = layer.dtype, layer.device, True
+            copied.layers.append(fresh)
+        return copied
+
+    def load(self, cache: Cache) -> None:
+        """Takes over all tokens of another cache."""
+        self.move_to(0)
+        layers: list[Any] = cache.layers
+        for number, layer in enumerate(layers):
+            self.update(layer.keys, layer.values, number)
+        self.move_to(cache.get_seq_length())
 
 
 class ReadingCache(DynamicCache):

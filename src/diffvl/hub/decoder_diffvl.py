@@ -5,68 +5,21 @@ one forward over [finished block | masks] stores the former and predicts the lat
 forwards. The attention of every forward comes from the same `Layout` rule as in training: tests/test_invariant_decoding.py
 holds the two against each other.
 
+What decides about shapes (how many tokens are masked, whether anything is hidden) is counted here in Python's numbers, so that a
+denoising step never waits for the device: tests/hub/test_static.py.
+
 Shapes: B batch, L prompt length, D block size, P waiting tokens, Q = P + D, M masked tokens, V vocabulary.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .cache_diffvl import BlockCache
 from .layout_diffvl import Layout, attention_masks, block_end, block_index, segment_start
-
-
-@dataclass
-class Piece:
-    """Tokens that go through the trunk together, each [B, n]: ids, their layout, and the image token that each shows or -1."""
-
-    ids: torch.Tensor
-    rows: Layout
-    image: torch.Tensor
-
-    def joined(self, after: "Piece") -> "Piece":
-        return Piece(torch.cat([self.ids, after.ids], 1), self.rows.joined(after.rows), torch.cat([self.image, after.image], 1))
-
-    def behind(self, count: int) -> "Piece":
-        """Without the first so many tokens."""
-        rows = {name: row[:, count:] for name, row in self.rows.rows.items()}
-        return Piece(self.ids[:, count:], Layout(**rows, context=self.rows.context), self.image[:, count:])
-
-    def selected(self, keep: torch.Tensor) -> "Piece":
-        return Piece(self.ids[keep], rows_of(self.rows, keep), self.image[keep])
-
-
-def rows_of(layout: Layout, keep: torch.Tensor) -> Layout:
-    """Some samples of a layout."""
-    return Layout(**{name: row[keep] for name, row in layout.rows.items()}, context=layout.context)
-
-
-@dataclass
-class Prefix:
-    """What a decoder has committed for one conversation, for the next turn to go on from: ids [1, C] and layout of the cached
-    tokens, and the pictures [N, 3, S, S] with their features."""
-
-    ids: torch.Tensor
-    rows: Layout
-    cache: BlockCache
-    pixel_values: torch.Tensor | None
-    image_features: torch.Tensor | None
-
-    def shared(self, ids: torch.Tensor, block: torch.Tensor) -> int:
-        """How many of the cached tokens a prompt with these ids and blocks, each [1, n], begins with. Where clean tokens see
-        their whole block, a block counts only if both have all of it."""
-        most = min(self.ids.shape[1], ids.shape[1])
-        own, index = self.rows, torch.arange(most, device=ids.device)
-        same = (self.ids[0, :most] == ids[0, :most]) & (own.block[0, :most] == block[0, :most])
-        same &= own.valid[0, :most] & (own.position[0, :most] == index)
-        count = int(same.long().cumprod(0).sum())
-        if self.rows.context == "causal":
-            return count
-        goes_on = [False, False]
-        for number, blocks in enumerate((own.block[0], block[0])):
-            goes_on[number] = 0 < count < len(blocks) and bool(blocks[count] == blocks[count - 1])
-        return int((block[0, :count] < block[0, count - 1]).sum()) if any(goes_on) else count
+from .pieces_diffvl import Piece, Places, rows_of
+from .prefix_diffvl import Prefix
+from .static_diffvl import StaticTrunk
 
 
 class BlockDecoder:
@@ -75,6 +28,8 @@ class BlockDecoder:
     Attributes:
         ids_BD: the open block; position_BD, valid_BD, open_BD: positions, tokens of the grid cell, tokens to predict (a first
             block also holds the prompt's tail).
+        open_count: tokens to predict of each sample.
+        gaps: whether the committed tokens have padding among them.
         forwards: passes of the trunk so far.
     """
 
@@ -86,21 +41,31 @@ class BlockDecoder:
         answer_index: torch.Tensor,
         pixel_values: torch.Tensor | None,
         prefix: Prefix | None = None,
+        static: StaticTrunk | None = None,
     ) -> None:
         """`valid` [B, L] marks prompt tokens; `answer_index` [B, L] the earlier answers in the prompt (see block_index). `prefix`
-        is what an earlier turn of the same conversation left, for one prompt; it is used up."""
-        self.model, self.config = model, model.config
-        self.cache = BlockCache()
+        is what an earlier turn of the same conversation left, for one prompt; it is used up. `static`, empty and large enough,
+        takes the place of a cache that grows.
+
+        Raises:
+            ValueError: if pictures and placeholders do not match, or the first token of an empty prompt is to be predicted from
+                the one before it.
+        """
+        self.model, self.config, self.static = model, model.config, static
+        self.cache: Any = BlockCache() if static is None else static.cache
         self.layout: Layout | None = None
         self.waiting: Piece | None = None
         self.stored_ids = input_ids[:, :0]
+        self.waiting_is_full = False  # whether what waits is a block without padding
         self.reused = 0
         self.last_logits: torch.Tensor | None = None
         self.forwards = 0
         self.pixel_values = pixel_values
         self.image_features: torch.Tensor | None = None  # encoded when they are first shown
+        self._masks: Any = None  # of the open block read alone, which every step but the first does
         self._lay_out_prompt(input_ids, valid, answer_index)
-        pictures, found = 0 if pixel_values is None else len(pixel_values), int((self.image_index >= 0).sum())
+        found = self._count()
+        pictures = 0 if pixel_values is None else len(pixel_values)
         if found != pictures * self.config.image_tokens:
             raise ValueError(f"{pictures} pictures give {pictures * self.config.image_tokens} image tokens, the text has {found}")
         if prefix is not None:
@@ -128,39 +93,57 @@ class BlockDecoder:
         is_image = (self.prompt_ids == self.config.image_token_id) & (index < lengths[:, None])
         self.image_index = torch.where(is_image, is_image.flatten().long().cumsum(0).view_as(is_image) - 1, -1)
 
+    def _count(self) -> int:
+        """Brings to Python what later shapes depend on, by waiting for the device once; returns the number of image tokens."""
+        is_image = self.image_index >= 0
+        index = torch.arange(is_image.shape[1], device=is_image.device)
+        last_image = torch.where(is_image, index, -1).max(1).values
+        figures = torch.stack([self.prompt_length, self.start, self.end, last_image, is_image.sum(1)]).tolist()
+        lengths, starts, ends, last_images, images = figures
+        if self.config.target == "shift" and 0 in lengths:
+            raise ValueError("target 'shift' predicts a token from the one before it, but the prompt is empty")
+        self.longest_start = max(starts)
+        self.gaps = min(starts) < self.longest_start
+        self.open_count = [end - length for length, end in zip(lengths, ends, strict=True)]
+        self.block_is_full = all(end - start == self.config.block_size for start, end in zip(starts, ends, strict=True))
+        self.image_in_block = any(last >= start for last, start in zip(last_images, starts, strict=True))
+        self.has_images = any(images)
+        return sum(images)
+
     def _reuse(self, prefix: Prefix) -> None:
         """Goes on with the cache of an earlier turn as far as the prompt begins with what is in it."""
         if len(self.prompt_ids) != 1:
             raise ValueError(f"a prefix takes one prompt, got {len(self.prompt_ids)}")
-        seen, given = prefix.pixel_values, self.pixel_values
-        if seen is not None and (given is None or len(given) < len(seen) or not torch.equal(given[: len(seen)], seen)):
-            return  # other pictures stand behind the same placeholders
-        start = int(self.start[0])
+        if not prefix.shows(self.pixel_values):
+            return
         # A shifted target reads the first open token where the last committed one goes in, which must be seen again then.
-        most = start - 1 if self.config.target == "shift" else start
-        count = prefix.shared(self.prompt_ids[:, : max(most, 0)], self.prompt_block[:, : start + 1])
+        most = self.longest_start - 1 if self.config.target == "shift" else self.longest_start
+        count = prefix.shared(self.prompt_ids[:, : max(most, 0)], self.prompt_block[:, : self.longest_start + 1])
         if count == 0:
             return
-        self.cache, self.reused = prefix.cache, count
-        self.cache.crop(count - prefix.ids.shape[1])
-        self.stored_ids = prefix.ids[:, :count]
-        rows = {name: row[:, :count] for name, row in prefix.rows.rows.items()}
-        self.layout = Layout(**rows, context=prefix.rows.context)
+        begun = prefix.begun(count)
+        if self.static is None:
+            self.cache = begun.cache
+        else:
+            self.static.cache.load(begun.cache)
+        self.reused, self.stored_ids, self.layout = count, begun.ids, begun.rows
+        seen, given = begun.pixel_values, self.pixel_values
         if seen is not None and given is not None and len(seen) == len(given):
-            self.image_features = prefix.image_features
+            self.image_features = begun.image_features
 
     def prefix(self) -> Prefix | None:
         """What is committed, for the next turn; None where nothing is."""
         if self.layout is None:
             return None
-        return Prefix(self.stored_ids, self.layout, self.cache, self.pixel_values, self.image_features)
+        cache = self.cache if self.static is None else self.static.cache.snapshot()
+        return Prefix(self.stored_ids, self.layout, cache, self.pixel_values, self.image_features)
 
     # --- a block's life --------------------------------------------------------------------------------------------------------
 
     def prefill(self) -> None:
         """Takes in the prompt up to the first open block. Under a causal context in one pass of the trunk's own attention,
         without any mask; else it waits for the first denoising step, which needs a mask anyway."""
-        longest = int(self.start.max())
+        longest = self.longest_start
         if longest == self.reused:
             return
         index = torch.arange(longest, device=self.start.device).expand(len(self.start), longest)
@@ -172,7 +155,8 @@ class BlockDecoder:
             document=torch.zeros_like(index),
             context=self.config.context,
         )
-        whole = Piece(self.prompt_ids[:, :longest], rows, self.image_index[:, :longest])
+        image = self.image_index[:, :longest] if self.has_images else None
+        whole = Piece(self.prompt_ids[:, :longest], rows, image)
         self.waiting = whole.behind(self.reused)
         if self.config.context == "causal":
             self.flush()
@@ -189,33 +173,23 @@ class BlockDecoder:
         self.ids_BD = torch.where(in_prompt, self.prompt_ids.gather(1, safe), mask_id)
         self.image_BD = torch.where(in_prompt, self.image_index.gather(1, safe), -1)
         self.open_BD = self.valid_BD & ~in_prompt
+        self._masks = None
 
-    def predict(self, masked_BD: torch.Tensor) -> torch.Tensor:
-        """Logits of the masked tokens, [M, V] in fp32 in row-major order; commits what waits on the way.
-
-        Raises:
-            ValueError: if the first token of an empty prompt is to be predicted from the one before it.
-        """
+    def predict(self, masked_BD: torch.Tensor, count: int | None = None) -> torch.Tensor:
+        """Logits of the masked tokens, of which there are `count`, [M, V] in fp32 in row-major order; commits what waits on the
+        way. Without a count they are counted, which waits for the device."""
+        masked = Places.of(masked_BD, int(masked_BD.sum()) if count is None else count)
         if self.config.target == "same":
-            return self.forward(self.waiting, self.block_piece(noisy=1), None, masked_BD)[1]
-        if bool((self.open_BD[:, 0] & (self.start == 0)).any()):
-            raise ValueError("target 'shift' predicts a token from the one before it, but the prompt is empty")
+            return self.forward(self.waiting, self.block_piece(noisy=1), None, masked)[1]
         # Each token is read where the one before it stands: in the block, or where the last committed one was read.
-        asked = torch.zeros_like(masked_BD)
-        asked[:, :-1] = masked_BD[:, 1:]
-        reads = self.block_piece(noisy=1) if bool(asked.any()) else None
-        inside = self._commit_with(reads, asked)
-        sample, place = masked_BD.nonzero(as_tuple=True)
-        line = asked.flatten().long().cumsum(0).view_as(asked) - 1
-        first = place == 0
-        if not bool(first.any()):
-            return inside[line[sample, place - 1]]
+        before = Places(masked.sample, (masked.place - 1).clamp_min(0))
+        alone = self.config.block_size == 1
+        inside = self._commit_with(None if alone else self.block_piece(noisy=1), before)
         # Nothing is committed before a first block that holds the whole prompt; its first token is then given, not predicted.
-        assert self.last_logits is not None
-        logits = self.last_logits[sample]
-        if not bool(first.all()):
-            logits[~first] = inside[line[sample[~first], place[~first] - 1]]
-        return logits
+        if self.last_logits is None:
+            return inside
+        after = self.last_logits[masked.sample]
+        return after if alone else torch.where((masked.place == 0)[:, None], after, inside)
 
     def block_logits(self) -> torch.Tensor:
         """`predict` for every open token of the block, [B, D, V]; zeros elsewhere."""
@@ -228,17 +202,23 @@ class BlockDecoder:
         """Lets the finished block wait for the next forward, and moves on."""
         self.flush()
         self.waiting = self.block_piece(noisy=0)
+        self.waiting_is_full, self.gaps = self.block_is_full, self.gaps or not self.block_is_full
         self.start = self.end
         self.end = self.end + self.config.block_size
         self.block_number = self.block_number + 1
+        self.open_count = [self.config.block_size] * len(self.open_count)
+        self.block_is_full, self.image_in_block = True, False
 
     def flush(self) -> None:
         """Commits what waits, by a forward of its own."""
         if self.waiting is not None:
             self._commit_with(None, None)
 
-    def select(self, keep: torch.Tensor) -> None:
-        """Goes on with some samples only; `keep` [B'] are their numbers, rising."""
+    def select(self, rows: list[int]) -> None:
+        """Goes on with some samples only; `rows` are their numbers, rising."""
+        self._masks = None
+        self.open_count = [self.open_count[row] for row in rows]
+        keep = torch.tensor(rows, device=self.start.device)
         for name in ("prompt_ids", "prompt_block", "prompt_length", "block_number", "start", "end", "image_index"):
             setattr(self, name, getattr(self, name)[keep])
         if self.layout is not None:
@@ -256,80 +236,97 @@ class BlockDecoder:
         block = self.block_number[:, None].expand_as(self.position_BD)
         flags = torch.full_like(block, noisy)
         rows = Layout(self.position_BD, block, flags, self.valid_BD, torch.zeros_like(block), self.config.context)
-        return Piece(self.ids_BD, rows, self.image_BD)
+        return Piece(self.ids_BD, rows, self.image_BD if self.image_in_block else None)
 
-    def _commit_with(self, read: Piece | None, asked_read: torch.Tensor | None) -> torch.Tensor:
+    def _commit_with(self, read: Piece | None, asked_read: Places | None) -> torch.Tensor:
         """One forward that commits what waits and reads a block, where there is either; remembers what the last committed token
         of each sample predicts, if a shifted target will ask for it. Returns the logits of `asked_read`."""
         stored, last = self.waiting, None
         if stored is None and read is None:
             return torch.empty(0)
         if stored is not None and self.config.target == "shift":
-            last = last_tokens(stored.rows)
-        of_stored, of_read = self.forward(stored, read, last, asked_read)
-        if last is not None:
-            has_one = last.any(1)
-            if self.last_logits is None:
-                self.last_logits = of_stored.new_zeros(len(has_one), of_stored.shape[-1])
-            self.last_logits[has_one] = of_stored
+            last = Places.last_of(stored.rows)
+        of_stored, of_read = self.forward(stored, read, last, asked_read if read is not None else None)
+        if stored is not None and last is not None:
+            has_one = stored.rows.valid.any(1, keepdim=True)
+            before = torch.zeros_like(of_stored) if self.last_logits is None else self.last_logits
+            self.last_logits = torch.where(has_one, of_stored, before)
         return of_read
 
     def forward(
-        self,
-        stored: Piece | None,
-        read: Piece | None,
-        asked_stored: torch.Tensor | None,
-        asked_read: torch.Tensor | None,
+        self, stored: Piece | None, read: Piece | None, asked_stored: Places | None, asked_read: Places | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One forward of [stored | read], at least one of them; the keys and values of `stored` stay.
 
         Args:
-            asked_stored, asked_read: bool masks of the tokens whose logits are wanted; None for none of them.
+            asked_stored, asked_read: the tokens of each whose logits are wanted; None for none of them.
         Returns:
-            logits of `asked_stored` and of `asked_read`, each [.., V] in fp32 in row-major order.
+            logits of `asked_stored` and of `asked_read`, each [.., V] in fp32.
         """
         pieces = [piece for piece in (stored, read) if piece is not None]
-        masks = [
-            torch.zeros_like(piece.rows.valid) if asked is None else asked
-            for piece, asked in ((stored, asked_stored), (read, asked_read))
-            if piece is not None
-        ]
         piece = pieces[0] if len(pieces) == 1 else pieces[0].joined(pieces[1])
-        asked = torch.cat(masks, 1)
         count = 0 if stored is None else stored.ids.shape[1]
-        logits = self._trunk(piece, count, asked)
+        width = piece.ids.shape[1]
+        rows = [asked.flat(width, first) for asked, first in ((asked_stored, 0), (asked_read, count)) if asked is not None]
+        logits = self._trunk(piece, count, torch.cat(rows) if rows else piece.ids.new_empty(0))
         if stored is not None:
             self.layout = stored.rows if self.layout is None else self.layout.joined(stored.rows)
             self.stored_ids = torch.cat([self.stored_ids, stored.ids], 1)
+            self._masks = None
         self.waiting = None
-        in_stored = (torch.arange(asked.shape[1], device=asked.device) < count).expand_as(asked)[asked]
-        return logits[in_stored], logits[~in_stored]
+        of_stored = 0 if asked_stored is None else len(asked_stored.sample)
+        return logits[:of_stored], logits[of_stored:]
 
-    def _trunk(self, piece: Piece, stored: int, asked: torch.Tensor) -> torch.Tensor:
-        past = 0 if self.layout is None else self.layout.position.shape[1]
-        layout = piece.rows if self.layout is None else self.layout.joined(piece.rows)
-        self.cache.store = stored
+    def _trunk(self, piece: Piece, stored: int, rows: torch.Tensor) -> torch.Tensor:
+        """Logits of the tokens at `rows` of the flattened piece, whose first `stored` tokens stay in the cache."""
+        self.forwards += 1
+        if self.static is None:
+            self.cache.store = stored
+            return self._pass(piece, stored, rows)
+        size, tokens = self.config.block_size, piece.ids.shape[1]
+        in_shape = tokens - stored == size and (stored == 0 or (stored == size and self.waiting_is_full))
+        if in_shape and piece.image is None and self.static.cache.layers:
+            logits = self._compiled_pass(piece, stored, rows)
+        else:
+            logits = self._pass(piece, stored, rows)
+        self.static.cache.advance(stored)
+        return logits
+
+    def _pass(self, piece: Piece, stored: int, rows: torch.Tensor) -> torch.Tensor:
+        """A forward of any shape, with the head on the asked rows only."""
         arguments: dict[str, Any] = {"attention_mask": None, "position_ids": None}
-        if bool((piece.image >= 0).any()):
+        if piece.image is not None:
             if self.image_features is None:
                 self.image_features = self.model.image_features(self.pixel_values)
             arguments |= {"image_features": self.image_features, "image_index": piece.image}
-        if past or stored < piece.ids.shape[1] or layout.context != "causal":
-            dtype = self.model.get_input_embeddings().weight.dtype
-            masks = attention_masks(self.model.language_model.config, layout, slice(past, None), dtype)
-            arguments |= {"attention_mask": masks, "position_ids": piece.rows.position}
-        self.forwards += 1
-        return self.model(
-            piece.ids,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_rows=asked,
-            **arguments,
-        ).logits.float()
+        # The beginning of a causal prompt needs no mask: the trunk's own attention is right.
+        if self.layout is not None or stored < piece.ids.shape[1] or self.config.context != "causal":
+            arguments |= {"attention_mask": self._masks_of(piece, stored), "position_ids": piece.rows.position}
+        return self.model(piece.ids, past_key_values=self.cache, use_cache=True, logits_rows=rows, **arguments).logits.float()
 
+    def _compiled_pass(self, piece: Piece, stored: int, rows: torch.Tensor) -> torch.Tensor:
+        """A forward of [masks] or [finished block | masks] on the static trunk; its head runs on the masks' tokens and the one
+        before them."""
+        assert self.static is not None
+        tokens = piece.ids.shape[1]
+        keep = tokens - stored + min(stored, 1)
+        embeds = self.model.get_input_embeddings()(piece.ids)
+        logits = self.static.logits(embeds, self._masks_of(piece, stored), piece.rows.position, keep)
+        width = torch.div(rows, tokens, rounding_mode="floor")
+        return logits.flatten(0, 1)[width * keep + rows % tokens - (tokens - keep)].float()
 
-def last_tokens(rows: Layout) -> torch.Tensor:
-    """bool [B, n]: the last valid token of each sample."""
-    index = torch.arange(rows.valid.shape[1], device=rows.valid.device)
-    last = torch.where(rows.valid, index, -1).max(1, keepdim=True).values
-    return (index[None] == last) & rows.valid
+    def _masks_of(self, piece: Piece, stored: int) -> Any:
+        """Who sees whom in a forward, as the trunk takes it; kept from step to step of a block, where only ids change."""
+        if stored == 0 and self._masks is not None:
+            return self._masks
+        past = 0 if self.layout is None else self.layout.position.shape[1]
+        layout = piece.rows if self.layout is None else self.layout.joined(piece.rows)
+        queries = slice(past, past + piece.ids.shape[1])
+        sees_all = stored == 0 and not self.gaps and self.block_is_full and self.static is None
+        if self.static is not None:
+            layout = layout.padded(self.static.cache.capacity)
+        dtype = self.model.get_input_embeddings().weight.dtype
+        masks = attention_masks(self.model.language_model.config, layout, queries, dtype, sees_all)
+        if stored == 0:
+            self._masks = masks
+        return masks

@@ -7,60 +7,24 @@ its neighbours in the batch.
 Shapes: B batch, L prompt length, D block size, V vocabulary.
 """
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
-from transformers.utils.generic import ModelOutput
+from transformers import CompileConfig, GenerationConfig
 
-from .decoder_diffvl import BlockDecoder, Prefix
+from .attention_diffvl import block_kernels
+from .decoder_diffvl import BlockDecoder
+from .pieces_diffvl import Places
+from .prefix_diffvl import Prefix
+from .run_diffvl import BlockGenerationOutput, DenoisingStep, OnStep, Run
 from .sampling_diffvl import Remasking, Sampling, never_predicted, picker, remasking_of, sampling_of, settled
 from .speculation_diffvl import speculate
+from .static_diffvl import compile_config_of, many_forms, static_trunk
 from .stopping_diffvl import Stopping
 
 MODES = ("blocks", "speculative", "ar")
-# Finished samples leave the batch when at least this share of it is finished: moving the cache has a price.
-LEAVE_AT = 0.25
-
-
-@dataclass
-class BlockGenerationOutput(ModelOutput):
-    """sequences: [B, L + new] prompt and answer, padded after the stop. tokens: answer tokens up to and including the stop,
-    summed over the batch. forwards: passes of the trunk. prefill_seconds: until the prompt was in and the first tokens were
-    predicted; decode_seconds: the rest. settling: for each sample the denoising step at which each answer token settled, counted
-    over its answer; None where tokens come one by one. prefix: of one prompt, for the next turn of the conversation; reused:
-    tokens of this prompt that were not computed again."""
-
-    sequences: torch.Tensor | None = None
-    tokens: int | None = None
-    forwards: int | None = None
-    prefill_seconds: float | None = None
-    decode_seconds: float | None = None
-    settling: list[list[int]] | None = None
-    prefix: Prefix | None = None
-    reused: int | None = None
-
-    @property
-    def tokens_per_forward(self) -> float:
-        assert self.tokens is not None and self.forwards is not None
-        return self.tokens / self.forwards
-
-
-@dataclass(frozen=True)
-class DenoisingStep:
-    """What `on_step` sees after every denoising step: ids [B, D] of the open blocks with mask tokens where open, which settled
-    just now, the confidence of what was predicted in this step (0 elsewhere), and the samples' numbers in the batch as given."""
-
-    ids: torch.Tensor
-    settled: torch.Tensor
-    confidence: torch.Tensor
-    samples: list[int]
-
-
-OnStep = Callable[[DenoisingStep], None]
 
 
 class BlockGeneration:
@@ -68,6 +32,7 @@ class BlockGeneration:
 
     config: Any
     generation_config: GenerationConfig | None
+    language_model: Any
 
     @torch.no_grad()
     def generate(
@@ -97,6 +62,9 @@ class BlockGeneration:
         streamer: Any = None,
         on_step: OnStep | None = None,
         prefix: Prefix | None = None,
+        cache_implementation: str | None = None,
+        compile_config: CompileConfig | None = None,
+        disable_compile: bool | None = None,
         use_cache: bool = True,
         num_beams: int = 1,
         return_dict_in_generate: bool = False,
@@ -124,6 +92,8 @@ class BlockGeneration:
                 DenoisingStep.
             prefix: the `prefix` of the output of an earlier turn of the conversation; what the prompt shares with it is not
                 computed again. For one prompt and mode "blocks".
+            cache_implementation, compile_config, disable_compile: as in transformers. "static" decodes in fixed shapes, with the
+                trunk compiled on a GPU (elsewhere with a `compile_config`); see static_diffvl. Default: "dynamic".
             use_cache, num_beams: accepted at their neutral values, because callers of transformers pass them.
         Raises:
             ValueError: on settings that do not fit together.
@@ -154,17 +124,24 @@ class BlockGeneration:
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         if answer_index is None:
             answer_index = torch.zeros_like(input_ids)
-        decoder = BlockDecoder(self, input_ids, valid, answer_index, pixel_values, prefix)
+        wanted = _static_wanted(settings, cache_implementation, compile_config, disable_compile, mode, input_ids.device)
+        static = None
+        if wanted and mode == "blocks":
+            # Whole blocks, those that are begun at either end, and the masks behind the last.
+            tokens = input_ids.shape[1] + stopping.limit + 3 * self.config.block_size
+            static = static_trunk(self, len(input_ids), tokens, wanted["compile_config"])
+        decoder = BlockDecoder(self, input_ids, valid, answer_index, pixel_values, prefix, static)
         if streamer is not None:
             streamer.put(input_ids.cpu())
         run = Run(decoder, stopping, streamer, on_step)
-        pick = picker(sampling, seed, input_ids.device, self.config)
+        pick = picker(sampling, seed, input_ids.device, self.config, rule.strategy == "entropy")
         ways: dict[str, Callable[[], None]] = {
             "blocks": lambda: decode_blocks(run, rule, pick),
             "speculative": lambda: speculate(run, denoising_steps or 1, pick),
-            "ar": lambda: _decode_ar(run, self, input_ids, valid, sampling, seed),
+            "ar": lambda: _decode_ar(run, self, input_ids, valid, sampling, seed, wanted),
         }
-        ways[mode]()
+        with block_kernels(self.language_model) if mode != "ar" else nullcontext(), many_forms():
+            ways[mode]()
         if streamer is not None:
             streamer.end()
         pad = pad_token_id if pad_token_id is not None else getattr(settings, "pad_token_id", None)
@@ -186,6 +163,27 @@ def _refuse_words(settings: GenerationConfig) -> None:
         raise ValueError(f"block decoding knows no {', '.join(odd)} (in generation_config)")
 
 
+def _static_wanted(
+    settings: Any, implementation: str | None, config: CompileConfig | None, disable: bool | None, mode: str, device: torch.device
+) -> dict[str, Any]:
+    """What is asked of a static cache, in transformers' words; empty where none is wanted.
+
+    Raises:
+        ValueError: for another kind of cache, or settings that would have no effect.
+    """
+    said = implementation if implementation is not None else getattr(settings, "cache_implementation", None)
+    if said not in (None, "dynamic", "static"):
+        raise ValueError(f"cache_implementation is {said!r}, expected 'dynamic' or 'static'")
+    if said != "static":
+        if config is not None or disable is not None:
+            raise ValueError("compile_config and disable_compile have no effect without cache_implementation='static'")
+        return {}
+    if mode == "speculative":
+        raise ValueError("cache_implementation='static' does not know mode='speculative'")
+    chosen = compile_config_of(settings, config, disable, device)
+    return {"cache_implementation": "static", "compile_config": chosen, "disable_compile": chosen is None}
+
+
 def _check_mode(
     mode: str, config: Any, sampling: Sampling, steps: int | None, on_step: OnStep | None, prefix: Prefix | None
 ) -> None:
@@ -204,65 +202,6 @@ def _check_mode(
             raise ValueError("mode='speculative' is greedy: leave temperature and do_sample out")
 
 
-class Run:
-    """The answers of a batch as they grow, whatever decodes them.
-
-    Attributes:
-        live: numbers of the samples that are still decoded, in the order of the decoder's rows.
-    """
-
-    def __init__(self, decoder: BlockDecoder, stopping: Stopping, streamer: Any, on_step: OnStep | None) -> None:
-        self.decoder, self.stopping, self.streamer, self.on_step = decoder, stopping, streamer, on_step
-        self.live = list(range(len(decoder.prompt_ids)))
-        self.answers: list[list[int]] = [[] for _ in self.live]
-        self.settling: list[list[int]] | None = None
-        self.began = time.perf_counter()
-        self.first: float | None = None
-
-    def predicted(self) -> None:
-        """Notes when the first tokens were there."""
-        if self.first is None:
-            self.first = time.perf_counter()
-
-    def extend(self, sample: int, tokens: list[int]) -> bool:
-        """Adds final tokens to an answer; True if it ends there."""
-        answer = self.answers[sample]
-        before = len(answer)
-        answer.extend(tokens)
-        ended = self.stopping.cut(answer, before)
-        if self.streamer is not None and answer[before:]:
-            self.streamer.put(torch.tensor(answer[before:]))
-        return ended
-
-    def leave(self, ended: list[bool]) -> bool:
-        """Takes ended samples (one flag for each row of the decoder) out of the batch, if they are many; True if none is left."""
-        if all(ended):
-            return True
-        if sum(ended) >= LEAVE_AT * len(ended):
-            keep = [row for row, done in enumerate(ended) if not done]
-            self.decoder.select(torch.tensor(keep, device=self.decoder.start.device))
-            self.live = [self.live[row] for row in keep]
-            ended[:] = [False] * len(keep)
-        return False
-
-    def output(self, sequences: torch.Tensor) -> BlockGenerationOutput:
-        now = time.perf_counter()
-        first = self.first if self.first is not None else now
-        settling = None
-        if self.settling is not None:
-            settling = [steps[: len(answer)] for steps, answer in zip(self.settling, self.answers, strict=True)]
-        return BlockGenerationOutput(
-            sequences=sequences,
-            tokens=sum(map(len, self.answers)),
-            forwards=self.decoder.forwards,
-            prefill_seconds=first - self.began,
-            decode_seconds=now - first,
-            settling=settling,
-            prefix=self.decoder.prefix() if len(self.answers) == 1 and self.settling is not None else None,
-            reused=self.decoder.reused,
-        )
-
-
 # --- blocks ------------------------------------------------------------------------------------------------------------------
 
 
@@ -274,48 +213,72 @@ def decode_blocks(run: Run, remasking: Remasking, pick: Any) -> None:
     decoder.prefill()
     while True:
         decoder.open_block()
-        done = torch.tensor(ended, device=decoder.start.device)
-        settled_at = denoise(run, remasking, pick, decoder.open_BD & ~done[:, None])
+        counts = [0 if done else count for count, done in zip(decoder.open_count, ended, strict=True)]
+        settled_at = denoise(run, remasking, pick, counts)
+        # The device is waited for here, once a block: what stands in it decides who goes on.
+        found = torch.stack([decoder.ids_BD, settled_at, decoder.open_BD.long()]).tolist()
         for row, sample in enumerate(run.live):
             if not ended[row]:
-                open_D = decoder.open_BD[row]
+                ids, steps = ([value for value, new in zip(one[row], found[2][row], strict=True) if new] for one in found[:2])
                 begun = max(run.settling[sample], default=-1) + 1
-                run.settling[sample].extend((settled_at[row][open_D] + begun).tolist())
-                ended[row] = run.extend(sample, decoder.ids_BD[row][open_D].tolist())
+                run.settling[sample].extend(step + begun for step in steps)
+                ended[row] = run.extend(sample, ids)
         decoder.commit()
         if run.leave(ended):
             return
 
 
-def denoise(run: Run, remasking: Remasking, pick: Any, masked: torch.Tensor) -> torch.Tensor:
-    """Fills the open block in at most `steps` forwards; returns the step at which each token settled, [B, D]."""
-    decoder = run.decoder
-    count = masked.sum(1)
+def denoise(run: Run, remasking: Remasking, pick: Any, counts: list[int]) -> torch.Tensor:
+    """Fills the open block in at most `steps` forwards, for the samples with tokens to predict (`counts`, one for each row of the
+    decoder; the others stay masked); returns the step at which each token settled, [B, D].
+
+    With a fixed number of tokens a step nothing here waits for the device; otherwise a step does once, for how many are left.
+    """
+    decoder, left = run.decoder, list(counts)
+    count_B = torch.tensor(counts, device=decoder.start.device)
+    masked = decoder.open_BD & (count_B > 0)[:, None]
     settled_at = torch.zeros_like(decoder.ids_BD)
     for step in range(remasking.steps):
-        quota = torch.minimum(remasking.quota(count, step), masked.sum(1))
-        if not bool(masked.any()):
+        due = [min(remasking.quota(count, step), now) for count, now in zip(counts, left, strict=True)]
+        if not any(left):
             break
-        if int(quota.max()) == 0:
+        if not any(due):
             continue
-        prediction = pick(decoder.predict(masked))
+        places = Places.of(masked, sum(left))
+        prediction = pick(decoder.predict(masked, sum(left)))
         run.predicted()
-        ids, confidence = decoder.ids_BD.clone(), torch.zeros(masked.shape, device=masked.device)
-        entropy = torch.zeros_like(confidence)
-        ids[masked], confidence[masked], entropy[masked] = prediction.ids, prediction.confidence, prediction.entropy
+        unknown = torch.zeros(masked.shape, device=masked.device)
+        ids = _written(prediction.ids, places, decoder.ids_BD)
+        confidence = _written(prediction.confidence, places, unknown)
+        entropy = None if prediction.entropy is None else _written(prediction.entropy, places, unknown)
+        quota = torch.minimum(remasking.quota(count_B, step), masked.sum(1))
         chosen = settled(remasking, quota, masked, confidence, entropy)
         decoder.ids_BD = torch.where(chosen, ids, decoder.ids_BD)
-        settled_at[chosen] = step
+        settled_at = torch.where(chosen, step, settled_at)
         masked = masked & ~chosen
+        left = [now - settles for now, settles in zip(left, due, strict=True)] if remasking.is_fixed else masked.sum(1).tolist()
         if run.on_step is not None:
             run.on_step(DenoisingStep(decoder.ids_BD.cpu(), chosen.cpu(), confidence.cpu(), list(run.live)))
     return settled_at
 
 
+def _written(values: torch.Tensor, places: Places, into: torch.Tensor) -> torch.Tensor:
+    """A copy of `into` [B, D] with values [M] at so many places."""
+    return into.flatten().index_copy(0, places.flat(into.shape[1]), values).view_as(into)
+
+
 # --- the AR baseline -----------------------------------------------------------------------------------------------------------
 
 
-def _decode_ar(run: Run, model: Any, input_ids: torch.Tensor, valid: torch.Tensor, sampling: Sampling, seed: int) -> None:
+def _decode_ar(
+    run: Run,
+    model: Any,
+    input_ids: torch.Tensor,
+    valid: torch.Tensor,
+    sampling: Sampling,
+    seed: int,
+    static: dict[str, Any],
+) -> None:
     """transformers' own `generate` on the trunk: one token a forward, the weights' own causal logits, its own cache."""
     order = torch.argsort(valid.long(), dim=1, stable=True)  # padded left, as it wants them
     ids, mask = input_ids.gather(1, order), valid.gather(1, order)
@@ -334,6 +297,7 @@ def _decode_ar(run: Run, model: Any, input_ids: torch.Tensor, valid: torch.Tenso
             pad_token_id=min(run.stopping.tokens),
             suppress_tokens=never_predicted(model.config, vocabulary, torch.device("cpu")).nonzero()[:, 0].tolist(),
             **warm,
+            **static,
         )
     run.decoder.forwards += sequences.shape[1]
     for sample, answer in enumerate(sequences.tolist()):

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from .attention_diffvl import BLOCKS, everything
+
 
 @dataclass
 class Layout:
@@ -39,6 +41,12 @@ class Layout:
     def joined(self, after: "Layout") -> "Layout":
         """This layout followed by another along T."""
         rows = {name: torch.cat([row, after.rows[name]], dim=1) for name, row in self.rows.items()}
+        return Layout(**rows, context=self.context)
+
+    def padded(self, length: int) -> "Layout":
+        """With padding behind it, up to a length."""
+        short = length - self.position.shape[1]
+        rows = {name: torch.nn.functional.pad(row, (0, short)) for name, row in self.rows.items()}
         return Layout(**rows, context=self.context)
 
     def allowed(self, queries: slice = slice(None), window: int | None = None, chunk: int | None = None) -> torch.Tensor:
@@ -174,22 +182,28 @@ def _noisy_row(
     return tuple(column[order] for column in columns)
 
 
-def attention_masks(text_config: Any, layout: Layout, queries: slice, dtype: torch.dtype) -> Any:
+def attention_masks(text_config: Any, layout: Layout, queries: slice, dtype: torch.dtype, sees_all: bool = False) -> Any:
     """The layout as the stock trunk takes it: one 4-D mask [B, 1, Q, T], or one per layer type where the config has them.
 
     Bool masks for sdpa, additive floats of `dtype` for eager attention (which *adds* its mask: a bool there is silently
     wrong).
 
+    Args:
+        sees_all: the caller knows that the queries see all T tokens, which stand at positions 0 to T - 1; what no window or chunk
+            hides then either is not masked (see attention_diffvl).
     Raises:
         ValueError: for a layer type other than full, sliding or chunked attention, or another attention implementation.
     """
     implementation = text_config._attn_implementation
-    if implementation not in ("sdpa", "eager"):
+    if implementation not in ("sdpa", BLOCKS, "eager"):
         raise ValueError(f"attention implementation {implementation!r}: dense masks are for 'sdpa' and 'eager'")
+    tokens = layout.position.shape[1]
 
     def mask(window: int | None, chunk: int | None) -> torch.Tensor:
+        if sees_all and all(reach is None or reach >= tokens for reach in (window, chunk)):
+            return everything(implementation, dtype, layout.position.device)
         allowed = layout.allowed(queries, window, chunk)[:, None]
-        if implementation == "sdpa":
+        if implementation != "eager":
             return allowed
         return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
 

@@ -58,11 +58,11 @@ def never_predicted(config: Any, vocabulary: int, device: torch.device) -> torch
 @dataclass(frozen=True)
 class Prediction:
     """What the sampler makes of masked tokens, each [M]: the token, its probability before top-k and top-p (SDAR's confidence),
-    and the entropy of that distribution in nats."""
+    and the entropy of that distribution in nats, where the remasking rule asks for it."""
 
     ids: torch.Tensor
     confidence: torch.Tensor
-    entropy: torch.Tensor
+    entropy: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -79,18 +79,30 @@ class Remasking:
     threshold: float | None = None
     entropy_budget: float | None = None
 
-    def quota(self, count_B: torch.Tensor, step: int) -> torch.Tensor:
-        """Tokens that must settle in a step of a block with so many masks; the remainder goes to the first steps, as in SDAR."""
-        return count_B // self.steps + (step < count_B % self.steps).long()
+    @property
+    def is_fixed(self) -> bool:
+        """Whether exactly the quota settles in every step, so that nobody has to look how many did."""
+        return self.strategy in ("low_confidence_static", "sequential")
+
+    def quota(self, count: Any, step: int) -> Any:
+        """Tokens that must settle in a step of a block with so many masks (a number, or a tensor of numbers); the remainder goes
+        to the first steps, as in SDAR."""
+        return count // self.steps + (step < count % self.steps)
 
 
 def settled(
-    remasking: Remasking, quota_B: torch.Tensor, masked_BD: torch.Tensor, confidence_BD: torch.Tensor, entropy_BD: torch.Tensor
+    remasking: Remasking,
+    quota_B: torch.Tensor,
+    masked_BD: torch.Tensor,
+    confidence_BD: torch.Tensor,
+    entropy_BD: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Which masked tokens settle in this step, bool [B, D]; never more than are masked, and never none where one must."""
+    """Which masked tokens settle in this step, bool [B, D]; never more than are masked, and never none where one must. Entropies
+    are needed by the strategy of that name."""
     if remasking.strategy == "sequential":
         score = -torch.arange(masked_BD.shape[1], device=masked_BD.device).expand_as(masked_BD).float()
     elif remasking.strategy == "entropy":
+        assert entropy_BD is not None
         score = -entropy_BD
     else:
         score = confidence_BD
@@ -102,14 +114,15 @@ def settled(
         assert remasking.threshold is not None
         chosen = chosen | ((confidence_BD > remasking.threshold) & masked_BD)
     elif remasking.strategy == "entropy":
-        assert remasking.entropy_budget is not None
+        assert remasking.entropy_budget is not None and entropy_BD is not None
         spent = entropy_BD.masked_fill(~masked_BD, float("inf")).gather(1, order).cumsum(1).gather(1, rank)
         chosen = chosen | ((spent <= remasking.entropy_budget) & masked_BD)
     return chosen
 
 
-def picker(sampling: Sampling, seed: int, device: torch.device, config: Any) -> Any:
-    """logits [M, V] -> Prediction."""
+def picker(sampling: Sampling, seed: int, device: torch.device, config: Any, with_entropy: bool) -> Any:
+    """logits [M, V] -> Prediction; entropies, which cost another pass over all logits, only where they are asked for."""
+    forbidden: dict[int, torch.Tensor] = {}  # by vocabulary, which the first logits tell
     generator = torch.Generator(device=device).manual_seed(seed)
     # The warpers look at the scores alone.
     no_ids: Any = None
@@ -121,11 +134,14 @@ def picker(sampling: Sampling, seed: int, device: torch.device, config: Any) -> 
     heat = TemperatureLogitsWarper(sampling.temperature) if sampling.temperature else None
 
     def pick(logits: torch.Tensor) -> Prediction:
-        logits = logits.masked_fill(never_predicted(config, logits.shape[-1], logits.device), float("-inf"))
+        vocabulary = logits.shape[-1]
+        if vocabulary not in forbidden:
+            forbidden[vocabulary] = never_predicted(config, vocabulary, logits.device)
+        logits = logits.masked_fill(forbidden[vocabulary], float("-inf"))
         if heat is not None:
             logits = heat(no_ids, logits)
         distribution = logits.softmax(-1)
-        entropy = torch.special.entr(distribution).sum(-1)
+        entropy = torch.special.entr(distribution).sum(-1) if with_entropy else None
         if heat is None:
             confidence, ids = distribution.max(-1)
         else:

@@ -11,14 +11,17 @@ from typing import Any
 
 import torch
 
-from .decoder_diffvl import BlockDecoder, Piece
+from .decoder_diffvl import BlockDecoder
 from .layout_diffvl import Layout
+from .pieces_diffvl import Piece, Places
+from .run_diffvl import Run
 from .sampling_diffvl import Remasking, settled
 
 
-def speculate(run: Any, steps: int, pick: Any) -> None:
+def speculate(run: Run, steps: int, pick: Any) -> None:
     """Decodes every sample of a run to its end, with so many denoising steps a draft."""
-    decoder: BlockDecoder = run.decoder
+    decoder = run.decoder
+    decoder.gaps = True  # what does not agree stays in the cache as padding
     ended = [False] * len(run.answers)
     known = _take_in_prompt(decoder)
     decoder.open_block()
@@ -49,10 +52,12 @@ def _take_in_prompt(decoder: BlockDecoder) -> Piece:
     if before:
         index = torch.arange(before, device=length.device).expand(len(length), before)
         rows = _clean(decoder, index, decoder.prompt_block[:, :before], index < length[:, None] - 1)
-        decoder.forward(Piece(decoder.prompt_ids[:, :before], rows, decoder.image_index[:, :before]), None, None, None)
+        image = decoder.image_index[:, :before] if decoder.has_images else None
+        decoder.forward(Piece(decoder.prompt_ids[:, :before], rows, image), None, None, None)
     last = length[:, None] - 1
     rows = _clean(decoder, last, decoder.prompt_block.gather(1, last), torch.ones_like(last, dtype=torch.bool))
-    return Piece(decoder.prompt_ids.gather(1, last), rows, decoder.image_index.gather(1, last))
+    image = decoder.image_index.gather(1, last) if decoder.has_images else None
+    return Piece(decoder.prompt_ids.gather(1, last), rows, image)
 
 
 def _clean(decoder: BlockDecoder, position: torch.Tensor, block: torch.Tensor, valid: torch.Tensor) -> Layout:
@@ -73,8 +78,9 @@ def _draft(decoder: BlockDecoder, known: Piece, masked: torch.Tensor, steps: int
         if waiting is None and not bool(open_BD.any()):
             break
         read = decoder.block_piece(noisy=1) if bool(open_BD.any()) else None
-        everything = None if waiting is None else torch.ones_like(waiting.rows.valid)
-        of_known, logits = decoder.forward(waiting, read, everything, None if read is None else asked)
+        everything = None if waiting is None else Places.last_of(waiting.rows)
+        wanted = None if read is None else Places.of(asked, int(asked.sum()))
+        of_known, logits = decoder.forward(waiting, read, everything, wanted)
         ids = decoder.ids_BD.clone()
         if waiting is not None:
             following = pick(of_known).ids
@@ -84,10 +90,9 @@ def _draft(decoder: BlockDecoder, known: Piece, masked: torch.Tensor, steps: int
         if read is not None:
             prediction = pick(logits)
             confidence = torch.zeros(left.shape, device=left.device)
-            entropy = torch.zeros_like(confidence)
-            ids[open_BD], confidence[open_BD], entropy[open_BD] = prediction.ids, prediction.confidence, prediction.entropy
+            ids[open_BD], confidence[open_BD] = prediction.ids, prediction.confidence
             quota = torch.minimum(rule.quota(count, step), open_BD.sum(1))
-            chosen = settled(rule, quota, open_BD, confidence, entropy)
+            chosen = settled(rule, quota, open_BD, confidence)
         decoder.ids_BD = torch.where(chosen | (first & (waiting is not None)), ids, decoder.ids_BD)
         left, waiting = left & ~chosen, None
     return decoder.ids_BD
@@ -100,9 +105,9 @@ def _check(decoder: BlockDecoder, drafted: torch.Tensor, masked: torch.Tensor, p
         bool [B, D], the drafted tokens that are kept; and [B], the token that follows them.
     """
     block = decoder.block_number[:, None].expand_as(drafted)
-    piece = Piece(drafted, _clean(decoder, decoder.position_BD, block, masked), torch.full_like(drafted, -1))
+    piece = Piece(drafted, _clean(decoder, decoder.position_BD, block, masked), None)
     says = torch.zeros_like(drafted)
-    says[masked] = pick(decoder.forward(piece, None, masked, None)[0]).ids
+    says[masked] = pick(decoder.forward(piece, None, Places.of(masked, int(masked.sum())), None)[0]).ids
     agrees = torch.ones_like(masked)
     agrees[:, 1:] = (drafted[:, 1:] == says[:, :-1]) | ~masked[:, :-1]
     kept = masked & (agrees | ~masked).long().cumprod(1).bool()
@@ -124,7 +129,7 @@ def _go_on(
     decoder.open_BD = decoder.open_BD & ~kept & ~in_block
     block = torch.where(position < decoder.end, decoder.block_number, decoder.block_number + 1)
     rows = _clean(decoder, position[:, None], block[:, None], live[:, None])
-    known = Piece(correction[:, None], rows, torch.full_like(correction[:, None], -1))
+    known = Piece(correction[:, None], rows, None)
     _next_block(decoder, position, correction, live)
     return known
 
