@@ -18,7 +18,7 @@ from diffvl import cli, cli_decode, config
 from diffvl.data import shapes
 from diffvl.decode import DecodeSettings
 from diffvl.errors import CheckpointError
-from diffvl.hub import generation_diffvl, sampling_diffvl
+from diffvl.hub import request_diffvl, sampling_diffvl
 
 ENVIRONMENT = {"PYTHONPATH": str(Path(cli.__file__).parents[1]), "COLUMNS": "120"}  # of a process that finds diffvl's source
 VERBS = [
@@ -121,7 +121,7 @@ def test_no_flag_appears_or_disappears_unnoticed():
 
 
 def test_choices_are_those_of_the_package():
-    assert get_args(cli_decode.Strategy) == sampling_diffvl.STRATEGIES and get_args(cli_decode.Mode) == generation_diffvl.MODES
+    assert get_args(cli_decode.Strategy) == sampling_diffvl.STRATEGIES and get_args(cli_decode.Mode) == request_diffvl.MODES
     fields = {field.name: field.default for field in dataclasses.fields(DecodeSettings)}
     assert set(cli_decode.SETTINGS) == set(fields)
     for verb in (cli_decode.generate, cli_decode.chat):

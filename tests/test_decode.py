@@ -17,7 +17,7 @@ from tiny_runs import refused, succeed
 
 from diffvl import cli
 from diffvl.decode import Decoder, DecodeSettings, TextPieces, answer_chats, text_of
-from diffvl.hub.generation_diffvl import MODES
+from diffvl.hub.request_diffvl import MODES
 
 PROMPTS = ["Now?", "A longer question, with nothing to see. " * 2, "Hi", "What is it?", "Why?"]
 

@@ -41,7 +41,7 @@ HUB_FILES = tuple(
     for name in (
         *("configuration", "attention", "layout", "head", "modeling", "processing"),
         *("cache", "static", "pieces", "prefix", "decoder"),
-        *("sampling", "stopping", "run", "speculation", "generation"),
+        *("sampling", "stopping", "request", "run", "speculation", "generation"),
     )
 )
 MODEL_CLASS = "modeling_diffvl.DiffVLForConditionalGeneration"
@@ -176,6 +176,9 @@ def load_description(directory: Path) -> tuple[DiffVLConfig, DiffVLProcessor]:
     config, processor = _told(
         directory, lambda: (DiffVLConfig.from_pretrained(directory), DiffVLProcessor.from_pretrained(directory))
     )
+    absent = [name for name in ("text_config", "vision_config") if getattr(config, name) is None]
+    if absent:
+        raise CheckpointError(f"{directory / 'config.json'}: no {' and no '.join(absent)} in it; copy the checkpoint again")
     _require_tokens(directory, config, processor)
     return config, processor
 

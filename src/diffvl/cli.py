@@ -34,7 +34,7 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 
 MODEL_HELP = "A name from `diffvl models`, a hub id, a directory or a .gguf file; --stage diffuse can do without."
-Seed = Annotated[int, typer.Option(min=0, help="Seed of every random draw.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of every random draw.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python code that MODEL brings along.")]
 

@@ -13,7 +13,7 @@ from diffvl.cli_print import print_json, print_table
 
 Device = Literal["auto", "cpu", "cuda"]
 Context = Literal["block", "causal"]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of every random draw.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of every random draw.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 bench = typer.Typer(help="Measure the core of this package on this machine.", no_args_is_help=True)

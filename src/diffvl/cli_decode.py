@@ -46,7 +46,7 @@ Budget = Annotated[
 Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")]
 TopK = Annotated[int | None, typer.Option(min=1, help="Sample among so many likeliest tokens.")]
 TopP = Annotated[float | None, typer.Option(min=0, max=1, help="Sample among the likeliest tokens of so much probability.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of every random draw.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of every random draw.")]
 Stop = Annotated[list[str] | None, typer.Option(help="A text that ends the answer, and stays in it; repeatable.", metavar="TEXT")]
 RepetitionStop = Annotated[
     int | None, typer.Option(min=2, help="End an answer that says the same so many times in a row.", metavar="N")

@@ -7,46 +7,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import Loaded
+from decode_chats import CHATS, answers, generated
 from helpers import CONTEXTS, GRIDS, TARGETS, picture
+from transformers import TextIteratorStreamer
 
 from diffvl.hub import speculation_diffvl
 from diffvl.hub.decoder_diffvl import BlockDecoder
-from diffvl.hub.run_diffvl import BlockGenerationOutput, DenoisingStep
+from diffvl.hub.run_diffvl import DenoisingStep
 from diffvl.hub.sampling_diffvl import STRATEGIES
 from diffvl.hub.stopping_diffvl import Stopping
 from diffvl.standins import TRUNKS
-
-CHATS: list[list[dict[str, Any]]] = [
-    [{"role": "user", "content": [{"type": "text", "text": "Now?"}, {"type": "image", "image": picture()}]}],
-    [{"role": "user", "content": "A longer question, which has no picture to go with it. " * 2}],
-    [
-        {"role": "user", "content": "First"},
-        {"role": "assistant", "content": "An answer."},
-        {"role": "user", "content": [{"type": "image", "image": picture(1)}, {"type": "text", "text": "and then?"}]},
-    ],
-    [{"role": "user", "content": "Hi"}],
-]
-
-
-def generated(loaded: Loaded, chats: list[Any], **settings: Any) -> BlockGenerationOutput:
-    model, processor = loaded
-    inputs = processor.apply_chat_template(chats, tokenize=True, add_generation_prompt=True)
-    output = model.generate(**inputs, return_dict_in_generate=True, **settings)
-    assert isinstance(output, BlockGenerationOutput) and output.sequences is not None
-    output.sequences = output.sequences[:, inputs["input_ids"].shape[1] :]
-    return output
-
-
-def answers(loaded: Loaded, chats: list[Any], **settings: Any) -> list[list[int]]:
-    """Up to and including the stop."""
-    output = generated(loaded, chats, **settings)
-    stops, rows = loaded[0].config.stop_token_ids, []
-    assert output.sequences is not None
-    for row in output.sequences.tolist():
-        end = next((place + 1 for place, token in enumerate(row) if token in stops), len(row))
-        rows.append(row[:end])
-    return rows
-
 
 # --- a batch is its prompts -----------------------------------------------------------------------------------------------------
 
@@ -71,6 +41,45 @@ def test_neighbours_change_nothing(model_type: str, rule: dict[str, Any], loaded
         for one, several in zip(alone, together, strict=True):
             end = one.index(stop) + 1 if stop in one else len(one)
             assert several[:end] == one[:end]
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_samples_leave_before_anything_is_committed(context: str, target: str, loaded: Callable[[str], Loaded]):
+    """All prompts fit in their first block, and some answers end there."""
+    model, _ = loaded("qwen2")
+    longest = max(len(loaded("qwen2")[1].encode_chat(chat, add_generation_prompt=True).ids) for chat in CHATS)
+    model.config.set_decoding("blocks", longest + 4, context, "absolute", target)
+    settings: dict[str, Any] = {"max_new_tokens": longest, "denoising_steps": 3}
+    alone = [answers(loaded("qwen2"), [chat], **settings)[0] for chat in CHATS]
+    stop = alone[0][0]
+    ends = [answer.index(stop) + 1 if stop in answer else len(answer) for answer in alone]
+    assert min(ends) < 4
+    together = answers(loaded("qwen2"), CHATS, eos_token_id=stop, **settings)
+    for one, several, end in zip(alone, together, ends, strict=True):
+        assert several[:end] == one[:end]
+
+
+def test_ended_samples_stay_where_they_are(loaded: Callable[[str], Loaded]):
+    """A long prompt that has ended takes no places behind the context while the short ones go on: too few end to leave."""
+    model, processor = loaded("gpt2")
+    model.config.set_decoding("blocks", 4, "block", "absolute", "same")
+    context = model.config.text_config.max_position_embeddings
+    lengths = [context - 8, *[context // 2] * 7]
+    ids = torch.full((8, max(lengths)), processor.tokenizer.pad_token_id or 0)
+    mask = torch.zeros_like(ids)
+    generator = torch.Generator().manual_seed(0)
+    for row, length in enumerate(lengths):
+        ids[row, -length:] = torch.randint(0, 250, (length,), generator=generator)
+        mask[row, -length:] = 1
+    first = model.generate(ids[:1], max_new_tokens=8, eos_token_id=-1)[0, -8:].tolist()
+    stop = first[1]
+    together = model.generate(ids, attention_mask=mask, max_new_tokens=100, eos_token_id=stop, pad_token_id=0)
+    assert isinstance(together, torch.Tensor)
+    for row, length in enumerate(lengths):
+        alone = model.generate(ids[row : row + 1, -length:], max_new_tokens=100, eos_token_id=stop, pad_token_id=0)
+        given = alone[0, length:].tolist()
+        assert together[row, max(lengths) :][: len(given)].tolist() == given
 
 
 def test_finished_samples_leave_the_batch(loaded: Callable[[str], Loaded]):
@@ -169,6 +178,15 @@ def test_a_prefix_with_another_picture_is_not_taken(loaded: Callable[[str], Load
     assert output.reused == 0 and output.sequences.tolist() == fresh.sequences.tolist()
 
 
+def test_a_prefix_is_used_once(loaded: Callable[[str], Loaded]):
+    model, _ = loaded("llama")
+    model.config.set_decoding("blocks", 4, "block", "absolute", "same")
+    prefix = generated(loaded("llama"), [CHATS[3]], max_new_tokens=6).prefix
+    generated(loaded("llama"), [CHATS[3]], max_new_tokens=6, prefix=prefix)
+    with pytest.raises(ValueError, match="this prefix was used before"):
+        generated(loaded("llama"), [CHATS[3]], max_new_tokens=6, prefix=prefix)
+
+
 # --- speculation and the AR baseline --------------------------------------------------------------------------------------------
 
 
@@ -184,6 +202,8 @@ def test_speculation_gives_the_ar_answer(
     model.config.set_decoding("blocks", 4, "causal", grid, target)
     settings: dict[str, Any] = {"max_new_tokens": 13}
     expected = answers(loaded(model_type), CHATS, mode="ar", **settings)
+    repetitive = ("llama", "qwen3")  # stand-ins that say one token for ever in a causal context
+    assert model_type in repetitive or max(len(set(answer)) for answer in expected) > 3
     assert answers(loaded(model_type), CHATS, mode="speculative", denoising_steps=steps, **settings) == expected
     assert answers(loaded(model_type), [CHATS[2]], mode="speculative", **settings) == [expected[2]]
 
@@ -270,6 +290,48 @@ def test_a_loop_is_cut_after_its_first_round(answer: list[int], repeats: int, ke
     assert grown == (answer if kept is None else kept)
 
 
+@pytest.mark.parametrize("portion", [1, 2, 3, 8])
+def test_a_loop_behind_another_end_is_none(portion: int):
+    """The limit at 5, then a stop token, a stop text: all before the loop closes, in whatever portions tokens come."""
+    loop = [1, 2, 1, 2, 1, 2, 7, 7]
+
+    class Digits:
+        def decode(self, ids: list[int], **_: Any) -> str:
+            return "".join(map(str, ids))
+
+    def cut(answer: list[int], **settings: Any) -> list[int]:
+        stopping, grown = Stopping(**{"tokens": frozenset({99}), "limit": 50, "repeats": 3, **settings}), []
+        for start in range(0, len(answer), portion):
+            seen = len(grown)
+            grown += answer[start : start + portion]
+            if stopping.cut(grown, seen):
+                break
+        return grown
+
+    assert cut(loop, limit=5) == [1, 2, 1, 2, 1]
+    assert cut([1, 2, 1, 2, 99, 1, 2], tokens=frozenset({99})) == [1, 2, 1, 2, 99]
+    assert cut(loop, strings=("1212",), tokenizer=Digits()) == [1, 2, 1, 2]
+    assert cut(loop) == [1, 2]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_loop_takes_nothing_away_that_was_certain(seed: int):
+    """Random answers over two tokens, which run into loops all the time."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 2, (60,), generator=generator).tolist()
+    stopping = Stopping(frozenset({99}), 60, repeats=3)
+    grown: list[int] = []
+    certain, shown = 0, []
+    for token in tokens:
+        grown.append(token)
+        if stopping.cut(grown, len(grown) - 1):
+            break
+        assert stopping.certain(grown) >= certain
+        certain = stopping.certain(grown)
+        shown = grown[:certain]
+    assert len(grown) < 60 and grown[:certain] == shown and certain <= len(grown)
+
+
 class Collected:
     """A streamer as transformers has them."""
 
@@ -295,6 +357,68 @@ def test_a_streamer_gets_final_tokens(mode: str, loaded: Callable[[str], Loaded]
     assert streamer.ended
     with pytest.raises(ValueError, match="a streamer takes one prompt, got 2"):
         answers(loaded("qwen3"), CHATS[:2], streamer=streamer)
+
+
+@pytest.mark.parametrize("mode", ["blocks", "speculative", "ar"])
+def test_a_streamer_gets_the_answer_where_a_loop_ends_it(mode: str, loaded: Callable[[str], Loaded]):
+    """These weights say the same for ever: what is cut as a loop must not have been streamed."""
+    model, _ = loaded("llama")
+    model.config.set_decoding("blocks", 4, "causal", "absolute", "same")
+    for repeats in (2, 3, 5):
+        streamer = Collected()
+        settings: dict[str, Any] = {"max_new_tokens": 24, "eos_token_id": -1, "mode": mode, "repetition_stop": repeats}
+        (answer,) = answers(loaded("llama"), [CHATS[3]], streamer=streamer, **settings)
+        assert [token for piece in streamer.pieces[1:] for token in piece] == answer and len(answer) < 24
+
+
+def test_streamers_of_transformers(loaded: Callable[[str], Loaded]):
+    model, processor = loaded("qwen2")
+    model.config.set_decoding("blocks", 4, "block", "absolute", "same")
+    tokenizer: Any = processor.tokenizer
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=20)
+    (answer,) = answers(loaded("qwen2"), [CHATS[1]], max_new_tokens=10, eos_token_id=-1, streamer=streamer)
+    assert "".join(streamer) == tokenizer.decode(answer)
+
+
+def test_ar_follows_token_by_token(loaded: Callable[[str], Loaded]):
+    """Tokens are streamed as they come, stops end the decoding and not only the answer, and prefill has its own time."""
+    model, processor = both = loaded("qwen2")
+    model.config.set_decoding("blocks", 4, "causal", "absolute", "same")
+    calls: list[int] = []
+    hook = model.language_model.register_forward_hook(lambda *_: calls.append(len(streamer.pieces)))
+    try:
+        streamer = Collected()
+        whole = generated(both, [CHATS[1]], mode="ar", max_new_tokens=12, eos_token_id=-1, streamer=streamer)
+        assert calls == list(range(1, 13)), "a token more each forward"
+    finally:
+        hook.remove()
+    assert whole.sequences is not None and whole.prefill_seconds is not None and whole.decode_seconds is not None
+    assert whole.prefill_seconds > 0 and whole.decode_seconds > 0 and whole.forwards == 12
+    tokens = whole.sequences[0].tolist()
+    text = processor.tokenizer.decode(tokens[:3], skip_special_tokens=False)
+    ended = generated(
+        both, [CHATS[1]], mode="ar", max_new_tokens=12, eos_token_id=-1, stop_strings=text, tokenizer=processor.tokenizer
+    )
+    assert ended.forwards == ended.tokens == 3
+    batch = generated(both, CHATS, mode="ar", max_new_tokens=12, eos_token_id=-1, repetition_stop=2)
+    assert batch.forwards is not None and batch.forwards <= 12
+
+
+@pytest.mark.parametrize("mode", ["speculative", "ar"])
+def test_the_mask_token_is_never_an_answer(mode: str, loaded: Callable[[str], Loaded]):
+    """Its row, the picture's and a spare one made the likeliest of all."""
+    model, _ = loaded("qwen2")
+    model.config.set_decoding("blocks", 4, "causal", "absolute", "same")
+    bias = torch.zeros(model.get_output_embeddings().weight.shape[0])
+    never = {model.config.mask_token_id, model.config.image_token_id, *range(model.config.vocabulary_size, len(bias))}
+    bias[list(never)] = 1e4
+    hook = model.get_output_embeddings().register_forward_hook(lambda _, __, logits: logits + bias)
+    try:
+        found = answers(loaded("qwen2"), CHATS, mode=mode, max_new_tokens=9, eos_token_id=-1)
+    finally:
+        hook.remove()
+    assert not never & {token for answer in found for token in answer}
+    assert found == answers(loaded("qwen2"), CHATS, mode=mode, max_new_tokens=9, eos_token_id=-1)
 
 
 def test_steps_can_be_watched(loaded: Callable[[str], Loaded]):

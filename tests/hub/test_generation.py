@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import Loaded
 from helpers import ORDINARY
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, GenerationConfig
 
 from diffvl.hub.cache_diffvl import ReadingCache
 from diffvl.hub.generation_diffvl import BlockGeneration
@@ -268,6 +268,30 @@ def test_the_words_of_transformers_mean_what_they_mean_there():
     assert draw(eos_token_id=stop) == draw(eos_token_id=[stop]) == draw()[: draw().index(stop) + 1]
 
 
+def test_words_are_taken_from_the_nearest_that_says_them():
+    model = endless()
+    model.generation_config = GenerationConfig(eos_token_id=9, pad_token_id=PAD, max_length=30, denoising_steps=2)
+    prompt = [0, 1, 2, 3]
+    assert model.answer(prompt) == [4, 5, 6, 7, 8, 9] and len(model.denoising) == 4
+    assert model.answer(prompt, generation_config=GenerationConfig(eos_token_id=6)) == [4, 5, 6]
+    assert model.answer(prompt, generation_config=GenerationConfig(eos_token_id=6), eos_token_id=7) == [4, 5, 6, 7]
+    assert len(model.answer(prompt, eos_token_id=-1)) == 26, "max_length counts the prompt"
+    assert len(model.answer(prompt, eos_token_id=-1, max_new_tokens=5)) == 5
+    whole = model.generate(torch.tensor([prompt]), generation_config=GenerationConfig(return_dict_in_generate=True))
+    assert isinstance(whole, BlockGenerationOutput)
+    model.generation_config = GenerationConfig(repetition_penalty=1.1)
+    with pytest.raises(ValueError, match=r"block decoding knows no repetition_penalty=1.1 \(in generation_config\)"):
+        model.answer(prompt)
+
+
+def test_words_that_say_what_happens_anyway_are_taken():
+    neutral = {"logits_processor": None, "stopping_criteria": [], "num_return_sequences": 1, "repetition_penalty": 1.0}
+    neutral |= {"synced_gpus": False, "output_scores": False, "top_p": 1.0, "top_k": 0, "temperature": 1.0, "do_sample": False}
+    assert endless().answer([0, 1], max_new_tokens=9, **neutral) == endless().answer([0, 1], max_new_tokens=9)
+    with pytest.raises(ValueError, match="no prompts: input_ids has no rows"):
+        endless().generate(torch.zeros(0, 3, dtype=torch.long))
+
+
 # --- settings that do not fit --------------------------------------------------------------------------------------------------
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -276,13 +300,13 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"remasking": "random"}, "remasking is 'random', expected one of low_confidence_static, low_confidence_dynamic, sequential"),
     ({"threshold": 0.5}, "threshold has no effect with low_confidence_static: use remasking='low_confidence_dynamic'"),
     ({"threshold": 1.5, "remasking": "low_confidence_dynamic"}, "threshold is 1.5, expected 0 to 1"),
-    ({"temperature": -1.0}, "temperature is -1.0, expected 0 or more"),
+    ({"temperature": -1.0}, "temperature is -1.0, expected 0 (the likeliest token) or 0.0001 to 10000"),
     ({"max_new_tokens": 0}, "max_new_tokens is 0, expected 1 or more"),
     ({"top_k": 5}, "top_k and top_p have no effect at temperature 0"),
     ({"do_sample": False, "temperature": 0.7}, "temperature 0.7 has no effect with do_sample=False"),
     ({"do_sample": True, "temperature": 0.0}, "do_sample=True needs a temperature above 0"),
-    ({"num_beams": 4}, "block decoding knows no num_beams"),
-    ({"use_cache": False, "penalty_alpha": 1.0}, "block decoding knows no penalty_alpha, use_cache=False"),
+    ({"num_beams": 4}, "block decoding knows no num_beams=4"),
+    ({"use_cache": False, "penalty_alpha": 1.0}, "block decoding knows no penalty_alpha=1.0, use_cache=False"),
     ({"entropy_budget": 0.5}, "entropy_budget has no effect with low_confidence_static: use remasking='entropy'"),
     ({"entropy_budget": -0.5, "remasking": "entropy"}, "entropy_budget is -0.5, expected 0 or more"),
     ({"mode": "fast"}, "mode is 'fast', expected one of blocks, speculative, ar"),
@@ -291,8 +315,24 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"mode": "ar", "on_step": print}, "on_step has no effect with mode='ar': it watches blocks"),
     ({"stop_strings": "x"}, "stop_strings needs the tokenizer"),
     ({"mode": "ar", "remasking": "sequential"}, "remasking, threshold and entropy_budget have no effect with mode='ar'"),
-    ({"generation_config": GenerationConfig(num_beams=4)}, "block decoding knows no num_beams (in generation_config)"),
+    ({"generation_config": GenerationConfig(num_beams=4)}, "block decoding knows no num_beams=4 (in generation_config)"),
     ({"generation_config": GenerationConfig(repetition_penalty=2.0)}, "block decoding knows no repetition_penalty"),
+    ({"generation_config": GenerationConfig(min_p=0.1)}, "block decoding knows no min_p=0.1 (in generation_config)"),
+    ({"generation_config": GenerationConfig(use_cache=False)}, "block decoding knows no use_cache=False (in generation_config)"),
+    ({"suppress_tokens": [3], "max_time": 2.0}, "block decoding knows no max_time=2.0, suppress_tokens=[3]"),
+    ({"denoising_step": 2}, "block decoding knows no denoising_step=2"),
+    ({"max_length": 3}, "max_length is 3, and the prompt has 3 tokens already: raise it"),
+    ({"temperature": float("inf")}, "temperature is inf, expected 0 (the likeliest token) or 0.0001 to 10000"),
+    ({"temperature": 1e-40}, "temperature is 1e-40, expected"),
+    ({"temperature": 1.0, "top_p": 1.5}, "top_p is 1.5, expected 0 to 1"),
+    ({"temperature": 1.0, "top_k": -1}, "top_k is -1, expected 0 (all tokens) or more"),
+    ({"stop_strings": ["a", ""], "tokenizer": object()}, "stop_strings holds an empty text"),
+    ({"cache_implementation": "hybrid"}, "cache_implementation is 'hybrid', expected 'dynamic' or 'static'"),
+    ({"disable_compile": True}, "compile_config and disable_compile have no effect without cache_implementation='static'"),
+    (
+        {"cache_implementation": "static", "disable_compile": True, "compile_config": CompileConfig()},
+        "compile_config has no effect with disable_compile=True",
+    ),
     ({"repetition_stop": 1}, "repetition_stop is 1, expected 2 or more"),
     ({"image_sizes": torch.ones(1, 2)}, "1 image_sizes, but another number of pictures"),
     ({"pixel_values": torch.ones(1, 3, 8, 8)}, "1 pictures give 2 image tokens, the text has 0"),

@@ -55,6 +55,8 @@ def _read_lines(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
             value = json.loads(text)
         except json.JSONDecodeError as error:
             value = _malformed(path, line, error.colno, error.msg)
+        except (ValueError, RecursionError) as error:
+            value = _too_large(path, line, error)
         yield line, value
 
 
@@ -76,6 +78,9 @@ def _read_list(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
         except json.JSONDecodeError as error:
             yield line, _malformed(path, *cursor.place(error.pos), error.msg)
             return
+        except (ValueError, RecursionError) as error:
+            yield line, _too_large(path, line, error)
+            return
         yield line, value
         mark = cursor.peek()
         if mark == ",":
@@ -92,6 +97,11 @@ def _read_list(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
 
 def _malformed(path: Path, line: int, column: int, message: str) -> DataError:
     return DataError(f"{path}:{line}: malformed JSON at column {column}: {message}")
+
+
+def _too_large(path: Path, line: int, error: Exception) -> DataError:
+    """JSON that Python does not read: thousands of brackets in one another, a number of thousands of digits."""
+    return DataError(f"{path}:{line}: JSON that cannot be read: {str(error).splitlines()[0]}")
 
 
 class _Cursor:

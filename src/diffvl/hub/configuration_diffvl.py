@@ -7,6 +7,13 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+CHOICES = {
+    "decoding": ("blocks", "ar"),
+    "context": ("block", "causal"),
+    "grid": ("absolute", "response"),
+    "target": ("same", "shift"),
+}
+
 
 class DiffVLConfig(PreTrainedConfig):
     """One checkpoint's description.
@@ -62,6 +69,9 @@ class DiffVLConfig(PreTrainedConfig):
         self.context = context
         self.grid = grid
         self.target = target
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}")
         if self.text_config is not None:
             # Engines look for these two beside the text settings.
             self.text_config.mask_token_id = mask_token_id
@@ -84,5 +94,7 @@ def _sub_config(config: dict[str, Any] | PreTrainedConfig | None) -> Any:
     """A dict as saved in config.json -> the stock configuration class it names."""
     if isinstance(config, dict):
         settings = dict(config)
+        if "model_type" not in settings:
+            raise ValueError("a part of the configuration (text_config, vision_config) names no model_type")
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
     return config

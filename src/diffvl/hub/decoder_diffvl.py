@@ -11,12 +11,13 @@ denoising step never waits for the device: tests/hub/test_static.py.
 Shapes: B batch, L prompt length, D block size, P waiting tokens, Q = P + D, M masked tokens, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from .cache_diffvl import BlockCache
-from .layout_diffvl import Layout, attention_masks, block_end, block_index, segment_start
+from .layout_diffvl import Layout, attention_masks, block_end, block_index, has_windows, segment_start
 from .pieces_diffvl import Piece, Places, rows_of
 from .prefix_diffvl import Prefix
 from .static_diffvl import StaticTrunk
@@ -48,13 +49,13 @@ class BlockDecoder:
         takes the place of a cache that grows.
 
         Raises:
-            ValueError: if pictures and placeholders do not match, or the first token of an empty prompt is to be predicted from
-                the one before it.
+            ValueError: if pictures and placeholders do not match in number.
         """
         self.model, self.config, self.static = model, model.config, static
         self.cache: Any = BlockCache() if static is None else static.cache
         self.layout: Layout | None = None
         self.waiting: Piece | None = None
+        self.alive: torch.Tensor | None = None  # bool [B], samples that have not ended; None while none has
         self.stored_ids = input_ids[:, :0]
         self.waiting_is_full = False  # whether what waits is a block without padding
         self.reused = 0
@@ -100,12 +101,11 @@ class BlockDecoder:
         last_image = torch.where(is_image, index, -1).max(1).values
         figures = torch.stack([self.prompt_length, self.start, self.end, last_image, is_image.sum(1)]).tolist()
         lengths, starts, ends, last_images, images = figures
-        if self.config.target == "shift" and 0 in lengths:
-            raise ValueError("target 'shift' predicts a token from the one before it, but the prompt is empty")
+        self.has_empty = 0 in lengths
         self.longest_start = max(starts)
         self.gaps = min(starts) < self.longest_start
         self.open_count = [end - length for length, end in zip(lengths, ends, strict=True)]
-        self.block_is_full = all(end - start == self.config.block_size for start, end in zip(starts, ends, strict=True))
+        self.cell_is_full = all(end - start == self.config.block_size for start, end in zip(starts, ends, strict=True))
         self.image_in_block = any(last >= start for last, start in zip(last_images, starts, strict=True))
         self.has_images = any(images)
         return sum(images)
@@ -142,7 +142,13 @@ class BlockDecoder:
 
     def prefill(self) -> None:
         """Takes in the prompt up to the first open block. Under a causal context in one pass of the trunk's own attention,
-        without any mask; else it waits for the first denoising step, which needs a mask anyway."""
+        without any mask; else it waits for the first denoising step, which needs a mask anyway.
+
+        Raises:
+            ValueError: if the first token of an empty prompt is to be predicted from the one before it.
+        """
+        if self.config.target == "shift" and self.has_empty:
+            raise ValueError("target 'shift' predicts a token from the one before it, but the prompt is empty")
         longest = self.longest_start
         if longest == self.reused:
             return
@@ -167,7 +173,9 @@ class BlockDecoder:
         offset = torch.arange(size, device=self.start.device)[None]
         self.position_BD = self.start[:, None] + offset
         self.valid_BD = self.position_BD < self.end[:, None]
-        in_prompt = self.position_BD < self.prompt_length[:, None]
+        if self.alive is not None:
+            self.valid_BD = self.valid_BD & self.alive[:, None]
+        in_prompt = (self.position_BD < self.prompt_length[:, None]) & self.valid_BD
         safe = self.position_BD.clamp_max(self.prompt_ids.shape[1] - 1)
         mask_id = torch.full_like(self.position_BD, self.config.mask_token_id)
         self.ids_BD = torch.where(in_prompt, self.prompt_ids.gather(1, safe), mask_id)
@@ -198,16 +206,21 @@ class BlockDecoder:
         full[self.open_BD] = logits
         return full
 
-    def commit(self) -> None:
-        """Lets the finished block wait for the next forward, and moves on."""
+    def commit(self, ended: Sequence[bool] = ()) -> None:
+        """Lets the finished block wait for the next forward, and moves on; samples that have ended stay where they are, with
+        padding for their next blocks."""
         self.flush()
-        self.waiting = self.block_piece(noisy=0)
-        self.waiting_is_full, self.gaps = self.block_is_full, self.gaps or not self.block_is_full
-        self.start = self.end
-        self.end = self.end + self.config.block_size
-        self.block_number = self.block_number + 1
-        self.open_count = [self.config.block_size] * len(self.open_count)
-        self.block_is_full, self.image_in_block = True, False
+        self.waiting, self.waiting_is_full = self.block_piece(noisy=0), self.cell_is_full
+        self.gaps = self.gaps or not self.cell_is_full or self.alive is not None
+        size = self.config.block_size
+        self.alive = ~torch.tensor(ended, device=self.start.device) if any(ended) else None
+        start, end, number = self.end, self.end + size, self.block_number + 1
+        if self.alive is not None:
+            start, end = torch.where(self.alive, start, self.start), torch.where(self.alive, end, self.end)
+            number = torch.where(self.alive, number, self.block_number)
+        self.start, self.end, self.block_number = start, end, number
+        self.open_count = [0 if done else size for done in ended] or [size] * len(self.open_count)
+        self.cell_is_full, self.image_in_block = True, False
 
     def flush(self) -> None:
         """Commits what waits, by a forward of its own."""
@@ -215,15 +228,16 @@ class BlockDecoder:
             self._commit_with(None, None)
 
     def select(self, rows: list[int]) -> None:
-        """Goes on with some samples only; `rows` are their numbers, rising."""
-        self._masks = None
+        """Goes on with some samples only, none of which has ended; `rows` are their numbers, rising."""
+        self._masks, self.alive = None, None
         self.open_count = [self.open_count[row] for row in rows]
         keep = torch.tensor(rows, device=self.start.device)
-        for name in ("prompt_ids", "prompt_block", "prompt_length", "block_number", "start", "end", "image_index"):
+        names = ("prompt_ids", "prompt_block", "prompt_length", "block_number", "start", "end", "image_index", "stored_ids")
+        for name in names:
             setattr(self, name, getattr(self, name)[keep])
+        self.cache.batch_select_indices(keep)
         if self.layout is not None:
-            self.layout, self.stored_ids = rows_of(self.layout, keep), self.stored_ids[keep]
-            self.cache.batch_select_indices(keep)
+            self.layout = rows_of(self.layout, keep)
         if self.waiting is not None:
             self.waiting = self.waiting.selected(keep)
         if self.last_logits is not None:
@@ -294,15 +308,20 @@ class BlockDecoder:
 
     def _pass(self, piece: Piece, stored: int, rows: torch.Tensor) -> torch.Tensor:
         """A forward of any shape, with the head on the asked rows only."""
-        arguments: dict[str, Any] = {"attention_mask": None, "position_ids": None}
+        arguments: dict[str, Any] = {"attention_mask": None, "position_ids": None, "text_only": piece.image is None}
         if piece.image is not None:
             if self.image_features is None:
                 self.image_features = self.model.image_features(self.pixel_values)
             arguments |= {"image_features": self.image_features, "image_index": piece.image}
-        # The beginning of a causal prompt needs no mask: the trunk's own attention is right.
-        if self.layout is not None or stored < piece.ids.shape[1] or self.config.context != "causal":
+        if not self._is_causal_beginning(piece, stored):
             arguments |= {"attention_mask": self._masks_of(piece, stored), "position_ids": piece.rows.position}
         return self.model(piece.ids, past_key_values=self.cache, use_cache=True, logits_rows=rows, **arguments).logits.float()
+
+    def _is_causal_beginning(self, piece: Piece, stored: int) -> bool:
+        """Whether the trunk's own causal attention is right for a forward, and no mask needed. It is not for windows of a static
+        cache, which the trunk takes for shorter than it is."""
+        begins = self.layout is None and stored == piece.ids.shape[1] and self.config.context == "causal"
+        return begins and (self.static is None or not has_windows(self.model.language_model.config))
 
     def _compiled_pass(self, piece: Piece, stored: int, rows: torch.Tensor) -> torch.Tensor:
         """A forward of [masks] or [finished block | masks] on the static trunk; its head runs on the masks' tokens and the one
@@ -312,8 +331,9 @@ class BlockDecoder:
         keep = tokens - stored + min(stored, 1)
         embeds = self.model.get_input_embeddings()(piece.ids)
         logits = self.static.logits(embeds, self._masks_of(piece, stored), piece.rows.position, keep)
-        width = torch.div(rows, tokens, rounding_mode="floor")
-        return logits.flatten(0, 1)[width * keep + rows % tokens - (tokens - keep)].float()
+        sample = torch.div(rows, tokens, rounding_mode="floor")
+        place = (rows % tokens - (tokens - keep)).clamp_min(0)  # a sample that has ended has no last token
+        return logits.flatten(0, 1)[sample * keep + place].float()
 
     def _masks_of(self, piece: Piece, stored: int) -> Any:
         """Who sees whom in a forward, as the trunk takes it; kept from step to step of a block, where only ids change."""
@@ -322,7 +342,8 @@ class BlockDecoder:
         past = 0 if self.layout is None else self.layout.position.shape[1]
         layout = piece.rows if self.layout is None else self.layout.joined(piece.rows)
         queries = slice(past, past + piece.ids.shape[1])
-        sees_all = stored == 0 and not self.gaps and self.block_is_full and self.static is None
+        whole = not self.gaps and self.cell_is_full and self.alive is None
+        sees_all = stored == 0 and whole and self.static is None
         if self.static is not None:
             layout = layout.padded(self.static.cache.capacity)
         dtype = self.model.get_input_embeddings().weight.dtype

@@ -8,23 +8,20 @@ Shapes: B batch, L prompt length, D block size, V vocabulary.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-from transformers import CompileConfig, GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria
 
 from .attention_diffvl import block_kernels
 from .decoder_diffvl import BlockDecoder
 from .pieces_diffvl import Places
 from .prefix_diffvl import Prefix
+from .request_diffvl import Request, Words, request_of
 from .run_diffvl import BlockGenerationOutput, DenoisingStep, OnStep, Run
-from .sampling_diffvl import Remasking, Sampling, never_predicted, picker, remasking_of, sampling_of, settled
+from .sampling_diffvl import Remasking, never_predicted, picker, settled
 from .speculation_diffvl import speculate
-from .static_diffvl import compile_config_of, many_forms, static_trunk
-from .stopping_diffvl import Stopping
-
-MODES = ("blocks", "speculative", "ar")
+from .static_diffvl import StaticTrunk, many_forms, static_trunk
 
 
 class BlockGeneration:
@@ -43,163 +40,89 @@ class BlockGeneration:
         attention_mask: torch.Tensor | None = None,
         answer_index: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
-        max_new_tokens: int | None = None,
-        mode: str = "blocks",
-        denoising_steps: int | None = None,
-        remasking: str = "low_confidence_static",
-        threshold: float | None = None,
-        entropy_budget: float | None = None,
-        do_sample: bool | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
-        eos_token_id: int | list[int] | None = None,
-        pad_token_id: int | None = None,
-        stop_strings: str | list[str] | None = None,
-        tokenizer: Any = None,
-        repetition_stop: int | None = None,
         streamer: Any = None,
         on_step: OnStep | None = None,
         prefix: Prefix | None = None,
-        cache_implementation: str | None = None,
-        compile_config: CompileConfig | None = None,
-        disable_compile: bool | None = None,
-        use_cache: bool = True,
-        num_beams: int = 1,
-        return_dict_in_generate: bool = False,
-        **unknown: Any,
+        **words: Any,
     ) -> torch.Tensor | BlockGenerationOutput:
         """Decodes answers.
 
         Args:
             input_ids: [B, L] prompts, padded left or right; attention_mask: [B, L], 1 = token.
-            answer_index: [B, L], 0 outside and k inside the k-th earlier answer of the conversation, as
-                `processor.apply_chat_template` gives it. Default: the prompt has no earlier answers.
-            max_new_tokens: default from `generation_config`, else 128.
+            answer_index: [B, L], 0 outside and k inside the k-th earlier answer of the conversation, as the processor gives it.
+                Default: the prompt has no earlier answers.
+            streamer: as in transformers, for one prompt; it gets the tokens of a block when they are final. on_step: see
+                DenoisingStep.
+            prefix: the `prefix` of the output of an earlier turn of the conversation; what the prompt shares with it is not
+                computed again. For one prompt and mode "blocks".
+            words: what follows, by name; a word that is left out is taken from `generation_config`, then from the model's own.
+
+            max_new_tokens: default 128; or max_length, which counts the prompt.
             mode: "blocks"; "speculative" (blocks drafted by denoising, kept as far as the weights' own causal logits agree: the
                 greedy AR answer in fewer forwards, for checkpoints with context "causal"); "ar" (transformers' own generate on
                 the trunk, token by token).
             denoising_steps: forwards per block, 1 to D; default D (in drafts: 1).
             remasking, threshold, entropy_budget: see `sampling_diffvl.Remasking`; the threshold is 0.9 by default.
-            do_sample, temperature, top_k, top_p: as in transformers; not given, they come from `generation_config`. Without any,
-                or at temperature 0, decoding is greedy.
+            do_sample, temperature, top_k, top_p: as in transformers. Without any, or at temperature 0, decoding is greedy.
             seed: of the sampling generator.
             eos_token_id, pad_token_id: default: the checkpoint's.
             stop_strings: texts that end an answer, with `tokenizer`; repetition_stop: ends an answer whose tail repeats any unit
                 so many times.
-            streamer: as in transformers, for one prompt; it gets the tokens of a block when they are final. on_step: see
-                DenoisingStep.
-            prefix: the `prefix` of the output of an earlier turn of the conversation; what the prompt shares with it is not
-                computed again. For one prompt and mode "blocks".
             cache_implementation, compile_config, disable_compile: as in transformers. "static" decodes in fixed shapes, with the
                 trunk compiled on a GPU (elsewhere with a `compile_config`); see static_diffvl. Default: "dynamic".
-            use_cache, num_beams: accepted at their neutral values, because callers of transformers pass them.
+            return_dict_in_generate: True returns a BlockGenerationOutput.
+        Returns:
+            [B, L + new] prompts and answers, or a BlockGenerationOutput.
         Raises:
-            ValueError: on settings that do not fit together.
+            ValueError: on settings that do not fit together, and on words of transformers that block decoding does not know,
+                unless they say what happens anyway (`num_beams=1`).
         """
-        settings = generation_config or self.generation_config
-        if unknown or not use_cache or num_beams != 1:
-            odd = [*unknown, *(["use_cache=False"] if not use_cache else []), *(["num_beams"] if num_beams != 1 else [])]
-            raise ValueError(f"block decoding knows no {', '.join(odd)}")
-        if generation_config is not None:
-            _refuse_words(generation_config)
-        said_strings = stop_strings if stop_strings is not None else getattr(settings, "stop_strings", None)
-        stopping = Stopping(
-            _stop_ids(eos_token_id, getattr(generation_config, "eos_token_id", None), self.config.stop_token_ids),
-            int(getattr(settings, "max_new_tokens", None) or 128) if max_new_tokens is None else max_new_tokens,
-            (said_strings,) if isinstance(said_strings, str) else tuple(said_strings or ()),
-            tokenizer,
-            repetition_stop,
-        )
-        sampling = sampling_of(settings, Sampling(do_sample, temperature, top_k, top_p))
-        rule = remasking_of(remasking, denoising_steps, self.config.block_size, threshold, entropy_budget)
+        if len(input_ids) == 0:
+            raise ValueError("no prompts: input_ids has no rows")
         if image_sizes is not None and (pixel_values is None or len(image_sizes) != len(pixel_values)):
             raise ValueError(f"{len(image_sizes)} image_sizes, but another number of pictures")
         if streamer is not None and len(input_ids) != 1:
             raise ValueError(f"a streamer takes one prompt, got {len(input_ids)}")
-        _check_mode(mode, self.config, sampling, denoising_steps, on_step, prefix)
-        if mode != "blocks" and (remasking, threshold, entropy_budget) != ("low_confidence_static", None, None):
-            raise ValueError(f"remasking, threshold and entropy_budget have no effect with mode={mode!r}")
+        asked = Words(words, generation_config, self.generation_config)
+        request = request_of(asked, self.config, input_ids.shape[1], input_ids.device)
+        if request.mode != "blocks" and on_step is not None:
+            raise ValueError(f"on_step has no effect with mode={request.mode!r}: it watches blocks")
+        if request.mode != "blocks" and prefix is not None:
+            raise ValueError(f"prefix has no effect with mode={request.mode!r}: it holds blocks")
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        if answer_index is None:
-            answer_index = torch.zeros_like(input_ids)
-        wanted = _static_wanted(settings, cache_implementation, compile_config, disable_compile, mode, input_ids.device)
-        static = None
-        if wanted and mode == "blocks":
-            # Whole blocks, those that are begun at either end, and the masks behind the last.
-            tokens = input_ids.shape[1] + stopping.limit + 3 * self.config.block_size
-            static = static_trunk(self, len(input_ids), tokens, wanted["compile_config"])
-        decoder = BlockDecoder(self, input_ids, valid, answer_index, pixel_values, prefix, static)
+        marks = torch.zeros_like(input_ids) if answer_index is None else answer_index
+        static = self._static_trunk_for(request, input_ids)
+        decoder = BlockDecoder(self, input_ids, valid, marks, pixel_values, prefix, static)
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        run = Run(decoder, stopping, streamer, on_step)
-        pick = picker(sampling, seed, input_ids.device, self.config, rule.strategy == "entropy")
-        ways: dict[str, Callable[[], None]] = {
-            "blocks": lambda: decode_blocks(run, rule, pick),
-            "speculative": lambda: speculate(run, denoising_steps or 1, pick),
-            "ar": lambda: _decode_ar(run, self, input_ids, valid, sampling, seed, wanted),
-        }
-        with block_kernels(self.language_model) if mode != "ar" else nullcontext(), many_forms():
-            ways[mode]()
-        if streamer is not None:
-            streamer.end()
-        pad = pad_token_id if pad_token_id is not None else getattr(settings, "pad_token_id", None)
-        sequences = _sequences(input_ids, run.answers, pad if isinstance(pad, int) else min(stopping.tokens))
-        return run.output(sequences) if return_dict_in_generate else sequences
+        run = Run(decoder, request.stopping, streamer, on_step)
+        with many_forms():
+            WAYS[request.mode](run, request)
+        run.finish()
+        sequences = _sequences(input_ids, run.answers, request.pad)
+        return run.output(sequences) if request.return_dict else sequences
+
+    def _static_trunk_for(self, request: Request, input_ids: torch.Tensor) -> StaticTrunk | None:
+        if not request.static or request.mode != "blocks":
+            return None
+        # Whole blocks, those that are begun at either end, and the masks behind the last.
+        tokens = input_ids.shape[1] + request.stopping.limit + 3 * self.config.block_size
+        return static_trunk(self, len(input_ids), tokens, request.static["compile_config"])
 
 
-def _stop_ids(*said: int | list[int] | None) -> frozenset[int]:
-    """The first that says something: the caller, the caller's generation_config, the checkpoint."""
-    first = next(ids for ids in said if ids is not None)
-    return frozenset([first] if isinstance(first, int) else first)
+def _picker(run: Run, request: Request) -> Any:
+    decoder = run.decoder
+    return picker(request.sampling, request.seed, decoder.start.device, decoder.config, request.remasking.strategy == "entropy")
 
 
-def _refuse_words(settings: GenerationConfig) -> None:
-    """Raises ValueError for settings of transformers that block decoding does not know, unless they are neutral."""
-    neutral = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0, "penalty_alpha": 0}
-    odd = [name for name, value in neutral.items() if getattr(settings, name, None) not in (None, value)]
-    if odd:
-        raise ValueError(f"block decoding knows no {', '.join(odd)} (in generation_config)")
+def _in_blocks(run: Run, request: Request) -> None:
+    with block_kernels(run.decoder.model.language_model):
+        decode_blocks(run, request.remasking, _picker(run, request))
 
 
-def _static_wanted(
-    settings: Any, implementation: str | None, config: CompileConfig | None, disable: bool | None, mode: str, device: torch.device
-) -> dict[str, Any]:
-    """What is asked of a static cache, in transformers' words; empty where none is wanted.
-
-    Raises:
-        ValueError: for another kind of cache, or settings that would have no effect.
-    """
-    said = implementation if implementation is not None else getattr(settings, "cache_implementation", None)
-    if said not in (None, "dynamic", "static"):
-        raise ValueError(f"cache_implementation is {said!r}, expected 'dynamic' or 'static'")
-    if said != "static":
-        if config is not None or disable is not None:
-            raise ValueError("compile_config and disable_compile have no effect without cache_implementation='static'")
-        return {}
-    if mode == "speculative":
-        raise ValueError("cache_implementation='static' does not know mode='speculative'")
-    chosen = compile_config_of(settings, config, disable, device)
-    return {"cache_implementation": "static", "compile_config": chosen, "disable_compile": chosen is None}
-
-
-def _check_mode(
-    mode: str, config: Any, sampling: Sampling, steps: int | None, on_step: OnStep | None, prefix: Prefix | None
-) -> None:
-    if mode not in MODES:
-        raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}")
-    if mode != "blocks" and on_step is not None:
-        raise ValueError(f"on_step has no effect with mode={mode!r}: it watches blocks")
-    if mode != "blocks" and prefix is not None:
-        raise ValueError(f"prefix has no effect with mode={mode!r}: it holds blocks")
-    if mode == "ar" and steps is not None:
-        raise ValueError("denoising_steps has no effect with mode='ar'")
-    if mode == "speculative":
-        if config.context != "causal":
-            raise ValueError("mode='speculative' needs a checkpoint with context: causal, whose clean stream has AR logits")
-        if sampling.do_sample:
-            raise ValueError("mode='speculative' is greedy: leave temperature and do_sample out")
+def _speculatively(run: Run, request: Request) -> None:
+    with block_kernels(run.decoder.model.language_model):
+        speculate(run, request.steps or 1, _picker(run, request))
 
 
 # --- blocks ------------------------------------------------------------------------------------------------------------------
@@ -223,7 +146,7 @@ def decode_blocks(run: Run, remasking: Remasking, pick: Any) -> None:
                 begun = max(run.settling[sample], default=-1) + 1
                 run.settling[sample].extend(step + begun for step in steps)
                 ended[row] = run.extend(sample, ids)
-        decoder.commit()
+        decoder.commit(ended)
         if run.leave(ended):
             return
 
@@ -270,39 +193,53 @@ def _written(values: torch.Tensor, places: Places, into: torch.Tensor) -> torch.
 # --- the AR baseline -----------------------------------------------------------------------------------------------------------
 
 
-def _decode_ar(
-    run: Run,
-    model: Any,
-    input_ids: torch.Tensor,
-    valid: torch.Tensor,
-    sampling: Sampling,
-    seed: int,
-    static: dict[str, Any],
-) -> None:
+class _Followed(StoppingCriteria):
+    """Gives a run every token as transformers' `generate` makes it, and ends what the run says has ended."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.ended = run, [False] * len(run.answers)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        self.run.predicted()
+        for sample, token in enumerate(input_ids[:, -1].tolist()):
+            self.ended[sample] = self.ended[sample] or self.run.extend(sample, [token])
+        return torch.tensor(self.ended, device=input_ids.device)
+
+
+def _token_by_token(run: Run, request: Request) -> None:
     """transformers' own `generate` on the trunk: one token a forward, the weights' own causal logits, its own cache."""
-    order = torch.argsort(valid.long(), dim=1, stable=True)  # padded left, as it wants them
-    ids, mask = input_ids.gather(1, order), valid.gather(1, order)
-    pixel_values = run.decoder.pixel_values
+    decoder, model, sampling = run.decoder, run.decoder.model, request.sampling
+    device = decoder.start.device
+    length = decoder.prompt_ids.shape[1] - 1
+    # Padded left, as it wants them.
+    valid = torch.arange(length, device=device)[None] < decoder.prompt_length[:, None]
+    order = torch.argsort(valid.long(), dim=1, stable=True)
+    ids, mask = decoder.prompt_ids[:, :length].gather(1, order), valid.gather(1, order)
     trunk = model.language_model
     vocabulary = trunk.get_output_embeddings().weight.shape[0]
     warm = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p") if sampling.do_sample}
-    with torch.random.fork_rng(devices=[ids.device] if ids.device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(request.seed)
         sequences = trunk.generate(
-            inputs_embeds=model.embed(ids, pixel_values, None),
+            inputs_embeds=model.embed(ids, decoder.pixel_values, None),
             attention_mask=mask.long(),
-            max_new_tokens=run.stopping.limit,
+            max_new_tokens=request.stopping.limit,
             do_sample=bool(sampling.do_sample),
-            eos_token_id=sorted(run.stopping.tokens),
-            pad_token_id=min(run.stopping.tokens),
+            eos_token_id=sorted(request.stopping.tokens),
+            pad_token_id=min(request.stopping.tokens, default=0),
             suppress_tokens=never_predicted(model.config, vocabulary, torch.device("cpu")).nonzero()[:, 0].tolist(),
+            stopping_criteria=[_Followed(run)],
             **warm,
-            **static,
+            **request.static,
         )
-    run.decoder.forwards += sequences.shape[1]
-    for sample, answer in enumerate(sequences.tolist()):
-        # One by one, as they came: a loop is cut where it closes.
-        any(run.extend(sample, [token]) for token in answer)
+    decoder.forwards += sequences.shape[1]
+
+
+WAYS: dict[str, Callable[[Run, Request], None]] = {
+    "blocks": _in_blocks,
+    "speculative": _speculatively,
+    "ar": _token_by_token,
+}
 
 
 def _sequences(input_ids: torch.Tensor, answers: list[list[int]], pad: int) -> torch.Tensor:

@@ -115,16 +115,20 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         pixel_values: torch.Tensor | None,
         image_index: torch.Tensor | None,
         image_features: torch.Tensor | None = None,
+        text_only: bool = False,
     ) -> torch.Tensor:
         """Token embeddings with the pictures spliced in, [B, T, H].
 
         Args:
+            text_only: the caller knows that no token shows a picture; else this is looked at, which waits for the device.
             image_index: for each token the row of the flattened image tokens that it shows, -1 for text, [B, T]. Default:
                 the placeholders in reading order. A noisy copy of a placeholder names the row of its clean counterpart.
         Raises:
             ValueError: if pictures and placeholders do not match in number.
         """
         embeds = self.get_input_embeddings()(input_ids)
+        if text_only:
+            return embeds
         is_image = input_ids == self.config.image_token_id
         if image_features is None and pixel_values is not None and pixel_values.shape[0] > 0:
             image_features = self.image_features(pixel_values)
@@ -158,6 +162,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         logits_rows: torch.Tensor | None = None,
         row_map: Callable[[torch.Tensor, slice], torch.Tensor] | None = None,
         answer_index: torch.Tensor | None = None,
+        text_only: bool = False,
     ) -> CausalLMOutputWithPast:
         """One pass of the trunk.
 
@@ -170,7 +175,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
                 position j; windows are applied on top), or ready-made 4-D masks as `layout_diffvl.attention_masks` gives.
             position_ids: [B, T]; default: counted on from the cache.
             store_kv: False leaves the cache as it was, and still attends to it.
-            image_index: see `embed`.
+            image_index, text_only: see `embed`.
             image_features: [N, P, H] as `image_features` gives them, in the place of pixel_values that were encoded before.
             answer_index: not used here; accepted, so that what `processor.apply_chat_template` gives can be passed whole.
             logits_rows: bool [B, T], or int64 [M] indices into the flattened [B * T]; the head runs on these rows only and
@@ -185,7 +190,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         """
         if image_sizes is not None and pixel_values is not None and len(image_sizes) != len(pixel_values):
             raise ValueError(f"{len(image_sizes)} image_sizes for {len(pixel_values)} pictures")
-        embeds = self.embed(input_ids, pixel_values, image_index, image_features)
+        embeds = self.embed(input_ids, pixel_values, image_index, image_features, text_only)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         masks, position_ids = self._masks(attention_mask, position_ids, input_ids.shape, past, embeds)
         cache = past_key_values

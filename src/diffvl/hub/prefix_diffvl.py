@@ -18,6 +18,7 @@ class Prefix:
     cache: BlockCache
     pixel_values: torch.Tensor | None
     image_features: torch.Tensor | None
+    used: bool = False
 
     def shared(self, ids: torch.Tensor, block: torch.Tensor) -> int:
         """How many of the cached tokens a prompt with these ids and blocks, each [1, n], begins with. Where clean tokens see
@@ -42,7 +43,14 @@ class Prefix:
         return pixel_values is not None and len(pixel_values) >= len(seen) and torch.equal(pixel_values[: len(seen)], seen)
 
     def begun(self, count: int) -> "Prefix":
-        """The first so many tokens of it."""
+        """The first so many tokens of it; it is used up by that.
+
+        Raises:
+            ValueError: if it was used before.
+        """
+        if self.used:
+            raise ValueError("this prefix was used before: a turn goes on from the prefix of the turn before it, once")
+        self.used = True
         self.cache.crop(count - self.ids.shape[1])
         rows = {name: row[:, :count] for name, row in self.rows.rows.items()}
         layout = Layout(**rows, context=self.rows.context)

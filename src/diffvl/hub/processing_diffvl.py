@@ -55,11 +55,55 @@ class DiffVLProcessor(ProcessorMixin):
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         """Pictures and *rendered* chat text -> input_ids, attention_mask, pixel_values; the template has put the special
-        tokens in already, so none are added."""
+        tokens in already, so none are added. A text with earlier answers also gives `answer_index`, as in apply_chat_template.
+
+        Raises:
+            ValueError: if earlier answers cannot be found again in the tokens.
+        """
         kwargs.setdefault("add_special_tokens", False)
         if images is None and text is not None:
-            return BatchFeature(dict(self.tokenizer(text, **kwargs)), tensor_type=kwargs.get("return_tensors"))
-        return super().__call__(images=images, text=text, **kwargs)
+            data = BatchFeature(dict(self.tokenizer(text, **kwargs)), tensor_type=kwargs.get("return_tensors"))
+        else:
+            data = super().__call__(images=images, text=text, **kwargs)
+        texts = [text] if isinstance(text, str) else list(text or [])
+        spans = [self._spans_in(one) for one in texts]
+        if any(spans):
+            data["answer_index"] = self._marks(texts, spans, data)
+        return data
+
+    def _spans_in(self, rendered: str) -> list[tuple[int, int]]:
+        """Characters of the answers in a rendered chat: from every generation prompt to the next stop token."""
+        asked = [{"role": "user", "content": "?"}]
+        before, prompt = (self._render(asked, add_generation_prompt=flag) for flag in (False, True))
+        marker = prompt[len(before) :] if prompt.startswith(before) else ""
+        spans, place = [], rendered.find(marker) if marker else -1
+        while place >= 0:
+            start = place + len(marker)
+            stop = rendered.find(self.stop_token, start)
+            if stop < 0:
+                break
+            spans.append((start, stop + len(self.stop_token)))
+            place = rendered.find(marker, spans[-1][1])
+        return spans
+
+    def _marks(self, texts: list[str], spans: list[list[tuple[int, int]]], data: BatchFeature) -> Any:
+        """Which answer each token of `data` belongs to, in the form of its input_ids."""
+        ids = data["input_ids"]
+        rows = ids.tolist() if isinstance(ids, torch.Tensor) else ids if isinstance(ids[0], list) else [ids]
+        marks = []
+        for row, text, found in zip(rows, texts, spans, strict=True):
+            encoding = self._encode(text, found)
+            pads = len(row) - len(encoding.ids)
+            before = pads if self.tokenizer.padding_side == "left" else 0
+            if pads < 0 or row[before : before + len(encoding.ids)] != encoding.ids:
+                raise ValueError(
+                    "the answers of earlier turns do not stand in the tokens as they did in training; encode such chats with "
+                    "processor.apply_chat_template(..., tokenize=True)"
+                )
+            marks.append([0] * before + encoding.answer + [0] * (pads - before))
+        if isinstance(ids, torch.Tensor):
+            return torch.tensor(marks)
+        return marks if isinstance(ids[0], list) else marks[0]
 
     def apply_chat_template(
         self,
@@ -104,8 +148,7 @@ class DiffVLProcessor(ProcessorMixin):
             ValueError: see apply_chat_template.
         """
         rendered = self._render(messages, add_generation_prompt)
-        spans, cuts = [], []
-        text = self._expand(rendered)
+        spans = []
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -116,7 +159,13 @@ class DiffVLProcessor(ProcessorMixin):
                     f"prompt: {prompt[-80:]!r}\nchat:   {rendered[max(0, len(prompt) - 80) : len(prompt)]!r}"
                 )
             spans.append(self._answer_span(rendered, len(prompt), message))
-            start = len(self._expand(prompt))
+        return self._encode(rendered, spans)
+
+    def _encode(self, rendered: str, spans: list[tuple[int, int]]) -> ChatEncoding:
+        """A rendered chat, with the characters of its answers -> tokens."""
+        text, cuts = self._expand(rendered), []
+        for begin, _ in spans:
+            start = len(self._expand(rendered[:begin]))
             if self._token_ids(text[:start], cuts) != self._prefix_ids(text, start, cuts):
                 cuts.append(start)
         ids, offsets = self._tokenise(text, cuts)

@@ -68,6 +68,7 @@ class Run:
         self.live = list(range(len(decoder.prompt_ids)))
         self.answers: list[list[int]] = [[] for _ in self.live]
         self.settling: list[list[int]] | None = None
+        self.told = 0  # tokens that the streamer has
         self.began = self._now()
         self.first: Any = None
 
@@ -85,9 +86,20 @@ class Run:
         before = len(answer)
         answer.extend(tokens)
         ended = self.stopping.cut(answer, before)
-        if self.streamer is not None and answer[before:]:
-            self.streamer.put(torch.tensor(answer[before:]))
+        if self.streamer is not None:
+            self._tell(answer, len(answer) if ended else self.stopping.certain(answer))
         return ended
+
+    def finish(self) -> None:
+        """Tells who follows that no more will come."""
+        if self.streamer is not None:
+            self._tell(self.answers[0], len(self.answers[0]))
+            self.streamer.end()
+
+    def _tell(self, answer: list[int], certain: int) -> None:
+        if certain > self.told:
+            self.streamer.put(torch.tensor(answer[self.told : certain]))
+            self.told = certain
 
     def leave(self, ended: list[bool]) -> bool:
         """Takes ended samples (one flag for each row of the decoder) out of the batch, if they are many; True if none is left."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+COLDEST, HOTTEST = 1e-4, 1e4  # temperatures between which logits stay numbers
 STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "sequential", "entropy")
 
 
@@ -28,24 +29,35 @@ def sampling_of(settings: Any, asked: Sampling) -> Sampling:
     Raises:
         ValueError: if a setting would have no effect.
     """
+    _check_ranges(asked)
     do_sample = asked.do_sample
     if do_sample is None:
         do_sample = bool(asked.temperature) if asked.temperature is not None else bool(getattr(settings, "do_sample", False))
     if not do_sample:
-        if asked.temperature:
+        if asked.temperature not in (None, 0, 1):
             raise ValueError(f"temperature {asked.temperature} has no effect with do_sample=False: leave one of them out")
-        if asked.top_k is not None or asked.top_p is not None:
+        if asked.top_k not in (None, 0) or asked.top_p not in (None, 1):
             raise ValueError("top_k and top_p have no effect at temperature 0: give a temperature, or leave them out")
-        return Sampling(False, asked.temperature or 0.0)
-    if asked.temperature is not None and asked.temperature < 0:
-        raise ValueError(f"temperature is {asked.temperature}, expected 0 or more")
+        return Sampling(False, 0.0)
     names = ("temperature", "top_k", "top_p")
     said = {name: getattr(asked, name) if getattr(asked, name) is not None else getattr(settings, name, None) for name in names}
     if said["temperature"] is None:
         said["temperature"] = 1.0
     if said["temperature"] == 0:
         raise ValueError("do_sample=True needs a temperature above 0")
-    return Sampling(True, **said)
+    sampling = Sampling(True, **said)
+    _check_ranges(sampling)
+    return sampling
+
+
+def _check_ranges(sampling: Sampling) -> None:
+    """Raises ValueError for what no probabilities come out of; 0 and 1 are the neutral values of top_k and top_p."""
+    if (heat := sampling.temperature) is not None and (not 0 <= heat <= HOTTEST or 0 < heat < COLDEST):
+        raise ValueError(f"temperature is {heat}, expected 0 (the likeliest token) or {COLDEST:g} to {HOTTEST:g}")
+    if sampling.top_k is not None and sampling.top_k < 0:
+        raise ValueError(f"top_k is {sampling.top_k}, expected 0 (all tokens) or more")
+    if sampling.top_p is not None and not 0 <= sampling.top_p <= 1:
+        raise ValueError(f"top_p is {sampling.top_p}, expected 0 to 1")
 
 
 def never_predicted(config: Any, vocabulary: int, device: torch.device) -> torch.Tensor:

@@ -74,20 +74,18 @@ def static_trunk(model: Any, batch: int, tokens: int, compile_config: CompileCon
     return held
 
 
-def compile_config_of(settings: Any, asked: CompileConfig | None, disable: bool | None, device: torch.device) -> Any:
+def compile_config_of(given: CompileConfig | None, disable: bool, device: torch.device) -> CompileConfig | None:
     """How a static trunk is compiled, None for not at all. As in transformers: on a GPU unless it is disabled, elsewhere if a
     configuration is given.
 
     Raises:
         ValueError: if a configuration is given and compiling disabled.
     """
-    disable = bool(getattr(settings, "disable_compile", False)) if disable is None else disable
-    given = getattr(settings, "compile_config", None) if asked is None else asked
-    if disable:
-        if asked is not None:
-            raise ValueError("compile_config has no effect with disable_compile=True: leave one of them out")
+    if disable and given is not None:
+        raise ValueError("compile_config has no effect with disable_compile=True: leave one of them out")
+    if disable or (given is None and device.type != "cuda"):
         return None
-    return given if given is not None or device.type != "cuda" else CompileConfig(fullgraph=True, dynamic=False)
+    return given or CompileConfig(fullgraph=True, dynamic=False)
 
 
 @contextmanager
