@@ -19,8 +19,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from diffvl.bench import decode, published_decoder
 from diffvl.bench.bandwidth import streamed_bytes
-from diffvl.bench.decode import Case, DecodeBench, Timed, add_ratios, in_fp32, numbers, prove_same_tokens, row
+from diffvl.bench.decode import (
+    Case,
+    Timed,
+    add_ratios,
+    cases,
+    equality,
+    in_fp32,
+    prove_same_tokens,
+    row,
+)
 from diffvl.bench.decode_bars import DecodeVerdict, decode_verdicts
+from diffvl.bench.decode_request import DecodeBench, numbers
 from diffvl.bench.decoders import DECODERS, NEVER, Decoded, Prompts, ar_generate, blocks_and_steps, ours
 from diffvl.bench.forms import build_model
 from diffvl.bench.sweep import THRESHOLDS, Scored, sweep_row
@@ -131,7 +141,7 @@ def made_up(decoder: str, steps: int, batch: int, speed: float, **more: Any) -> 
     if decoder != "ar_generate":
         extra = 9 if decoder == "published" else 0
         common |= {"blocks": 8, "steps_due": 8 * steps, "forwards": 8 * steps + extra}
-    return {"decoder": decoder, "steps": steps, "batch": batch, **common, **more}
+    return {"decoder": decoder, "steps": steps, "batch": batch, "compiled": False, **common, **more}
 
 
 def test_a_row_is_medians_and_sums():
@@ -185,6 +195,49 @@ def test_bars_of_cuda():
         (">=", 1.5, 1.6, True),
         (">=", 2.0, 1.6, False),
         ("<=", 1.5, pytest.approx(1.5), True),
+    ]
+
+
+def test_on_cuda_ours_is_measured_compiled_and_ar_as_it_comes():
+    rows = [made_up("ar_generate", 1, 1, 100.0), made_up("published", 4, 1, 100.0), made_up("ours", 4, 1, 110.0)]
+    rows += [made_up("ar_generate", 1, 1, 190.0, compiled=True)]
+    rows += [made_up("ours", 4, 1, 250.0, compiled=True, forward_seconds=0.005)]
+    found = {verdict.text: verdict.value for verdict in decode_verdicts(rows, "cuda", 0.004)}
+    assert found["tokens/s, ours / ar_generate, 4 steps, batch 1"] == 2.5
+    assert found["time per forward, ours / weight streaming, 4 steps, batch 1"] == 1.25
+    assert "forwards, ours compiled, 4 steps, batch 1, 8 blocks" in found
+    assert {verdict.value for verdict in decode_verdicts(rows, "cpu", 1.0) if "4 steps, batch 1" in verdict.text} == {40, 32, 1.1}
+    add_ratios(rows)
+    assert [one["ratio_to_ar"] for one in rows] == [1.0, 1.0, 1.1, 1.9, 2.5]
+
+
+def test_compiled_tokens_are_compared_place_by_place():
+    def timed(*answers: list[int]) -> Timed:
+        return Timed([Decoded([answer], 4, 0) for answer in answers], [1.0], [0.5])
+
+    plain, compiled = Case("ours", 4), Case("ours", 4, compiled=True)
+    both = {plain: timed([1, 2, 3, 4], [5, 6]), compiled: timed([1, 2, 9, 4], [5])}
+    assert equality(plain, both) == {} and equality(compiled, both) == {"equal_to_plain": 4 / 6}
+
+
+def test_what_is_compiled():
+    """At batch 1, and not the published loop, which has no fixed shapes."""
+    chosen = cases((4, 2), 1, True)
+    assert [case.name for case in chosen if case.compiled] == ["ar_generate 1 compiled", "ours 4 compiled", "ours 2 compiled"]
+    assert [case for case in chosen if not case.compiled] == cases((4, 2), 1, False)
+    assert not any(case.compiled for case in cases((4, 2), 8, True))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_compiled_forms_are_measured():
+    """On the CPU's own compiler; in fp32 the tokens are the same."""
+    words = ("bench", "decode", "--quick", "--json", "--device", "cpu", "--batch", 1, "--steps", 4, "--compile")
+    report = json.loads(succeed(*words).out)
+    rows = [(one["decoder"], one["compiled"], one.get("equal_to_plain")) for one in report["rows"]]
+    assert rows == [
+        *(("ar_generate", False, None), ("published", False, None), ("ours", False, None)),
+        *(("ar_generate", True, 1.0), ("ours", True, 1.0)),
     ]
 
 

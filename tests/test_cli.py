@@ -37,7 +37,7 @@ VERBS = [
 
 DECODING = {
     *("--max-new-tokens", "--steps", "--mode", "--strategy", "--threshold", "--entropy-budget", "--temperature", "--top-k"),
-    *("--top-p", "--seed", "--stop", "--repetition-stop"),
+    *("--top-p", "--seed", "--stop", "--repetition-stop", "--compile"),
 }
 
 FLAGS = {
@@ -51,7 +51,7 @@ FLAGS = {
     "evaluate": {"DIR", "--data", "--limit", "--json"},
     "bench decode": {
         *("DIR", "--data", "--sweep", "--limit", "--steps", "--batch", "--max-new-tokens", "--repeats", "--device", "--layers"),
-        *("--hidden", "--block-size", "--context", "--seed", "--quick", "--json"),
+        *("--hidden", "--block-size", "--context", "--seed", "--quick", "--compile", "--no-compile", "--json"),
     },
     "bench objective": {"--samples", "--seed", "--json"},
     "bench train": {

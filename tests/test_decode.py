@@ -14,11 +14,13 @@ from block_checkpoints import BLOCK, block_checkpoint, fed, ids_of, tokenizer
 from conftest import Loaded
 from helpers import picture
 from tiny_runs import refused, succeed
+from transformers import CompileConfig
 
-from diffvl import cli
+from diffvl import cli, decode
 from diffvl.decode import Decoder, DecodeSettings, TextPieces, answer_chats, text_of
 from diffvl.hub.request_diffvl import MODES
 
+MODE_WORDS = [("--mode", mode) for mode in MODES]
 PROMPTS = ["Now?", "A longer question, with nothing to see. " * 2, "Hi", "What is it?", "Why?"]
 
 
@@ -165,7 +167,11 @@ def test_every_flag_reaches_the_decoder(checkpoint: Path):
 # --- streams --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", [(), ("--mode", "speculative"), ("--mode", "ar"), ("--steps", 2)], ids=str)
+@pytest.mark.parametrize(
+    "words",
+    [(), ("--mode", "speculative"), ("--mode", "ar"), ("--steps", 2), *((*mode, "--repetition-stop", 3) for mode in MODE_WORDS)],
+    ids=str,
+)
 def test_a_stream_prints_the_same_text(words: Sequence[object], checkpoint: Path):
     asks = ("generate", checkpoint, "--prompt", "Tell me.", "--max-new-tokens", 20, *words)
     assert succeed(*asks, "--stream").out == succeed(*asks).out != "\n"
@@ -273,6 +279,9 @@ def test_several_bad_lines_are_told_at_once(checkpoint: Path, tmp_path: Path):
     (("--image", "none.png"), "--image: picture none.png does not exist"),
     (("--max-new-tokens", 510), "and 510 new ones do not fit the context of 512: shorten the prompt or lower --max-new-tokens"),
     (("--image", "seen.png", "--prompt", "<image><image>"), "the prompt has 2 <image> markers, 1 pictures were given"),
+    (("--temperature", "inf"), "temperature is inf, expected 0 (the likeliest token) or 0.0001 to 10000"),
+    (("--temperature", 1e-40), "temperature is 1e-40, expected 0 (the likeliest token) or 0.0001 to 10000"),
+    (("--mode", "speculative", "--compile"), "--compile has no effect with --mode speculative"),
     (("--prompt", "\udcff"), "the prompt is not valid UTF-8 text (character 1, '\\udcff')"),
 ])  # fmt: skip
 def test_generate_refuses(
@@ -288,6 +297,53 @@ def test_what_a_checkpoint_was_not_trained_for(other_context: Path, prepared: Ca
     succeed(*words, "--mode", "ar")
     says = ["--steps is 2, expected 1 to the block size, 1, which has seen the next-token objective only"]
     refused("generate", prepared("llama"), "--prompt", "Hi", "--steps", 2, says=says)
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"grid": "foo"}, "grid is 'foo', expected one of absolute, response"),
+    ({"decoding": None}, "decoding is None, expected one of blocks, ar"),
+    ({"text_config": None}, "config.json: no text_config in it; copy the checkpoint again"),
+    ({"vision_config": {}}, "a part of the configuration (text_config, vision_config) names no model_type"),
+])  # fmt: skip
+def test_a_damaged_configuration_is_told(change: dict[str, Any], says: str, checkpoint: Path, tmp_path: Path):
+    damaged = tiny_runs.copy(checkpoint, tmp_path / "damaged")
+    config = json.loads((damaged / "config.json").read_text(encoding="utf-8")) | change
+    (damaged / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    refused("generate", damaged, "--prompt", "Hi", says=[says])
+
+
+# --- compiled -------------------------------------------------------------------------------------------------------------
+
+
+def compiled_by(backend: Any) -> dict[str, Any]:
+    config = CompileConfig(fullgraph=True, dynamic=False, backend=backend, mode="default")
+    return {"cache_implementation": "static", "compile_config": config}
+
+
+def test_a_compiled_trunk_says_the_same(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+    """The graph is run as it is; kernels that are made for it are for tests/hub/test_static.py."""
+    plain = {mode: asked(checkpoint, "--prompt", "Tell me.", "--mode", mode) for mode in ("blocks", "ar")}
+    monkeypatch.setattr(decode, "COMPILED", compiled_by("eager"))
+    torch.compiler.reset()
+    for mode, expected in plain.items():
+        done = succeed(
+            "generate", checkpoint, "--max-new-tokens", 12, "--prompt", "Tell me.", "--mode", mode, "--compile", "--json"
+        )
+        given = json.loads(done.out)
+        assert [given[name] for name in ("text", "tokens", "forwards")] == [
+            expected[name] for name in ("text", "tokens", "forwards")
+        ]
+        assert "the trunk is compiled while the first answer is decoded" in done.err
+
+
+def test_what_cannot_be_compiled_is_one_message(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no compiler on this machine")
+
+    monkeypatch.setattr(decode, "COMPILED", compiled_by(broken))
+    torch.compiler.reset()
+    says = ["--compile: this llama trunk cannot be compiled here (", "leave --compile out"]
+    refused("generate", checkpoint, "--prompt", "Hi", "--max-new-tokens", 12, "--compile", says=says)
 
 
 @pytest.mark.parametrize("verb", ["generate", "chat"])

@@ -88,12 +88,16 @@ def bench_decode(
     context: Annotated[Context | None, typer.Option(help="Attention among clean tokens, of random weights.")] = None,
     seed: Seed = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, to see that it runs; the figures mean nothing.")] = False,
+    compile: Annotated[
+        bool | None, typer.Option(help="Also the compiled forms of ours and AR, at batch 1. Default: on CUDA.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare decoding with transformers' AR generate and with the block loop as published."""
     from rich.console import Console
 
-    from diffvl.bench.decode import DecodeBench, compare_decoders, sweep_request
+    from diffvl.bench.decode import compare_decoders
+    from diffvl.bench.decode_request import DecodeBench, sweep_request
     from diffvl.bench.decode_tables import decode_bar_lines, decode_tables, sweep_tables
     from diffvl.bench.sweep import sweep as run_sweep
     from diffvl.progress import quiet_libraries
@@ -113,6 +117,7 @@ def bench_decode(
         context=context,
         seed=seed,
         quick=quick,
+        compile=compile,
     )
     bars = []
     if sweep or limit is not None:

@@ -51,9 +51,12 @@ Stop = Annotated[list[str] | None, typer.Option(help="A text that ends the answe
 RepetitionStop = Annotated[
     int | None, typer.Option(min=2, help="End an answer that says the same so many times in a row.", metavar="N")
 ]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="Compile the trunk first (CUDA graphs on a GPU): about a minute, then faster.")
+]
 SETTINGS = (
     *("max_new_tokens", "steps", "mode", "strategy", "threshold", "entropy_budget"),
-    *("temperature", "top_k", "top_p", "seed", "stop", "repetition_stop"),
+    *("temperature", "top_k", "top_p", "seed", "stop", "repetition_stop", "compile"),
 )
 
 
@@ -78,6 +81,7 @@ def generate(
     seed: Seed = 0,
     stop: Stop = None,
     repetition_stop: RepetitionStop = None,
+    compile: Compile = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print blocks as they become final.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="See the blocks settle, coloured by confidence.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with text and figures.")] = False,
@@ -97,6 +101,7 @@ def generate(
     quiet_libraries()
     _take_any_text()
     settings = DecodeSettings(**values)
+    _announce(settings)
     if batch is not None:
         _answer_file(directory, batch, batch_size, settings)
         return
@@ -127,6 +132,7 @@ def chat(
     seed: Seed = 0,
     stop: Stop = None,
     repetition_stop: RepetitionStop = None,
+    compile: Compile = False,
 ) -> None:
     """Talk to a checkpoint. A line is a message; /image PATH shows it a picture, /help lists the other orders."""
     values = _settings(context.params, _given(context))
@@ -136,7 +142,9 @@ def chat(
 
     quiet_libraries()
     _take_any_text()
-    talk = Chat(load_for_decoding(directory), DecodeSettings(**values), _write, _say, _complain)
+    settings = DecodeSettings(**values)
+    _announce(settings)
+    talk = Chat(load_for_decoding(directory), settings, _write, _say, _complain)
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if at_terminal:
         _complain(f"{directory}: /help lists the orders, Ctrl-D ends")
@@ -250,6 +258,11 @@ def _answer_file(directory: Path, file: Path, size: int, settings: "DecodeSettin
     batches = [questions[start : start + size] for start in range(0, len(questions), size)]
     for question, reply in answer_questions(decoder, track(console, batches, len(batches), "answering in batches"), settings):
         print(json.dumps({"id": question.id, **asdict(reply)}, ensure_ascii=False), file=out, flush=True)
+
+
+def _announce(settings: "DecodeSettings") -> None:
+    if settings.compile:
+        _complain("the trunk is compiled while the first answer is decoded: it comes about a minute late")
 
 
 # --- terminal --------------------------------------------------------------------------------------------------------------

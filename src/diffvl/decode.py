@@ -6,13 +6,15 @@ do with them is refused before anything is decoded.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import BatchFeature
+from torch._dynamo.exc import TorchDynamoException
+from transformers import BatchFeature, CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
 from diffvl.checkpoint import load_checkpoint, read_json
@@ -25,11 +27,12 @@ from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.prefix_diffvl import Prefix
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.hub.run_diffvl import BlockGenerationOutput, OnStep
-from diffvl.hub.sampling_diffvl import remasking_of
+from diffvl.hub.sampling_diffvl import Sampling, remasking_of, sampling_of
 
 Message = dict[str, Any]  # one of a conversation: role and content; picture parts carry their pictures
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer makes of a character whose last bytes are not there yet
+COMPILED = {"cache_implementation": "static", "compile_config": CompileConfig(fullgraph=True, dynamic=False)}
 OTHER_DECODERS = ("sdar", "diffusionvl", "llada", "llava_llada")  # how model types of other block-diffusion projects begin
 
 
@@ -38,7 +41,7 @@ class DecodeSettings:
     """How to decode; see `BlockGeneration.generate`, which has the same words. None: its default.
 
     steps: denoising steps per block, default the block size. temperature: 0 is greedy. stop: texts that end an answer and stay in
-    it. repetition_stop: ends an answer whose tail repeats so many times.
+    it. repetition_stop: ends an answer whose tail repeats so many times. compile: decodes in fixed shapes, with a compiled trunk.
     """
 
     max_new_tokens: int = 128
@@ -53,6 +56,7 @@ class DecodeSettings:
     seed: int = 0
     stop: tuple[str, ...] = ()
     repetition_stop: int | None = None
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,8 +163,11 @@ def check_settings(settings: DecodeSettings, config: DiffVLConfig) -> None:
             "--mode speculative needs a checkpoint trained with context: causal (and best with an AR loss, ar_weight), whose own "
             f"AR logits check the drafts; this one has context: {config.context}. Use --mode blocks or --mode ar"
         )
+    if settings.compile and settings.mode == "speculative":
+        raise UsageError("--compile has no effect with --mode speculative, whose forwards have many shapes: leave it out")
     try:
         remasking_of(settings.strategy, settings.steps, config.block_size, settings.threshold, settings.entropy_budget)
+        sampling_of(None, Sampling(None, settings.temperature, settings.top_k, settings.top_p))
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -244,16 +251,17 @@ def decode(
     began = time.monotonic() if began is None else began
     model, tokenizer = decoder.model, decoder.processor.tokenizer
     mask = model.config.mask_token_id
-    output = model.generate(
-        **inputs.to(model.device),
-        **_generate_arguments(settings),
-        tokenizer=tokenizer,
-        streamer=watcher.streamer,
-        on_step=watcher.on_step,
-        prefix=prefix,
-        pad_token_id=mask,  # the one token that an answer never holds: what is before it is the answer, however it ended
-        return_dict_in_generate=True,
-    )
+    with _compiling(settings, model):
+        output = model.generate(
+            **inputs.to(model.device),
+            **_generate_arguments(settings),
+            tokenizer=tokenizer,
+            streamer=watcher.streamer,
+            on_step=watcher.on_step,
+            prefix=prefix,
+            pad_token_id=mask,  # the one token that an answer never holds: what is before it is the answer, however it ended
+            return_dict_in_generate=True,
+        )
     assert isinstance(output, BlockGenerationOutput) and output.sequences is not None and output.forwards is not None
     assert output.prefill_seconds is not None and output.decode_seconds is not None
     seconds = time.monotonic() - began
@@ -279,7 +287,22 @@ def _generate_arguments(settings: DecodeSettings) -> dict[str, Any]:
         "seed": settings.seed,
         "stop_strings": list(settings.stop),
         "repetition_stop": settings.repetition_stop,
+        **(COMPILED if settings.compile else {}),
     }
+
+
+@contextmanager
+def _compiling(settings: DecodeSettings, model: Any) -> Iterator[None]:
+    """Says in one message what cannot be compiled: an odd trunk, or any on a machine without a compiler."""
+    try:
+        yield
+    except (TorchDynamoException, ValueError) as error:
+        if not settings.compile:
+            raise
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        kind = model.config.text_config.model_type
+        advice = "leave --compile out"
+        raise UsageError(f"--compile: this {kind} trunk cannot be compiled here ({reason}): {advice}") from error
 
 
 def text_of(tokenizer: Any, ids: Sequence[int], stops: Sequence[str]) -> str:

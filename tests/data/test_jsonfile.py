@@ -41,6 +41,17 @@ def cursors(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 # --- lines ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["deep.json", "deep.jsonl", "long.json", "long.jsonl"])
+def test_json_that_python_does_not_read(name: str, tmp_path: Path):
+    """Brackets in one another by the thousand, and a number of as many digits: a message with the line, no traceback."""
+    value = "[" * 100_000 if name.startswith("deep") else '{"id": ' + "9" * 5000 + "}"
+    path = tmp_path / name
+    path.write_text(f"[{value}]" if path.suffix == ".json" else f'{{"id": 1}}\n{value}\n', encoding="utf-8")
+    *_, (line, found) = read_objects(path)
+    assert isinstance(found, DataError) and f"{name}:{line}: JSON that cannot be read: " in str(found)
+    assert line == (1 if path.suffix == ".json" else 2)
+
+
 def test_pretty_printed_list_names_the_line_of_each_object(tmp_path: Path) -> None:
     objects = [{"id": number, "x": ["a", {}]} for number in range(3)]
     path = written(tmp_path, ".json", "\ufeff" + json.dumps(objects, indent=2))

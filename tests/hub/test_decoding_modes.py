@@ -409,10 +409,10 @@ def test_the_mask_token_is_never_an_answer(mode: str, loaded: Callable[[str], Lo
     """Its row, the picture's and a spare one made the likeliest of all."""
     model, _ = loaded("qwen2")
     model.config.set_decoding("blocks", 4, "causal", "absolute", "same")
-    bias = torch.zeros(model.get_output_embeddings().weight.shape[0])
+    bias = torch.zeros(model.config.text_config.vocab_size)
     never = {model.config.mask_token_id, model.config.image_token_id, *range(model.config.vocabulary_size, len(bias))}
     bias[list(never)] = 1e4
-    hook = model.get_output_embeddings().register_forward_hook(lambda _, __, logits: logits + bias)
+    hook = model.get_output_embeddings().register_forward_hook(lambda *given: given[2] + bias)
     try:
         found = answers(loaded("qwen2"), CHATS, mode=mode, max_new_tokens=9, eos_token_id=-1)
     finally:

@@ -74,14 +74,15 @@ def test_the_buffers_stay_with_the_model(loaded: Callable[[str], Loaded]):
     held = []
     for chats, limit in (([CHATS[0]], 8), ([CHATS[3]], 20), ([CHATS[3]], 300), ([CHATS[1]], 8), (CHATS, 8)):
         generated(both, chats, max_new_tokens=limit, eos_token_id=-1, denoising_steps=1, **STATIC)
-        held.append(model._static_trunk.cache)
+        held.append(vars(model)["_static_trunk"].cache)
     assert held[0] is held[1] and held[1] is not held[2] and held[2] is held[3] and held[3] is not held[4]
     assert [cache.capacity for cache in (held[0], held[2], held[4])] == [256, 512, 256]
-    assert copy.deepcopy(model)._static_trunk is None
-    with torch.no_grad():
-        wide = copy.deepcopy(model).double()
-    found = wide.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, **STATIC)
-    assert found.tolist() == wide.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8).tolist()
+    wide: Any = copy.deepcopy(model)
+    assert wide._static_trunk is None
+    for dtype in (torch.float64, torch.float32):
+        wide = wide.to(dtype)
+        found = wide.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, **STATIC)
+        assert found.tolist() == wide.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8).tolist()
 
 
 def test_ar_has_a_static_cache_too_and_speculation_none(loaded: Callable[[str], Loaded]):
@@ -141,7 +142,7 @@ def test_two_forms_are_compiled_and_no_more(
     model = copy.deepcopy(model)
     model.config.set_decoding("blocks", 4, context, "absolute", target)
     backend = Counted()
-    compiled = {**STATIC, "compile_config": CompileConfig(fullgraph=True, dynamic=False, backend=backend, mode=None)}
+    compiled = {**STATIC, "compile_config": CompileConfig(fullgraph=True, dynamic=False, backend=backend, mode="default")}
     calls: list[int] = []
     for chats, count in (([CHATS[0]], 2), ([CHATS[3]], 2), ([CHATS[1]], 2), (CHATS, 4), (CHATS, 4)):
         expected = generated((model, processor), chats, **SETTINGS)
@@ -161,12 +162,13 @@ def test_a_compiled_trunk_is_what_decodes(loaded: Callable[[str], Loaded], fresh
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(static_diffvl.StaticTrunk, "logits", lambda *a: (seen.update(["compiled"]), trunk_logits(*a))[1])
         patch.setattr(BlockDecoder, "_pass", lambda *a: (seen.update(["plain"]), passed(*a))[1])
-        config = CompileConfig(fullgraph=True, dynamic=False, backend="eager", mode=None)
+        config = CompileConfig(fullgraph=True, dynamic=False, backend="eager", mode="default")
         output = generated((model, processor), CHATS, **SETTINGS, **STATIC, compile_config=config)
     assert seen == {"plain": 1, "compiled": (output.forwards or 0) - 1}
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # compilers warn about themselves
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
 def test_compiled_for_this_machine(model_type: str, loaded: Callable[[str], Loaded], fresh_compiler: None):
     """Inductor's own kernels, which round otherwise: the same tokens, in fp32."""

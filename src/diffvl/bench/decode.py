@@ -9,7 +9,8 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ from rich.console import Console
 from diffvl.bench import machine
 from diffvl.bench.bandwidth import memory_bandwidth, streamed_bytes
 from diffvl.bench.decode_bars import DecodeVerdict, decode_verdicts, row_of
-from diffvl.bench.decoders import DECODERS, Decoded, Prompts, blocks_and_steps
+from diffvl.bench.decode_request import DecodeBench, numbers, refuse_idle_words
+from diffvl.bench.decoders import DECODERS, Decoded, OnFirst, Prompts, blocks_and_steps
 from diffvl.bench.flops import synchronize
 from diffvl.bench.forms import resized
 from diffvl.bench.measure import schedule
 from diffvl.bench.subject import Subject, random_subject, trained_subject
-from diffvl.bench.sweep import SweepBench
 from diffvl.bench.train import QUICK_SCALE, SCALES, pick_device
 from diffvl.errors import TrainingError, UsageError
 from diffvl.progress import spinner_or_line, track
@@ -37,28 +38,6 @@ REPEATS = {"cpu": {1: 5, 8: 3}, "cuda": {1: 7, 32: 5}}
 FEWEST, TRAINED = 1, 2  # rounds beyond these batches; rounds for a checkpoint, which has several prompts
 QUESTIONS = 8  # of a file that are asked at every batch size, one after the other at batch 1
 BLOCK_SIZE = 8
-
-
-@dataclass(frozen=True)
-class DecodeBench:
-    """What the command line asks for; None takes the default.
-
-    directory: a checkpoint instead of random weights. data: its questions. quick: tiny sizes, to see that it runs.
-    """
-
-    directory: Path | None = None
-    data: Path | None = None
-    steps: str | None = None
-    batch: str | None = None
-    max_new_tokens: int | None = None
-    repeats: int | None = None
-    device: str = "auto"
-    layers: int | None = None
-    hidden: int | None = None
-    block_size: int | None = None
-    context: str | None = None
-    seed: int = 0
-    quick: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,10 +59,14 @@ class Case:
 
     decoder: str
     steps: int
+    compiled: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.decoder} {self.steps}"
+        return f"{self.decoder} {self.steps}" + (" compiled" if self.compiled else "")
+
+    def run(self, model: Any, prompts: Prompts, on_first: OnFirst | None = None) -> Decoded:
+        return DECODERS[self.decoder](model, prompts, self.steps, on_first, self.compiled)
 
 
 class FirstTokenError(Exception):
@@ -136,10 +119,11 @@ def compare_decoders(request: DecodeBench, console: Console) -> DecodeReport:
         "floor_seconds": weights / bandwidth,
     }
     rows: list[dict[str, Any]] = []
+    compiled = device.type == "cuda" if request.compile is None else request.compile
     for batch in batches:
-        text = f"batch {batch}"
-        timed = measure_cases(subject.model, groups[batch], cases(steps, batch), repeats[batch], device, console, text)
-        rows += [row(case, groups[batch], one, config) for case, one in timed.items()]
+        text, chosen = f"batch {batch}", cases(steps, batch, compiled)
+        timed = measure_cases(subject.model, groups[batch], chosen, repeats[batch], device, console, text)
+        rows += [row(case, groups[batch], one, config) | equality(case, timed) for case, one in timed.items()]
     add_ratios(rows)
     return DecodeReport(described, rows, decode_verdicts(rows, device.type, weights / bandwidth))
 
@@ -161,46 +145,6 @@ def describe(request: DecodeBench, subject: Subject, device: torch.device) -> di
 
 
 # --- what is asked -----------------------------------------------------------------------------------------------------------
-
-
-def refuse_idle_words(request: DecodeBench) -> None:
-    """Raises UsageError for a setting that would have no effect."""
-    if request.directory is None:
-        if request.data is not None:
-            raise UsageError("--data has no effect without DIR: random weights read no questions. Name a checkpoint")
-        return
-    given = {"--layers": request.layers, "--hidden": request.hidden, "--block-size": request.block_size}
-    given |= {"--context": request.context, "--seed": request.seed or None, "--quick": request.quick or None}
-    idle = [name for name, value in given.items() if value is not None]
-    if idle:
-        raise UsageError(f"{', '.join(idle)} with DIR: the checkpoint has its own sizes. Leave it out, or leave out DIR")
-
-
-def sweep_request(request: DecodeBench, asked: bool, limit: int | None) -> SweepBench:
-    """What `--sweep` is asked to do. Raises UsageError if something is missing, or would have no effect."""
-    if not asked:
-        raise UsageError(f"--limit {limit} has no effect without --sweep")
-    if request.directory is None or request.data is None:
-        raise UsageError("--sweep measures answers against true ones: give DIR and --data FILE")
-    refuse_idle_words(request)
-    idle = {"--steps": request.steps, "--batch": request.batch, "--repeats": request.repeats, "--seed": request.seed or None}
-    for flag, value in idle.items():
-        if value is not None:
-            raise UsageError(f"{flag} has no effect with --sweep, which answers every question once at each threshold")
-    return SweepBench(request.directory, request.data, limit, request.max_new_tokens, request.device)
-
-
-def numbers(flag: str, words: str | None, default: Sequence[int]) -> tuple[int, ...]:
-    """`8,4,2` -> (8, 4, 2). Raises UsageError on other words, and on a number named twice."""
-    if words is None:
-        return tuple(default)
-    parts = [word.strip() for word in words.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UsageError(f"{flag} {words!r}: expected whole numbers from 1 on with commas between them, as in 8,4,2")
-    found = tuple(map(int, parts))
-    if len(set(found)) < len(found):
-        raise UsageError(f"{flag} {words!r}: a number is named twice")
-    return found
 
 
 def make_subject(request: DecodeBench, device: torch.device, batch: int) -> Subject:
@@ -229,10 +173,13 @@ def repeats_of(request: DecodeBench, device: torch.device, batch: int) -> int:
     return next((rounds for largest, rounds in REPEATS[device.type].items() if batch <= largest), FEWEST)
 
 
-def cases(steps: Sequence[int], batch: int) -> list[Case]:
-    """What runs at a batch size: the published loop takes one sample."""
+def cases(steps: Sequence[int], batch: int, compiled: bool) -> list[Case]:
+    """What runs at a batch size: the published loop takes one sample, and every batch size would be compiled anew."""
     blocks = ["published", "ours"] if batch == 1 else ["ours"]
-    return [Case("ar_generate", 1), *(Case(decoder, count) for decoder in blocks for count in steps)]
+    plain = [Case("ar_generate", 1), *(Case(decoder, count) for decoder in blocks for count in steps)]
+    if not compiled or batch > 1:
+        return plain
+    return [*plain, Case("ar_generate", 1, compiled=True), *(Case("ours", count, compiled=True) for count in steps)]
 
 
 # --- the proof ---------------------------------------------------------------------------------------------------------------
@@ -296,9 +243,11 @@ def measure_cases(
     for number, name in track(console, plan, len(plan), text):
         case = by_name[name]
         if number < 0:
-            # Two blocks are every kind of forward there is; on CUDA there may be graphs that are captured on the way.
+            # Two blocks are every kind of forward there is; compiled ones need caches of the size that will be timed.
             limit = min(groups[0].limit, 2 * model.config.block_size)
-            time_whole(model, groups[0] if device.type == "cuda" else groups[0].shortened(limit), case, device)
+            for prompts in groups if case.compiled else groups[:1]:
+                whole = case.compiled or device.type == "cuda"
+                time_whole(model, prompts if whole else prompts.shortened(limit), case, device)
             continue
         first = [time_first(model, prompts, case, device) for prompts in groups]
         whole = [time_whole(model, prompts, case, device) for prompts in groups]
@@ -312,7 +261,7 @@ def time_whole(model: Any, prompts: Prompts, case: Case, device: torch.device) -
     """One call, from prompt to answer."""
     synchronize(device)
     began = time.perf_counter()
-    decoded = DECODERS[case.decoder](model, prompts, case.steps, None)
+    decoded = case.run(model, prompts)
     synchronize(device)
     return time.perf_counter() - began, decoded
 
@@ -330,7 +279,7 @@ def time_first(model: Any, prompts: Prompts, case: Case, device: torch.device) -
     synchronize(device)
     began = time.perf_counter()
     with suppress(FirstTokenError):
-        DECODERS[case.decoder](model, prompts.shortened(1), case.steps, on_first)
+        case.run(model, prompts.shortened(1), on_first)
     return noticed[0] - began
 
 
@@ -343,6 +292,7 @@ def row(case: Case, groups: Sequence[Prompts], timed: Timed, config: Any) -> dic
     found = {
         "decoder": case.decoder,
         "steps": case.steps,
+        "compiled": case.compiled,
         "block_size": 1 if case.decoder == "ar_generate" else config.block_size,
         "batch": batch,
         "forwards_per_token": (forwards - prefills) * batch / tokens,
@@ -364,10 +314,24 @@ def row(case: Case, groups: Sequence[Prompts], timed: Timed, config: Any) -> dic
     return found
 
 
+def equality(case: Case, timed: dict[Case, Timed]) -> dict[str, Any]:
+    """For a compiled form, how many of its tokens are those of the plain one, place by place: its kernels round otherwise, and in
+    bf16 that decides between tokens that are nearly as likely."""
+    if not case.compiled:
+        return {}
+    pairs = [
+        (one, other)
+        for found, plain in zip(timed[case].decoded, timed[replace(case, compiled=False)].decoded, strict=True)
+        for mine, theirs in zip(found.answers, plain.answers, strict=True)
+        for one, other in zip_longest(mine, theirs)
+    ]
+    return {"equal_to_plain": sum(one == other for one, other in pairs) / len(pairs)}
+
+
 def add_ratios(rows: list[dict[str, Any]]) -> None:
     """Tokens per second over those of AR at the same batch, and of the published loop at batch 1 with as many steps."""
     for one in rows:
-        ar = row_of(rows, "ar_generate", one["batch"], None)
+        ar = row_of(rows, "ar_generate", one["batch"], None)  # the first, which is not compiled
         other = None if one["decoder"] == "ar_generate" else row_of(rows, "published", 1, one["steps"])
         one["ratio_to_ar"] = None if ar is None else one["tokens_per_second"] / ar["tokens_per_second"]
         one["ratio_to_published"] = None if other is None else one["tokens_per_second"] / other["tokens_per_second"]

@@ -9,10 +9,10 @@ from diffvl.bench.tables import NOT_MEASURED, Table
 
 def decode_tables(machine: dict[str, Any], rows: Sequence[dict[str, Any]], bars: Sequence[DecodeVerdict]) -> list[Table]:
     """What is printed, in order: the machine, the decoders, the bars."""
-    return [machine_table(machine), rows_table(rows), (["bar", "limit", "here", ""], [_bar_words(bar) for bar in bars])]
+    return [machine_table(machine, rows), rows_table(rows), (["bar", "limit", "here", ""], [_bar_words(bar) for bar in bars])]
 
 
-def machine_table(machine: dict[str, Any]) -> Table:
+def machine_table(machine: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Table:
     """One line per fact."""
     settings = machine["settings"]
     repeats = ", ".join(
@@ -32,6 +32,10 @@ def machine_table(machine: dict[str, Any]) -> Table:
         + ", ".join(f"{steps}" for steps in machine["steps"])
         + f" steps, {machine['different_tokens']} different ones among them",
     }
+    if any(row["compiled"] for row in rows):
+        words["compiled"] = "the same tokens as the plain form, place by place: " + ", ".join(
+            f"{row['decoder']} {row['steps']} {row['equal_to_plain']:.0%}" for row in rows if row["compiled"]
+        )
     if settings["quick"]:
         words["quick"] = "tiny sizes: these figures mean nothing"
     return ["", ""], list(words.items())
@@ -44,7 +48,7 @@ def rows_table(rows: Sequence[dict[str, Any]]) -> Table:
     for row in rows:
         lines.append(
             (
-                row["decoder"],
+                row["decoder"] + (" compiled" if row["compiled"] else ""),
                 str(row["steps"]),
                 str(row["block_size"]),
                 str(row["batch"]),

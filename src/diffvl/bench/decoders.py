@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from diffvl.bench.published_decoder import answer_start, decode_published
+from diffvl.decode import COMPILED
 from diffvl.hub.run_diffvl import BlockGenerationOutput
 
 NEVER = -1  # stands in the place of a stop token where nothing may end an answer but its limit
@@ -64,8 +65,9 @@ class Decoded:
 OnFirst = Callable[[], None]
 
 
-def ar_generate(model: Any, prompts: Prompts, steps: int, on_first: OnFirst | None = None) -> Decoded:
-    """transformers' `generate` on the trunk, one token a forward; with `on_first` one token in all."""
+def ar_generate(model: Any, prompts: Prompts, steps: int, on_first: OnFirst | None = None, compiled: bool = False) -> Decoded:
+    """transformers' `generate` on the trunk, one token a forward; with `on_first` one token in all. compiled: with its own static
+    cache and compiled forward."""
     trunk = model.language_model
     # Out of the vocabulary and yet an id: "no stop token" cannot be said otherwise, because the trunk's own would be taken.
     never = trunk.get_output_embeddings().weight.shape[0]
@@ -81,6 +83,7 @@ def ar_generate(model: Any, prompts: Prompts, steps: int, on_first: OnFirst | No
         do_sample=False,
         eos_token_id=stops,
         pad_token_id=0 if prompts.stops == {NEVER} else stops[0],
+        **(COMPILED if compiled else {}),
     )[:, seen:]
     answers = [cut(row, prompts.stops) for row in sequences.tolist()]
     if on_first is not None:
@@ -88,15 +91,15 @@ def ar_generate(model: Any, prompts: Prompts, steps: int, on_first: OnFirst | No
     return Decoded(answers, sequences.shape[1], 0)
 
 
-def published(model: Any, prompts: Prompts, steps: int, on_first: OnFirst | None = None) -> Decoded:
-    """The published block loop, for one prompt."""
-    assert len(prompts.ids) == 1
+def published(model: Any, prompts: Prompts, steps: int, on_first: OnFirst | None = None, compiled: bool = False) -> Decoded:
+    """The published block loop, for one prompt; it joins its cache anew in every step, and has no compiled form."""
+    assert len(prompts.ids) == 1 and not compiled
     found = decode_published(model, prompts.ids, prompts.pixel_values, steps, prompts.limit, prompts.stops, on_first)
     return Decoded([found.tokens], found.prefills + found.denoising + found.commits, found.prefills)
 
 
-def ours(model: Any, prompts: Prompts, steps: int, on_first: OnFirst | None = None) -> Decoded:
-    """`generate` of the checkpoint; `on_first` is called after every step."""
+def ours(model: Any, prompts: Prompts, steps: int, on_first: OnFirst | None = None, compiled: bool = False) -> Decoded:
+    """`generate` of the checkpoint; `on_first` is called after every step. compiled: as with `diffvl generate --compile`."""
     output = model.generate(
         prompts.ids,
         pixel_values=prompts.pixel_values,
@@ -109,6 +112,7 @@ def ours(model: Any, prompts: Prompts, steps: int, on_first: OnFirst | None = No
         pad_token_id=0,
         on_step=None if on_first is None else lambda _: on_first(),
         return_dict_in_generate=True,
+        **(COMPILED if compiled else {}),
     )
     assert isinstance(output, BlockGenerationOutput) and output.sequences is not None and output.forwards is not None
     answers = [cut(row, prompts.stops) for row in output.sequences[:, prompts.ids.shape[1] :].tolist()]
@@ -116,7 +120,7 @@ def ours(model: Any, prompts: Prompts, steps: int, on_first: OnFirst | None = No
     return Decoded(answers, output.forwards, int(alone))
 
 
-DECODERS: dict[str, Callable[[Any, Prompts, int, OnFirst | None], Decoded]] = {
+DECODERS: dict[str, Callable[..., Decoded]] = {
     "ar_generate": ar_generate,
     "published": published,
     "ours": ours,

@@ -1,0 +1,60 @@
+"""The processor called as that of any vision-language model: rendered text and pictures in, what `generate` needs out."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import Loaded
+from decode_chats import CHATS
+from helpers import picture
+
+from diffvl.standins import TRUNKS
+
+PICTURES = [picture(), picture(1)]  # those of CHATS, in their order
+
+
+@pytest.mark.parametrize("model_type", TRUNKS)
+def test_rendered_text_gives_what_a_chat_gives(model_type: str, loaded: Callable[[str], Loaded]):
+    """Ids, pictures and the marks of earlier answers, without which blocks would be cut elsewhere than in training."""
+    model, processor = loaded(model_type)
+    model.config.set_decoding("blocks", 4, "block", "response", "same")
+    expected = processor.apply_chat_template(CHATS, tokenize=True, add_generation_prompt=True)
+    texts = processor.apply_chat_template(CHATS, add_generation_prompt=True)
+    processor.tokenizer.padding_side = "left"
+    try:
+        inputs = processor(text=texts, images=PICTURES, padding=True, return_tensors="pt")
+    finally:
+        processor.tokenizer.padding_side = "right"
+    for name in ("input_ids", "attention_mask", "answer_index"):
+        assert torch.equal(inputs[name], expected[name]), name
+    torch.testing.assert_close(inputs["pixel_values"], expected["pixel_values"])
+    found = model.generate(**inputs, max_new_tokens=6)
+    assert torch.equal(found, model.generate(**expected, max_new_tokens=6))  # type: ignore[arg-type]
+    right = processor(text=texts, images=PICTURES, padding=True, return_tensors="pt")
+    if processor.tokenizer.padding_side == "right":
+        shown = right["attention_mask"].bool()
+        assert right["answer_index"][shown].tolist() == expected["answer_index"][expected["attention_mask"].bool()].tolist()
+        assert not right["answer_index"][~shown].any()
+
+
+def test_forms_of_the_marks(loaded: Callable[[str], Loaded]):
+    """Lists for lists, none where there are no earlier answers, and one message where tokens cannot be matched."""
+    _, processor = loaded("llama")
+    text = processor.apply_chat_template(CHATS[2], add_generation_prompt=True)
+    one = processor(text=text, images=[PICTURES[1]])
+    (row,) = one["answer_index"] if isinstance(one["answer_index"][0], list) else [one["answer_index"]]
+    assert sum(row) == sum(processor.encode_chat(CHATS[2], add_generation_prompt=True).answer) > 3
+    assert "answer_index" not in processor(text=processor.apply_chat_template(CHATS[1], add_generation_prompt=True))
+    plain: Any = processor(text=[processor.apply_chat_template([*CHATS[1], *earlier()], add_generation_prompt=True)])
+    assert len(plain["answer_index"]) == 1 and len(plain["answer_index"][0]) == len(plain["input_ids"][0])
+    with pytest.raises(ValueError, match="answers of earlier turns do not stand in the tokens as they did in training"):
+        processor(
+            text=[processor.apply_chat_template([*CHATS[1], *earlier()], add_generation_prompt=True)],
+            truncation=True,
+            max_length=9,
+        )
+
+
+def earlier() -> list[dict[str, Any]]:
+    return [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Sure?"}]
