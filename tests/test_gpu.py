@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import Loaded
+from decode_chats import CHATS
 from helpers import CONTEXTS, batch, metrics, objective, sample, stage_recipe
 from test_invariant_training import run
 
 from diffvl.attention import FLEX, choose
+from diffvl.hub import generation_diffvl
+from diffvl.hub.run_diffvl import BlockGenerationOutput
 from diffvl.objective import Draw, block_diffusion
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]  # compilers warn about themselves
@@ -55,13 +58,46 @@ def test_a_run_learns_and_repeats(prepared: Callable[[str], Path], shapes: dict[
     assert [line["loss"] for line in again] == pytest.approx([line["loss"] for line in whole], rel=2e-2)
 
 
+@pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
-def test_decoding_is_that_of_the_cpu(model_type: str, loaded: Callable[[str], Loaded]):
+def test_decoding_is_that_of_the_cpu(model_type: str, context: str, loaded: Callable[[str], Loaded]):
+    """With a growing cache, with a static one, and with the trunk compiled for it: CUDA graphs, replayed for later prompts."""
     model, processor = loaded(model_type)
+    model.config.set_decoding("blocks", 4, context, "absolute", "same")
+    there = on_gpu(model)
+    static = {"cache_implementation": "static"}
+    for chats in (CHATS, CHATS[:1], CHATS[1:2], CHATS):
+        inputs = processor.apply_chat_template(chats, tokenize=True, add_generation_prompt=True)
+        moved: Any = {name: value.to(CUDA) for name, value in inputs.items()}
+        expected = model.generate(**inputs, max_new_tokens=16, denoising_steps=2)
+        for settings in ({}, {**static, "disable_compile": True}, static):
+            given = there.generate(**moved, max_new_tokens=16, denoising_steps=2, **settings)
+            assert isinstance(given, torch.Tensor) and given.tolist() == expected.tolist()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}], ids=["growing", "compiled"])
+def test_a_block_does_not_wait_for_the_gpu(
+    settings: dict[str, Any], loaded: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch
+):
+    """torch raises where Python would wait inside a block whose steps settle a fixed number of tokens."""
+    model, processor = loaded("llama")
     model.config.set_decoding("blocks", 4, "block", "absolute", "same")
-    chat = [[{"role": "user", "content": "Hi"}], [{"role": "user", "content": "What else is there?"}]]
-    inputs = processor.apply_chat_template(chat, tokenize=True, add_generation_prompt=True)
-    expected = model.generate(**inputs, max_new_tokens=16, denoising_steps=2)
-    moved: dict[str, Any] = {name: value.to(CUDA) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
-    given = on_gpu(model).generate(**moved, max_new_tokens=16, denoising_steps=2)
-    assert isinstance(given, torch.Tensor) and given.tolist() == expected.tolist()  # type: ignore[union-attr]
+    there = on_gpu(model)
+    inputs = processor.apply_chat_template(CHATS, tokenize=True, add_generation_prompt=True)
+    moved: Any = {name: value.to(CUDA) for name, value in inputs.items()}
+    there.generate(**moved, max_new_tokens=16, denoising_steps=2, **settings)  # graphs are captured on the way
+    denoise, blocks = generation_diffvl.denoise, []
+
+    def watched(*given: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error" if blocks else "default")  # the first block encodes the pictures
+        try:
+            return denoise(*given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            blocks.append(None)
+
+    monkeypatch.setattr(generation_diffvl, "denoise", watched)
+    output = there.generate(**moved, max_new_tokens=16, denoising_steps=2, return_dict_in_generate=True, **settings)
+    assert isinstance(output, BlockGenerationOutput) and len(blocks) >= 4
+    assert output.prefill_seconds is not None and output.decode_seconds is not None
+    assert output.prefill_seconds > 0 and output.decode_seconds > 0

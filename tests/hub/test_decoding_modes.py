@@ -13,6 +13,7 @@ from transformers import TextIteratorStreamer
 
 from diffvl.hub import speculation_diffvl
 from diffvl.hub.decoder_diffvl import BlockDecoder
+from diffvl.hub.pieces_diffvl import Places
 from diffvl.hub.run_diffvl import DenoisingStep
 from diffvl.hub.sampling_diffvl import STRATEGIES
 from diffvl.hub.stopping_diffvl import Stopping
@@ -117,9 +118,9 @@ def test_a_fused_commit_decodes_what_a_commit_of_its_own_does(
     fused = generated(loaded(model_type), CHATS, **settings)
     predict = BlockDecoder.predict
 
-    def unfused(self: BlockDecoder, masked: torch.Tensor, count: int) -> torch.Tensor:
+    def unfused(self: BlockDecoder, masked: Places) -> torch.Tensor:
         self.flush()
-        return predict(self, masked, count)
+        return predict(self, masked)
 
     monkeypatch.setattr(BlockDecoder, "predict", unfused)
     plain = generated(loaded(model_type), CHATS, **settings)

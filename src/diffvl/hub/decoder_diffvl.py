@@ -183,10 +183,8 @@ class BlockDecoder:
         self.open_BD = self.valid_BD & ~in_prompt
         self._masks = None
 
-    def predict(self, masked_BD: torch.Tensor, count: int | None = None) -> torch.Tensor:
-        """Logits of the masked tokens, of which there are `count`, [M, V] in fp32 in row-major order; commits what waits on the
-        way. Without a count they are counted, which waits for the device."""
-        masked = Places.of(masked_BD, int(masked_BD.sum()) if count is None else count)
+    def predict(self, masked: Places) -> torch.Tensor:
+        """Logits of masked tokens of the block, [M, V] in fp32; commits what waits on the way."""
         if self.config.target == "same":
             return self.forward(self.waiting, self.block_piece(noisy=1), None, masked)[1]
         # Each token is read where the one before it stands: in the block, or where the last committed one was read.
@@ -201,7 +199,7 @@ class BlockDecoder:
 
     def block_logits(self) -> torch.Tensor:
         """`predict` for every open token of the block, [B, D, V]; zeros elsewhere."""
-        logits = self.predict(self.open_BD)
+        logits = self.predict(Places.of(self.open_BD, sum(self.open_count)))
         full = logits.new_zeros(*self.open_BD.shape, logits.shape[-1])
         full[self.open_BD] = logits
         return full

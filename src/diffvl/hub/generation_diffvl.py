@@ -136,8 +136,7 @@ def decode_blocks(run: Run, remasking: Remasking, pick: Any) -> None:
     decoder.prefill()
     while True:
         decoder.open_block()
-        counts = [0 if done else count for count, done in zip(decoder.open_count, ended, strict=True)]
-        settled_at = denoise(run, remasking, pick, counts)
+        settled_at = denoise(run, remasking, pick)
         # The device is waited for here, once a block: what stands in it decides who goes on.
         found = torch.stack([decoder.ids_BD, settled_at, decoder.open_BD.long()]).tolist()
         for row, sample in enumerate(run.live):
@@ -151,24 +150,22 @@ def decode_blocks(run: Run, remasking: Remasking, pick: Any) -> None:
             return
 
 
-def denoise(run: Run, remasking: Remasking, pick: Any, counts: list[int]) -> torch.Tensor:
-    """Fills the open block in at most `steps` forwards, for the samples with tokens to predict (`counts`, one for each row of the
-    decoder; the others stay masked); returns the step at which each token settled, [B, D].
+def denoise(run: Run, remasking: Remasking, pick: Any) -> torch.Tensor:
+    """Fills the open block in at most `steps` forwards; returns the step at which each token settled, [B, D].
 
     With a fixed number of tokens a step nothing here waits for the device; otherwise a step does once, for how many are left.
     """
-    decoder, left = run.decoder, list(counts)
-    count_B = torch.tensor(counts, device=decoder.start.device)
-    masked = decoder.open_BD & (count_B > 0)[:, None]
+    decoder, masked = run.decoder, run.decoder.open_BD
+    left, count_B = list(decoder.open_count), masked.sum(1)
     settled_at = torch.zeros_like(decoder.ids_BD)
     for step in range(remasking.steps):
-        due = [min(remasking.quota(count, step), now) for count, now in zip(counts, left, strict=True)]
+        due = [min(remasking.quota(count, step), now) for count, now in zip(decoder.open_count, left, strict=True)]
         if not any(left):
             break
         if not any(due):
             continue
         places = Places.of(masked, sum(left))
-        prediction = pick(decoder.predict(masked, sum(left)))
+        prediction = pick(decoder.predict(places))
         run.predicted()
         unknown = torch.zeros(masked.shape, device=masked.device)
         ids = _written(prediction.ids, places, decoder.ids_BD)
