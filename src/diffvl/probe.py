@@ -17,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from diffvl.hub.attention_diffvl import block_kernels
 from diffvl.hub.cache_diffvl import BlockCache
 from diffvl.hub.head_diffvl import mapped_rows
 from diffvl.hub.layout_diffvl import Layout, attention_masks, clean_layout
@@ -154,18 +155,20 @@ def _decoding_error(two: Streams) -> float:
 
 
 def _cached(two: Streams, cache: BlockCache, past: torch.Tensor, fresh: torch.Tensor, store: bool | int) -> torch.Tensor:
-    """Logits of the tokens at `fresh` over the cached ones at `past`, as the decoder asks for them."""
+    """Logits of the tokens at `fresh` over the cached ones at `past`, as the decoder asks for them: where nothing is stored,
+    without a mask but for windows."""
     rows = {name: row[:1, torch.cat([past, fresh])] for name, row in two.layout.rows.items()}
     layout = Layout(**rows, context=two.layout.context)
     queries = slice(len(past), None)
     cache.store = store
-    output = two.trunk(
-        input_ids=two.ids[:1, fresh],
-        attention_mask=attention_masks(text_config(two.trunk), layout, queries, torch.float32),
-        position_ids=layout.position[:, queries],
-        past_key_values=cache,
-        use_cache=True,
-    )
+    with block_kernels(two.trunk):
+        output = two.trunk(
+            input_ids=two.ids[:1, fresh],
+            attention_mask=attention_masks(text_config(two.trunk), layout, queries, torch.float32, sees_all=store is False),
+            position_ids=layout.position[:, queries],
+            past_key_values=cache,
+            use_cache=True,
+        )
     return output.logits[0].float()
 
 

@@ -2,9 +2,8 @@
 
 A denoising step without neighbours and windows hides nothing from anybody: its mask would be all ones. SDPA's fastest kernels,
 and grouped key heads that are not copied for every query head, want no mask at all; but a stock trunk that is given none takes
-its causal one. So `EVERYTHING`, a mask of one element, goes through the trunk in the place of a 4-D mask, and the attention
-function takes it for what it says. A trunk whose attention cannot be set reads it as an ordinary mask that broadcasts: the result
-is the same.
+its causal one. So a mask of one element goes through the trunk in the place of a 4-D mask, and the attention function takes it
+for what it says. A trunk whose attention cannot be set gets a mask of ones, as a view of one element.
 
 Shapes: B batch, H heads, Q queries, K keys.
 """
@@ -21,11 +20,15 @@ from transformers.masking_utils import sdpa_mask
 BLOCKS = "sdpa_blocks"
 
 
-def everything(implementation: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The mask that hides nothing, [1, 1, 1, 1]: bool, or for eager attention, which adds its mask, zero."""
+def everything(implementation: str, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The mask that hides nothing from Q queries among K keys, with (B, Q, K) as `shape`: [1, 1, 1, 1] for `block_attention`; else
+    [B, 1, Q, K], ones, or for eager attention, which adds its mask, zeros."""
     if implementation == "eager":
-        return torch.zeros(1, 1, 1, 1, dtype=dtype, device=device)
-    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+        one = torch.zeros(1, 1, 1, 1, dtype=dtype, device=device)
+    else:
+        one = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    batch, queries, keys = shape
+    return one if implementation == BLOCKS else one.expand(batch, 1, queries, keys)
 
 
 def block_attention(

@@ -197,11 +197,12 @@ def attention_masks(text_config: Any, layout: Layout, queries: slice, dtype: tor
     implementation = text_config._attn_implementation
     if implementation not in ("sdpa", BLOCKS, "eager"):
         raise ValueError(f"attention implementation {implementation!r}: dense masks are for 'sdpa' and 'eager'")
-    tokens = layout.position.shape[1]
+    batch, tokens = layout.position.shape
 
     def mask(window: int | None, chunk: int | None) -> torch.Tensor:
         if sees_all and all(reach is None or reach >= tokens for reach in (window, chunk)):
-            return everything(implementation, dtype, layout.position.device)
+            asking = len(range(*queries.indices(tokens)))
+            return everything(implementation, (batch, asking, tokens), dtype, layout.position.device)
         allowed = layout.allowed(queries, window, chunk)[:, None]
         if implementation != "eager":
             return allowed
