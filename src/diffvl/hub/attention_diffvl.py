@@ -21,8 +21,8 @@ BLOCKS = "sdpa_blocks"
 
 
 def everything(implementation: str, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The mask that hides nothing from Q queries among K keys, with (B, Q, K) as `shape`: [1, 1, 1, 1] for `block_attention`; else
-    [B, 1, Q, K], ones, or for eager attention, which adds its mask, zeros."""
+    """The mask that hides nothing, for a `shape` of (B, Q, K): [1, 1, 1, 1] for `block_attention`; else [B, 1, Q, K], of ones, or
+    of zeros for eager attention, which adds its mask."""
     if implementation == "eager":
         one = torch.zeros(1, 1, 1, 1, dtype=dtype, device=device)
     else:
