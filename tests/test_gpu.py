@@ -97,6 +97,8 @@ def test_a_block_does_not_wait_for_the_gpu(
             blocks.append(None)
 
     monkeypatch.setattr(generation_diffvl, "denoise", watched)
+    there.generate(**moved, max_new_tokens=16, denoising_steps=2, temperature=0.7, **settings)
+    blocks.clear()
     output = there.generate(**moved, max_new_tokens=16, denoising_steps=2, return_dict_in_generate=True, **settings)
     assert isinstance(output, BlockGenerationOutput) and len(blocks) >= 4
     assert output.prefill_seconds is not None and output.decode_seconds is not None

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import BatchFeature, CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
@@ -28,11 +28,12 @@ from diffvl.hub.prefix_diffvl import Prefix
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.hub.run_diffvl import BlockGenerationOutput, OnStep
 from diffvl.hub.sampling_diffvl import Sampling, remasking_of, sampling_of
+from diffvl.hub.static_diffvl import on_every_device, require_static
 
 Message = dict[str, Any]  # one of a conversation: role and content; picture parts carry their pictures
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer makes of a character whose last bytes are not there yet
-COMPILED = {"cache_implementation": "static", "compile_config": CompileConfig(fullgraph=True, dynamic=False)}
+COMPILED = {"cache_implementation": "static", "compile_config": on_every_device(CompileConfig(fullgraph=True, dynamic=False))}
 OTHER_DECODERS = ("sdar", "diffusionvl", "llada", "llava_llada")  # how model types of other block-diffusion projects begin
 
 
@@ -295,10 +296,13 @@ def _generate_arguments(settings: DecodeSettings) -> dict[str, Any]:
 def _compiling(settings: DecodeSettings, model: Any) -> Iterator[None]:
     """Says in one message what cannot be compiled: an odd trunk, or any on a machine without a compiler."""
     try:
+        if settings.compile and settings.mode == "blocks":
+            try:
+                require_static(model.language_model)
+            except ValueError as error:
+                raise UsageError(f"--compile: {error}; leave --compile out") from error
         yield
-    except (TorchDynamoException, ValueError) as error:
-        if not settings.compile:
-            raise
+    except (TorchDynamoException, FailOnRecompileLimitHit) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         kind = model.config.text_config.model_type
         advice = "leave --compile out"

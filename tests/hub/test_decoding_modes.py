@@ -232,6 +232,15 @@ def test_ended_samples_wait_for_the_others(loaded: Callable[[str], Loaded]):
     assert max(seen) <= furthest
 
 
+@pytest.mark.parametrize("mode", ["speculative", "ar"])
+def test_modes_that_go_on_from_a_prompt_need_one(mode: str, loaded: Callable[[str], Loaded]):
+    model, _ = loaded("qwen2")
+    model.config.set_decoding("blocks", 4, "causal", "absolute", "same")
+    ids, mask = torch.full((2, 3), 40), torch.tensor([[1, 1, 1], [0, 0, 0]])
+    with pytest.raises(ValueError, match=f"mode='{mode}' goes on from a prompt, but one is empty"):
+        model.generate(ids, attention_mask=mask, mode=mode)  # type: ignore[arg-type]
+
+
 def test_agreeing_drafts_save_forwards(loaded: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch):
     """With drafts that are the AR answer itself a round keeps a whole block; with bad ones it gives two tokens."""
     model, _ = loaded("llama")

@@ -279,6 +279,10 @@ def test_words_are_taken_from_the_nearest_that_says_them():
     assert len(model.answer(prompt, eos_token_id=-1, max_new_tokens=5)) == 5
     whole = model.generate(torch.tensor([prompt]), generation_config=GenerationConfig(return_dict_in_generate=True))
     assert isinstance(whole, BlockGenerationOutput)
+    assert len(model.answer(prompt, eos_token_id=-1, max_length=8, generation_config=GenerationConfig(max_new_tokens=9))) == 4
+    model.generation_config = GenerationConfig(cache_implementation="static", disable_compile=True)
+    model.answer(prompt, eos_token_id=-1, max_new_tokens=3, cache_implementation="dynamic")
+    model.answer(prompt, eos_token_id=-1, max_new_tokens=3, cache_implementation="dynamic", disable_compile=False)
     model.generation_config = GenerationConfig(repetition_penalty=1.1)
     with pytest.raises(ValueError, match=r"block decoding knows no repetition_penalty=1.1 \(in generation_config\)"):
         model.answer(prompt)
@@ -317,6 +321,15 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"mode": "ar", "remasking": "sequential"}, "remasking, threshold and entropy_budget have no effect with mode='ar'"),
     ({"generation_config": GenerationConfig(num_beams=4)}, "block decoding knows no num_beams=4 (in generation_config)"),
     ({"generation_config": GenerationConfig(repetition_penalty=2.0)}, "block decoding knows no repetition_penalty"),
+    ({"block_size": 7, "_from": 3}, "block decoding knows no _from=3, block_size=7"),
+    (
+        {"generation_config": GenerationConfig(temperature=0.7)},
+        "temperature 0.7 (in generation_config) has no effect without do_sample=True there",
+    ),
+    (
+        {"generation_config": GenerationConfig(compile_config=CompileConfig())},
+        "compile_config and disable_compile have no effect without cache_implementation='static'",
+    ),
     ({"generation_config": GenerationConfig(min_p=0.1)}, "block decoding knows no min_p=0.1 (in generation_config)"),
     ({"generation_config": GenerationConfig(use_cache=False)}, "block decoding knows no use_cache=False (in generation_config)"),
     ({"suppress_tokens": [3], "max_time": 2.0}, "block decoding knows no max_time=2.0, suppress_tokens=[3]"),

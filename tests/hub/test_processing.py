@@ -56,5 +56,29 @@ def test_forms_of_the_marks(loaded: Callable[[str], Loaded]):
         )
 
 
+def test_arrays_are_marked_too(loaded: Callable[[str], Loaded]):
+    _, processor = loaded("llama")
+    text = processor.apply_chat_template([*CHATS[1], *earlier()], add_generation_prompt=True)
+    array = processor(text=[text], return_tensors="np")
+    assert array["answer_index"].tolist() == processor(text=[text], return_tensors="pt")["answer_index"].tolist()
+
+
+def test_a_template_without_a_generation_prompt(loaded: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch):
+    """As Mistral's, where an answer follows the user's words directly: it cannot be found in the text."""
+    _, processor = loaded("llama")
+    stop = processor.stop_token
+    template = (
+        "{% for message in messages %}{% if message['role'] == 'user' %}[INST] {{ message['content'] }} [/INST]"
+        "{% else %} {{ message['content'] }}" + stop + "{% endif %}{% endfor %}"
+    )
+    monkeypatch.setattr(processor.tokenizer, "chat_template", template)
+    single = processor.apply_chat_template(CHATS[1], add_generation_prompt=True)
+    assert "answer_index" not in processor(text=single)
+    chat = [*CHATS[1], *earlier()]
+    assert processor.apply_chat_template(chat, tokenize=True, add_generation_prompt=True)["answer_index"].max() == 1
+    with pytest.raises(ValueError, match="this chat template writes nothing before an answer"):
+        processor(text=processor.apply_chat_template(chat, add_generation_prompt=True))
+
+
 def earlier() -> list[dict[str, Any]]:
     return [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Sure?"}]

@@ -5,6 +5,7 @@ That compiled and static decoding is fast is for `diffvl bench decode`; here it 
 
 import copy
 import itertools
+import pickle
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -45,6 +46,7 @@ def test_a_static_cache_gives_the_same_answers(
     model.config.set_decoding("blocks", 4, context, grid, target)
     for chats in (CHATS, [CHATS[0]]):
         expected = generated(both, chats, **SETTINGS)
+        vars(model).pop("_static_trunk", None)  # as in a first call
         assert same(found := generated(both, chats, **SETTINGS, **STATIC), expected)
         assert found.forwards == expected.forwards
     assert expected.sequences is not None
@@ -83,6 +85,74 @@ def test_the_buffers_stay_with_the_model(loaded: Callable[[str], Loaded]):
         wide = wide.to(dtype)
         found = wide.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, **STATIC)
         assert found.tolist() == wide.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8).tolist()
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5])
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2"])
+def test_short_prompts_on_fresh_buffers(model_type: str, context: str, length: int, loaded: Callable[[str], Loaded]):
+    model: Any = loaded(model_type)[0]
+    ids = torch.arange(20, 20 + length)[None]
+    for grid, size, target in itertools.product(GRIDS, (1, 5), TARGETS):
+        model.config.set_decoding("blocks", size, context, grid, target)
+        settings = {"max_new_tokens": 9, "eos_token_id": -1}
+        vars(model).pop("_static_trunk", None)
+        assert model.generate(ids, **settings, **STATIC).tolist() == model.generate(ids, **settings).tolist()
+
+
+def test_what_a_call_leaves_does_not_touch_the_next(loaded: Callable[[str], Loaded]):
+    """Inference mode, autocast, and an answer that was no number."""
+    model: Any = copy.deepcopy(loaded("llama")[0])
+    model.config.set_decoding("blocks", 4, "block", "absolute", "same")
+    ids = torch.arange(20, 29)[None]
+    expected = model.generate(ids, **SETTINGS).tolist()
+    with torch.inference_mode():
+        assert model.generate(ids, **SETTINGS, **STATIC).tolist() == expected
+    buffers = model._static_trunk.cache
+    assert model.generate(ids, **SETTINGS, **STATIC).tolist() == expected
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = model.generate(ids, **SETTINGS).tolist()
+        assert model.generate(ids, **SETTINGS, **STATIC).tolist() == plain
+    embedding = model.get_input_embeddings().weight
+    row = embedding.data[25].clone()
+    embedding.data[25] = float("nan")
+    model.generate(torch.full((1, 60), 25), **SETTINGS, **STATIC)
+    embedding.data[25] = row
+    assert model.generate(ids, **SETTINGS, **STATIC).tolist() == expected and model._static_trunk.cache is buffers
+
+
+def test_buffers_belong_to_their_trunk(loaded: Callable[[str], Loaded], fresh_compiler: None):
+    """A copy with other weights, and another trunk in the old one's place, decode with their own; nothing of it is pickled."""
+    model: Any = copy.deepcopy(loaded("llama")[0])
+    model.config.set_decoding("blocks", 4, "block", "absolute", "same")
+    config = CompileConfig(fullgraph=True, dynamic=False, backend="eager", mode="default")
+    ids = torch.arange(20, 29)[None]
+    compiled = {**SETTINGS, **STATIC, "compile_config": config}
+    before = model.generate(ids, **compiled).tolist()
+    assert pickle.loads(pickle.dumps(model._static_trunk)) is None
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.language_model.model.layers.parameters():
+            parameter.mul_(1.5)
+    given = copied.generate(ids, **compiled).tolist()
+    assert given == copied.generate(ids, **SETTINGS).tolist() != before
+    assert model.generate(ids, **compiled).tolist() == before
+    model.language_model = copied.language_model
+    assert model.generate(ids, **compiled).tolist() == given
+
+
+def test_a_trunk_compiled_by_somebody_else_keeps_its_limits(loaded: Callable[[str], Loaded]):
+    """Only a call that compiles changes how often torch may."""
+    model, _ = both = loaded("llama")
+    model.config.set_decoding("blocks", 4, "block", "absolute", "same")
+    limits: list[int] = []
+    hook = model.language_model.register_forward_pre_hook(lambda *_: limits.append(torch._dynamo.config.recompile_limit))
+    try:
+        generated(both, [CHATS[3]], max_new_tokens=4)
+        generated(both, [CHATS[3]], max_new_tokens=4, **STATIC)
+    finally:
+        hook.remove()
+    assert set(limits) == {torch._dynamo.config.recompile_limit} != {static_diffvl.MOST_FORMS}
 
 
 def test_ar_has_a_static_cache_too_and_speculation_none(loaded: Callable[[str], Loaded]):
@@ -126,6 +196,21 @@ def fresh_compiler():
     torch.compiler.reset()
     yield
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize(("mode", "size", "target"), [("ar", 4, "same"), ("blocks", 1, "shift")])
+def test_token_by_token_is_compiled_too(mode: str, size: int, target: str, loaded: Callable[[str], Loaded], fresh_compiler: None):
+    """transformers' own `generate`, and blocks of one token, which is how an aligned checkpoint decodes."""
+    model, processor = loaded("qwen2")
+    model = copy.deepcopy(model)
+    model.config.set_decoding("blocks", size, "causal", "response", target)
+    backend = Counted()
+    config = CompileConfig(fullgraph=True, dynamic=False, backend=backend, mode="default")
+    settings = {"mode": mode, "max_new_tokens": 9, "eos_token_id": -1}
+    for _ in range(2):
+        expected = generated((model, processor), CHATS, **settings)
+        assert same(generated((model, processor), CHATS, **settings, **STATIC, compile_config=config), expected)
+        assert backend.compiled == 1
 
 
 @pytest.mark.parametrize(("model_type", "context", "target"), [

@@ -24,7 +24,7 @@ from diffvl.hub.stopping_diffvl import Stopping
 
 META = torch.device("meta")
 # What a decoder counts on the way in, once, by looking at values.
-COUNTED = ("longest_start", "gaps", "open_count", "cell_is_full", "image_in_block", "has_images", "has_empty")
+COUNTED = ("longest_start", "gaps", "open_count", "cell_is_whole", "image_in_block", "has_images", "has_empty")
 
 
 @torch.no_grad()

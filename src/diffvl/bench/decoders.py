@@ -8,6 +8,7 @@ Shapes: B batch, L longest prompt, D block size.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from diffvl.bench.published_decoder import answer_start, decode_published
 from diffvl.decode import COMPILED
 from diffvl.hub.run_diffvl import BlockGenerationOutput
+from diffvl.hub.static_diffvl import many_forms
 
 NEVER = -1  # stands in the place of a stop token where nothing may end an answer but its limit
 
@@ -76,15 +78,16 @@ def ar_generate(model: Any, prompts: Prompts, steps: int, on_first: OnFirst | No
         given, seen = {"input_ids": prompts.ids}, prompts.ids.shape[1]
     else:
         given, seen = {"inputs_embeds": model.embed(prompts.ids, prompts.pixel_values, None)}, 0
-    sequences = trunk.generate(
-        **given,
-        attention_mask=prompts.valid.long(),
-        max_new_tokens=1 if on_first is not None else prompts.limit,
-        do_sample=False,
-        eos_token_id=stops,
-        pad_token_id=0 if prompts.stops == {NEVER} else stops[0],
-        **(COMPILED if compiled else {}),
-    )[:, seen:]
+    with many_forms() if compiled else nullcontext():
+        sequences = trunk.generate(
+            **given,
+            attention_mask=prompts.valid.long(),
+            max_new_tokens=1 if on_first is not None else prompts.limit,
+            do_sample=False,
+            eos_token_id=stops,
+            pad_token_id=0 if prompts.stops == {NEVER} else stops[0],
+            **(COMPILED if compiled else {}),
+        )[:, seen:]
     answers = [cut(row, prompts.stops) for row in sequences.tolist()]
     if on_first is not None:
         on_first()

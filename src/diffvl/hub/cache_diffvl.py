@@ -80,6 +80,10 @@ class StaticBufferLayer(StaticLayer):
         super().__init__(capacity)
         self.cumulative_length = cursor
 
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        with torch.inference_mode(False):  # the buffers are written by later calls too, which may be in another mode
+            super().lazy_initialization(key_states, value_states)
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,8 +91,9 @@ class StaticBufferLayer(StaticLayer):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
         place = torch.arange(key_states.shape[-2], device=key_states.device) + self.cumulative_length
-        self.keys.index_copy_(2, place, key_states)
-        self.values.index_copy_(2, place, value_states)
+        # Under autocast what comes in may have another dtype than the call before had.
+        self.keys.index_copy_(2, place, key_states.to(self.keys.dtype))
+        self.values.index_copy_(2, place, value_states.to(self.values.dtype))
         return self.keys, self.values
 
 
@@ -102,13 +107,23 @@ class StaticBlockCache(Cache):
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         self.capacity = capacity
-        self.cursor = torch.zeros((), dtype=torch.long, device=device)
+        with torch.inference_mode(False):
+            self.cursor = torch.zeros((), dtype=torch.long, device=device)
         torch._dynamo.mark_static_address(self.cursor)
         self.committed = 0
         super().__init__(layer_class_to_replicate=lambda: StaticBufferLayer(capacity, self.cursor))  # type: ignore[arg-type]
 
     def advance(self, tokens: int) -> None:
-        self.move_to(self.committed + tokens)
+        if tokens:
+            self.move_to(self.committed + tokens)
+
+    def clear(self) -> None:
+        """Empties the buffers: what is hidden still counts, as nothing times what stands there, and must be a number."""
+        self.move_to(0)
+        layers: list[Any] = self.layers
+        for layer in layers:
+            layer.keys.zero_()
+            layer.values.zero_()
 
     def move_to(self, committed: int) -> None:
         assert committed <= self.capacity
@@ -127,8 +142,7 @@ class StaticBlockCache(Cache):
         return copied
 
     def load(self, cache: Cache) -> None:
-        """Takes over all tokens of another cache."""
-        self.move_to(0)
+        """Takes over all tokens of another cache, into empty buffers."""
         layers: list[Any] = cache.layers
         for number, layer in enumerate(layers):
             self.update(layer.keys, layer.values, number)

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from .cache_diffvl import BlockCache
-from .layout_diffvl import Layout, attention_masks, block_end, block_index, has_windows, segment_start
+from .cache_diffvl import BlockCache, StaticBlockCache
+from .layout_diffvl import Layout, attention_masks, block_end, block_index, segment_start
 from .pieces_diffvl import Piece, Places, rows_of
 from .prefix_diffvl import Prefix
 from .static_diffvl import StaticTrunk
@@ -46,18 +46,18 @@ class BlockDecoder:
     ) -> None:
         """`valid` [B, L] marks prompt tokens; `answer_index` [B, L] the earlier answers in the prompt (see block_index). `prefix`
         is what an earlier turn of the same conversation left, for one prompt; it is used up. `static`, empty and large enough,
-        takes the place of a cache that grows.
+        takes over from a cache that grows once the prompt is in.
 
         Raises:
             ValueError: if pictures and placeholders do not match in number.
         """
         self.model, self.config, self.static = model, model.config, static
-        self.cache: Any = BlockCache() if static is None else static.cache
+        self.cache: Any = BlockCache()
         self.layout: Layout | None = None
         self.waiting: Piece | None = None
         self.alive: torch.Tensor | None = None  # bool [B], samples that have not ended; None while none has
         self.stored_ids = input_ids[:, :0]
-        self.waiting_is_full = False  # whether what waits is a block without padding
+        self.waiting_is_whole = False  # whether what waits is a block whose cell the grid did not cut
         self.reused = 0
         self.last_logits: torch.Tensor | None = None
         self.forwards = 0
@@ -105,7 +105,7 @@ class BlockDecoder:
         self.longest_start = max(starts)
         self.gaps = min(starts) < self.longest_start
         self.open_count = [end - length for length, end in zip(lengths, ends, strict=True)]
-        self.cell_is_full = all(end - start == self.config.block_size for start, end in zip(starts, ends, strict=True))
+        self.cell_is_whole = all(end - start == self.config.block_size for start, end in zip(starts, ends, strict=True))
         self.image_in_block = any(last >= start for last, start in zip(last_images, starts, strict=True))
         self.has_images = any(images)
         return sum(images)
@@ -122,10 +122,7 @@ class BlockDecoder:
         if count == 0:
             return
         begun = prefix.begun(count)
-        if self.static is None:
-            self.cache = begun.cache
-        else:
-            self.static.cache.load(begun.cache)
+        self.cache = begun.cache
         self.reused, self.stored_ids, self.layout = count, begun.ids, begun.rows
         seen, given = begun.pixel_values, self.pixel_values
         if seen is not None and given is not None and len(seen) == len(given):
@@ -135,7 +132,7 @@ class BlockDecoder:
         """What is committed, for the next turn; None where nothing is."""
         if self.layout is None:
             return None
-        cache = self.cache if self.static is None else self.static.cache.snapshot()
+        cache = self.cache.snapshot() if isinstance(self.cache, StaticBlockCache) else self.cache
         return Prefix(self.stored_ids, self.layout, cache, self.pixel_values, self.image_features)
 
     # --- a block's life --------------------------------------------------------------------------------------------------------
@@ -208,8 +205,8 @@ class BlockDecoder:
         """Lets the finished block wait for the next forward, and moves on; samples that have ended stay where they are, with
         padding for their next blocks."""
         self.flush()
-        self.waiting, self.waiting_is_full = self.block_piece(noisy=0), self.cell_is_full
-        self.gaps = self.gaps or not self.cell_is_full or self.alive is not None
+        self.waiting, self.waiting_is_whole = self.block_piece(noisy=0), self.cell_is_whole
+        self.gaps = self.gaps or not self.cell_is_whole or self.alive is not None
         size = self.config.block_size
         self.alive = ~torch.tensor(ended, device=self.start.device) if any(ended) else None
         start, end, number = self.end, self.end + size, self.block_number + 1
@@ -218,7 +215,7 @@ class BlockDecoder:
             number = torch.where(self.alive, number, self.block_number)
         self.start, self.end, self.block_number = start, end, number
         self.open_count = [0 if done else size for done in ended] or [size] * len(self.open_count)
-        self.cell_is_full, self.image_in_block = True, False
+        self.cell_is_whole, self.image_in_block = True, False
 
     def flush(self) -> None:
         """Commits what waits, by a forward of its own."""
@@ -292,17 +289,24 @@ class BlockDecoder:
     def _trunk(self, piece: Piece, stored: int, rows: torch.Tensor) -> torch.Tensor:
         """Logits of the tokens at `rows` of the flattened piece, whose first `stored` tokens stay in the cache."""
         self.forwards += 1
-        if self.static is None:
+        in_shape = self._has_fixed_shape(piece, stored)
+        if in_shape and isinstance(self.cache, BlockCache):
+            assert self.static is not None
+            self.static.cache.load(self.cache)
+            self.cache = self.static.cache
+        if isinstance(self.cache, BlockCache):
             self.cache.store = stored
             return self._pass(piece, stored, rows)
-        size, tokens = self.config.block_size, piece.ids.shape[1]
-        in_shape = tokens - stored == size and (stored == 0 or (stored == size and self.waiting_is_full))
-        if in_shape and piece.image is None and self.static.cache.layers:
-            logits = self._compiled_pass(piece, stored, rows)
-        else:
-            logits = self._pass(piece, stored, rows)
-        self.static.cache.advance(stored)
+        logits = self._compiled_pass(piece, stored, rows) if in_shape else self._pass(piece, stored, rows)
+        self.cache.advance(stored)
         return logits
+
+    def _has_fixed_shape(self, piece: Piece, stored: int) -> bool:
+        """Whether a forward is one of those that a static trunk is compiled for: [masks], [finished block], or both; behind
+        something that is committed."""
+        size, read = self.config.block_size, piece.ids.shape[1] - stored
+        in_shape = read in (0, size) and (stored == 0 or (stored == size and self.waiting_is_whole))
+        return self.static is not None and self.layout is not None and piece.image is None and in_shape
 
     def _pass(self, piece: Piece, stored: int, rows: torch.Tensor) -> torch.Tensor:
         """A forward of any shape, with the head on the asked rows only."""
@@ -311,15 +315,10 @@ class BlockDecoder:
             if self.image_features is None:
                 self.image_features = self.model.image_features(self.pixel_values)
             arguments |= {"image_features": self.image_features, "image_index": piece.image}
-        if not self._is_causal_beginning(piece, stored):
+        # The beginning of a causal prompt needs no mask: the trunk's own attention is right.
+        if self.layout is not None or stored < piece.ids.shape[1] or self.config.context != "causal":
             arguments |= {"attention_mask": self._masks_of(piece, stored), "position_ids": piece.rows.position}
         return self.model(piece.ids, past_key_values=self.cache, use_cache=True, logits_rows=rows, **arguments).logits.float()
-
-    def _is_causal_beginning(self, piece: Piece, stored: int) -> bool:
-        """Whether the trunk's own causal attention is right for a forward, and no mask needed. It is not for windows of a static
-        cache, which the trunk takes for shorter than it is."""
-        begins = self.layout is None and stored == piece.ids.shape[1] and self.config.context == "causal"
-        return begins and (self.static is None or not has_windows(self.model.language_model.config))
 
     def _compiled_pass(self, piece: Piece, stored: int, rows: torch.Tensor) -> torch.Tensor:
         """A forward of [masks] or [finished block | masks] on the static trunk; its head runs on the masks' tokens and the one
@@ -340,10 +339,11 @@ class BlockDecoder:
         past = 0 if self.layout is None else self.layout.position.shape[1]
         layout = piece.rows if self.layout is None else self.layout.joined(piece.rows)
         queries = slice(past, past + piece.ids.shape[1])
-        whole = not self.gaps and self.cell_is_full and self.alive is None
-        sees_all = stored == 0 and whole and self.static is None
-        if self.static is not None:
-            layout = layout.padded(self.static.cache.capacity)
+        whole = not self.gaps and self.cell_is_whole and self.alive is None
+        is_static = isinstance(self.cache, StaticBlockCache)
+        sees_all = stored == 0 and whole and not is_static
+        if is_static:
+            layout = layout.padded(self.cache.capacity)
         dtype = self.model.get_input_embeddings().weight.dtype
         masks = attention_masks(self.model.language_model.config, layout, queries, dtype, sees_all)
         if stored == 0:

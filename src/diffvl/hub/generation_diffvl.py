@@ -8,6 +8,7 @@ Shapes: B batch, L prompt length, D block size, V vocabulary.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from .request_diffvl import Request, Words, request_of
 from .run_diffvl import BlockGenerationOutput, DenoisingStep, OnStep, Run
 from .sampling_diffvl import Remasking, never_predicted, picker, settled
 from .speculation_diffvl import speculate
-from .static_diffvl import StaticTrunk, many_forms, static_trunk
+from .static_diffvl import StaticTrunk, many_forms, on_every_device, static_trunk
 
 
 class BlockGeneration:
@@ -45,7 +46,7 @@ class BlockGeneration:
         prefix: Prefix | None = None,
         **words: Any,
     ) -> torch.Tensor | BlockGenerationOutput:
-        """Decodes answers.
+        """Decodes answers. One call at a time for a model.
 
         Args:
             input_ids: [B, L] prompts, padded left or right; attention_mask: [B, L], 1 = token.
@@ -96,7 +97,7 @@ class BlockGeneration:
         if streamer is not None:
             streamer.put(input_ids.cpu())
         run = Run(decoder, request.stopping, streamer, on_step)
-        with many_forms():
+        with many_forms() if request.static.get("compile_config") is not None else nullcontext():
             WAYS[request.mode](run, request)
         run.finish()
         sequences = _sequences(input_ids, run.answers, request.pad)
@@ -212,6 +213,11 @@ def _token_by_token(run: Run, request: Request) -> None:
     valid = torch.arange(length, device=device)[None] < decoder.prompt_length[:, None]
     order = torch.argsort(valid.long(), dim=1, stable=True)
     ids, mask = decoder.prompt_ids[:, :length].gather(1, order), valid.gather(1, order)
+    if decoder.has_empty:
+        raise ValueError("mode='ar' goes on from a prompt, but one is empty")
+    static = dict(request.static)
+    if static.get("compile_config") is not None:
+        static["compile_config"] = on_every_device(static["compile_config"])
     trunk = model.language_model
     vocabulary = trunk.get_output_embeddings().weight.shape[0]
     warm = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p") if sampling.do_sample}
@@ -227,7 +233,7 @@ def _token_by_token(run: Run, request: Request) -> None:
             suppress_tokens=never_predicted(model.config, vocabulary, torch.device("cpu")).nonzero()[:, 0].tolist(),
             stopping_criteria=[_Followed(run)],
             **warm,
-            **request.static,
+            **static,
         )
     decoder.forwards += sequences.shape[1]
 

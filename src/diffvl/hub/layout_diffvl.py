@@ -211,12 +211,6 @@ def attention_masks(text_config: Any, layout: Layout, queries: slice, dtype: tor
     return for_layers(text_config, mask)
 
 
-def has_windows(text_config: Any) -> bool:
-    """Whether a layer of the trunk has a window or chunks."""
-    limits = for_layers(text_config, lambda window, chunk: window or chunk)
-    return any(limits.values()) if isinstance(limits, dict) else bool(limits)
-
-
 def for_layers(text_config: Any, make: Callable[[int | None, int | None], Any]) -> Any:
     """What `make(window, chunk)` gives for each layer type of the trunk, as a dict where its config lists layer types.
 

@@ -76,6 +76,11 @@ class DiffVLProcessor(ProcessorMixin):
         asked = [{"role": "user", "content": "?"}]
         before, prompt = (self._render(asked, add_generation_prompt=flag) for flag in (False, True))
         marker = prompt[len(before) :] if prompt.startswith(before) else ""
+        if not marker and self.stop_token in rendered:
+            raise ValueError(
+                "this chat template writes nothing before an answer, so that earlier answers cannot be found in a rendered text; "
+                "encode such chats with processor.apply_chat_template(..., tokenize=True)"
+            )
         spans, place = [], rendered.find(marker) if marker else -1
         while place >= 0:
             start = place + len(marker)
@@ -89,7 +94,8 @@ class DiffVLProcessor(ProcessorMixin):
     def _marks(self, texts: list[str], spans: list[list[tuple[int, int]]], data: BatchFeature) -> Any:
         """Which answer each token of `data` belongs to, in the form of its input_ids."""
         ids = data["input_ids"]
-        rows = ids.tolist() if isinstance(ids, torch.Tensor) else ids if isinstance(ids[0], list) else [ids]
+        listed: Any = ids.tolist() if hasattr(ids, "tolist") else ids
+        rows = listed if isinstance(listed[0], list) else [listed]
         marks = []
         for row, text, found in zip(rows, texts, spans, strict=True):
             encoding = self._encode(text, found)
@@ -101,8 +107,8 @@ class DiffVLProcessor(ProcessorMixin):
                     "processor.apply_chat_template(..., tokenize=True)"
                 )
             marks.append([0] * before + encoding.answer + [0] * (pads - before))
-        if isinstance(ids, torch.Tensor):
-            return torch.tensor(marks)
+        if hasattr(ids, "tolist"):
+            return torch.tensor(marks) if isinstance(ids, torch.Tensor) else torch.tensor(marks).numpy()
         return marks if isinstance(ids[0], list) else marks[0]
 
     def apply_chat_template(

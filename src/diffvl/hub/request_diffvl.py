@@ -27,10 +27,10 @@ KNOWN = frozenset(
         *SAMPLING_WORDS,
         *("max_new_tokens", "max_length", "eos_token_id", "pad_token_id", "stop_strings", "return_dict_in_generate"),
         *("cache_implementation", "compile_config", "disable_compile"),
-        # Facts about the checkpoint, which ask for nothing.
-        *("bos_token_id", "mask_token_id", "block_size", "transformers_version"),
     )
 )
+# What a GenerationConfig says of its checkpoint, and asks nothing with.
+FACTS = frozenset(("bos_token_id", "mask_token_id", "block_size", "transformers_version"))
 # What words that are not known may say; so may None, False, 0 and empty lists.
 NEUTRAL: dict[str, Any] = {
     "use_cache": True,
@@ -48,12 +48,18 @@ class Words:
         self._sources: list[Mapping[str, Any]] = [caller, *configs]
         odd = sorted(f"{name}={value!r}" for name, value in caller.items() if not _known(name, value))
         for config in configs:
-            odd += sorted(f"{name}={value!r} (in generation_config)" for name, value in config.items() if not _known(name, value))
+            asking = {name: value for name, value in config.items() if name not in FACTS and not name.startswith("_")}
+            odd += sorted(f"{name}={value!r} (in generation_config)" for name, value in asking.items() if not _known(name, value))
         if odd:
             raise ValueError(f"block decoding knows no {', '.join(odd)}")
 
     def said(self, name: str, default: Any = None) -> Any:
         return next((source[name] for source in self._sources if source.get(name) is not None), default)
+
+    def nearest(self, *names: str) -> dict[str, Any]:
+        """What the nearest source that says any of the names says of them."""
+        said = ({name: source[name] for name in names if source.get(name) is not None} for source in self._sources)
+        return next((found for found in said if found), {})
 
     def configured(self, name: str) -> Any:
         """Without what the caller says."""
@@ -66,7 +72,7 @@ class Words:
 
 def _known(name: str, value: Any) -> bool:
     neutral = NEUTRAL.get(name)
-    if name in KNOWN or name.startswith("_") or value is None or value == neutral:
+    if name in KNOWN or value is None or value == neutral:
         return True
     return neutral is None and (value is False or (isinstance(value, int | float | list | tuple | str | dict) and not value))
 
@@ -113,7 +119,8 @@ def request_of(words: Words, config: Any, prompt_length: int, device: torch.devi
 
 
 def _stopping(words: Words, config: Any, prompt_length: int) -> Stopping:
-    limit, whole = words.said("max_new_tokens"), words.said("max_length")
+    lengths = words.nearest("max_new_tokens", "max_length")
+    limit, whole = lengths.get("max_new_tokens"), lengths.get("max_length")
     if limit is None and whole is not None:
         limit = whole - prompt_length
         if limit < 1:
@@ -147,7 +154,9 @@ def _static(words: Words, mode: str, device: torch.device) -> dict[str, Any]:
     if said not in ("dynamic", "static"):
         raise ValueError(f"cache_implementation is {said!r}, expected 'dynamic' or 'static'")
     if said == "dynamic":
-        if words.said("compile_config") is not None or words.said("disable_compile") is not None:
+        told_so = words.called("cache_implementation") is not None  # then a GenerationConfig's other words are beside the point
+        configured = None if told_so else words.configured("compile_config")
+        if words.called("compile_config") or words.called("disable_compile") or configured:
             raise ValueError("compile_config and disable_compile have no effect without cache_implementation='static'")
         return {}
     if mode == "speculative":

@@ -45,7 +45,8 @@ class BlockGenerationOutput(ModelOutput):
 @dataclass(frozen=True)
 class DenoisingStep:
     """What `on_step` sees after every denoising step: ids [B, D] of the open blocks with mask tokens where open, which settled
-    just now, the confidence of what was predicted in this step (0 elsewhere), and the samples' numbers in the batch as given."""
+    just now, the confidence of what was predicted in this step (0 elsewhere), and the samples' numbers in the batch as given. A
+    sample that has ended may still be among them; nothing of it settles any more."""
 
     ids: torch.Tensor
     settled: torch.Tensor
@@ -136,7 +137,7 @@ def mark(device: torch.device) -> Any:
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
-    event.record()
+    event.record(torch.cuda.current_stream(device))
     return event
 
 

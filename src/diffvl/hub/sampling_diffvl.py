@@ -34,6 +34,9 @@ def sampling_of(settings: Any, asked: Sampling) -> Sampling:
     if do_sample is None:
         do_sample = bool(asked.temperature) if asked.temperature is not None else bool(getattr(settings, "do_sample", False))
     if not do_sample:
+        configured = getattr(settings, "temperature", None)
+        if asked.do_sample is asked.temperature is None and configured not in (None, 0, 1):
+            raise ValueError(f"temperature {configured} (in generation_config) has no effect without do_sample=True there")
         if asked.temperature not in (None, 0, 1):
             raise ValueError(f"temperature {asked.temperature} has no effect with do_sample=False: leave one of them out")
         if asked.top_k not in (None, 0) or asked.top_p not in (None, 1):
