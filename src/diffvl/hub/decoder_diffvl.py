@@ -321,11 +321,12 @@ class BlockDecoder:
         return self.model(piece.ids, past_key_values=self.cache, use_cache=True, logits_rows=rows, **arguments).logits.float()
 
     def _compiled_pass(self, piece: Piece, stored: int, rows: torch.Tensor) -> torch.Tensor:
-        """A forward of [masks] or [finished block | masks] on the static trunk; its head runs on the masks' tokens and the one
-        before them."""
+        """A forward of a fixed shape on the static trunk; its head runs on all tokens of the open block, and on the one before
+        them where a shifted target reads it."""
         assert self.static is not None
         tokens = piece.ids.shape[1]
-        keep = tokens - stored + min(stored, 1)
+        before = stored > 0 and self.config.target == "shift"
+        keep = max(tokens - stored + before, 1)
         embeds = self.model.get_input_embeddings()(piece.ids)
         logits = self.static.logits(embeds, self._masks_of(piece, stored), piece.rows.position, keep)
         sample = torch.div(rows, tokens, rounding_mode="floor")
