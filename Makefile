@@ -33,8 +33,8 @@ $(STAMP): pyproject.toml constraints.txt
 
 # --- checks ----------------------------------------------------------------------------------------------------------------
 
-test: $(STAMP) ## the tests: CPU, offline
-	$(BIN)/python -m pytest
+test: $(STAMP) ## the tests: CPU, offline, a process for each core
+	$(BIN)/python -m pytest -n logical --dist loadfile
 
 test-gpu: $(STAMP) ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
