@@ -185,6 +185,7 @@ def _settings(params: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         _exclude(given, "--mode ar, which decodes token by token", steps="--steps", strategy="--strategy")
     elif mode == "speculative":
         _exclude(given, "--mode speculative, which keeps what its AR logits agree with", strategy="--strategy")
+        _exclude(given, "--mode speculative, whose forwards have many shapes", compile="--compile")
         if temperature:
             raise UsageError(f"--temperature {temperature} has no effect with --mode speculative, which is greedy: leave it out")
     if mode != "blocks":
