@@ -91,7 +91,7 @@ def convert(request: ConvertRequest) -> Path:
     for stage in plan.stages:
         directory = plan.root / stage
         if is_finished(directory):
-            console.print(f"[bold]{stage}[/bold]: finished already, kept: {directory}")
+            console.print(f"[bold]{stage}[/bold]: finished already, kept: {directory}", soft_wrap=True)
             if process.is_main_process:
                 _tidy(directory)
         else:
@@ -187,7 +187,7 @@ def _newest_align(request: ConvertRequest, console: Console) -> Path:
             "--stage diffuse without MODEL goes on from the newest finished align run, and there is none under runs/. "
             "Type: diffvl convert MODEL --stage align"
         )
-    console.print(f"going on from the newest align run: [bold]{found}[/bold]")
+    console.print(f"going on from the newest align run: [bold]{found}[/bold]", soft_wrap=True)
     return found
 
 
@@ -349,9 +349,9 @@ def _write_samples(work: Path, recipe: Recipe, stage: StageName, console: Consol
 def describe(plan: Plan, console: Console) -> None:
     """The plan in a few lines, before anything is done."""
     if plan.source is not None:
-        console.print(f"[bold]prepare[/bold] {plan.source.model} + {plan.source.vision_tower} -> {plan.start}")
+        console.print(f"[bold]prepare[/bold] {plan.source.model} + {plan.source.vision_tower} -> {plan.start}", soft_wrap=True)
     else:
-        console.print(f"[bold]start[/bold] from {plan.start}")
+        console.print(f"[bold]start[/bold] from {plan.start}", soft_wrap=True)
     for name in plan.stages:
         stage = plan.recipe.stages[name]
         length = f"{stage.steps} steps" if stage.steps is not None else f"{stage.epochs:g} epochs"
@@ -363,12 +363,13 @@ def describe(plan: Plan, console: Console) -> None:
         console.print(
             f"[bold]{name}[/bold] {detail}; trains {trains}{' with LoRA' if stage.lora else ''}; {length} of "
             f"{stage.batch_size} x {stage.accumulation} samples per device, {precision(stage)}; data {stage.data.train} "
-            f"-> {plan.root / name}"
+            f"-> {plan.root / name}",
+            soft_wrap=True,
         )
 
 
 def _say_next(directory: Path, plan: Plan, console: Console) -> None:
-    console.print(f"\nwrote [bold]{directory}[/bold] (a checkpoint that loads without diffvl, and report.html)")
+    console.print(f"\nwrote [bold]{directory}[/bold] (a checkpoint that loads without diffvl, and report.html)", soft_wrap=True)
     if plan.stages[-1:] == ("align",) and "diffuse" in plan.recipe.stages:
         console.print(f"next: diffvl convert --from {directory} --stage diffuse --data FILE", soft_wrap=True)
     samples = [line for line in read_json_lines(directory / "samples.jsonl") if line.get("image")]
