@@ -346,6 +346,16 @@ def test_what_cannot_be_compiled_is_one_message(checkpoint: Path, monkeypatch: p
     refused("generate", checkpoint, "--prompt", "Hi", "--max-new-tokens", 12, "--compile", says=says)
 
 
+def test_a_trunk_that_cannot_keep_a_shape_is_one_message(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+    def odd(trunk: Any) -> None:
+        raise ValueError("its forward is odd")
+
+    monkeypatch.setattr(decode, "require_static", odd)
+    words = ("generate", checkpoint, "--prompt", "Hi", "--max-new-tokens", 4)
+    refused(*words, "--compile", says=["--compile: its forward is odd; leave --compile out"])
+    succeed(*words)
+
+
 @pytest.mark.parametrize("verb", ["generate", "chat"])
 @pytest.mark.parametrize(("config", "says"), [
     ({"model_type": "llama"}, "a 'llama' checkpoint; expected one that `diffvl convert` wrote. To convert it: diffvl convert"),

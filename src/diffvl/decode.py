@@ -252,7 +252,9 @@ def decode(
     began = time.monotonic() if began is None else began
     model, tokenizer = decoder.model, decoder.processor.tokenizer
     mask = model.config.mask_token_id
-    with _compiling(settings, model):
+    if settings.compile and settings.mode == "blocks":
+        _require_static(model.language_model)
+    with _compile_errors_told(model):
         output = model.generate(
             **inputs.to(model.device),
             **_generate_arguments(settings),
@@ -292,15 +294,17 @@ def _generate_arguments(settings: DecodeSettings) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _compiling(settings: DecodeSettings, model: Any) -> Iterator[None]:
-    """Says in one message what cannot be compiled: an odd trunk, or any on a machine without a compiler."""
+def _require_static(trunk: Any) -> None:
     try:
-        if settings.compile and settings.mode == "blocks":
-            try:
-                require_static(model.language_model)
-            except ValueError as error:
-                raise UsageError(f"--compile: {error}; leave --compile out") from error
+        require_static(trunk)
+    except ValueError as error:
+        raise UsageError(f"--compile: {error}; leave --compile out") from error
+
+
+@contextmanager
+def _compile_errors_told(model: Any) -> Iterator[None]:
+    """In the block a trunk that torch cannot compile, or a machine without a compiler, ends in one message."""
+    try:
         yield
     except (TorchDynamoException, FailOnRecompileLimitHit) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

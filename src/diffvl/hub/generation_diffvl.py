@@ -207,14 +207,14 @@ class _Followed(StoppingCriteria):
 def _token_by_token(run: Run, request: Request) -> None:
     """transformers' own `generate` on the trunk: one token a forward, the weights' own causal logits, its own cache."""
     decoder, model, sampling = run.decoder, run.decoder.model, request.sampling
+    if decoder.has_empty:
+        raise ValueError("mode='ar' goes on from a prompt, but one is empty")
     device = decoder.start.device
     length = decoder.prompt_ids.shape[1] - 1
     # Padded left, as it wants them.
     valid = torch.arange(length, device=device)[None] < decoder.prompt_length[:, None]
     order = torch.argsort(valid.long(), dim=1, stable=True)
     ids, mask = decoder.prompt_ids[:, :length].gather(1, order), valid.gather(1, order)
-    if decoder.has_empty:
-        raise ValueError("mode='ar' goes on from a prompt, but one is empty")
     static = dict(request.static)
     if static.get("compile_config") is not None:
         static["compile_config"] = on_every_device(static["compile_config"])
