@@ -15,7 +15,15 @@ class ConfigError(DiffvlError):
 
 
 class DataError(DiffvlError):
-    """A record or an image is wrong; the message names file and line or record."""
+    """A record or an image is wrong; the message names file and line or record.
+
+    Args:
+        kind: a few words for counting such errors; the same for all records that they apply to.
+    """
+
+    def __init__(self, message: str, kind: str = "other") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class CheckpointError(DiffvlError):

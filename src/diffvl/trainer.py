@@ -23,7 +23,7 @@ from diffvl import checkpoint
 from diffvl.config import Recipe, Stage
 from diffvl.data.collate import raise_bad_record
 from diffvl.data.loader import SHOWN_PROBLEMS, SampleDataset, batches_of
-from diffvl.data.records import record_at
+from diffvl.data.table import record_at
 from diffvl.errors import CheckpointError, TrainingError, UsageError
 from diffvl.noise import sample_generator
 from diffvl.objective import Draw, LossOutput, curriculum_state, loss_of, measure, measured_sums, rates, scores

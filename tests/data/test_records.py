@@ -8,7 +8,8 @@ from typing import Any
 import datasets.config
 import pytest
 
-from diffvl.data.records import Record, Turn, iterate_records, open_records, record_at
+from diffvl.data.records import Record, Turn, iterate_records
+from diffvl.data.table import open_records, record_at
 from diffvl.errors import DataError
 
 GOOD = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes."}]

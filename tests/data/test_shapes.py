@@ -10,8 +10,8 @@ import datasets.config
 import pytest
 from PIL import Image
 
-from diffvl.data.records import open_records, record_at
 from diffvl.data.shapes import CELLS, COLOURS, KINDS, NUMBERS, SHAPES, SPLITS, Content, draw_picture, is_test, write_shapes
+from diffvl.data.table import open_records, record_at
 from diffvl.errors import DataError
 
 SIZES = {"align": 60, "train": 300, "test": 120}

@@ -15,7 +15,7 @@ from diffvl.answer_turns import answer_turns, chat_before
 from diffvl.bench.decoders import NEVER, Prompts
 from diffvl.bench.forms import NUM_SPECIAL, STOP_TOKEN, TrunkSize, build_model
 from diffvl.bench.published_decoder import require_same_target
-from diffvl.data.records import open_records, record_at
+from diffvl.data.table import open_records, record_at
 from diffvl.decode import Decoder, context_length, encode, load_for_decoding
 from diffvl.errors import UsageError
 

@@ -18,7 +18,7 @@ from diffvl.bench import machine
 from diffvl.bench.measure import schedule
 from diffvl.bench.subject import load_block_decoder
 from diffvl.bench.train import pick_device
-from diffvl.data.records import open_records, record_at
+from diffvl.data.table import open_records, record_at
 from diffvl.decode import Answer, DecodeSettings, answer_chats
 from diffvl.progress import track
 from diffvl.textscore import edit_similarity, is_exact

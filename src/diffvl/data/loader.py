@@ -18,7 +18,8 @@ from diffvl.data.chat import Sample, encode_record, sample_of
 from diffvl.data.collate import raise_bad_record
 from diffvl.data.images import open_picture
 from diffvl.data.packer import Rows, first_fit
-from diffvl.data.records import Record, open_records, record_at
+from diffvl.data.records import Record
+from diffvl.data.table import open_records, record_at
 from diffvl.errors import ConfigError, DataError, DiffvlError
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.noise import sample_generator

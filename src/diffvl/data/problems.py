@@ -1,0 +1,27 @@
+"""What is wrong with one record of a data file, told with its place, so that all problems of a file can be told in one go."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffvl.errors import DataError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """kind: a few words, the same for all records that it applies to ("picture missing"), by which problems are counted.
+    line: where the record begins in the file, from 1. number: which record of the file it is, from 1. id: the record's own.
+    message: what is wrong, what was expected and what to do, without the place."""
+
+    kind: str
+    path: Path
+    line: int
+    number: int
+    id: str | None
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.message}"
+
+    def error(self) -> DataError:
+        """The problem as the error of a run that stops at it."""
+        return DataError(str(self), kind=self.kind)
