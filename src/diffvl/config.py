@@ -196,17 +196,29 @@ Objective = Annotated[ArObjective | BlockDiffusionObjective, Field(discriminator
 # --- model ---------------------------------------------------------------------------------------------------------------
 
 
-class MlpConnector(Section):
+class _Fresh(Section):
+    """What every connector has."""
+
+    gain: float = Field(
+        default=1.0,
+        gt=0,
+        le=1000,
+        description="factor on the fresh weights of its last layer. Image tokens as small as text embeddings are drowned by what "
+        "the first layers of a small trunk add to them; a large gain lets what they show last",
+    )
+
+
+class MlpConnector(_Fresh):
     """Linear, GELU, Linear: the connector of both papers."""
 
     kind: Literal["mlp2x_gelu"] = "mlp2x_gelu"
 
 
-class LinearConnector(Section):
+class LinearConnector(_Fresh):
     kind: Literal["linear"] = "linear"
 
 
-class PixelShuffleConnector(Section):
+class PixelShuffleConnector(_Fresh):
     """Joins `factor` x `factor` neighbouring patches into one image token, then Linear, GELU, Linear."""
 
     kind: Literal["pixel_shuffle"] = "pixel_shuffle"

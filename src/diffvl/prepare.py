@@ -276,6 +276,8 @@ def assemble(trunk: Any, tower: Any, parts: Parts, recipe: Recipe) -> DiffVLForC
         fresh = Connector(config.connector, config.shuffle_factor, tower.config.hidden_size, trunk.config.hidden_size)
         for module in fresh.modules():
             model._init_weights(module)
+    with torch.no_grad():
+        fresh.layers[-1].weight.mul_(recipe.prepare.connector.gain)
     model.connector = fresh
     torch.nn.Module.to(model, dtype=trunk.dtype)
     return model

@@ -296,12 +296,13 @@ def process_state() -> PartialState:
 
 
 def precision(stage: Stage) -> str:
-    """`auto` resolved: bf16 on a GPU that has it and on CPUs with matrix instructions for it, fp32 elsewhere."""
+    """`auto` resolved: bf16 on a GPU that has it and on CPUs with instructions for it (AMX tiles, AVX512-BF16), fp32 elsewhere,
+    where bf16 is emulated and slower."""
     if stage.precision != "auto":
         return stage.precision
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_amx_tile_supported() else "fp32"
+    return "bf16" if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
 def rows_per_step(arguments: TrainingArguments) -> int:

@@ -3,6 +3,10 @@
 A scene is a 2 x 2 grid of cells with one to four objects in it; its content is the mapping cell -> (colour, shape). Size and
 place inside the cell vary from picture to picture and are no part of the content.
 
+`align` shows one object a picture and asks what it is: names only, which a connector learns in front of a frozen trunk. `train`
+has whole scenes: captions, which say something of every cell and so teach most for their tokens, and conversations of several
+questions about one picture, which share its tokens. `test` asks one question a scene, in equal shares of `KINDS`.
+
 Invariant: contents never cross the split. A hash of the content alone, independent of the seed and of the sizes asked for,
 says whether a content belongs to `test` or to `align` and `train`; so two sets of different seeds do not cross either.
 Everything else follows from the seed: the same request gives the same bytes.
@@ -36,9 +40,11 @@ NUMBERS = ("Zero", "One", "Two", "Three", "Four")
 # per cell, in reading order: None or (colour, shape)
 Content = tuple[tuple[str, str] | None, ...]
 
-_FORMAT = 1  # raise it when the same request gives other bytes
+_FORMAT = 2  # raise it when the same request gives other bytes
 _NUM_FOLDS = 5
 _TEST_FOLD = 2  # with a fair share of the few one-object contents in it
+_CAPTION_SHARE = 0.7  # of the train records; the others are conversations
+_NUM_ASKED = 4  # questions of a conversation, at most
 _TOTAL_SHARE = 0.5  # of the counting questions: all shapes, not those of a colour
 _EMPTY_SHARE = 0.25  # of the position questions: an empty cell, if there is one
 _CELL = 56  # pixels
@@ -153,9 +159,10 @@ class _Deck:
         for count in self._piles:
             self._refill(count)
 
-    def draw(self, for_colour: bool) -> Content:
-        """A content not drawn yet, where asked `for_colour` one with a shape that stands alone. See `_may_repeat`."""
-        for count in self._rng.sample(sorted(self._piles), len(self._piles)):
+    def draw(self, for_colour: bool, counts: tuple[int, ...]) -> Content:
+        """A content with one of these numbers of objects, not drawn yet, where asked `for_colour` one with a shape that stands
+        alone. See `_may_repeat`."""
+        for count in self._rng.sample(counts, len(counts)):
             if not self._piles[count] and self._may_repeat:
                 self._refill(count)
             pile = self._piles[count]
@@ -175,17 +182,24 @@ def _draw_records(split: str, size: int, rng: random.Random) -> Iterator[tuple[C
     kinds = [KINDS[number % len(KINDS)] for number in range(size)]  # of the test split: equal shares, mixed
     rng.shuffle(kinds)
     for kind in kinds:
-        content = deck.draw(for_colour=split == "test" and kind == "colour")
+        content = deck.draw(split == "test" and kind == "colour", counts=(1,) if split == "align" else (1, 2, 3, 4))
         extra: dict[str, Any] = {"objects": describe_objects(content)}
         if split == "test":
-            asked = [kind]
+            turns = [ask(kind, content, rng)]
             extra["kind"] = kind
         elif split == "align":
-            asked = ["caption"]
+            turns = [_ask_name(content)]
         else:
-            askable = [kind for kind in KINDS if kind != "colour" or _unique_shapes(content)]
-            asked = rng.sample(askable, rng.choice((2, 3)))
-        yield content, [ask(kind, content, rng) for kind in asked], extra
+            turns = [_ask_caption(content)] if rng.random() < _CAPTION_SHARE else _conversation_about(content, rng)
+        yield content, turns, extra
+
+
+def _conversation_about(content: Content, rng: random.Random) -> list[tuple[str, str]]:
+    """Different questions in any order, so that each kind often comes before the answers that would give its own away."""
+    kinds = ["counting", "counting", "position", "position"] + (["colour"] if _unique_shapes(content) else [])
+    rng.shuffle(kinds)
+    asked = dict(ask(kind, content, rng) for kind in kinds)  # the same question once
+    return list(asked.items())[:_NUM_ASKED]
 
 
 def describe_objects(content: Content) -> list[dict[str, str]]:
@@ -195,8 +209,15 @@ def describe_objects(content: Content) -> list[dict[str, str]]:
 
 
 def ask(kind: str, content: Content, rng: random.Random) -> tuple[str, str]:
-    """A question of one kind about the scene, and its answer."""
-    return {"counting": _ask_count, "position": _ask_position, "colour": _ask_colour, "caption": _ask_caption}[kind](content, rng)
+    """A question of one of the `KINDS` about the scene, and its answer."""
+    if kind == "caption":
+        return _ask_caption(content)
+    return {"counting": _ask_count, "position": _ask_position, "colour": _ask_colour}[kind](content, rng)
+
+
+def _ask_name(content: Content) -> tuple[str, str]:
+    (thing,) = [thing for thing in content if thing is not None]
+    return "What is in the picture?", f"A {thing[0]} {thing[1]}."
 
 
 def _ask_count(content: Content, rng: random.Random) -> tuple[str, str]:
@@ -213,9 +234,12 @@ def _ask_count(content: Content, rng: random.Random) -> tuple[str, str]:
 def _ask_position(content: Content, rng: random.Random) -> tuple[str, str]:
     full = [number for number, thing in enumerate(content) if thing is not None]
     empty = [number for number, thing in enumerate(content) if thing is None]
-    number = rng.choice(empty) if empty and rng.random() < _EMPTY_SHARE else rng.choice(full)
-    thing = content[number]
-    return f"What is at the {CELLS[number]}?", "Nothing." if thing is None else f"A {thing[0]} {thing[1]}."
+    cell = rng.choice(empty) if empty and rng.random() < _EMPTY_SHARE else rng.choice(full)
+    return f"What is at the {CELLS[cell]}?", f"{_name(content[cell]).capitalize()}."
+
+
+def _name(thing: tuple[str, str] | None) -> str:
+    return "nothing" if thing is None else f"a {thing[0]} {thing[1]}"
 
 
 def _ask_colour(content: Content, rng: random.Random) -> tuple[str, str]:
@@ -223,10 +247,10 @@ def _ask_colour(content: Content, rng: random.Random) -> tuple[str, str]:
     return f"What colour is the {shape}?", f"{colour.capitalize()}."
 
 
-def _ask_caption(content: Content, rng: random.Random) -> tuple[str, str]:
-    parts = ["a {colour} {shape} at the {cell}".format(**thing) for thing in describe_objects(content)]
-    text = f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else parts[0]
-    return "Describe the picture.", f"A{text[1:]}."
+def _ask_caption(content: Content) -> tuple[str, str]:
+    """Every cell in reading order, its place first: a model that writes from left to right then knows where it has to look."""
+    parts = [f"{cell} {_name(thing)}" for cell, thing in zip(CELLS, content, strict=True)]
+    return "Describe the picture.", f"{', '.join(parts).capitalize()}."
 
 
 def _unique_shapes(content: Content) -> list[tuple[str, str]]:
