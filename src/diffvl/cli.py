@@ -17,6 +17,7 @@ from diffvl.cli_decode import chat, generate
 from diffvl.cli_print import print_json, print_line, print_table
 from diffvl.config import VERSION, StageName
 from diffvl.errors import EXIT_CODE, DiffvlError, UsageError
+from diffvl.files import Writing
 
 if TYPE_CHECKING:
     from diffvl.doctor import Verdict
@@ -235,7 +236,8 @@ def _say(label: str, style: str, message: str) -> None:
 def main() -> None:
     """Entry point. A user's mistake ends in its message and code 2; any other exception is ours and keeps its traceback."""
     try:
-        app()
+        with Writing():
+            app()
     except DiffvlError as error:
         _say("error:", "bold red", str(error))
         raise SystemExit(EXIT_CODE) from None
