@@ -125,7 +125,7 @@ def test_prepare_on_a_full_disk_leaves_nothing(
 def test_a_stage_on_a_full_disk_goes_on_from_its_last_checkpoint(
     source: Callable[[str], Path], tower: Path, shapes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The second checkpoint does not fit; the first is kept, and the run goes on from it to the weights of a run that had room."""
+    """The second checkpoint does not fit; the first is kept, and from it the run comes to the weights of a run with room."""
     settings = stage("align", shapes["align"], steps=4, save_every=2)
     recipe = write_recipe(tmp_path / "recipe.yaml", tower, align=settings)
     words = ("convert", source("llama"), "--recipe", recipe, "--out")
