@@ -235,7 +235,7 @@ def test_an_adapter_beside_the_weights_is_not_put_on_them_in_silence(convert: Wo
 def test_code_of_the_checkpoint_cannot_come_along(convert: Workshop, tmp_path: Path):
     model = broken(convert.trunk, tmp_path / "model", made.own_code("own-llama"))
     says = [
-        "model_type 'own-llama' is not known to transformers, only to code that the checkpoint brings along (own.OwnForCausalLM)"
+        "transformers has no class of its own for model_type 'own-llama'; the checkpoint brings one along (own.OwnForCausalLM)"
     ]
     says += ["so it cannot be converted, with --trust-remote-code neither"]
     all_refuse(convert, model, says)
@@ -257,7 +257,7 @@ def test_code_of_a_vision_tower_cannot_come_along(convert: Workshop, tower: Path
 
     own = broken(tower, tmp_path / "own", change)
     for words in ((), ("--trust-remote-code",)):
-        says = [f"{own}: model_type 'own-vision' is not known to transformers", "(own.OwnForCausalLM)"]
+        says = [f"{own}: transformers has no class of its own for model_type 'own-vision'", "(own.OwnForCausalLM)"]
         convert.refuses("--set", f"prepare.vision_tower={own}", *words, says=says)
 
 

@@ -296,7 +296,7 @@ def test_a_model_that_brings_its_code_is_refused_with_or_without_running_it(run,
     (tmp_path / "own.py").write_text(REMOTE, encoding="utf-8")
     settings = {"model_type": "own-llama", "auto_map": REMOTE_NAMES, "num_key_value_heads": 8}
     (tmp_path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
-    reason = "model_type 'own-llama' is not known to transformers, only to code that the checkpoint brings along"
+    reason = "transformers has no class of its own for model_type 'own-llama'; the checkpoint brings one along"
     code, out, _ = run(str(tmp_path))
     assert code == 1 and reason in out and "AR parity" not in out and not (tmp_path / "modules").exists()
     code, out, _ = run(str(tmp_path), "--trust-remote-code")

@@ -27,6 +27,7 @@ from diffvl.hub import configuration_diffvl
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
+from diffvl.published import quiet_report
 from diffvl.settings import dump
 
 T = TypeVar("T")
@@ -145,10 +146,9 @@ def load_checkpoint(directory: Path, dtype: torch.dtype | None = None) -> tuple[
     """
     _, processor = load_description(directory)
     loader: Any = DiffVLForConditionalGeneration
-    model, info = _told(
-        directory,
-        lambda: loader.from_pretrained(directory, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True),
-    )
+    arguments = {"dtype": dtype or "auto", "use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    with quiet_report():
+        model, info = _told(directory, lambda: loader.from_pretrained(directory, **arguments))
     problems = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
     if any(problems.values()):
         raise CheckpointError(f"{directory}: the weights do not fit the configuration: {problems}")

@@ -169,8 +169,8 @@ def own_code(name: str, settings: dict[str, Any]) -> str:
     classes = settings.get("auto_map") or {}
     given = classes.get("AutoModelForCausalLM") or classes.get("AutoModel") or classes.get("AutoConfig")
     return (
-        f"{name}: model_type {settings.get('model_type')!r} is not known to transformers, only to code that the checkpoint "
-        f"brings along ({given}). A DiffVL checkpoint loads without such code, so it cannot be converted, with "
+        f"{name}: transformers has no class of its own for model_type {settings.get('model_type')!r}; the checkpoint brings one "
+        f"along ({given}). A DiffVL checkpoint loads without such code, so it cannot be converted, with "
         "--trust-remote-code neither; take a checkpoint of an architecture that transformers knows (`diffvl doctor MODEL "
         "--trust-remote-code` runs the code to tell whether its attention would allow it)"
     )

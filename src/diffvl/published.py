@@ -6,11 +6,13 @@ weights, adapters, architectures that transformers knows from the checkpoint's o
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+import transformers
 import yaml
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
@@ -78,8 +80,21 @@ def _settings(name: str, revision: str | None) -> dict[str, Any]:
     settings = read_json(path / "config.json")
     generation = path / "generation_config.json"
     if generation.is_file():
-        read_json(generation)  # transformers would go on without a damaged one, and lose the stop tokens in it
+        # transformers would go on without a damaged one, and lose the stop tokens in it.
+        _require_token_ids(generation, read_json(generation))
     return settings
+
+
+def _require_token_ids(file: Path, settings: dict[str, Any]) -> None:
+    """Raises CheckpointError unless every token id in a JSON object is a whole number, or a list of them."""
+    for name, value in settings.items():
+        if not name.endswith("_token_id") or value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if not all(type(one) is int and one >= 0 for one in ids):
+            raise CheckpointError(
+                f"{file}: {name} is {value!r}; expected a token id or a list of them. Mend it, or fetch it again"
+            )
 
 
 # --- what cannot be trained ----------------------------------------------------------------------------------------------
@@ -184,6 +199,17 @@ def told(name: str, load: Callable[[], T]) -> T:
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, StrictDataclassError) as error:
         raise UnsupportedModelError(f"{name}: transformers cannot load it: {_first_line(error)}") from error
+
+
+@contextmanager
+def quiet_report() -> Iterator[None]:
+    """transformers prints what does not fit as a table; it is told in one message instead."""
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(before)
 
 
 def _first_line(error: BaseException) -> str:

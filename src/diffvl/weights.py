@@ -7,21 +7,20 @@ files, with tensors that have a shape and no content, so that renamed and merged
 
 import copy
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import torch
 import transformers
-from huggingface_hub.errors import NotASafetensorsRepoError, OfflineModeIsEnabled, SafetensorsParsingError
+from httpx import HTTPError
+from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils.quantization_config import GgufConfig
 
 from diffvl.errors import CheckpointError, UnsupportedModelError
 from diffvl.families import OWN_CODE, is_remote, own_code
-from diffvl.published import QUANTIZED, is_gguf, load_config, quantized, told
+from diffvl.published import QUANTIZED, is_gguf, load_config, quantized, quiet_report, told
 from diffvl.tensorfiles import FLOATS, Header, read_headers, read_tensor, some
 
 Headers = dict[str, Header]
@@ -77,7 +76,7 @@ def _hub_headers(name: str, revision: str | None) -> Headers | None:
             f"{name}: this hub checkpoint has no safetensors files, and others are not read, since they can run code. Download "
             "it, convert it with transformers (save_pretrained writes safetensors), and name that directory"
         ) from error
-    except (OSError, OfflineModeIsEnabled, SafetensorsParsingError):
+    except (OSError, HTTPError, SafetensorsParsingError):
         return None  # already in the cache, or a mirror without ranges: loading will tell
     return {
         key: Header(Path(file), tuple(tensor.shape), tensor.dtype)
@@ -197,17 +196,6 @@ def _require_tied(name: str, model: Any, headers: Headers | None = None) -> None
 
 
 # --- loading -------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def quiet_report() -> Iterator[None]:
-    """transformers prints what it found as a table; it is told here in one message instead."""
-    before = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.utils.logging.set_verbosity(before)
 
 
 def load_trunk(name: str, config: PretrainedConfig, revision: str | None = None) -> PreTrainedModel:
