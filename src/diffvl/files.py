@@ -39,7 +39,7 @@ def no_room(error: BaseException | None) -> str | None:
             by_name = number != errno.EFBIG and os.strerror(number) in words  # "File too large" may be said of anything
             if by_name or f"os error {number})" in words or f"code: {number}," in words:
                 return reason
-        if "PytorchStreamWriter failed writing" in words:
+        if "PytorchStreamWriter failed writing" in words or ("inline_container.cc" in words and "unexpected pos" in words):
             return "it could not be written to its end; most often no space is left"
         error = error.__cause__  # what an error was made from; not what was handled when it came (__context__)
     return None

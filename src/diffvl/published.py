@@ -191,6 +191,11 @@ def told(name: str, load: Callable[[], T]) -> T:
         raise CheckpointError(f"{name}: a package is missing to read it: {error}") from error
     except (OSError, HFValidationError) as error:
         reason = _first_line(error)
+        if "cannot be loaded with `safetensors`" in str(error):
+            raise CheckpointError(
+                f"{name}: this hub checkpoint has no safetensors files, and others are not read, since they can run code. "
+                "Download it, convert it with transformers (save_pretrained writes safetensors), and name that directory"
+            ) from error
         if Path(name).exists():
             raise CheckpointError(f"{name}: not a whole checkpoint ({reason}); copy or fetch it again") from error
         raise CheckpointError(

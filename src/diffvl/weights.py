@@ -13,7 +13,7 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
-from httpx import HTTPError
+from huggingface_hub import errors as hub_errors
 from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils.quantization_config import GgufConfig
@@ -26,6 +26,8 @@ from diffvl.tensorfiles import FLOATS, Header, read_headers, read_tensor, some
 Headers = dict[str, Header]
 
 QUANTIZED_NAMES = re.compile(r"\.(qweight|qzeros|absmax|SCB|weight_packed|weight_scale(_inv)?)$|_proj_blocks$|\.quant_state\.")
+# Of whichever HTTP client the hub's library uses.
+NO_CONNECTION = hub_errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]  (its base class for the client's own errors)
 # What the code of a model class may raise where config.json does not fit it.
 CONFIG_FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -71,13 +73,8 @@ def _hub_headers(name: str, revision: str | None) -> Headers | None:
     """Headers of a hub checkpoint, of which the beginning of each file is fetched; None where the hub does not give them."""
     try:
         found = huggingface_hub.get_safetensors_metadata(name, revision=revision)
-    except NotASafetensorsRepoError as error:
-        raise CheckpointError(
-            f"{name}: this hub checkpoint has no safetensors files, and others are not read, since they can run code. Download "
-            "it, convert it with transformers (save_pretrained writes safetensors), and name that directory"
-        ) from error
-    except (OSError, HTTPError, SafetensorsParsingError):
-        return None  # already in the cache, or a mirror without ranges: loading will tell
+    except (OSError, NO_CONNECTION, NotASafetensorsRepoError, SafetensorsParsingError):
+        return None  # in the cache already, a mirror without ranges, or files that transformers has converted: loading will tell
     return {
         key: Header(Path(file), tuple(tensor.shape), tensor.dtype)
         for file, content in found.files_metadata.items()
@@ -150,7 +147,7 @@ def _other_shape(name: str, config: PretrainedConfig, mismatched: list[tuple[str
     key, given, expected = min(mismatched, key=lambda found: not found[0].endswith(tables))
     file_key = _file_key(key, headers)
     where = headers[file_key].file if file_key is not None else name
-    named = {"vocab_size": 0, "hidden_size": 1} if key.endswith(tables) else {}
+    named = {"vocab_size": 0, "hidden_size": 1} if key.endswith(tables) and len(given) == len(expected) == 2 else {}
     differs = [name for name, side in named.items() if given[side] != expected[side] == getattr(config, name, None)]
     asks = f" ({' and '.join(f'{name} {getattr(config, name)}' for name in differs)})" if differs else ""
     others = f"; {len(mismatched) - 1} more tensors differ too" if len(mismatched) > 1 else ""
