@@ -1,5 +1,6 @@
 """Weights as they are loaded: every number is finite, and a table that is shorter than the tokenizer grows."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,3 +102,30 @@ def test_tokens_beyond_the_table_get_rows_at_the_mean(
         assert torch.equal(table.weight[:rows], old.weight)
         torch.testing.assert_close(table.weight[rows:], old.weight.mean(0).expand(more + 2, -1))
     assert read_state(prepared)["proofs"]["ar_parity"] < 1e-4
+
+
+# --- small files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ids", ["</s>", [1, "2"], -1, True, 1.5])
+def test_a_stop_token_that_is_no_id_is_told(ids: Any, source: Callable[[str], Path], tmp_path: Path):
+    model = broken(source("llama"), tmp_path / "model", made.beside("generation_config.json", eos_token_id=ids))
+    with pytest.raises(
+        CheckpointError, match="generation_config.json: eos_token_id is .*; expected a token id or a list of them"
+    ):
+        load_config(str(model), False)
+
+
+def test_a_diffvl_directory_whose_configuration_asks_for_another_shape(prepared: Callable[[str], Path], tmp_path: Path):
+    bad = broken(prepared("llama"), tmp_path / "bad", lambda folder: None)
+    config = json.loads((bad / "config.json").read_text(encoding="utf-8"))
+    config["text_config"]["intermediate_size"] += 32
+    (bad / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="bad: the weights do not fit the configuration: .*mlp.up_proj.weight"):
+        load_checkpoint(bad)
+
+
+def test_a_file_is_not_a_model(source: Callable[[str], Path]):
+    file = source("llama") / "model.safetensors"
+    with pytest.raises(CheckpointError, match="expected a directory with config.json and weights, or a .gguf file"):
+        load_config(str(file), False)
