@@ -7,6 +7,7 @@ again, and under a causal mask it must give the source checkpoint's logits. If i
 import logging
 import shutil
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def read_parts(source: Source, recipe: Recipe) -> Parts:
     rows = config.get_text_config(decoder=True).vocab_size
     stop, known = stop_token(tokenizer), min(len(tokenizer), rows)
     if len(tokenizer) > rows:
-        log.warning("%s: %s", source.model, _more_tokens(len(tokenizer), rows))
+        _tell_more_tokens(source.model, len(tokenizer), rows)
     mask_id, image_id = add_tokens(tokenizer, family, rows)
     side = image_size // tower_config.patch_size // shuffle_factor(recipe.prepare)
     processor = DiffVLProcessor(
@@ -122,11 +123,13 @@ def read_parts(source: Source, recipe: Recipe) -> Parts:
     return Parts(config, tower_config, processor, known, mask_id, image_id, image_size)
 
 
-def _more_tokens(tokens: int, rows: int) -> str:
-    return (
-        f"its tokenizer has {tokens:,} tokens, its table {rows:,} rows; the {tokens - rows:,} missing rows are added and start "
-        "at the mean of the others"
-    )
+@cache
+def _tell_more_tokens(model: str, tokens: int, rows: int) -> None:
+    """Once, though the parts are read twice: before any work, and for it."""
+    log.warning(
+        "%s: its tokenizer has %s tokens, its table %s rows; the %s missing rows are added and start at the mean of the others",
+        model, f"{tokens:,}", f"{rows:,}", f"{tokens - rows:,}",
+    )  # fmt: skip
 
 
 # --- tokenizer and chat template -----------------------------------------------------------------------------------------
