@@ -324,7 +324,7 @@ def test_a_model_that_gives_nan_is_not_supported(monkeypatch: pytest.MonkeyPatch
 
     @functools.wraps(original)
     def spoilt(self: Any, *arguments: Any, **named: Any) -> Any:
-        output = original(self, *arguments, **named)
+        output: Any = original(self, *arguments, **named)
         output.logits = output.logits + torch.where(torch.arange(output.logits.shape[-1]) == 3, float("nan"), 0.0)
         return output
 

@@ -93,7 +93,8 @@ def test_tokens_beyond_the_table_get_rows_at_the_mean(
     assert (
         f"its tokenizer has {rows + more:,} tokens, its table {rows:,} rows; the {more:,} missing rows are added" in caplog.text
     )
-    after, processor = load_checkpoint(prepared)
+    model_after, processor = load_checkpoint(prepared)
+    after: Any = model_after
     assert len(processor.tokenizer) == after.config.text_config.vocab_size == rows + more + 2
     for table, old in (
         (after.get_input_embeddings(), before.get_input_embeddings()),
