@@ -148,20 +148,6 @@ def test_a_source_with_a_file_cut_short(file: str, convert: Workshop, tmp_path: 
     convert.refuses(model=model, says=[says])
 
 
-@pytest.mark.parametrize("fault", ["cut", "missing"])
-def test_a_source_shard(fault: str, convert: Workshop, tmp_path: Path):
-    model = copy(convert.trunk, tmp_path / "model")
-    (model / "model.safetensors").unlink()
-    AutoModelForCausalLM.from_pretrained(convert.trunk).save_pretrained(model, max_shard_size="100KB")
-    shard = sorted(model.glob("model-*.safetensors"))[1]
-    if fault == "cut":
-        cut(shard)
-        convert.refuses(model=model, says=[f"{model}: a weight file is damaged or cut short", "fetch the checkpoint again"])
-    else:
-        shard.unlink()
-        convert.refuses(model=model, says=[f"{model}: not a whole checkpoint", "copy or fetch it again"])
-
-
 # --- the vision tower ------------------------------------------------------------------------------------------------------
 
 
@@ -321,7 +307,8 @@ def test_attention_that_needs_a_gpu(name: str, convert: Workshop):
 def test_attention_that_the_architecture_cannot_take(convert: Workshop, tmp_path: Path):
     tokenizer = standins.make_tokenizer()
     sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "attention_types": [[["global"], 2]]}
-    config_alone(tmp_path / "neo", "gpt_neo", **sizes, vocab_size=len(tokenizer), max_position_embeddings=512)
+    config = AutoConfig.for_model("gpt_neo", **sizes, vocab_size=len(tokenizer), max_position_embeddings=512)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "neo")
     tokenizer.save_pretrained(tmp_path / "neo")
     says = ["diffuse: attention: gpt_neo cannot take tiled: its attention is not pluggable"]
     convert.refuses("--set", "stages.diffuse.attention=tiled", model=tmp_path / "neo", says=says)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from broken_checkpoints import REMOTE, REMOTE_NAMES, broken, config
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
 
@@ -16,8 +18,8 @@ from diffvl import cli, doctor, standins
 from diffvl.doctor import Verdict, exact_up_to, examine, judge
 from diffvl.families import refusal
 from diffvl.hub import layout_diffvl
-from diffvl.probe import Check
-from diffvl.proof import TOLERANCE
+from diffvl.probe import Check, above, below
+from diffvl.proof import TOLERANCE, largest, smallest
 
 CHECKS = [
     *("AR parity", "no leak", "a leak is caught", "block sees itself", "clean stream untouched", "direct forward"),
@@ -272,7 +274,7 @@ def test_a_directory_without_or_with_a_damaged_configuration_is_a_mistake(run, t
     assert run(str(tmp_path))[0] == 2
     (tmp_path / "config.json").write_text('{"model_type": "qwen2", ', encoding="utf-8")
     code, _, err = run(str(tmp_path))
-    assert code == 2 and "not a whole checkpoint" in err
+    assert code == 2 and "config.json: damaged, not readable as JSON" in err
 
 
 def test_a_type_that_transformers_does_not_know_is_not_supported(run, tmp_path: Path):
@@ -287,25 +289,64 @@ def test_a_configuration_with_a_value_of_a_wrong_type_is_told_with_its_name(run,
     assert code == 1 and "transformers cannot load it" in out and "hidden_size" in out
 
 
-REMOTE = """
-from transformers import LlamaConfig, LlamaForCausalLM
-
-class OwnConfig(LlamaConfig):
-    model_type = "own-llama"
-
-class OwnForCausalLM(LlamaForCausalLM):
-    config_class = OwnConfig
-"""
-
-
-def test_a_model_that_brings_its_code_needs_permission(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_model_that_brings_its_code_is_refused_with_or_without_running_it(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With permission its attention is measured all the same."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "own.py").write_text(REMOTE, encoding="utf-8")
-    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
-    settings = {"model_type": "own-llama", "auto_map": names, "num_key_value_heads": 8}
+    settings = {"model_type": "own-llama", "auto_map": REMOTE_NAMES, "num_key_value_heads": 8}
     (tmp_path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
-    code, _, err = run(str(tmp_path))
-    assert code == 2 and "to run that code, add --trust-remote-code" in err
+    reason = "transformers has no class of its own for model_type 'own-llama'; the checkpoint brings one along"
+    code, out, _ = run(str(tmp_path))
+    assert code == 1 and reason in out and "AR parity" not in out and not (tmp_path / "modules").exists()
     code, out, _ = run(str(tmp_path), "--trust-remote-code")
-    assert code == 0 and "(own-llama): supported" in out
+    assert code == 1 and reason in out
+    assert all(name in out for name in CHECKS) and "fails" not in out
+
+
+# --- what is no number -----------------------------------------------------------------------------------------------------
+
+
+def test_nan_passes_no_check():
+    nan = float("nan")
+    for error in (nan, float("inf")):
+        assert not below("AR parity", error).passed
+    assert not above("no leak", nan).passed
+    for errors in ([nan, 0.0], [0.0, nan], [0.0, nan, 2.0]):
+        assert math.isnan(largest(errors)) and math.isnan(smallest(errors))
+    assert (largest([0.5, 2.0]), smallest([0.5, 2.0]), largest([])) == (2.0, 0.5, 0.0)
+    found = Verdict("m", "m", "unknown", checks=(below("AR parity", 0.0), below("no leak", nan))).worst_error
+    assert found is not None and math.isnan(found)
+
+
+def test_a_model_that_gives_nan_is_not_supported(monkeypatch: pytest.MonkeyPatch):
+    original = Qwen2ForCausalLM.forward
+
+    @functools.wraps(original)
+    def spoilt(self: Any, *arguments: Any, **named: Any) -> Any:
+        output: Any = original(self, *arguments, **named)
+        output.logits = output.logits + torch.where(torch.arange(output.logits.shape[-1]) == 3, float("nan"), 0.0)
+        return output
+
+    monkeypatch.setattr(Qwen2ForCausalLM, "forward", spoilt)
+    verdict = verdict_on("qwen2")
+    assert (verdict.answer, verdict.kind) == ("unknown", "no tiny copy")
+    assert "gives logits that are no finite numbers" in verdict.reason
+    assert {"AR parity", "no leak", "train = decode", "block sees itself"} <= failed(verdict)
+
+
+# --- files of the checkpoint -----------------------------------------------------------------------------------------------
+
+
+def test_a_configuration_alone_is_judged_and_the_lack_of_weights_is_told(source: Callable[[str], Path], tmp_path: Path):
+    (tmp_path / "config.json").write_bytes((source("llama") / "config.json").read_bytes())
+    verdict = examine(str(tmp_path))
+    assert verdict.answer == "supported"
+    assert verdict.reason == "there are no weights beside config.json: only the architecture was judged"
+
+
+def test_files_that_do_not_fit_are_told_before_anything_is_probed(source: Callable[[str], Path], tmp_path: Path):
+    model = broken(source("llama"), tmp_path / "model", config(vocab_size=300))
+    verdict = examine(str(model))
+    assert (verdict.answer, verdict.kind, verdict.checks) == ("not supported", "its files", ())
+    assert verdict.reason.startswith(f"{model}/model.safetensors: model.embed_tokens.weight has the shape [268, 64]")

@@ -30,6 +30,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Dino
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.utils.quantization_config import GgufConfig
 
+from diffvl.files import share
+
 
 class FetchError(Exception):
     """The models cannot be had; the message says why and what to do."""
@@ -56,6 +58,7 @@ def convert_gguf(file: Path, out: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(out)
+    share(out)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(out)
 
 
@@ -81,6 +84,7 @@ def convert_onnx_dinov2(file: Path, out: Path) -> None:
     config.architectures = ["Dinov2Model"]
     config.save_pretrained(out)
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    share(out)
     loaded: Any = Dinov2Model.from_pretrained(out, output_loading_info=True)
     _, loading = loaded
     if problems := {kind: keys for kind, keys in loading.items() if keys}:

@@ -22,10 +22,12 @@ from transformers import AutoConfig, GenerationConfig
 
 from diffvl.config import Recipe, StageName
 from diffvl.errors import CheckpointError, UsageError
+from diffvl.files import PARTIAL, Writing, read_json, replace_text, share, sync
 from diffvl.hub import configuration_diffvl
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
+from diffvl.published import quiet_report
 from diffvl.settings import dump
 
 T = TypeVar("T")
@@ -33,7 +35,6 @@ T = TypeVar("T")
 # The tokenizer's loader looks the configuration up; known here, it never asks to run the copied remote code.
 AutoConfig.register(DiffVLConfig.model_type, DiffVLConfig)
 
-PARTIAL = ".partial"
 STATE_FILE = "diffvl.json"
 RECIPE_FILE = "run.yaml"
 HUB_FILES = tuple(
@@ -79,28 +80,20 @@ def finish(directory: Path) -> None:
     source.rename(directory)
 
 
-def sync(directory: Path) -> None:
-    """Puts a directory's files and names on the disk, before a rename says that they are whole."""
-    for path in (*directory.rglob("*"), directory, directory.parent):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def write_checkpoint(model: DiffVLForConditionalGeneration, processor: DiffVLProcessor, directory: Path) -> None:
-    """Writes the native layout into an existing directory (a partial one): weights, processor, remote code."""
+    """Writes the native layout into an existing directory (a partial one): weights, processor, remote code. Raises DiskError."""
     config = model.config
     config.architectures = [type(model).__name__]
     config.auto_map = MODEL_MAP
     model.generation_config = _generation_config(model)
-    model.save_pretrained(directory)
-    processor.save_pretrained(directory)
-    _edit_json(directory / "processor_config.json", {"auto_map": PROCESSOR_MAP, "processor_class": "DiffVLProcessor"})
-    source = Path(configuration_diffvl.__file__).parent
-    for name in HUB_FILES:
-        shutil.copyfile(source / name, directory / name)
+    with Writing(directory):
+        model.save_pretrained(directory)
+        share(directory)
+        processor.save_pretrained(directory)
+        _edit_json(directory / "processor_config.json", {"auto_map": PROCESSOR_MAP, "processor_class": "DiffVLProcessor"})
+        source = Path(configuration_diffvl.__file__).parent
+        for name in HUB_FILES:
+            shutil.copyfile(source / name, directory / name)
 
 
 def _generation_config(model: DiffVLForConditionalGeneration) -> GenerationConfig:
@@ -122,13 +115,6 @@ def write_state(directory: Path, recipe: Recipe, state: dict[str, Any]) -> None:
     facts = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions(), "machine": machine(), **state}
     replace_text(directory / RECIPE_FILE, dump(recipe))
     replace_text(directory / STATE_FILE, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file beside and renames it."""
-    beside = path.with_name(path.name + PARTIAL)
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 def versions() -> dict[str, str]:
@@ -160,10 +146,9 @@ def load_checkpoint(directory: Path, dtype: torch.dtype | None = None) -> tuple[
     """
     _, processor = load_description(directory)
     loader: Any = DiffVLForConditionalGeneration
-    model, info = _told(
-        directory,
-        lambda: loader.from_pretrained(directory, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True),
-    )
+    arguments = {"dtype": dtype or "auto", "use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    with quiet_report():
+        model, info = _told(directory, lambda: loader.from_pretrained(directory, **arguments))
     problems = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
     if any(problems.values()):
         raise CheckpointError(f"{directory}: the weights do not fit the configuration: {problems}")
@@ -220,17 +205,6 @@ def _told(directory: Path, load: Callable[[], T]) -> T:
         raise CheckpointError(
             f"{directory}: the checkpoint cannot be read, a file is damaged or missing ({reason}); copy it or make it again"
         ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a checkpoint. Raises CheckpointError naming the file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged, not readable as JSON ({error}); copy the checkpoint again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}; copy the checkpoint again")
-    return content
 
 
 def require_whole(folder: Path) -> None:

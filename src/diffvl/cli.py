@@ -17,6 +17,7 @@ from diffvl.cli_decode import chat, generate
 from diffvl.cli_print import print_json, print_line, print_table
 from diffvl.config import VERSION, StageName
 from diffvl.errors import EXIT_CODE, DiffvlError, UsageError
+from diffvl.files import Writing
 
 if TYPE_CHECKING:
     from diffvl.doctor import Verdict
@@ -128,7 +129,7 @@ def doctor(
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Say whether block diffusion can be put on MODEL, and why not. Reads its configuration only. Exit code 0: yes, 1: no."""
+    """Say whether block diffusion can be put on MODEL, and why not. Reads no weights. Exit code 0: yes, 1: no."""
     if every == (model is not None) or (out is not None and not every):
         words = "--out has no effect without --all" if out is not None and not every else "name one MODEL, or --all of them"
         raise UsageError(f"{words}. Example: diffvl doctor qwen2.5-0.5b, or diffvl doctor --all --out architectures.md")
@@ -235,7 +236,8 @@ def _say(label: str, style: str, message: str) -> None:
 def main() -> None:
     """Entry point. A user's mistake ends in its message and code 2; any other exception is ours and keeps its traceback."""
     try:
-        app()
+        with Writing():
+            app()
     except DiffvlError as error:
         _say("error:", "bold red", str(error))
         raise SystemExit(EXIT_CODE) from None

@@ -17,7 +17,7 @@ import yaml
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from diffvl import checkpoint, weights
+from diffvl import checkpoint
 from diffvl.attention import choose
 from diffvl.config import STAGES, Lora, Recipe, StageName
 from diffvl.data.loader import check_pictures, load_data
@@ -27,6 +27,7 @@ from diffvl.evaluate import held_out_answers
 from diffvl.families import check_supported, family_of, find_recipe, named_checkpoint, suggest
 from diffvl.prepare import Source, prepare, read_parts
 from diffvl.progress import quiet_libraries, read_json_lines, spinner_or_line
+from diffvl.published import load_config
 from diffvl.report import print_summary, write_report
 from diffvl.resume import BEFORE_FILE, is_finished, one_spelling, require_same_source, require_same_stage
 from diffvl.settings import dump, read_yaml, resolve
@@ -164,7 +165,7 @@ def _plan_model(request: ConvertRequest, model: str) -> Plan:
         close = suggest(model)
         hint = f"did you mean {', '.join(close)}? " if close else ""
         raise UsageError(f"{model!r}: no such model name or directory; {hint}`diffvl models` lists the names")
-    config = weights.load_config(repo, request.trust_remote_code, revision)
+    config = load_config(repo, request.trust_remote_code, revision)
     check_supported(config)
     tower = tower or family_of(config.model_type).vision_tower
     return Plan(Source(repo, revision, tower, request.trust_remote_code), root / PREPARED, root, stages, recipe)

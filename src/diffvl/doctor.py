@@ -1,8 +1,8 @@
 """MODEL -> Verdict: whether block diffusion can be put on it, and why not, in a user's words.
 
-Place in the flow: a question before `convert`. Only the configuration is read; what is probed is a tiny random copy of it, so
-the answer takes a second and no weights. Order: the static refusals of `families`, the measurements of `probe`, and where one of
-those fails, a few experiments that tell the reason.
+Place in the flow: a question before `convert`. Read are the configuration and the headers of the weight files; what is probed is
+a tiny random copy of the configuration, so the answer takes a second and no weights. Order: what `published` and `families`
+refuse, what is wrong with the files, the measurements of `probe`, and where one of those fails, a few experiments that tell why.
 """
 
 import math
@@ -17,12 +17,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from diffvl import weights
 from diffvl.checkpoint import DiffVLConfig  # importing it makes DiffVL directories known to transformers
-from diffvl.errors import UnsupportedModelError, UsageError
-from diffvl.families import Refusal, named_checkpoint, refusal, suggest
+from diffvl.errors import CheckpointError, UnsupportedModelError, UsageError
+from diffvl.families import OWN_CODE, Refusal, named_checkpoint, refusal, suggest
 from diffvl.miniature import FIRST_ORDINARY, build, describe
 from diffvl.probe import MODEL_FAULTS, Check, first_line, probe
-from diffvl.proof import TOLERANCE, native_logits, spread
+from diffvl.proof import TOLERANCE, largest, native_logits, spread
+from diffvl.published import load_config
 from diffvl.streams import Streams, Token, plain_forward, text, tokens_of
+from diffvl.tensorfiles import has_weights
 
 Answer = Literal["supported", "not supported", "unknown"]
 
@@ -32,7 +34,9 @@ MEASURED_ANYWAY = {
     "per-layer embeddings: not in yet",
     "audio model",
     "no position_ids",
+    OWN_CODE,
 }
+FILES = "its files"
 NOT_ATTENTION = {"embeddings given", "head on some rows", "head in chunks", "new token"}
 
 
@@ -60,9 +64,8 @@ class Verdict:
     @property
     def worst_error(self) -> float | None:
         """The largest of the errors that must vanish; None where none was measured."""
-        return max(
-            (check.error for check in self.checks if check.error is not None and check.wanted.startswith("<")), default=None
-        )
+        errors = [check.error for check in self.checks if check.error is not None and check.wanted.startswith("<")]
+        return largest(errors) if errors else None
 
     def as_json(self) -> dict[str, Any]:
         """Without infinities, which JSON does not know."""
@@ -97,18 +100,32 @@ def examine(model: str, trust_remote_code: bool = False) -> Verdict:
         raise UsageError(f"{model!r}: no such model name or directory; {hint}`diffvl models` lists the names")
     repo, revision = (named[1].repo, named[1].revision) if named else (model, None)
     try:
-        config = weights.load_config(repo, trust_remote_code, revision)
+        config = load_config(repo, trust_remote_code, revision)
     except UnsupportedModelError as error:
-        if "trust_remote_code" in str(error.__cause__):
-            raise UsageError(
-                f"{model} is read by code that it brings along; to run that code, add --trust-remote-code"
-            ) from error
-        verdict = Verdict(model, "", "not supported", "unknown to transformers", str(error))
+        verdict = Verdict(model, "", "not supported", error.kind or "unknown to transformers", str(error))
     except MODEL_FAULTS as error:
         verdict = Verdict(model, "", "unknown", "no configuration", f"its configuration cannot be read: {first_line(error)}")
     else:
-        verdict = judge(model, config, trust_remote_code)
+        against = _against_files(repo, config, revision)
+        if isinstance(against, Refusal):
+            verdict = Verdict(model, config.model_type, "not supported", against.kind, against.message)
+        else:
+            verdict = judge(model, config, trust_remote_code)
+            verdict = replace(verdict, reason="; ".join(filter(None, [verdict.reason, against])))
     return replace(verdict, seconds=time.perf_counter() - start)
+
+
+def _against_files(repo: str, config: PretrainedConfig, revision: str | None) -> Refusal | str:
+    """What stands against the files of a checkpoint whose configuration is not refused, or a remark, or nothing."""
+    if isinstance(config, DiffVLConfig) or refusal(config) is not None:
+        return ""
+    if Path(repo).is_dir() and not has_weights(Path(repo)):
+        return "there are no weights beside config.json: only the architecture was judged"
+    try:
+        weights.check_trunk(repo, config, revision)
+    except (CheckpointError, UnsupportedModelError) as error:
+        return Refusal(getattr(error, "kind", FILES), str(error))
+    return ""
 
 
 def judge(model: str, config: PretrainedConfig, trust_remote_code: bool = False) -> Verdict:
@@ -159,7 +176,8 @@ def diagnose(trunk: PreTrainedModel, checks: tuple[Check, ...]) -> tuple[Answer,
     """The reason behind failed checks, found by experiments on the copy."""
     failed = {check.name: check for check in checks if not check.passed}
     try:
-        native_logits(trunk, text(trunk)[0])
+        if not bool(native_logits(trunk, text(trunk)[0]).isfinite().all()):
+            return "unknown", Refusal("no tiny copy", "its tiny copy gives logits that are no finite numbers")
     except MODEL_FAULTS as error:
         return "unknown", Refusal("no tiny copy", f"its tiny copy does not run ({first_line(error)})")
     if all(check.fault for check in failed.values()) and "AR parity" in failed:
@@ -210,7 +228,7 @@ def _looks_ahead(trunk: PreTrainedModel, failed: dict[str, Check]) -> Refusal | 
     other[0, -1] = FIRST_ORDINARY + (other[0, -1] == FIRST_ORDINARY)
     before = native_logits(trunk, ids)
     moved = spread((native_logits(trunk, other) - before)[:, :-1], before)
-    if moved < TOLERANCE:
+    if not moved > TOLERANCE:
         return None
     hint = "; as a decoder it needs is_decoder: true" if getattr(trunk.config, "is_decoder", True) is False else ""
     words = f"it is not autoregressive: its own tokens see later ones (they move by {moved:.2g} std){hint}"
@@ -221,7 +239,7 @@ def _looks_ahead(trunk: PreTrainedModel, failed: dict[str, Check]) -> Refusal | 
 def _ignores_masks(trunk: PreTrainedModel, failed: dict[str, Check]) -> Refusal | None:
     causal = plain_forward(trunk, _line(trunk), _causal)
     alone = plain_forward(trunk, _line(trunk), lambda q, k: q.position == k.position)
-    if spread(causal - alone, causal) > TOLERANCE:
+    if not spread(causal - alone, causal) <= TOLERANCE:
         return None
     return Refusal("ignores the mask", "it ignores the attention mask that it is given")
 
@@ -232,7 +250,7 @@ def _keeps_causal(trunk: PreTrainedModel, failed: dict[str, Check]) -> Refusal |
     tokens = [replace(token, position=number) for number, token in enumerate(tokens)]
     other = [*tokens[:-1], replace(tokens[-1], id=FIRST_ORDINARY + (tokens[-1].id == FIRST_ORDINARY))]
     before, after = (plain_forward(trunk, line, lambda q, k: True) for line in (tokens, other))
-    if spread((after - before)[0], before) > TOLERANCE:
+    if not spread((after - before)[0], before) <= TOLERANCE:
         return None
     words = "it keeps a causal mask of its own, whatever mask it is given: the tokens of a noisy block cannot see each other"
     return Refusal("causal mask of its own", words)
@@ -253,7 +271,7 @@ def _other_positions(trunk: PreTrainedModel, failed: dict[str, Check]) -> Refusa
         return None
     first = (getattr(trunk.config, "pad_token_id", None) or 0) + 1
     shifted = plain_forward(trunk, [replace(token, position=token.position + first) for token in tokens], _causal)
-    if spread(shifted - native, native) > TOLERANCE:
+    if not spread(shifted - native, native) <= TOLERANCE:
         return None
     words = "its positions do not start at 0 but one behind pad_token_id, as in RoBERTa; diffvl gives positions from 0"
     return Refusal("positions that do not start at 0", words)

@@ -31,7 +31,19 @@ class CheckpointError(DiffvlError):
 
 
 class UnsupportedModelError(DiffvlError):
-    """The architecture cannot take block diffusion through masks."""
+    """The model cannot be converted: its architecture cannot take block diffusion through masks, or its weights no training.
+
+    Args:
+        kind: the reason in a few words, the same for all models that it applies to.
+    """
+
+    def __init__(self, message: str, kind: str = "") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class DiskError(DiffvlError):
+    """A file cannot be written: no room, a limit, or a file system that can only be read."""
 
 
 class UsageError(DiffvlError):

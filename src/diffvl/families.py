@@ -25,6 +25,7 @@ MASKABLE_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_att
 SPARSE_LAYERS = frozenset(
     {"indexed_attention", "compressed_sparse_attention", "heavily_compressed_attention", "minimax_m3_sparse"}
 )
+OWN_CODE = "code of its own"
 ALL_LINEAR = "all-linear"  # peft's own word for every linear layer but the head
 
 
@@ -155,9 +156,29 @@ def refusal(config: "transformers.PreTrainedConfig") -> Refusal | None:
     """What `check_supported` raises, or None."""
     name = config.model_type or type(config).__name__
     found = _refused_layers(name, config.get_text_config(decoder=True)) or _refused_parts(name, config)
-    if found is not None or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
-        return found  # the class is in the checkpoint's own code, which is read only under --trust-remote-code: parity will tell
+    if found is not None:
+        return found
+    brings_class = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if is_remote(type(config)) or (brings_class and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING):
+        return Refusal(OWN_CODE, own_code(name, config.to_dict()))
     return _refused_class(name, config)
+
+
+def own_code(name: str, settings: dict[str, Any]) -> str:
+    """The message about an architecture that only code in the checkpoint knows."""
+    classes = settings.get("auto_map") or {}
+    given = classes.get("AutoModelForCausalLM") or classes.get("AutoModel") or classes.get("AutoConfig")
+    return (
+        f"{name}: transformers has no class of its own for model_type {settings.get('model_type')!r}; the checkpoint brings one "
+        f"along ({given}). A DiffVL checkpoint loads without such code, so it cannot be converted, with "
+        "--trust-remote-code neither; take a checkpoint of an architecture that transformers knows (`diffvl doctor MODEL "
+        "--trust-remote-code` runs the code to tell whether its attention would allow it)"
+    )
+
+
+def is_remote(config_class: type) -> bool:
+    """Whether a class was read from a checkpoint's own code."""
+    return config_class.__module__.startswith("transformers_modules")
 
 
 def _refused_parts(name: str, config: "transformers.PreTrainedConfig") -> Refusal | None:

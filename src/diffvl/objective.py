@@ -250,7 +250,7 @@ def _predict(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One forward: cross-entropy of each target at its row, [M] with the graph, and whether it is the likeliest token, [M]."""
     ids = packed.moved(ids_SW, 0)
-    dtype = torch.get_autocast_dtype(ids.device.type) if torch.is_autocast_enabled(ids.device.type) else torch.float32
+    dtype = scores_dtype(model, ids.device.type)
 
     def judge(logits_mV: torch.Tensor, which: slice) -> torch.Tensor:
         forbidden = never_predicted(config, logits_mV.shape[-1], logits_mV.device)
@@ -272,6 +272,15 @@ def _predict(
         row_map=judge,
     ).logits
     return judged[:, 0], judged[:, 1]
+
+
+def scores_dtype(model: Any, device_type: str) -> torch.dtype:
+    """The type in which the trunk computes attention scores. A mask that eager attention adds to them must have it: one in fp32
+    would turn bf16 scores, the largest tensors of such a layer, into fp32 ones."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
+    return next((parameter.dtype for parameter in parameters if parameter.is_floating_point()), torch.float32)
 
 
 def rates(sums: dict[str, float]) -> dict[str, float]:

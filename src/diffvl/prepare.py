@@ -7,6 +7,7 @@ again, and under a causal mask it must give the source checkpoint's logits. If i
 import logging
 import shutil
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.modeling_diffvl import Connector, DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.progress import spinner_or_line
+from diffvl.published import load_config
 
 log = logging.getLogger(__name__)
 REASONING_TAG = "<think>"
@@ -54,8 +56,8 @@ def prepare(source: Source, recipe: Recipe, directory: Path, console: Console) -
     partial.mkdir(parents=True)
     try:
         with spinner_or_line(console, f"loading {source.model} and {source.vision_tower}"):
-            trunk = weights.load_trunk(source.model, parts.config, source.trust_remote_code, source.revision)
-            tower = weights.load_tower(source.vision_tower, source.trust_remote_code)
+            trunk = weights.load_trunk(source.model, parts.config, source.revision)
+            tower = weights.load_tower(source.vision_tower, parts.tower_config)
         reference = _reference_logits(trunk, parts.known)
         model = assemble(trunk, tower, parts, recipe)
         with spinner_or_line(console, f"writing {directory}"):
@@ -79,9 +81,11 @@ def prepare(source: Source, recipe: Recipe, directory: Path, console: Console) -
 
 @dataclass(frozen=True)
 class Parts:
-    """All of a conversion but its weights. config: of the trunk; known: tokens that the source's tokenizer has."""
+    """All of a conversion but its weights. config: of the trunk; known: tokens of the source's tokenizer that have a row in its
+    table."""
 
     config: PretrainedConfig
+    tower_config: PretrainedConfig
     processor: DiffVLProcessor
     known: int
     mask_id: int
@@ -95,26 +99,37 @@ def read_parts(source: Source, recipe: Recipe) -> Parts:
     Raises:
         CheckpointError, UnsupportedModelError, ConfigError.
     """
-    config = weights.load_config(source.model, source.trust_remote_code, source.revision)
+    config = load_config(source.model, source.trust_remote_code, source.revision)
     check_supported(config)
-    generation = Path(source.model) / "generation_config.json"
-    if generation.is_file():
-        checkpoint.read_json(generation)  # transformers would go on without a damaged one, and lose the stop tokens in it
+    weights.check_trunk(source.model, config, source.revision)
     family = family_of(config.model_type)
     tokenizer = load_tokenizer(source)
     if family.chat_template is not None and REASONING_TAG in tokenizer.chat_template:
         log.warning("%s: its chat template writes %s into some answers; replaced by the family's", source.model, REASONING_TAG)
         tokenizer.chat_template = family.chat_template
     tower_config, image_processor = load_tower_parts(source)
+    weights.check_tower(source.vision_tower, tower_config)
     image_size = square_processor(image_processor, tower_config, recipe.prepare)
-    stop, known = stop_token(tokenizer), len(tokenizer)
-    mask_id, image_id = add_tokens(tokenizer, family, config.get_text_config(decoder=True).vocab_size)
+    rows = config.get_text_config(decoder=True).vocab_size
+    stop, known = stop_token(tokenizer), min(len(tokenizer), rows)
+    if len(tokenizer) > rows:
+        _tell_more_tokens(source.model, len(tokenizer), rows)
+    mask_id, image_id = add_tokens(tokenizer, family, rows)
     side = image_size // tower_config.patch_size // shuffle_factor(recipe.prepare)
     processor = DiffVLProcessor(
         image_processor, tokenizer, image_token=family.image_token, image_tokens=side * side, stop_token=stop
     )
     check_template(processor)
-    return Parts(config, processor, known, mask_id, image_id, image_size)
+    return Parts(config, tower_config, processor, known, mask_id, image_id, image_size)
+
+
+@cache
+def _tell_more_tokens(model: str, tokens: int, rows: int) -> None:
+    """Once, though the parts are read twice: before any work, and for it."""
+    log.warning(
+        "%s: its tokenizer has %s tokens, its table %s rows; the %s missing rows are added and start at the mean of the others",
+        model, f"{tokens:,}", f"{rows:,}", f"{tokens - rows:,}",
+    )  # fmt: skip
 
 
 # --- tokenizer and chat template -----------------------------------------------------------------------------------------
@@ -253,7 +268,7 @@ def square_processor(processor: Any, tower: PretrainedConfig, settings: Prepare)
 def assemble(trunk: Any, tower: Any, parts: Parts, recipe: Recipe) -> DiffVLForConditionalGeneration:
     """Joins the parts into one model in the trunk's dtype. The trunk's table grows in place."""
     processor = parts.processor
-    grow_table(trunk, parts.known, [parts.mask_id, parts.image_id])
+    grow_table(trunk, parts.known, len(processor.tokenizer), [parts.mask_id, parts.image_id])
     config = DiffVLConfig(
         text_config=trunk.config,
         vision_config=tower.config,
@@ -291,18 +306,24 @@ def _stop_ids(trunk: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: 
     return list(dict.fromkeys(token for token in ids if token is not None))
 
 
-def grow_table(trunk: Any, known: int, new_ids: list[int]) -> None:
-    """Makes room for new tokens and starts their rows at the mean of the known ones. A table is never shrunk: many
-    checkpoints have more rows than tokens."""
-    embedding = trunk.get_input_embeddings()
-    if max(new_ids) >= embedding.weight.shape[0]:
-        trunk.resize_token_embeddings(max(new_ids) + 1, mean_resizing=False)
-    fresh = [token for token in new_ids if token >= known]
-    tables = [trunk.get_input_embeddings(), trunk.get_output_embeddings()]
+def grow_table(trunk: Any, known: int, tokens: int, new_ids: list[int]) -> None:
+    """Makes room for new tokens, and for tokens that the source's tokenizer has beyond the table, and starts their rows at the
+    mean of the known ones. A table is never shrunk: many checkpoints have more rows than tokens.
+
+    Args:
+        known: tokens that have a row.
+        tokens: tokens of the tokenizer now.
+    """
+    rows = trunk.get_input_embeddings().weight.shape[0]
+    size = max(tokens, max(new_ids) + 1)
+    if size > rows:
+        trunk.resize_token_embeddings(size, mean_resizing=False)
+    fresh = sorted({*range(rows, size), *(token for token in new_ids if token >= known)})
     with torch.no_grad():
-        for table in tables:
-            for token in fresh:
-                table.weight[token] = table.weight[:known].float().mean(0).to(table.weight.dtype)
+        for table in (trunk.get_input_embeddings(), trunk.get_output_embeddings()):
+            for values in (table.weight, getattr(table, "bias", None)):
+                if values is not None:
+                    values[fresh] = values[:known].float().mean(0).to(values.dtype)
 
 
 # --- proof ---------------------------------------------------------------------------------------------------------------
@@ -335,7 +356,7 @@ def _prove(directory: Path, reference: torch.Tensor, parts: Parts) -> dict[str, 
         logits = model(proof.probe_ids(known)).logits[..., :known]
     # Beyond `known` stand the rows that were spare or new: the mask token's and the image token's.
     difference = proof.spread(logits - reference[..., :known], reference)
-    if difference > proof.TOLERANCE:
+    if not difference <= proof.TOLERANCE:
         raise CheckpointError(
             f"{directory}: AR parity fails, logits differ from the source's by {difference:.2g} std; nothing kept"
         )

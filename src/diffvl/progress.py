@@ -33,6 +33,7 @@ from rich.table import Column
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from diffvl.errors import CheckpointError
+from diffvl.files import replace_text
 
 METRICS_FILE = "metrics.jsonl"
 PLAIN_EVERY = 10.0  # seconds between two lines where there is no terminal
@@ -307,9 +308,7 @@ def measures_of(lines: list[dict[str, Any]]) -> dict[str, Measure]:
 
 def write_beside(path: Path, text: str) -> None:
     """Writes `text` to `path` by way of a file beside it, so that no reader and no kill ever meets half a file."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    replace_text(path, text)
 
 
 def _is_summary(key: str) -> bool:

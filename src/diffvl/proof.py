@@ -3,6 +3,9 @@
 Shapes: L tokens of the probe, D block size of the probe, V vocabulary.
 """
 
+import math
+from collections.abc import Iterable
+
 import torch
 from transformers import PreTrainedModel
 
@@ -27,8 +30,20 @@ def native_logits(trunk: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     return trunk(input_ids=ids, use_cache=False).logits.float()
 
 
+def largest(errors: Iterable[float], default: float = 0.0) -> float:
+    """The largest error, nan where any is nan: Python's own max loses a nan that does not stand first."""
+    errors = list(errors)
+    return next((error for error in errors if math.isnan(error)), max(errors, default=default))
+
+
+def smallest(changes: Iterable[float]) -> float:
+    """The smallest change, nan where any is nan."""
+    return -largest(-change for change in changes)
+
+
 def spread(difference: torch.Tensor, reference: torch.Tensor) -> float:
-    """Largest difference in units of the reference's standard deviation."""
+    """Largest difference in units of the reference's standard deviation; nan, which passes no `not error <= limit`, where a logit
+    is no finite number."""
     return float(difference.abs().max() / reference.std().clamp_min(1e-12))
 
 
@@ -40,7 +55,7 @@ def check_block_attention(trunk: PreTrainedModel, vocabulary: int, mask_token_id
         the largest error, in standard deviations of the logits.
     Raises:
         UnsupportedModelError: if the clean stream differs from the AR model, the noisy block sees its clean copy or later
-            tokens, or its tokens do not see each other.
+            tokens, its tokens do not see each other, or any logit is no finite number.
     """
     ids = probe_ids(vocabulary)[:1]
     reference = native_logits(trunk, ids)
@@ -53,13 +68,13 @@ def check_block_attention(trunk: PreTrainedModel, vocabulary: int, mask_token_id
     changed = _noisy_pass(trunk, ids, mask_token_id, last_noisy=int(last))
     both_ways = spread(changed[:, PROBE_LENGTH] - base[:, PROBE_LENGTH], reference)
     kind = trunk.config.model_type
-    if clean_error > TOLERANCE:
+    if not clean_error <= TOLERANCE:
         raise UnsupportedModelError(f"{kind}: with explicit masks the logits differ from its own by {clean_error:.2g} std")
-    if leak_error > TOLERANCE:
+    if not leak_error <= TOLERANCE:
         raise UnsupportedModelError(f"{kind}: a noisy block sees its own clean copy (its logits move by {leak_error:.2g} std)")
-    if both_ways < TOLERANCE:
+    if not both_ways >= TOLERANCE:
         raise UnsupportedModelError(f"{kind}: tokens of a noisy block do not see each other: the model ignores the mask")
-    return max(clean_error, leak_error)
+    return largest([clean_error, leak_error])
 
 
 def _noisy_pass(trunk: PreTrainedModel, ids: torch.Tensor, mask_id: int, last_noisy: int | None = None) -> torch.Tensor:

@@ -34,6 +34,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from transformers.pytorch_utils import Conv1D
 
 from diffvl.errors import UsageError
+from diffvl.files import share
 
 TRUNKS: tuple[str, ...] = ("qwen2", "qwen3", "qwen3_moe", "llama", "mistral", "gemma2", "gpt2")
 TOWERS: tuple[str, ...] = ("siglip", "clip", "dinov2", "vit")
@@ -282,6 +283,7 @@ def _save(directory: Path, model: PreTrainedModel, companion: PreTrainedTokenize
     """Model, then tokenizer or image processor, into one directory, which is created if needed."""
     directory.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(directory)
+    share(directory)
     companion.save_pretrained(directory)
     return directory
 

@@ -21,6 +21,7 @@ from diffvl.data.collate import collate
 from diffvl.data.loader import StageData, load_data, longest_sample
 from diffvl.errors import ConfigError, UsageError
 from diffvl.families import family_of
+from diffvl.files import Writing
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.lora import add_adapters, merge_adapters
@@ -66,7 +67,7 @@ def train(start: Path, recipe: Recipe, stage_name: StageName, directory: Path, r
     trainer = build_trainer(model, processor, data, recipe, stage_name, work)
     last = newest_checkpoint(work) if resume else None
     trainer.args.eval_on_start = stage.eval_every is not None and last is None
-    with TrainingProgress(console, stage_name) as progress_bar:
+    with TrainingProgress(console, stage_name) as progress_bar, Writing(work):
         trainer.add_callback(progress_bar)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     unfit(model, stage, own_dtype)

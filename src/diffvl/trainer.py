@@ -24,10 +24,12 @@ from diffvl.config import Recipe, Stage
 from diffvl.data.collate import raise_bad_record
 from diffvl.data.loader import SHOWN_PROBLEMS, SampleDataset, batches_of
 from diffvl.data.table import record_at
-from diffvl.errors import CheckpointError, TrainingError, UsageError
+from diffvl.errors import CheckpointError, DiskError, TrainingError, UsageError
+from diffvl.files import Writing, share
 from diffvl.noise import sample_generator
 from diffvl.objective import Draw, LossOutput, curriculum_state, loss_of, measure, measured_sums, rates, scores
 from diffvl.optim import parameter_groups
+from diffvl.weights import not_finite
 
 CHECKPOINTS = "checkpoints"
 TRAINABLE_FILE = "model.safetensors"
@@ -87,7 +89,9 @@ class StageTrainer(Trainer):
         """The stage's objective on one micro-batch, over the answer tokens of the whole step."""
         step = self.state.global_step
         draw = Draw(self.recipe.seed, step, self._progress())
-        output = loss_of(model, self.model.config, inputs, self.stage.objective, draw)
+        # The wrapped model's forward runs under autocast by itself; here too, so that masks are made in its type.
+        with self.accelerator.autocast():
+            output = loss_of(model, self.model.config, inputs, self.stage.objective, draw)
         if not torch.isfinite(output.loss):
             raise self._not_finite("loss", output.loss, [inputs["sample"]])
         self._count(output)
@@ -101,7 +105,13 @@ class StageTrainer(Trainer):
         return norm
 
     def _not_finite(self, what: str, value: torch.Tensor, samples: list[torch.Tensor]) -> TrainingError:
-        """Names the step as metrics.jsonl counts it, the samples by their index, and some of them by file and line."""
+        """Names the step as metrics.jsonl counts it, and the weight that is to blame; where none is, the samples by their index,
+        and some of them by file and line."""
+        if spoilt := not_finite(self.model):
+            return TrainingError(
+                f"step {self.state.global_step + 1}: the {what} is {value.item()}, and so is a weight: {spoilt}. The records are "
+                "not to blame: begin again from a sound checkpoint under another --out"
+            )
         rows: SampleDataset = self.train_dataset  # type: ignore[assignment]
         ids = torch.cat(samples).tolist()
         places = [record_at(rows.records, index).source for index in ids[:SHOWN_PROBLEMS]]
@@ -186,7 +196,9 @@ class StageTrainer(Trainer):
             values = state_dict or {name: parameter.detach() for name, parameter in self.model.named_parameters()}
             trainable = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
             kept = {name: value.contiguous() for name, value in values.items() if name in trainable}
-            save_file(kept, folder / TRAINABLE_FILE, metadata={"format": "pt"})
+            with Writing(folder):
+                save_file(kept, folder / TRAINABLE_FILE, metadata={"format": "pt"})
+                share(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._resumed_from = Path(resume_from_checkpoint)
@@ -222,7 +234,11 @@ class StageTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._staging = staging
         try:
-            super()._save_checkpoint(model, trial)
+            with Writing(run_dir):
+                super()._save_checkpoint(model, trial)
+        except DiskError:
+            shutil.rmtree(staging, ignore_errors=True)  # the room that it takes may be what is needed to go on
+            raise
         finally:
             del self._staging
         self.accelerator.wait_for_everyone()
