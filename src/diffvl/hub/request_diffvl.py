@@ -29,6 +29,7 @@ KNOWN = frozenset(
         *("cache_implementation", "compile_config", "disable_compile"),
     )
 )
+VIDEO_WORDS = ("pixel_values_videos", "image_sizes_videos")
 # What a GenerationConfig says of its checkpoint, and asks nothing with.
 FACTS = frozenset(("bos_token_id", "mask_token_id", "block_size", "transformers_version"))
 # What words that are not known may say; so may None, False, 0 and empty lists.
@@ -44,6 +45,7 @@ class Words:
 
     def __init__(self, caller: Mapping[str, Any], given: GenerationConfig | None, own: GenerationConfig | None) -> None:
         """Raises ValueError for words that block decoding does not know."""
+        refuse_videos(**{name: caller.get(name) for name in VIDEO_WORDS})
         configs = [dict(vars(config)) for config in (given, own) if config is not None]
         self._sources: list[Mapping[str, Any]] = [caller, *configs]
         odd = sorted(f"{name}={value!r}" for name, value in caller.items() if not _known(name, value))
@@ -75,6 +77,13 @@ def _known(name: str, value: Any) -> bool:
     if name in KNOWN or value is None or value == neutral:
         return True
     return neutral is None and (value is False or (isinstance(value, int | float | list | tuple | str | dict) and not value))
+
+
+def refuse_videos(**given: Any) -> None:
+    """Raises ValueError unless every one of these words of SDAR-VL's callers is None, as they are where no video is shown."""
+    shown = [name for name, value in given.items() if value is not None]
+    if shown:
+        raise ValueError(f"video is not supported: {' and '.join(shown)} must be None; give single frames as pictures")
 
 
 @dataclass(frozen=True)
