@@ -31,7 +31,6 @@ from transformers import (  # noqa: E402
     DynamicCache,
 )
 
-
 STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "sequential")
 THRESHOLD = 0.2  # random weights are seldom surer
 
