@@ -113,7 +113,6 @@ def request_of(words: Words, config: Any, prompt_length: int, device: torch.devi
     remasking = remasking_of(rule[0] or "low_confidence_static", steps, config.block_size, rule[1], rule[2])
     _check_mode(mode, config, sampling, steps, rule)
     stopping = _stopping(words, config, prompt_length)
-    pad = words.said("pad_token_id", min(stopping.tokens, default=0))
     return Request(
         mode=mode,
         steps=steps,
@@ -121,10 +120,27 @@ def request_of(words: Words, config: Any, prompt_length: int, device: torch.devi
         sampling=sampling,
         stopping=stopping,
         seed=words.said("seed", 0),
-        pad=pad[0] if isinstance(pad, list) else pad,
+        pad=_pad(words, config, stopping),
         return_dict=bool(words.said("return_dict_in_generate", False)),
         static=_static(words, mode, device),
     )
+
+
+def _pad(words: Words, config: Any, stopping: Stopping) -> int:
+    """What stands behind an answer: what the caller says; else the first token of all that may be meant. A stop that is none
+    (-1: never) would be no padding that a tokenizer or an embedding takes."""
+    if (asked := words.called("pad_token_id")) is not None:
+        return _ids(asked)[0]
+    configured = words.configured("pad_token_id")
+    choices = [*(_ids(configured) if configured is not None else ()), *sorted(stopping.tokens), *config.stop_token_ids]
+    return next((token for token in choices if 0 <= token < config.vocabulary_size), 0)
+
+
+def _ids(said: Any) -> list[int]:
+    """Token ids, however transformers lets one say them."""
+    if isinstance(said, torch.Tensor):
+        said = said.tolist()
+    return [said] if isinstance(said, int) else list(said)
 
 
 def _stopping(words: Words, config: Any, prompt_length: int) -> Stopping:
@@ -136,7 +152,7 @@ def _stopping(words: Words, config: Any, prompt_length: int) -> Stopping:
             raise ValueError(f"max_length is {whole}, and the prompt has {prompt_length} tokens already: raise it")
     stops, strings = words.said("eos_token_id", config.stop_token_ids), words.said("stop_strings", ())
     return Stopping(
-        frozenset([stops] if isinstance(stops, int) else stops),
+        frozenset(_ids(stops)),
         MAX_NEW_TOKENS if limit is None else int(limit),
         (strings,) if isinstance(strings, str) else tuple(strings),
         words.said("tokenizer"),
