@@ -45,7 +45,7 @@ def test_a_stop_string_ends_one_of_a_batch_that_never_stops(mode: str, size: int
     string = processor.tokenizer.decode(tokens[0, 3:5])
     texts, new = decoded(both, CHATS[:size], stop_strings=[string], **words)
     assert texts[0].endswith(string) and len(texts[0]) < len(free) and free.startswith(texts[0])
-    assert 0 <= int(new.min()) and int(new.max()) < model.config.vocabulary_size, "what stands behind an answer is a token"
+    assert int(new.min()) >= 0 and int(new.max()) < model.config.vocabulary_size, "what stands behind an answer is a token"
     for place in range(size):
         alone = decoded(both, CHATS[place : place + 1], stop_strings=[string], **words)[0][0]
         assert texts[place] == alone
