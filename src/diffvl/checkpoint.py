@@ -27,6 +27,7 @@ from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.settings import dump
+from diffvl.terminal import shell_line
 
 T = TypeVar("T")
 
@@ -208,7 +209,7 @@ def require_diffvl(directory: Path) -> None:
     if kind != DiffVLConfig.model_type:
         raise CheckpointError(
             f"{directory}: a {kind!r} checkpoint; expected one that `diffvl convert` wrote. "
-            f"To convert it: diffvl convert {directory}"
+            f"To convert it: {shell_line('diffvl', 'convert', directory)}"
         )
 
 
