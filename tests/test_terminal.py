@@ -20,6 +20,7 @@ import pytest
 from rich.progress import Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
+from shell_words import QUESTIONS, typed
 
 from diffvl import cli, terminal
 from diffvl.terminal import UNSHOWN, console, json_text, shell_line, streams, visible
@@ -158,7 +159,7 @@ def test_nobody_makes_a_console_or_prints_a_text_on_his_own():
         name = named(call.func)
         if place.startswith("terminal.py"):
             continue
-        if name == "Console" or name == "from_markup" or "markup" in keywords and ast.unparse(keywords["markup"]) != "False":
+        if name in ("Console", "from_markup") or "markup" in keywords and ast.unparse(keywords["markup"]) != "False":
             wrong.append(place)
         if name == "TextColumn" and "markup" not in keywords:
             wrong.append(place)
@@ -171,20 +172,6 @@ def test_nobody_makes_a_console_or_prints_a_text_on_his_own():
 
 
 # --- words to type ----------------------------------------------------------------------------------------------------------
-
-QUESTIONS = [
-    "What is it?", "", "$(touch x)", "`touch x`", "it's \"it\"", "a\nb", "stop!", "!!", "$HOME ${HOME} ~", "-n", "--", "*", "a  b ",
-    "é 漢字 👩‍👩‍👧", "\\", "\\'", "$'\\x41'", "a;b|c&d>e", "#x", "\ttab", "\x1b[2J\x07", "\x9b\x7f", "\u202eabc", "'\x1b'!\\f0é",
-    "=a", "{a,b}", "\r\n",
-]  # fmt: skip
-
-
-def typed(line: str, **environment: str) -> list[bytes]:
-    """The arguments that a shell gives to a program for a line."""
-    script = f'program() {{ for word in "$@"; do printf \'%s\\0\' "$word"; done; }}\n{line}\n'
-    done = subprocess.run(["bash", "-c", script], capture_output=True, check=True, env={**os.environ, **environment})
-    assert done.stderr == b""
-    return done.stdout.split(b"\0")[:-1]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
@@ -270,9 +257,8 @@ def test_a_full_disk_is_one_message(words: str, unbuffered: str):
 
 
 def test_streams_that_are_full_or_closed_end_nothing_in_a_traceback():
-    done = shell(
-        "diffvl models &> /dev/full; echo $?; diffvl nonsense 2> /dev/full; echo $?; diffvl models >&- <&-; echo $?; diffvl models 2>&-"
-    )
+    lines = ["diffvl models &> /dev/full", "diffvl nonsense 2> /dev/full", "diffvl models >&- <&-", "diffvl models 2>&-"]
+    done = shell("; echo $?; ".join(lines))
     assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr
     assert done.stdout.decode().splitlines()[:3] == ["2", "2", "0"] and b"qwen2.5-7b" in done.stdout
 
