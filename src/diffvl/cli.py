@@ -76,6 +76,8 @@ def convert(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Convert MODEL: connect a vision tower, align it, train block diffusion, write a checkpoint."""
+    for flag, name in {"MODEL": model, "--recipe": recipe, "--data": data, "--from": start, "--out": out}.items():
+        _check_name(flag, str(name or ""))
     from diffvl.convert import ConvertRequest
     from diffvl.convert import convert as run_convert
 
@@ -93,6 +95,14 @@ def convert(
         trust_remote_code=trust_remote_code,
     )
     run_convert(request)
+
+
+def _check_name(flag: str, name: str) -> None:
+    """Raises UsageError for bytes that are no text: the run's own files, which are UTF-8, could not name them."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{flag} {name!r} is not valid UTF-8, and the files of a run must name it: rename it") from error
 
 
 app.command(epilog='Example:  diffvl generate runs/qwen2.5-7b/diffuse --image cat.jpg --prompt "What is on the mat?"')(generate)
