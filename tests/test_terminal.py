@@ -243,7 +243,7 @@ def test_a_process_in_ascii(variables: dict[str, str]):
 
 
 def test_a_reader_that_goes_away_is_no_fault():
-    done = shell('diffvl models | head -1; echo "${PIPESTATUS[0]}"; diffvl --help | true; echo "${PIPESTATUS[0]}"')
+    done = shell('diffvl models | true; echo "${PIPESTATUS[0]}"; diffvl --help | true; echo "${PIPESTATUS[0]}"')
     assert done.stderr == b"" and b"Traceback" not in done.stdout
     assert [line for line in done.stdout.decode().splitlines() if line.isdigit()] == ["141", "141"]
 

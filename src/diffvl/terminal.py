@@ -16,7 +16,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import PurePath
 from typing import IO, Any
 
@@ -169,8 +169,6 @@ class _Guarded(io.RawIOBase):
 
 def _guarded(stream: Any, name: str, errors: str) -> Any:
     """A stream that takes any text and tells its faults; one that is no file (in a test) stays what it is."""
-    if stream is None:  # closed by the caller
-        return open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if not isinstance(stream, io.TextIOWrapper):
         return stream
     stream.reconfigure(errors=errors)
@@ -203,21 +201,24 @@ def streams() -> Iterator[None]:
         record.msg, record.args = visible(record.getMessage()), None
         return record
 
-    if sys.stdin is None:
-        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
-    elif isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # a line may be any bytes
-    sys.stdout = _guarded(sys.stdout, "standard output", "replace")
-    sys.stderr = _guarded(sys.stderr, "standard error", "backslashreplace")
-    logging.setLogRecordFactory(harmless_record)
-    warnings.formatwarning = lambda *given, **named: visible(format_warning(*given, **named))
-    try:
+    with ExitStack() as opened:
+        # What the caller closed is None, and its number would go to the next file that is opened.
+        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+            if getattr(sys, name) is None:
+                setattr(sys, name, opened.enter_context(open(os.devnull, mode, encoding="utf-8")))
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # a line may be any bytes
+        sys.stdout = _guarded(sys.stdout, "standard output", "replace")
+        sys.stderr = _guarded(sys.stderr, "standard error", "backslashreplace")
+        logging.setLogRecordFactory(harmless_record)
+        warnings.formatwarning = lambda *given, **named: visible(format_warning(*given, **named))
         try:
             yield
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-    finally:
-        sys.stdin, sys.stdout, sys.stderr = before
-        logging.setLogRecordFactory(make_record)
-        warnings.formatwarning = format_warning
+            try:
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:
+                sys.stdin, sys.stdout, sys.stderr = before
+                logging.setLogRecordFactory(make_record)
+                warnings.formatwarning = format_warning
