@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from helpers import picture
 from tiny_runs import Ended, command, refused
 
 from diffvl import chat
-from diffvl.chat import Chat, converse
+from diffvl.chat import Chat, converse, meant_path
 from diffvl.decode import Decoder, DecodeSettings, answer_chats, load_for_decoding
 
 TOKENS = 10
@@ -147,6 +148,34 @@ def test_a_message_may_say_where_its_pictures_stand(decoder: Decoder, image: Pat
         between["content"] += [{"type": "text", "text": text}, {"type": "image", "image": picture(3)}]
     del between["content"][-1]
     assert listener.take("Is <image> like <image>?") == expected(decoder, [between]) + "\n"
+
+
+@pytest.mark.parametrize("name", ["seen.png", "seen it's.png", 'a "b" c.png', "back\\slash x.png", "é[x].png", "-n.png"])
+@pytest.mark.parametrize("how", ["as it is", "quoted", "double", "escaped", "home"])
+def test_a_path_is_taken_as_it_is_typed_or_dropped(name: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Terminals paste a file that is dropped on them as for a shell."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / name
+    picture(3).save(path)
+    typed = {
+        "as it is": str(path),
+        "quoted": shlex.quote(str(path)),
+        "double": '"' + str(path).replace("\\", "\\\\").replace('"', '\\"') + '"',
+        "escaped": re.sub(r"([^A-Za-z0-9/._é-])", r"\\\1", str(path)),
+        "home": f"~/{name}",
+    }[how]
+    assert meant_path(typed) == path
+
+
+def test_a_path_that_is_not_there_is_told_without_its_quotes(decoder: Decoder, tmp_path: Path):
+    listener = Listener(decoder)
+    for typed in (f"'{tmp_path}/no ne.png'", f'"{tmp_path}/no ne.png"', f"{tmp_path}/no\\ ne.png", f"  {tmp_path}/no ne.png "):
+        listener.take(f"/image {typed}")
+        if "ne.png" in listener.complaints[-1] and "\\" not in typed:
+            assert listener.complaints[-1] == f"/image: picture {tmp_path}/no ne.png does not exist"
+    for typed in ("''", '""', "~nobody-here/x.png", "x" * 5000 + ".png"):
+        listener.take(f"/image {typed}")
+    assert len(listener.complaints) == 8 and listener.chat.pictures == []
 
 
 # --- what does not work ---------------------------------------------------------------------------------------------------

@@ -252,6 +252,16 @@ def test_a_user_mistake_is_one_message_and_code_2(run, monkeypatch: pytest.Monke
     assert run("convert", "dir") == (2, "", "error: dir/[bold]x[/bold].json: no config.json here\n")
 
 
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [("MODEL", ["caf\udce9"]), *((flag, ["m", flag, "caf\udce9"]) for flag in ("--data", "--from", "--out", "--recipe"))],
+)
+def test_a_name_that_is_no_text_is_refused_before_anything(flag: str, words: list[str], run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "diffvl.convert", None)
+    says = f"error: {flag} 'caf\\udce9' is not valid UTF-8, and the files of a run must name it: rename it\n"
+    assert run("convert", *words) == (2, "", says)
+
+
 def test_our_own_mistake_keeps_its_traceback(run, monkeypatch: pytest.MonkeyPatch):
     def convert(request: Settings) -> Path:
         raise ZeroDivisionError("a bug")

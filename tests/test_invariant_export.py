@@ -73,6 +73,32 @@ def test_loads_and_answers_without_diffvl(
 
 
 @pytest.mark.parametrize("model_type", TRUNKS)
+def test_the_calling_sequence_answers_as_generate_does(model_type: str, visited: dict[str, tuple[dict[str, Any], torch.Tensor]]):
+    """SDAR-VL's three strategies with a picture and without, at the ends of prompts and blocks, token for token."""
+    facts, _ = visited[model_type]
+    assert facts["same_inputs"], "the processor called SDAR-VL's way gives other tensors"
+    assert len(facts["answers"]) == 2 * 5 * 3
+    for found in facts["answers"]:
+        assert found["theirs"] == found["ours"], found["case"]
+    assert len({tuple(found["ours"]) for found in facts["answers"]}) > 4, "answers that do not differ prove little"
+
+
+@pytest.mark.parametrize("model_type", TRUNKS)
+def test_what_that_caller_may_leave_out_and_load(model_type: str, visited: dict[str, tuple[dict[str, Any], torch.Tensor]]):
+    facts, _ = visited[model_type]
+    assert facts["refusals"] == [
+        f"video is not supported: {name} must be None; give single frames as pictures"
+        for _ in ("forward", "generate")
+        for name in ("pixel_values_videos", "image_sizes_videos")
+    ]
+    (batch, length, _), cached = facts["no_mask"]
+    assert batch == 1 and length == cached
+    for name, most in (("float32", 1e-6), ("float16", 0.1), ("bfloat16", 1.0)):  # logits have a std of 2.5
+        dtype, distance, tokens = facts["half"][name]
+        assert dtype == f"torch.{name}" and distance <= most and len(tokens) % BLOCK == 0, (name, facts["half"][name])
+
+
+@pytest.mark.parametrize("model_type", TRUNKS)
 @torch.no_grad()
 def test_the_calling_sequence_gives_our_decoders_logits(
     model_type: str, visited: dict[str, tuple[dict[str, Any], torch.Tensor]], exported: dict[str, Path]

@@ -171,6 +171,15 @@ def test_everything_is_escaped(stage: Path) -> None:
     assert len(charts(stage)) == 1
 
 
+def test_control_characters_are_shown_in_page_and_terminal(stage: Path) -> None:
+    """Of answers, questions, file names and settings; half a character (JSON can say one) is no reason to fail."""
+    nasty = "x\x1b]0;t\x07\x9b2J\r\ud83d\u202e[/bold]:cat:y"
+    shown = nasty.translate({ord(sign): "\N{REPLACEMENT CHARACTER}" for sign in "\x1b\x07\x9b\r\ud83d\u202e"})
+    write_samples(stage, [{"image": "x\x1b]0;t.png", "question": nasty, "truth": nasty, "before": nasty, "after": nasty}])
+    for text in (page(stage).text, summary(stage)):
+        assert text.count(shown) >= 4 and not any(sign in text for sign in "\x1b\x07\x9b\r\ud83d\u202e")
+
+
 def test_missing_pieces_leave_their_section_out(tmp_path: Path) -> None:
     write_metrics(tmp_path, [{"step": 1, "loss": 2.5}])
     text = page(tmp_path).text

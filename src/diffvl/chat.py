@@ -4,6 +4,9 @@ Invariant: the history holds whole turns only. A message that was refused is not
 as it went. The prefix is the decoder's memory of the history: it saves time and changes no answer.
 """
 
+import contextlib
+import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -134,14 +137,13 @@ class Chat:
 
     # --- orders --------------------------------------------------------------------------------------------------------------
 
-    def _add_picture(self, path: str) -> None:
-        quoted = len(path) > 1 and path[0] == path[-1] and path[0] in "'\""
-        path = path[1:-1] if quoted else path
-        if not path:
+    def _add_picture(self, typed: str) -> None:
+        if not typed.strip("'\""):
             self.complain("/image: name a picture's file: /image PATH")
             return
         try:
-            self.pictures.append(open_picture(str(Path(path).expanduser()), "/image"))
+            path = meant_path(typed)
+            self.pictures.append(open_picture(str(path), "/image"))
         except (DiffvlError, RuntimeError) as error:  # RuntimeError: ~ of an unknown user
             self.complain(str(error))
             return
@@ -166,6 +168,23 @@ class Chat:
             + f"\nall {len(answers)} answers: {_figures(answers)}; "
             f"{sum(turn.reused for turn in self.turns)} of {sum(turn.prompt for turn in self.turns)} prompt tokens reused"
         )
+
+
+def meant_path(typed: str) -> Path:
+    """The path that somebody typed or dropped on the terminal, which pastes it as for a shell: in quotes, or with backslashes
+    before its spaces. What exists as it stands is meant as it stands.
+
+    Raises:
+        RuntimeError: for ~ of an unknown user.
+    """
+    readings = [typed]
+    if len(typed) > 1 and typed[0] == typed[-1] and typed[0] in "'\"":
+        readings.append(typed[1:-1])
+    with contextlib.suppress(ValueError):  # a quote that is not closed
+        words = shlex.split(typed)
+        readings += words if len(words) == 1 else []
+    paths = [Path(reading).expanduser() for reading in readings]
+    return next((path for path in paths if os.path.exists(path)), paths[-1])
 
 
 def _figures(answers: list[Answer]) -> str:

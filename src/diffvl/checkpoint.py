@@ -29,6 +29,7 @@ from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.published import quiet_report
 from diffvl.settings import dump
+from diffvl.terminal import shell_line
 
 T = TypeVar("T")
 
@@ -193,7 +194,7 @@ def require_diffvl(directory: Path) -> None:
     if kind != DiffVLConfig.model_type:
         raise CheckpointError(
             f"{directory}: a {kind!r} checkpoint; expected one that `diffvl convert` wrote. "
-            f"To convert it: diffvl convert {directory}"
+            f"To convert it: {shell_line('diffvl', 'convert', directory)}"
         )
 
 

@@ -4,14 +4,15 @@ Invariant: torch and transformers are imported inside commands only, so that `--
 seed, how to decode); a hyperparameter has no flag of its own, it is set with `--set`.
 """
 
+import contextlib
 import logging
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from diffvl import terminal
 from diffvl.cli_bench import bench
 from diffvl.cli_decode import chat, generate
 from diffvl.cli_print import print_json, print_line, print_table
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from diffvl.doctor import Verdict
 
 INTERRUPTED = 130  # 128 + SIGINT, what Typer exits with on Ctrl-C
+CLOSED_PIPE = 141  # 128 + SIGPIPE, what a shell sees of a program that died of it
 
 app = typer.Typer(
     help="Turn an autoregressive language model into a block-diffusion vision-language model.",
@@ -73,6 +75,8 @@ def convert(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Convert MODEL: connect a vision tower, align it, train block diffusion, write a checkpoint."""
+    for flag, name in {"MODEL": model, "--recipe": recipe, "--data": data, "--from": start, "--out": out}.items():
+        _check_name(flag, str(name or ""))
     from diffvl.convert import ConvertRequest
     from diffvl.convert import convert as run_convert
 
@@ -90,6 +94,14 @@ def convert(
         trust_remote_code=trust_remote_code,
     )
     run_convert(request)
+
+
+def _check_name(flag: str, name: str) -> None:
+    """Raises UsageError for bytes that are no text: the run's own files, which are UTF-8, could not name them."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{flag} {name!r} is not valid UTF-8, and the files of a run must name it: rename it") from error
 
 
 app.command(epilog='Example:  diffvl generate runs/qwen2.5-7b/diffuse --image cat.jpg --prompt "What is on the mat?"')(generate)
@@ -151,17 +163,15 @@ def doctor(
 
 def _survey(out: Path | None, as_json: bool) -> None:
     """`diffvl doctor --all`."""
-    from rich.console import Console
-
     from diffvl.architectures import model_types, survey, write_page
 
-    verdicts = survey(model_types(), Console(stderr=True))
+    verdicts = survey(model_types(), terminal.console(stderr=True))
     if out is not None:
         write_page(verdicts, out)
     if as_json:
         print_json({"verdicts": [verdict.as_json() for verdict in verdicts]})
     elif out is not None:
-        print(out)
+        terminal.put(str(out))
     else:
         rows = [(verdict.model_type, verdict.answer, _scientific(verdict.worst_error), verdict.kind) for verdict in verdicts]
         print_table(["model type", "verdict", "worst error", "why"], rows)
@@ -175,7 +185,7 @@ def _print_verdict(verdict: "Verdict") -> None:
             for check in verdict.checks
         ]
         print_table(["check", "std of the logits", "wanted", "result"], rows)
-        print(f"probed: {verdict.copy}; random weights, fp32; {verdict.seconds:.1f} s")
+        print_line(f"probed: {verdict.copy}; random weights, fp32; {verdict.seconds:.1f} s")
     subject = verdict.model if verdict.model_type in ("", verdict.model) else f"{verdict.model} ({verdict.model_type})"
     print_line(f"{subject}: {verdict.answer}", "bold green" if verdict.answer == "supported" else "bold red")
     if verdict.reason:
@@ -221,30 +231,38 @@ def shapes(
     from diffvl.data.shapes import write_shapes
 
     for file in write_shapes(out, align=align, train=train, test=test, seed=seed).values():
-        print(file)
-
-
-def _say(label: str, style: str, message: str) -> None:
-    """One message on stderr, as it is: nothing in it is taken for markup and no path is broken over lines."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    console.print(label, style=style, end=" ")
-    console.print(message, markup=False, highlight=False, soft_wrap=True)
+        terminal.put(str(file))
 
 
 def main() -> None:
     """Entry point. A user's mistake ends in its message and code 2; any other exception is ours and keeps its traceback."""
     try:
+        with terminal.streams():
+            _run()
+    except terminal.OutputError as error:
+        if error.is_closed:  # as `diffvl models | head -1`: nobody reads on, and nobody need be told
+            raise SystemExit(CLOSED_PIPE) from None
+        with contextlib.suppress(terminal.OutputError), terminal.streams():
+            _complain("error:", "bold red", str(error))
+        raise SystemExit(EXIT_CODE) from None
+
+
+def _run() -> None:
+    try:
         with Writing():
             app()
     except DiffvlError as error:
-        _say("error:", "bold red", str(error))
+        _complain("error:", "bold red", str(error))
         raise SystemExit(EXIT_CODE) from None
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
-            _say("interrupted.", "bold yellow", _how_to_go_on(sys.argv[1:]))
+            _complain("interrupted.", "bold yellow", _how_to_go_on(sys.argv[1:]))
         raise
+
+
+def _complain(label: str, style: str, message: str) -> None:
+    """One message on stderr, as it is."""
+    terminal.say(terminal.console(stderr=True), (label, style), f" {message}")
 
 
 def _how_to_go_on(words: list[str]) -> str:
@@ -252,7 +270,7 @@ def _how_to_go_on(words: list[str]) -> str:
     if words[:1] != ["convert"]:
         return ""
     again = words if "--resume" in words else [*words, "--resume"]
-    return f"To continue: diffvl {shlex.join(again)}"
+    return f"To continue: {terminal.shell_line('diffvl', *again)}"
 
 
 if __name__ == "__main__":

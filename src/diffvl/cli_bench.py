@@ -3,13 +3,13 @@
 As in `cli.py`, torch and transformers are imported inside commands only.
 """
 
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from diffvl.cli_print import print_json, print_table
+from diffvl.terminal import complain, console
 
 Device = Literal["auto", "cpu", "cuda"]
 Context = Literal["block", "causal"]
@@ -37,8 +37,6 @@ def bench_train(
     as_json: AsJson = False,
 ) -> None:
     """Compare a training step of this package with AR finetuning and with block diffusion as published."""
-    from rich.console import Console
-
     from diffvl.bench.tables import bar_lines, tables
     from diffvl.bench.train import TrainBench, compare
     from diffvl.progress import quiet_libraries
@@ -57,10 +55,10 @@ def bench_train(
         profile=profile,
         scaling=scaling,
     )
-    report = compare(request, Console(stderr=True))
+    report = compare(request, console(stderr=True))
     if as_json:
         for line in bar_lines(report.verdicts):
-            print(line, file=sys.stderr)
+            complain(line)
         print_json(report.json)
     else:
         for headings, rows in tables(report.machine, report.rows, report.fits, report.verdicts):
@@ -94,8 +92,6 @@ def bench_decode(
     as_json: AsJson = False,
 ) -> None:
     """Compare decoding with transformers' AR generate and with the block loop as published."""
-    from rich.console import Console
-
     from diffvl.bench.decode import compare_decoders
     from diffvl.bench.decode_request import DecodeBench, sweep_request
     from diffvl.bench.decode_tables import decode_bar_lines, decode_tables, sweep_tables
@@ -121,15 +117,15 @@ def bench_decode(
     )
     bars = []
     if sweep or limit is not None:
-        figures = run_sweep(sweep_request(request, sweep, limit), Console(stderr=True))
+        figures = run_sweep(sweep_request(request, sweep, limit), console(stderr=True))
         shown = sweep_tables(figures["machine"], figures["rows"])
     else:
-        report = compare_decoders(request, Console(stderr=True))
+        report = compare_decoders(request, console(stderr=True))
         figures, shown = report.json, decode_tables(report.machine, report.rows, report.verdicts)
         bars = decode_bar_lines(report.verdicts)
     if as_json:
         for line in bars:
-            print(line, file=sys.stderr)
+            complain(line)
         print_json(figures)
     else:
         for headings, rows in shown:
@@ -143,13 +139,11 @@ def bench_objective(
     as_json: AsJson = False,
 ) -> None:
     """Measure variance and bias of the gradient under each way to draw noise and weigh tokens."""
-    from rich.console import Console
-
     from diffvl.bench.objective import measure_objective, tables
     from diffvl.progress import quiet_libraries
 
     quiet_libraries()
-    report = measure_objective(samples, seed, Console(stderr=True))
+    report = measure_objective(samples, seed, console(stderr=True))
     if as_json:
         print_json(report)
     else:

@@ -5,8 +5,6 @@ default shown in `--help` is not taken for something that was typed.
 """
 
 import contextlib
-import io
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from diffvl import terminal
 from diffvl.cli_print import print_json
 from diffvl.errors import UsageError
 
@@ -86,20 +85,20 @@ def generate(
     watch: Annotated[bool, typer.Option("--watch", help="See the blocks settle, coloured by confidence.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with text and figures.")] = False,
 ) -> None:
-    """Answer a prompt about pictures, block by block."""
+    """Answer a prompt about pictures, block by block.
+
+    In a pipe or a file the answer is data and keeps its exact text; on a terminal its control characters are shown, not sent.
+    """
     given = _given(context)
     _check_ways_out(given)
     values = _settings(context.params, given)
-    from rich.console import Console
-
-    console = Console()
-    if watch and not console.is_interactive:
+    screen = terminal.console()
+    if watch and not screen.is_interactive:
         raise UsageError("--watch draws in a terminal, and this output is none (a file or a pipe): use --stream, or leave it out")
     from diffvl.decode import DecodeSettings, ask, load_for_decoding
     from diffvl.progress import quiet_libraries
 
     quiet_libraries()
-    _take_any_text()
     settings = DecodeSettings(**values)
     _announce(settings)
     if batch is not None:
@@ -111,10 +110,10 @@ def generate(
     if stream:
         _stream(decoder, message, settings)
     elif watch:
-        _watch(decoder, message, settings, console)
+        _watch(decoder, message, settings, screen)
     else:
         reply = _reply(decoder, message, settings)
-        print_json(asdict(reply)) if as_json else print(reply.text)
+        print_json(asdict(reply)) if as_json else terminal.put(reply.text)
 
 
 def chat(
@@ -141,16 +140,15 @@ def chat(
     from diffvl.progress import quiet_libraries
 
     quiet_libraries()
-    _take_any_text()
     settings = DecodeSettings(**values)
     _announce(settings)
-    talk = Chat(load_for_decoding(directory), settings, _write, _say, _complain)
+    talk = Chat(load_for_decoding(directory), settings, _write, terminal.put, terminal.complain)
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if at_terminal:
-        _complain(f"{directory}: /help lists the orders, Ctrl-D ends")
+        terminal.complain(f"{directory}: /help lists the orders, Ctrl-D ends")
     converse(talk, _line_typed if at_terminal else _line_read, at_terminal)
     if at_terminal:
-        _complain("")  # what comes next begins on a line of its own
+        terminal.complain("")  # what comes next begins on a line of its own
 
 
 # --- which flags fit together ----------------------------------------------------------------------------------------------
@@ -228,7 +226,7 @@ def _stream(decoder: "Decoder", message: "Message", settings: "DecodeSettings") 
     from diffvl.decode import TextPieces
 
     _reply(decoder, message, settings, TextPieces(decoder.processor.tokenizer, settings.stop, _write))
-    print()
+    terminal.put("")
 
 
 def _watch(decoder: "Decoder", message: "Message", settings: "DecodeSettings", console: Any) -> None:
@@ -244,48 +242,31 @@ def _watch(decoder: "Decoder", message: "Message", settings: "DecodeSettings", c
 
 def _answer_file(directory: Path, file: Path, size: int, settings: "DecodeSettings") -> None:
     """A JSON line for every answer on stdout, how far it is on stderr."""
-    from rich.console import Console
-
     from diffvl.data.questions import read_questions
     from diffvl.decode import answer_questions, check_questions, load_for_decoding
     from diffvl.progress import track
 
     out = sys.stdout  # a bar puts something of its own in its place
     # On a terminal the answers themselves show how far it is, and a bar would stand in their way.
-    console = Console(stderr=True, force_interactive=False if out.isatty() else None)
+    console = terminal.console(stderr=True, force_interactive=False if out.isatty() else None)
     questions = read_questions(file)
     decoder = load_for_decoding(directory)
     check_questions(decoder, questions, settings)
     batches = [questions[start : start + size] for start in range(0, len(questions), size)]
     for question, reply in answer_questions(decoder, track(console, batches, len(batches), "answering in batches"), settings):
-        print(json.dumps({"id": question.id, **asdict(reply)}, ensure_ascii=False), file=out, flush=True)
+        print(terminal.json_text({"id": question.id, **asdict(reply)}), file=out, flush=True)
 
 
 def _announce(settings: "DecodeSettings") -> None:
     if settings.compile:
-        _complain("the trunk is compiled while the first answer is decoded: it comes about a minute late")
+        terminal.complain("the trunk is compiled while the first answer is decoded: it comes about a minute late")
 
 
 # --- terminal --------------------------------------------------------------------------------------------------------------
 
 
-def _take_any_text() -> None:
-    """Answers hold any character, and a line that is typed any bytes: neither may end the command, whatever the locale."""
-    for stream, errors in ((sys.stdout, "replace"), (sys.stdin, "surrogateescape")):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)
-
-
 def _write(text: str) -> None:
-    print(text, end="", flush=True)
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
-def _complain(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    terminal.put(text, end="")
 
 
 def _line_typed() -> str:

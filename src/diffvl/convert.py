@@ -17,7 +17,7 @@ import yaml
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from diffvl import checkpoint
+from diffvl import checkpoint, terminal
 from diffvl.attention import choose
 from diffvl.config import STAGES, Lora, Recipe, StageName
 from diffvl.data.loader import check_pictures, load_data
@@ -31,6 +31,7 @@ from diffvl.published import load_config
 from diffvl.report import print_summary, write_report
 from diffvl.resume import BEFORE_FILE, is_finished, one_spelling, require_same_source, require_same_stage
 from diffvl.settings import dump, read_yaml, resolve
+from diffvl.terminal import say, shell_line
 from diffvl.train import longest_trainable, train
 from diffvl.trainer import CHECKPOINTS, STAGING, precision, process_state
 
@@ -75,14 +76,14 @@ def convert(request: ConvertRequest) -> Path:
     """
     quiet_libraries()
     process = process_state()
-    console = Console(quiet=not process.is_main_process)
+    console = terminal.console(quiet=not process.is_main_process)
     plan = make_plan(request, console)
     describe(plan, console)
     _check_targets(plan, request.resume)
     _check_data(plan, console)
     process.wait_for_everyone()
     if request.dry_run:
-        console.print("dry run: nothing was written")
+        say(console, "dry run: nothing was written")
         return plan.root
     start = plan.start
     if plan.source is not None and not is_finished(start):
@@ -92,7 +93,7 @@ def convert(request: ConvertRequest) -> Path:
     for stage in plan.stages:
         directory = plan.root / stage
         if is_finished(directory):
-            console.print(f"[bold]{stage}[/bold]: finished already, kept: {directory}", soft_wrap=True)
+            say(console, (stage, "bold"), f": finished already, kept: {directory}")
             if process.is_main_process:
                 _tidy(directory)
         else:
@@ -154,7 +155,7 @@ def _plan_model(request: ConvertRequest, model: str) -> Plan:
     stages = _stages(request, tree)
     recipe = _resolve(request, tree, stages)
     if request.stage == "diffuse" and "align" in recipe.stages:
-        aligned, words = root / "align", f"diffvl convert {model} --stage align"
+        aligned, words = root / "align", shell_line("diffvl", "convert", path, "--stage", "align")
         raise UsageError(f"--stage diffuse needs an aligned model, and {aligned} is not there. Type: {words}")
     if path.exists() and (path / "config.json").is_file():
         _refuse_diffvl(path)
@@ -173,7 +174,8 @@ def _plan_model(request: ConvertRequest, model: str) -> Plan:
 
 def _refuse_diffvl(path: Path) -> None:
     if checkpoint.read_json(path / "config.json").get("model_type") == "diffvl":
-        raise UsageError(f"{path} is a DiffVL directory already; to go on from it: diffvl convert --from {path} --stage diffuse")
+        words = shell_line("diffvl", "convert", "--from", path, "--stage", "diffuse")
+        raise UsageError(f"{path} is a DiffVL directory already; to go on from it: {words}")
 
 
 def _newest_align(request: ConvertRequest, console: Console) -> Path:
@@ -188,7 +190,7 @@ def _newest_align(request: ConvertRequest, console: Console) -> Path:
             "--stage diffuse without MODEL goes on from the newest finished align run, and there is none under runs/. "
             "Type: diffvl convert MODEL --stage align"
         )
-    console.print(f"going on from the newest align run: [bold]{found}[/bold]", soft_wrap=True)
+    say(console, "going on from the newest align run: ", (str(found), "bold"))
     return found
 
 
@@ -350,9 +352,9 @@ def _write_samples(work: Path, recipe: Recipe, stage: StageName, console: Consol
 def describe(plan: Plan, console: Console) -> None:
     """The plan in a few lines, before anything is done."""
     if plan.source is not None:
-        console.print(f"[bold]prepare[/bold] {plan.source.model} + {plan.source.vision_tower} -> {plan.start}", soft_wrap=True)
+        say(console, ("prepare", "bold"), f" {plan.source.model} + {plan.source.vision_tower} -> {plan.start}")
     else:
-        console.print(f"[bold]start[/bold] from {plan.start}", soft_wrap=True)
+        say(console, ("start", "bold"), f" from {plan.start}")
     for name in plan.stages:
         stage = plan.recipe.stages[name]
         length = f"{stage.steps} steps" if stage.steps is not None else f"{stage.epochs:g} epochs"
@@ -361,19 +363,21 @@ def describe(plan: Plan, console: Console) -> None:
         if objective.kind == "block_diffusion":
             detail += f" (block {objective.block_size}, {objective.context} context, {objective.noise.schedule} noise)"
         trains = ", ".join(f"{part} {rate:g}" for part, rate in stage.trainable.items())
-        console.print(
-            f"[bold]{name}[/bold] {detail}; trains {trains}{' with LoRA' if stage.lora else ''}; {length} of "
+        say(
+            console,
+            (name, "bold"),
+            f" {detail}; trains {trains}{' with LoRA' if stage.lora else ''}; {length} of "
             f"{stage.batch_size} x {stage.accumulation} samples per device, {precision(stage)}; data {stage.data.train} "
             f"-> {plan.root / name}",
-            soft_wrap=True,
         )
 
 
 def _say_next(directory: Path, plan: Plan, console: Console) -> None:
-    console.print(f"\nwrote [bold]{directory}[/bold] (a checkpoint that loads without diffvl, and report.html)", soft_wrap=True)
+    say(console, "\nwrote ", (str(directory), "bold"), " (a checkpoint that loads without diffvl, and report.html)")
     if plan.stages[-1:] == ("align",) and "diffuse" in plan.recipe.stages:
-        console.print(f"next: diffvl convert --from {directory} --stage diffuse --data FILE", soft_wrap=True)
+        words = shell_line("diffvl", "convert", "--from", directory, "--stage", "diffuse", "--data", "FILE")
+        say(console, f"next: {words}")
     samples = [line for line in read_json_lines(directory / "samples.jsonl") if line.get("image")]
     image, question = (samples[0]["image"], samples[0]["question"]) if samples else ("FILE", "What does the picture show?")
-    console.print(f"next: diffvl generate {directory} --image {image} --prompt {json.dumps(question)}", soft_wrap=True)
-    console.print(f"next: diffvl evaluate {directory} --data FILE", soft_wrap=True)
+    say(console, "next: ", shell_line("diffvl", "generate", directory, "--image", Path(image), "--prompt", question))
+    say(console, "next: ", shell_line("diffvl", "evaluate", directory, "--data", "FILE"))

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from diffvl import terminal
 from diffvl.answer_turns import answer_turns, chat_before, questions
 from diffvl.config import ArObjective, BlockDiffusionObjective, Data, Objective
 from diffvl.data.collate import collate
@@ -31,7 +32,7 @@ def evaluate_directory(directory: Path, data: Path, limit: int | None, settings:
     Raises:
         CheckpointError, DataError, UsageError.
     """
-    console = Console(stderr=True)
+    console = terminal.console(stderr=True)
     decoder = load_for_decoding(directory)
     room = Data(max_length=context_length(decoder) or UNLIMITED)
     samples = open_samples(data, room, decoder.processor, advice="the checkpoint's context holds no more: remove them")

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from diffvl.errors import CheckpointError, DiffvlError, DiskError
+from diffvl.terminal import OutputError
 
 PARTIAL = ".partial"
 NO_ROOM = {
@@ -58,7 +59,7 @@ class Writing:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if not isinstance(error, Exception) or isinstance(error, DiffvlError):
+        if not isinstance(error, Exception) or isinstance(error, DiffvlError | OutputError):
             return
         if reason := no_room(error):
             path = self.path or getattr(error, "filename", None) or "a file"

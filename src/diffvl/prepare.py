@@ -25,6 +25,7 @@ from diffvl.hub.modeling_diffvl import Connector, DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.progress import spinner_or_line
 from diffvl.published import load_config
+from diffvl.terminal import say
 
 log = logging.getLogger(__name__)
 REASONING_TAG = "<think>"
@@ -73,8 +74,9 @@ def prepare(source: Source, recipe: Recipe, directory: Path, console: Console) -
             directory.parent.rmdir()
         raise
     checkpoint.finish(directory)
-    console.print(
-        f"AR parity: largest difference {proofs['ar_parity']:.1e} std of the logits; block attention {proofs['block']:.1e}"
+    say(
+        console,
+        f"AR parity: largest difference {proofs['ar_parity']:.1e} std of the logits; block attention {proofs['block']:.1e}",
     )
     return directory
 

@@ -34,6 +34,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from diffvl.errors import CheckpointError
 from diffvl.files import replace_text
+from diffvl.terminal import say
 
 METRICS_FILE = "metrics.jsonl"
 PLAIN_EVERY = 10.0  # seconds between two lines where there is no terminal
@@ -65,12 +66,12 @@ def quiet_libraries() -> None:
 def spinner_or_line(console: Console, text: str) -> Iterator[None]:
     """Shows `text` during a long step of unknown length: with a spinner on a terminal, as one plain line otherwise."""
     if not console.is_interactive:
-        _say(console, text)
+        say(console, text)
         yield
         return
-    with Progress(
-        SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn(), console=console, transient=True
-    ) as progress:
+    turning = SpinnerColumn("line" if console.options.ascii_only else "dots")
+    words = TextColumn("{task.description}", markup=False)
+    with Progress(turning, words, TimeElapsedColumn(), console=console, transient=True) as progress:
         progress.add_task(text, total=None)
         yield
 
@@ -100,8 +101,8 @@ def track(
         yield item
         if clock() - said >= every:
             said = clock()
-            _say(console, f"{text}: {done}{of}")
-    _say(console, f"{text}: {done}{of} done in {duration(clock() - began)}")
+            say(console, f"{text}: {done}{of}")
+    say(console, f"{text}: {done}{of} done in {duration(clock() - began)}")
 
 
 class TrainingProgress(TrainerCallback):
@@ -144,7 +145,7 @@ class TrainingProgress(TrainerCallback):
         self._began = self._said = self._clock()
         if not self._console.is_interactive:
             resumed = f", going on after step {state.global_step}" if state.global_step else ""
-            _say(self._console, f"{self._stage}: {state.max_steps} steps{resumed}")
+            say(self._console, f"{self._stage}: {state.max_steps} steps{resumed}")
             return
         self._bar = Progress(
             TextColumn("{task.description}", markup=False, style="bold"),
@@ -170,7 +171,7 @@ class TrainingProgress(TrainerCallback):
         evaluation = {key: value for key, value in logs.items() if key.startswith("eval_") and not _is_summary(key)}
         if evaluation:
             words = [f"{key.removeprefix('eval_').replace('_', ' ')} {number(value)}" for key, value in evaluation.items()]
-            _say(self._console, f"{self._stage}: held out, step {state.global_step}: " + ", ".join(words))
+            say(self._console, f"{self._stage}: held out, step {state.global_step}: " + ", ".join(words))
         self._logs.update(logs)
         self._show(state)
 
@@ -197,7 +198,7 @@ class TrainingProgress(TrainerCallback):
         if self._said_step == state.global_step:
             return
         self._said, self._said_step = self._clock(), state.global_step
-        _say(self._console, f"{self._stage}: step {state.global_step}/{state.max_steps}  " + "  ".join(self._measures(state)))
+        say(self._console, f"{self._stage}: step {state.global_step}/{state.max_steps}  " + "  ".join(self._measures(state)))
 
     def _measures(self, state: TrainerState) -> list[str]:
         """The latest logged figures in words, and the time left (or, at the end, the time taken)."""
@@ -330,8 +331,3 @@ def number(value: float, digits: int = 4) -> str:
 def duration(seconds: float) -> str:
     """h:mm:ss"""
     return str(timedelta(seconds=round(seconds)))
-
-
-def _say(console: Console, text: str) -> None:
-    """One line as it is: no markup, no colours, no wrapping at a width that a file does not have."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

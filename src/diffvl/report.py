@@ -7,12 +7,12 @@ lines are and what it left out.
 """
 
 import base64
+import html
 import io
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from operator import itemgetter
 from pathlib import Path
 from statistics import median
@@ -26,6 +26,7 @@ from rich.text import Text
 from diffvl.errors import CheckpointError
 from diffvl.progress import METRICS_FILE, Measure, Points, duration, measures_of, number, read_json_lines, write_beside
 from diffvl.settings import read_yaml
+from diffvl.terminal import say, visible
 
 REPORT_FILE = "report.html"
 SAMPLES_FILE = "samples.jsonl"
@@ -77,20 +78,22 @@ def print_summary(directory: Path, console: Console) -> None:
         CheckpointError: as `write_report`.
     """
     run = _read_run(directory)
-    table = Table("", "first", "last", "best", title=Text(_title(run)), title_justify="left")
+    table = Table("", "first", "last", "best", title=Text(visible(_title(run))), title_justify="left")
     for row in _summary_rows(run):
-        table.add_row(*(Text(cell) for cell in row))
-    console.print(table, *(Text(warning, style="red") for warning in _warnings(run)), sep="\n")
+        table.add_row(*(Text(visible(cell)) for cell in row))
+    console.print(table)
+    for warning in _warnings(run):
+        say(console, (warning, "red"))
     for sample in run.samples[:TERMINAL_SAMPLES]:
-        console.print(Text(f"\n{sample['question']}", style="bold"), Text(f"  truth   {sample['truth']}"), sep="\n")
+        say(console, (f"\n{sample['question']}", "bold"), f"\n  truth   {sample['truth']}")
         for name, answer in _answers(sample):
             mark, style = ("right", "green") if is_right(answer, sample["truth"]) else ("wrong", "red")
-            console.print(Text(f"  {name:<7} ").append(answer or "(empty)", style=style).append(f"  [{mark}]"))
+            say(console, f"  {name:<7} ", (answer or "(empty)", style), f"  [{mark}]")
     if run.samples:
         score, meaning = _score(run.samples)
-        console.print(Text(f"\n{meaning}: {score}"))
+        say(console, f"\n{meaning}: {score}")
     if (directory / REPORT_FILE).exists():
-        console.print(Text(f"report: {directory / REPORT_FILE}"), soft_wrap=True)
+        say(console, f"report: {directory / REPORT_FILE}")
 
 
 def is_right(answer: str, truth: str) -> bool:
@@ -226,6 +229,11 @@ dd, h3, pre { white-space: pre-wrap; overflow-wrap: anywhere } .right { color: v
 table { border-collapse: collapse; display: block; overflow-x: auto; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: 4px 20px 4px 0; border-bottom: 1px solid var(--edge); vertical-align: top }
 """
+
+
+def escape(text: str) -> str:
+    """Text for the page: what is no text there, as control characters are, is shown as on a terminal."""
+    return html.escape(visible(text))
 
 
 def _page(run: Run) -> str:

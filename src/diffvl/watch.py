@@ -9,7 +9,6 @@ Shapes: D block size.
 
 import math
 import time
-import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from diffvl.decode import UNFINISHED, Answer, text_of
 from diffvl.hub.run_diffvl import DenoisingStep
+from diffvl.terminal import visible
 
 RATE = 15.0  # pictures a second
 PLACEHOLDER, GREY = " ░░", Style(color="grey42")
@@ -126,7 +126,7 @@ class BlockWatch(BaseStreamer):
 
     def body(self) -> Text:
         """The answer as far as it is known."""
-        text = Text(_visible(self.text))
+        text = Text(visible(self.text))
         if self.cells and self.text:
             text.append(self._space_after_text())
         for cell, piece in zip(self.cells, self._pieces(), strict=True):
@@ -134,7 +134,7 @@ class BlockWatch(BaseStreamer):
                 text.append(PLACEHOLDER, GREY)
             else:
                 style = Style(color=colour_of(cell.confidence), bold=cell.step == self._step)
-                text.append(_visible(piece), style)
+                text.append(visible(piece), style)
         return text
 
     def footer(self) -> str:
@@ -178,8 +178,3 @@ def colour_of(confidence: float) -> str:
     start, end = (RED, YELLOW) if share < 1 else (YELLOW, GREEN)
     part = share - math.floor(share) if share < 2 else 1.0
     return "#" + "".join(f"{round(a + (b - a) * part):02x}" for a, b in zip(start, end, strict=True))
-
-
-def _visible(text: str) -> str:
-    """Control characters would move the cursor: they are drawn as the sign for a character that cannot be shown."""
-    return "".join(UNFINISHED if unicodedata.category(sign) == "Cc" and sign not in "\n\t" else sign for sign in text)

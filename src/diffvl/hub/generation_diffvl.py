@@ -220,6 +220,7 @@ def _token_by_token(run: Run, request: Request) -> None:
         static["compile_config"] = on_every_device(static["compile_config"])
     trunk = model.language_model
     vocabulary = trunk.get_output_embeddings().weight.shape[0]
+    stops = sorted(token for token in request.stopping.tokens if 0 <= token < vocabulary)  # -1 says "never", and is no token
     warm = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p") if sampling.do_sample}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(request.seed)
@@ -228,8 +229,8 @@ def _token_by_token(run: Run, request: Request) -> None:
             attention_mask=mask.long(),
             max_new_tokens=request.stopping.limit,
             do_sample=bool(sampling.do_sample),
-            eos_token_id=sorted(request.stopping.tokens),
-            pad_token_id=min(request.stopping.tokens, default=0),
+            eos_token_id=stops,
+            pad_token_id=min(stops, default=0),  # of ended samples in a batch; nobody reads it
             suppress_tokens=never_predicted(model.config, vocabulary, torch.device("cpu")).nonzero()[:, 0].tolist(),
             stopping_criteria=[_Followed(run)],
             **warm,

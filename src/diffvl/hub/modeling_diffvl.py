@@ -23,6 +23,7 @@ from .configuration_diffvl import DiffVLConfig
 from .generation_diffvl import BlockGeneration
 from .head_diffvl import mapped_rows
 from .layout_diffvl import Layout, attention_masks, clean_layout
+from .request_diffvl import refuse_videos
 
 
 class Connector(nn.Module):
@@ -157,6 +158,8 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         past_key_values: Cache | None = None,
         use_cache: bool = False,
         store_kv: bool = True,
+        pixel_values_videos: None = None,
+        image_sizes_videos: None = None,
         image_index: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         logits_rows: torch.Tensor | None = None,
@@ -175,6 +178,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
                 position j; windows are applied on top), or ready-made 4-D masks as `layout_diffvl.attention_masks` gives.
             position_ids: [B, T]; default: counted on from the cache.
             store_kv: False leaves the cache as it was, and still attends to it.
+            pixel_values_videos, image_sizes_videos: None; accepted for callers of SDAR-VL style, which always name them.
             image_index, text_only: see `embed`.
             image_features: [N, P, H] as `image_features` gives them, in the place of pixel_values that were encoded before.
             answer_index: not used here; accepted, so that what `processor.apply_chat_template` gives can be passed whole.
@@ -186,8 +190,9 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         Returns:
             logits [B, T, V] (or [M, V]) and the cache.
         Raises:
-            ValueError: on inputs that do not fit together.
+            ValueError: on inputs that do not fit together, and on videos.
         """
+        refuse_videos(pixel_values_videos=pixel_values_videos, image_sizes_videos=image_sizes_videos)
         if image_sizes is not None and pixel_values is not None and len(image_sizes) != len(pixel_values):
             raise ValueError(f"{len(image_sizes)} image_sizes for {len(pixel_values)} pictures")
         embeds = self.embed(input_ids, pixel_values, image_index, image_features, text_only)

@@ -29,6 +29,7 @@ KNOWN = frozenset(
         *("cache_implementation", "compile_config", "disable_compile"),
     )
 )
+VIDEO_WORDS = ("pixel_values_videos", "image_sizes_videos")
 # What a GenerationConfig says of its checkpoint, and asks nothing with.
 FACTS = frozenset(("bos_token_id", "mask_token_id", "block_size", "transformers_version"))
 # What words that are not known may say; so may None, False, 0 and empty lists.
@@ -44,6 +45,7 @@ class Words:
 
     def __init__(self, caller: Mapping[str, Any], given: GenerationConfig | None, own: GenerationConfig | None) -> None:
         """Raises ValueError for words that block decoding does not know."""
+        refuse_videos(**{name: caller.get(name) for name in VIDEO_WORDS})
         configs = [dict(vars(config)) for config in (given, own) if config is not None]
         self._sources: list[Mapping[str, Any]] = [caller, *configs]
         odd = sorted(f"{name}={value!r}" for name, value in caller.items() if not _known(name, value))
@@ -77,6 +79,13 @@ def _known(name: str, value: Any) -> bool:
     return neutral is None and (value is False or (isinstance(value, int | float | list | tuple | str | dict) and not value))
 
 
+def refuse_videos(**given: Any) -> None:
+    """Raises ValueError unless every one of these words of SDAR-VL's callers is None, as they are where no video is shown."""
+    shown = [name for name, value in given.items() if value is not None]
+    if shown:
+        raise ValueError(f"video is not supported: {' and '.join(shown)} must be None; give single frames as pictures")
+
+
 @dataclass(frozen=True)
 class Request:
     """Checked settings of a call. static: how a static cache is wanted, in transformers' words; empty for one that grows."""
@@ -104,7 +113,6 @@ def request_of(words: Words, config: Any, prompt_length: int, device: torch.devi
     remasking = remasking_of(rule[0] or "low_confidence_static", steps, config.block_size, rule[1], rule[2])
     _check_mode(mode, config, sampling, steps, rule)
     stopping = _stopping(words, config, prompt_length)
-    pad = words.said("pad_token_id", min(stopping.tokens, default=0))
     return Request(
         mode=mode,
         steps=steps,
@@ -112,10 +120,27 @@ def request_of(words: Words, config: Any, prompt_length: int, device: torch.devi
         sampling=sampling,
         stopping=stopping,
         seed=words.said("seed", 0),
-        pad=pad[0] if isinstance(pad, list) else pad,
+        pad=_pad(words, config, stopping),
         return_dict=bool(words.said("return_dict_in_generate", False)),
         static=_static(words, mode, device),
     )
+
+
+def _pad(words: Words, config: Any, stopping: Stopping) -> int:
+    """What stands behind an answer: what the caller says; else the first token of all that may be meant. A stop that is none
+    (-1: never) would be no padding that a tokenizer or an embedding takes."""
+    if (asked := words.called("pad_token_id")) is not None:
+        return _ids(asked)[0]
+    configured = words.configured("pad_token_id")
+    choices = [*(_ids(configured) if configured is not None else ()), *sorted(stopping.tokens), *config.stop_token_ids]
+    return next((token for token in choices if 0 <= token < config.vocabulary_size), 0)
+
+
+def _ids(said: Any) -> list[int]:
+    """Token ids, however transformers lets one say them."""
+    if isinstance(said, torch.Tensor):
+        said = said.tolist()
+    return [said] if isinstance(said, int) else list(said)
 
 
 def _stopping(words: Words, config: Any, prompt_length: int) -> Stopping:
@@ -127,7 +152,7 @@ def _stopping(words: Words, config: Any, prompt_length: int) -> Stopping:
             raise ValueError(f"max_length is {whole}, and the prompt has {prompt_length} tokens already: raise it")
     stops, strings = words.said("eos_token_id", config.stop_token_ids), words.said("stop_strings", ())
     return Stopping(
-        frozenset([stops] if isinstance(stops, int) else stops),
+        frozenset(_ids(stops)),
         MAX_NEW_TOKENS if limit is None else int(limit),
         (strings,) if isinstance(strings, str) else tuple(strings),
         words.said("tokenizer"),
