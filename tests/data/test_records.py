@@ -83,7 +83,7 @@ def test_both_forms_and_both_files_give_the_same_record(tmp_path: Path, suffix: 
     assert second.source == f"train{suffix}:{line + 1}"
     dataset = open_records(path)
     assert [record_at(dataset, index) for index in range(len(dataset))] == [first, second]
-    assert dataset.column_names == ["id", "images", "roles", "texts", "source"]
+    assert dataset.column_names == ["id", "images", "roles", "texts", "trained", "source"]
     assert dataset.cache_files
 
 
@@ -184,7 +184,7 @@ BAD_RECORDS = {
     ),
     "missing image": (
         {"image": "no/such.png", "conversations": GOOD},
-        "no/such.png (relative paths start at the data file's folder)",
+        "no/such.png (relative paths start at the data file's folder; set data.image_folder if they start elsewhere)",
     ),
     "image not a path": (
         {"image": {"bytes": ""}, "conversations": GOOD},

@@ -7,16 +7,16 @@ import torch
 from jinja2.exceptions import TemplateError
 
 from diffvl.data.images import open_picture
+from diffvl.data.markers import pieces_between
 from diffvl.data.records import Record
 from diffvl.errors import DataError
 from diffvl.hub.processing_diffvl import ChatEncoding, DiffVLProcessor
 
-IMAGE_MARKER = "<image>"
-
 
 @dataclass(frozen=True)
 class Sample:
-    """ids: the clean stream. answer: per token 0, or k inside the k-th answer. pixel_values: [N, 3, S, S] or None.
+    """ids: the clean stream. answer: per token 0, k inside the k-th answer, or -k where that answer is not trained on: then it
+    is context, which ends blocks as every earlier answer does. pixel_values: [N, 3, S, S] or None.
     index: the record's place in its dataset, which seeds its noise."""
 
     ids: list[int]
@@ -29,13 +29,14 @@ def messages_of(record: Record) -> list[dict[str, Any]]:
     """The record as chat messages; every `<image>` marker becomes a picture part."""
     messages = []
     for turn in record.turns:
+        pieces = pieces_between(turn.text) if turn.role == "user" else [turn.text]
         parts: list[dict[str, str]] = []
-        for number, text in enumerate(turn.text.split(IMAGE_MARKER)):
+        for number, text in enumerate(pieces):
             if number:
                 parts.append({"type": "image"})
             if text:
                 parts.append({"type": "text", "text": text})
-        messages.append({"role": turn.role, "content": parts if IMAGE_MARKER in turn.text else turn.text})
+        messages.append({"role": turn.role, "content": parts if len(pieces) > 1 else pieces[0]})
     return messages
 
 
@@ -58,4 +59,12 @@ def sample_of(record: Record, index: int, processor: DiffVLProcessor) -> Sample:
     if record.images:
         pictures = [open_picture(path, record.source) for path in record.images]
         pixel_values = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
-    return Sample(encoding.ids, encoding.answer, pixel_values, index)
+    return Sample(encoding.ids, _marked_untrained(encoding.answer, record), pixel_values, index)
+
+
+def _marked_untrained(answer: list[int], record: Record) -> list[int]:
+    """The marks, negative in the answers that are not to be trained on."""
+    trained = [turn.trained for turn in record.turns if turn.role == "assistant"]
+    if all(trained):
+        return answer
+    return [mark if not mark or trained[mark - 1] else -mark for mark in answer]

@@ -5,6 +5,9 @@ from pathlib import Path
 
 from diffvl.errors import DataError
 
+# The kind of a problem behind which nothing more of the file could be read: it is no record that can be left out.
+ENDS_FILE = "file cannot be read on"
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -20,8 +23,19 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.line}: {self.message}"
+        name = f", id {self.id!r}" if self.id is not None and several_in_line(self.path.name, self.line, self.number) else ""
+        return f"{place_of(str(self.path), self.line, self.number, name)}: {self.message}"
 
     def error(self) -> DataError:
         """The problem as the error of a run that stops at it."""
         return DataError(str(self), kind=self.kind)
+
+
+def several_in_line(name: str, line: int, number: int) -> bool:
+    """Whether a record's line may hold others too, as in a `.json` file without line ends: then the line names no record."""
+    return name.lower().endswith(".json") and number >= line
+
+
+def place_of(name: str, line: int, number: int, more: str = "") -> str:
+    """Where a record stands in its file, in words."""
+    return f"{name}:{line} (record {number}{more})" if several_in_line(name, line, number) else f"{name}:{line}"
