@@ -5,15 +5,12 @@ from pathlib import Path
 
 from diffvl.errors import DataError
 
-# The kind of a problem behind which nothing more of the file could be read: it is no record that can be left out.
-ENDS_FILE = "file cannot be read on"
-
 
 @dataclass(frozen=True)
 class Problem:
     """kind: a few words, the same for all records that it applies to ("picture missing"), by which problems are counted.
     line: where the record begins in the file, from 1. number: which record of the file it is, from 1. id: the record's own.
-    message: what is wrong, what was expected and what to do, without the place."""
+    message: what is wrong, what was expected and what to do, without the place. ends: nothing behind it could be read."""
 
     kind: str
     path: Path
@@ -21,21 +18,18 @@ class Problem:
     number: int
     id: str | None
     message: str
+    ends: bool = False
 
     def __str__(self) -> str:
-        name = f", id {self.id!r}" if self.id is not None and several_in_line(self.path.name, self.line, self.number) else ""
-        return f"{place_of(str(self.path), self.line, self.number, name)}: {self.message}"
+        name = "" if self.id is None else f", id {self.id!r}"
+        return f"{self.path}:{self.line}: {self.message} (record {self.number}{name})"
 
     def error(self) -> DataError:
         """The problem as the error of a run that stops at it."""
         return DataError(str(self), kind=self.kind)
 
 
-def several_in_line(name: str, line: int, number: int) -> bool:
-    """Whether a record's line may hold others too, as in a `.json` file without line ends: then the line names no record."""
-    return name.lower().endswith(".json") and number >= line
-
-
-def place_of(name: str, line: int, number: int, more: str = "") -> str:
-    """Where a record stands in its file, in words."""
-    return f"{name}:{line} (record {number}{more})" if several_in_line(name, line, number) else f"{name}:{line}"
+def place_of(name: str, line: int, number: int) -> str:
+    """Where a record stands in its file, in words. The line alone, unless others may stand in it too, as they do in a `.json`
+    file without line ends."""
+    return f"{name}:{line} (record {number})" if name.lower().endswith(".json") and number >= line else f"{name}:{line}"

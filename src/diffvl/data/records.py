@@ -69,7 +69,7 @@ class Record:
     source: str
 
 
-def iterate_records(path: Path, image_folder: Path | None = None, unpaired_turns: Unpaired = "error") -> Iterator[Record]:
+def iterate_records(path: Path, image_folder: str | Path | None = None, unpaired_turns: Unpaired = "error") -> Iterator[Record]:
     """The file's records in order, read as they are asked for. Raises DataError at the first problem."""
     for item in parse_file(path, image_folder, unpaired_turns):
         if isinstance(item, Problem):
@@ -80,7 +80,9 @@ def iterate_records(path: Path, image_folder: Path | None = None, unpaired_turns
 # --- file -> records -----------------------------------------------------------------------------------------------------
 
 
-def parse_file(path: Path, image_folder: Path | None = None, unpaired_turns: Unpaired = "error") -> Iterator[Record | Problem]:
+def parse_file(
+    path: Path, image_folder: str | Path | None = None, unpaired_turns: Unpaired = "error"
+) -> Iterator[Record | Problem]:
     """Every record of the file, or in its place what is wrong with it. At the end it logs which keys were not used.
 
     Args:
@@ -90,7 +92,7 @@ def parse_file(path: Path, image_folder: Path | None = None, unpaired_turns: Unp
         DataError: for a file that is none of records, or has none.
     """
     check_path(path)
-    if image_folder is not None and not image_folder.is_dir():
+    if image_folder is not None and not os.path.isdir(image_folder):
         raise DataError(f"data.image_folder: {image_folder} is no folder", "image folder")
     reader = _Reader(path, image_folder, unpaired_turns)
     number = 0
@@ -102,7 +104,7 @@ def parse_file(path: Path, image_folder: Path | None = None, unpaired_turns: Unp
         except DataError as error:
             name = value.get("id") if isinstance(value, dict) else None
             message = str(error).removeprefix(f"{path}:{line}: ")
-            yield Problem(error.kind, path, line, number, None if is_absent(name) else str(name), message)
+            yield Problem(error.kind, path, line, number, None if is_absent(name) else str(name), message, error.ends)
     if not number:
         raise DataError(f"{path}: no records in it; expected at least one object with `conversations`", "no records")
     warning = reader.unused.warning(path)
@@ -116,7 +118,7 @@ def parse_file(path: Path, image_folder: Path | None = None, unpaired_turns: Unp
 class _Reader:
     """What the records of one file share: where their images lie, what was looked for already, and the keys left out."""
 
-    def __init__(self, path: Path, image_folder: Path | None, unpaired_turns: Unpaired) -> None:
+    def __init__(self, path: Path, image_folder: str | Path | None, unpaired_turns: Unpaired) -> None:
         self.folder = os.path.abspath(image_folder if image_folder is not None else path.parent)
         self.folder_is_set = image_folder is not None
         self.unpaired_turns = unpaired_turns

@@ -34,7 +34,7 @@ _FEATURES = datasets.Features(
 )
 
 
-def open_records(path: Path, image_folder: Path | None = None, unpaired_turns: Unpaired = "error") -> datasets.Dataset:
+def open_records(path: Path, image_folder: str | Path | None = None, unpaired_turns: Unpaired = "error") -> datasets.Dataset:
     """The file's records as a memory-mapped table; `record_at` gives them back as `Record`.
 
     Columns: id, images (list), roles (list), texts (list), trained (list), source. The table lies in the cache folder of
@@ -63,7 +63,7 @@ def record_at(dataset: datasets.Dataset, index: int) -> Record:
 # --- the memory-mapped table ---------------------------------------------------------------------------------------------
 
 
-def _cache_path(path: Path, image_folder: Path | None, unpaired_turns: Unpaired) -> Path:
+def _cache_path(path: Path, image_folder: str | Path | None, unpaired_turns: Unpaired) -> Path:
     status = path.stat()
     folder = None if image_folder is None else os.path.abspath(image_folder)
     key = json.dumps([_FORMAT, os.path.abspath(path), status.st_size, status.st_mtime_ns, folder, unpaired_turns])
@@ -77,7 +77,7 @@ def _images_exist(table: Path) -> bool:
     return all(os.path.isfile(image) for image in {image for chunk in chunks for image in chunk.flatten().to_pylist()})
 
 
-def _build_table(path: Path, table: Path, image_folder: Path | None, unpaired_turns: Unpaired) -> None:
+def _build_table(path: Path, table: Path, image_folder: str | Path | None, unpaired_turns: Unpaired) -> None:
     """Writes beside `table` and renames at the end: other processes see a whole table or none."""
     partial = table.with_name(f"{table.name}.{os.getpid()}.partial")
     try:
@@ -92,7 +92,7 @@ def _build_table(path: Path, table: Path, image_folder: Path | None, unpaired_tu
         raise DataError(f"{path}: its record cache {table.parent} cannot be written ({error}); {advice}") from error
 
 
-def _write_table(path: Path, table: Path, image_folder: Path | None, unpaired_turns: Unpaired) -> None:
+def _write_table(path: Path, table: Path, image_folder: str | Path | None, unpaired_turns: Unpaired) -> None:
     schema = _FEATURES.arrow_schema
     problems: list[Problem] = []
     num_problems = 0
