@@ -46,10 +46,23 @@ def encode_record(record: Record, processor: DiffVLProcessor) -> ChatEncoding:
     Raises:
         DataError: naming the record, if the chat template or the processor refuses it.
     """
+    _refuse_image_token(record, processor.image_token)
     try:
         return processor.encode_chat(messages_of(record))
     except (TemplateError, ValueError) as error:
         raise DataError(f"{record.source}: record {record.id} does not fit the model's chat template: {error}") from error
+
+
+def _refuse_image_token(record: Record, token: str) -> None:
+    """Raises DataError for a text in which the checkpoint would see a picture: an escaped `<image>`, say, where its own token
+    is spelled so."""
+    for number, turn in enumerate(record.turns, 1):
+        if any(token in piece for piece in (pieces_between(turn.text) if turn.role == "user" else [turn.text])):
+            raise DataError(
+                f"{record.source}: record {record.id}: turn {number}: the text {token} is what this checkpoint reads as a "
+                "picture, so it cannot stand there as text: spell it otherwise (< image >, say) or leave the record out",
+                "image token in the text",
+            )
 
 
 def sample_of(record: Record, index: int, processor: DiffVLProcessor) -> Sample:

@@ -138,7 +138,10 @@ def check_record_keys(value: dict[str, Any], images: Sequence[str], tell: Callab
         if name in _METADATA or is_absent(item) or item == "[]":
             continue
         _check_refused(key, name, item, _REFUSED, "")
-        _check_switch(key, name, item)
+        if name in _SWITCHES:
+            _check_switch(key, item, *_SWITCHES[name])
+            continue
+        _check_spelling(key, name, item)
         _check_picture(key, name, item, images)
         tell(f"`{key}`")
 
@@ -230,11 +233,12 @@ def _check_refused(key: str, name: str, item: Any, refused: dict[str, str], wher
         raise DataError(f"{where}`{key}`: {advice}", "key not supported")
 
 
-def _check_switch(key: str, name: str, item: Any) -> None:
-    if name in _SWITCHES:
-        neutral, advice = _SWITCHES[name]
-        if isinstance(item, str | list | dict) or item != neutral:
-            raise DataError(f"`{key}` is {_short(item)}: {advice}", "key not supported")
+def _check_switch(key: str, item: Any, neutral: bool, advice: str) -> None:
+    if isinstance(item, str | list | dict) or item != neutral:
+        raise DataError(f"`{key}` is {_short(item)}: {advice}", "key not supported")
+
+
+def _check_spelling(key: str, name: str, item: Any) -> None:
     meant = _near(name)
     if meant == "system" or (meant in ("conversations", "messages") and isinstance(item, list)):
         raise DataError(f"`{key}` looks like `{meant}`: rename it or remove it", "key not supported")

@@ -134,10 +134,11 @@ class _Reader:
             name = source
         elif isinstance(name, bool) or not isinstance(name, int | str):
             raise DataError(f"`id` must be a string or a whole number, got {kind_of(name)}", "id")
+        form = _form_of(value)
         images = named_pictures(value)
         unused: dict[str, None] = {}
         check_record_keys(value, images, unused.setdefault)
-        turns, contents = _parse_turns(value, unused.setdefault)
+        turns, contents = _parse_turns(value[form], form, unused.setdefault)
         self.unused.add(unused, source)
         images = _all_images(images, contents)
         turns = _place_markers(turns, len(images))
@@ -163,8 +164,8 @@ class _Reader:
         return path
 
 
-def _parse_turns(value: dict[str, Any], tell: Callable[[str], object]) -> tuple[tuple[Turn, ...], list[Content]]:
-    """The turns as they stand there, and what their contents carry beside text."""
+def _form_of(value: dict[str, Any]) -> str:
+    """The key under which a record has its turns."""
     forms = [form for form in _FORMS if value.get(form) is not None]
     if not forms:
         raise DataError(
@@ -174,8 +175,11 @@ def _parse_turns(value: dict[str, Any], tell: Callable[[str], object]) -> tuple[
         )
     if len(forms) > 1:
         raise DataError("both `conversations` and `messages`: keep one of them", "no turns")
-    form = forms[0]
-    items = value[form]
+    return forms[0]
+
+
+def _parse_turns(items: Any, form: str, tell: Callable[[str], object]) -> tuple[tuple[Turn, ...], list[Content]]:
+    """The turns as they stand there, and what their contents carry beside text."""
     if not isinstance(items, list) or not items:
         raise DataError(f"`{form}` must be a list of turns with at least one in it, got {kind_of(items)}", "no turns")
     turns: list[Turn] = []
