@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets.config
 import pytest
@@ -43,8 +44,8 @@ def test_only_trained_answers_are_asked_for() -> None:
 def test_the_table_keeps_the_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     texts = [("human", "What?"), ("gpt", "A draft."), ("human", "Again."), ("gpt", "The answer.")]
-    turns = [{"from": name, "value": text} for name, text in texts]
-    turns[1]["loss"] = False  # type: ignore[assignment]
+    turns: list[dict[str, Any]] = [{"from": name, "value": text} for name, text in texts]
+    turns[1]["loss"] = False
     path = tmp_path / "train.json"
     path.write_text(json.dumps([{"conversations": turns}, {"conversations": [*turns[:2], *turns]}]), encoding="utf-8")
     first, second = (record_at(open_records(path), place) for place in range(2))

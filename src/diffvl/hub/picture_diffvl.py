@@ -79,13 +79,13 @@ def _opened(path: str | PathLike[str]) -> Image.Image:
         raise ValueError(f"the picture {str(path)[:80]!r} cannot be read ({error})") from error
 
 
-def _orientation(picture: Image.Image) -> int | None:
-    """What EXIF (or XMP) says; None where it says nothing that can be read, as viewers take it."""
+def _orientation(picture: Image.Image) -> int:
+    """What EXIF (or XMP) says; 1, upright, where it says nothing that can be read, as viewers take it."""
     try:
         value = picture.getexif().get(_ORIENTATION)
     except (SyntaxError, ValueError, TypeError, KeyError, OverflowError, EOFError, struct.error):
-        return None
-    return value if isinstance(value, int) else None
+        return 1
+    return value if isinstance(value, int) else 1
 
 
 def _flattened(picture: Image.Image) -> Image.Image:
