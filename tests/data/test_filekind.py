@@ -82,6 +82,7 @@ def test_files_of_another_kind(suffix: str, content: str | bytes, says: str, tmp
         (".json", f"\r\n[\r\n{LINE},\r\n{LINE}]".encode()),
         (".json", b"\xef\xbb\xbf" + json.dumps([ONE, ONE]).encode()),
         (".jsonl", b"\xef\xbb\xbf" + f"{LINE}\n{LINE}".encode()),
+        (".jsonl", f"{LINE}\n".encode() * 2),
         (".JSON", json.dumps([ONE, ONE]).encode()),
         (".JSONL", f"{LINE}\n{LINE}".encode()),
     ],
@@ -91,6 +92,13 @@ def test_files_that_only_look_unusual(suffix: str, content: bytes, tmp_path: Pat
     path.write_bytes(content)
     check_path(path)
     assert [value for _, value in read_objects(path)] == [ONE, ONE]
+
+
+def test_a_record_with_objects_in_it_is_a_record(tmp_path: Path) -> None:
+    value = {"meta": {"messages": [1]}, "drafts": [{"messages": []}], **ONE}
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps(value))
+    assert list(read_objects(path)) == [(1, value)]
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,20 @@ def test_unknown_keys_are_told_once_a_file(tmp_path: Path, caplog: pytest.LogCap
     )
 
 
+def test_many_unknown_keys_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    parsed(tmp_path, {"conversations": GOOD, **{f"key{number}": 1 for number in range(50)}})
+    assert caplog.records[0].getMessage().endswith("`key19` (1 record, in train.jsonl:1), and 30 more")
+
+
+def test_values_of_any_depth(tmp_path: Path) -> None:
+    deep: Any = []
+    for _ in range(300):
+        deep = [deep]
+    assert isinstance(one(tmp_path, {"conversations": GOOD, "objects": deep}), Record)
+    for key in ("image", "id", "conversations", "video", "weight", "img", "system"):
+        assert isinstance(one(tmp_path, {"conversations": GOOD, key: deep}), Problem)
+
+
 def test_system_beside_the_turns(tmp_path: Path) -> None:
     assert turns_of(one(tmp_path, {"system": "S", "conversations": GOOD})) == [
         ("system", "S"),

@@ -92,7 +92,7 @@ def check_lines(reader: Reader, path: Path, first_line: str) -> None:
     elif first == "{":
         text = first_line.rstrip()
         if _is_json(text):
-            found, _ = _read_object(reader)
+            found = None if any(name in json.loads(text) for name in TURNS) else _read_object(reader)[0]
         elif text.endswith(",") and _is_json(text[:-1]):
             found = "its lines end with a comma, as in a list: remove the commas, or put [ and ] around all and name it .json"
         elif _whole_value(reader):
@@ -173,7 +173,7 @@ def _judge_value(reader: Reader, keys: list[str]) -> str | None:
         reader.skip()
         return None
     value = reader.value()
-    if isinstance(value, dict) and any(isinstance(value.get(name), list) for name in TURNS):
+    if len(keys) == 1 and isinstance(value, dict) and any(isinstance(value.get(name), list) for name in TURNS):
         return f"holds an object whose values are the records (the first is `{key}`): write them as a list, [..., ...]"
     if key in TURNS and (isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], list))):
         return "holds columns, not records: write a list of objects, one for each record"

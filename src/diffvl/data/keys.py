@@ -81,6 +81,8 @@ _ABOUT = re.compile(
 _SOUNDS = re.compile(r"video|audio|speech|^sounds?$|^pointclouds?$")
 _PICTURE_FILE = re.compile(r"[^\n]+\.(?:png|jpe?g|webp|gif|bmp|tiff?|avif|heic|jp2)$", re.IGNORECASE)
 
+_NUM_TOLD = 20  # unused keys of a file
+
 # Forms of other data sets, told where a record has no turns.
 _FORMS = (
     (("chosen", "rejected"), "preference pairs, on which this does not train"),
@@ -109,20 +111,24 @@ class UnusedKeys:
 
     def warning(self, path: Path) -> str:
         """What is told of them, one line; empty if there were none."""
-        told = (
+        told = [
             f"{key} ({count} {'record, in' if count == 1 else 'records, first in'} {place})"
             for key, (count, place) in self.places.items()
-        )
-        return f"{path}: keys that are not used: {', '.join(told)}" if self.places else ""
+        ]
+        if len(told) > _NUM_TOLD:
+            told[_NUM_TOLD:] = [f"and {len(told) - _NUM_TOLD} more"]
+        return f"{path}: keys that are not used: {', '.join(told)}" if told else ""
 
 
 def is_absent(value: Any) -> bool:
     """Whether a value says nothing."""
+    return all(map(_is_blank, value)) if isinstance(value, list) else _is_blank(value)
+
+
+def _is_blank(value: Any) -> bool:
     if isinstance(value, str):
         return not value.strip()
-    if isinstance(value, list):
-        return all(is_absent(item) for item in value)
-    return value is None or value == {} or value != value
+    return value is None or (isinstance(value, list | dict) and not value) or (isinstance(value, float) and value != value)
 
 
 def check_record_keys(value: dict[str, Any], images: Sequence[str], tell: Callable[[str], None]) -> None:
@@ -185,7 +191,7 @@ def trained_of(item: dict[str, Any], answer: bool, where: str) -> bool:
         raise DataError(
             f"{where}{' and '.join(f'`{key}`' for key in marks)} contradict each other: keep one", "key not supported"
         )
-    return all(marks.values())
+    return not answer or all(marks.values())
 
 
 def missing_turns(value: dict[str, Any]) -> str:
@@ -261,7 +267,11 @@ def _check_picture(key: str, name: str, item: Any, images: Sequence[str]) -> Non
 
 def _short(value: Any) -> str:
     """A value for a message."""
-    text = (
-        repr(value) if not isinstance(value, bool) and value is not None else {True: "true", False: "false", None: "null"}[value]
-    )
+    if value is None or isinstance(value, bool):
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list):
+        return f"a list, [{_short(value[0])}, ...]" if value and isinstance(value[0], str) else "a list"
+    text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

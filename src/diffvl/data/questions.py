@@ -86,7 +86,8 @@ def _question(value: Any, path: Path, line: int) -> Question:
 
 
 def _images(value: dict[str, Any]) -> list[str]:
-    image, images = (item if isinstance(item, list) or not is_absent(item) else None for item in map(value.get, ("image", "images")))
+    given = map(value.get, ("image", "images"))
+    image, images = (item if isinstance(item, list) or not is_absent(item) else None for item in given)
     if image is not None and images is not None:
         raise DataError("both `image` and `images`: keep one of them")
     if image is not None and not isinstance(image, str):

@@ -104,7 +104,7 @@ def parse_file(
         except DataError as error:
             name = value.get("id") if isinstance(value, dict) else None
             message = str(error).removeprefix(f"{path}:{line}: ")
-            yield Problem(error.kind, path, line, number, None if is_absent(name) else str(name), message, error.ends)
+            yield Problem(error.kind, path, line, number, str(name) if isinstance(name, int | str) else None, message, error.ends)
     if not number:
         raise DataError(f"{path}: no records in it; expected at least one object with `conversations`", "no records")
     warning = reader.unused.warning(path)
