@@ -159,6 +159,7 @@ def test_nan_is_no_picture(tmp_path: Path) -> None:
         *[(key, ["a.png", "b.png"]) for key in ("imgs", "image_files", "frames")],
         *[("img", "000123"), ("image_bytes", {"bytes": "iVBOR", "path": None}), ("image_url", "https://example.org/x")],
         *[("file", "a.jpg"), ("file_name", "x/a.JPEG"), ("url", "https://example.org/a.webp"), ("media", ["a.png"])],
+        *[("pic_path", "a"), ("jpg", "a"), ("media", {"type": "image", "file": "a.png"}), ("files", [{"path": "a.png"}])],
     ],
 )
 def test_a_picture_under_another_key_is_a_mistake(key: str, value: Any, tmp_path: Path) -> None:

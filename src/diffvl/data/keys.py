@@ -7,7 +7,7 @@ that says nothing (null, an empty string, list or object, nan) is as good as no 
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from os.path import basename
@@ -71,7 +71,9 @@ _MARKS = {
     **dict.fromkeys(("masked", "mask"), False),
 }
 
-_PICTURE = re.compile(r"image|img|picture|photo|screenshot|pixelvalues|^(?:frames?|pics?|png|jpe?g)$")
+_PICTURE = re.compile(
+    r"image|img|picture|photo|screenshot|pixelvalues|^(?:frames?|(?:pics?|png|jpe?g)(?:path|file|url|name)?s?)$"
+)
 _ABOUT = re.compile(
     r"^(?:num|n|has|is|no|with|max|min|total)(?=image|img|picture|photo)|(?:id|ids|idx|index|width|height|sizes?|shape|captions?|"
     r"desc|descriptions?|source|type|hash|md5|sha\d*|license|num|count|labels?|class|category|tags?|text|quality|score|aspect|"
@@ -253,7 +255,7 @@ def _check_spelling(key: str, name: str, item: Any) -> None:
 def _check_picture(key: str, name: str, item: Any, images: Sequence[str]) -> None:
     """A key that names a picture is a mistake: the picture would not be looked at."""
     named = _names_picture(name) or _near(name) in ("image", "images")
-    files = [one for one in (item if isinstance(item, list) else [item]) if isinstance(one, str) and _PICTURE_FILE.match(one)]
+    files = [text for text in _texts_in(item) if _PICTURE_FILE.match(text)]
     if images:
         own = {basename(image) for image in images}
         wrong = named and any("://" not in file and basename(file) not in own for file in files)
@@ -263,6 +265,14 @@ def _check_picture(key: str, name: str, item: Any, images: Sequence[str]) -> Non
         advice = ""
     if wrong:
         raise DataError(f"`{key}` is {_short(item)}: {_PICTURE_KEY}{advice}; rename it or remove it", "picture under another key")
+
+
+def _texts_in(item: Any) -> Iterator[str]:
+    """The strings of a value, of its elements, and of objects among these."""
+    for one in item if isinstance(item, list) else [item]:
+        for text in one.values() if isinstance(one, dict) else [one]:
+            if isinstance(text, str):
+                yield text
 
 
 def _short(value: Any) -> str:

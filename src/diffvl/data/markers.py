@@ -61,11 +61,13 @@ def mistaken_marker(text: str, pictures: bool) -> str | None:
     Args:
         pictures: the record has pictures, so that a spelling that could be something else most likely means one.
     """
+    if not any(bracket in text for bracket in ("<[{" if pictures else "<")):
+        return None  # most texts, which need no search
     found = (_LIKELY_PATTERN if pictures else _SURE_PATTERN).search(text)
     return found[0] if found else None
 
 
 def other_media(text: str) -> str | None:
     """The marker of a video or a sound, where it stands on a line of its own."""
-    found = _OTHER_MEDIA.search(text)
+    found = _OTHER_MEDIA.search(text) if "<" in text else None
     return found[1] if found else None
