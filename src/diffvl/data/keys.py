@@ -133,7 +133,7 @@ def _is_blank(value: Any) -> bool:
     return value is None or (isinstance(value, list | dict) and not value) or (isinstance(value, float) and value != value)
 
 
-def check_record_keys(value: dict[str, Any], images: Sequence[str], tell: Callable[[str], None]) -> None:
+def check_record_keys(value: dict[str, Any], images: Sequence[str], tell: Callable[[str], object]) -> None:
     """Goes through the keys that a record has beside those that are used; tells the harmless ones.
 
     Raises:
@@ -154,7 +154,7 @@ def check_record_keys(value: dict[str, Any], images: Sequence[str], tell: Callab
         tell(f"`{key}`")
 
 
-def check_turn_keys(item: dict[str, Any], used: Sequence[str], where: str, tell: Callable[[str], None]) -> None:
+def check_turn_keys(item: dict[str, Any], used: Sequence[str], where: str, tell: Callable[[str], object]) -> None:
     """The same for a turn; what marks it as trained on or not is read by `trained_of`."""
     for key, value in item.items():
         if key in used:
