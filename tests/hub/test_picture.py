@@ -275,16 +275,17 @@ def test_one_picture_in_all_places(name: str, loaded: Callable[[str], Loaded], t
 
     record = Record("r", (str(path),), (Turn("user", "<image>\nWhat?"), Turn("assistant", "This.")), "x.json:1")
     found = [sample_of(record, 0, processor).pixel_values]
-    encode = {"tokenize": True, "add_generation_prompt": True}
+    encode: dict[str, Any] = {"tokenize": True, "add_generation_prompt": True}
     text = processor.apply_chat_template([chat()], add_generation_prompt=True)
     with Image.open(path) as raw:
-        for messages, more in (
+        ways: list[tuple[Any, dict[str, Any]]] = [
             ([ask("What?", [path])], {}),
             ([chat(image=raw)], {}),
             ([chat(image=str(path))], {}),
             ([chat(path=str(path))], {}),
             ([chat()], {"images": [raw]}),
-        ):
+        ]
+        for messages, more in ways:
             found.append(processor.apply_chat_template(messages, **encode, **more)["pixel_values"])
         for images in (raw, [raw], [[raw]], [str(path)], str(path)):
             found.append(processor(images=images, text=[text], return_tensors="pt")["pixel_values"])
