@@ -48,7 +48,7 @@ def refuse_data(convert: Workshop, file: Path, *words: object, says: Sequence[st
 @pytest.mark.parametrize(
     ("bad", "says"),
     [
-        (record(image="none.png"), "image file not found: {folder}/none.png (relative paths start at the data file's folder)"),
+        (record(image="none.png"), "image file not found: {folder}/none.png (relative paths start at the data file's folder; "),
         (record(question="<image><image> Both?"), "more <image> than images: 2 in the text, 1 in the record"),
         (record(answer=" \n"), "turn 2: empty answer; fill it or remove the record"),
         ({"image": "good.png"}, "no `conversations` (nor `messages`)"),

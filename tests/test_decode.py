@@ -208,7 +208,7 @@ def test_a_batch_answers_every_line_in_order(checkpoint: Path, image: Path, tmp_
         {"prompt": PROMPTS[1]},
         "",
         {"prompt": "<image> or <image>?", "images": ["seen.png", "./sub/../seen.png"], "id": 7},
-        {"prompt": "Hi", "image": None, "id": None},
+        {"prompt": "Hi", "image": "", "id": None},
     )
     ended = succeed("generate", checkpoint, "--batch", file, "--batch-size", 3, "--max-new-tokens", 12, "--steps", 2)
     lines = [json.loads(line) for line in ended.out.splitlines()]
@@ -246,6 +246,7 @@ GOOD = {"prompt": "Hi"}
     ({"prompt": "Hi", "images": "seen.png"}, "ask.jsonl:2: `images` must be a list of paths"),
     ({"prompt": "Hi", "images": [""]}, "ask.jsonl:2: a picture must be named by its path"),
     ({"prompt": "Hi", "image": "seen.png", "images": []}, "ask.jsonl:2: both `image` and `images`: keep one of them"),
+    ({"prompt": "Hi", "image": "https://example.org/a.png"}, "ask.jsonl:2: a picture is a file, not a URL: https://example.org/a.png"),
     ({"prompt": "Hi", "image": "none.png"}, "none.png does not exist (relative paths start at the file's folder)"),
     ({"prompt": "Hi", "image": "text.png"}, "text.png cannot be read (cannot identify image file"),
     ({"prompt": "<image>"}, "ask.jsonl:2: the prompt has 1 <image> markers, 0 pictures were given"),

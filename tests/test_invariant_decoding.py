@@ -6,6 +6,7 @@ Training's logits are taken from `block_diffusion` itself, through a spy in the 
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -59,13 +60,18 @@ def training_sample(processor: DiffVLProcessor, messages: list[dict[str, Any]], 
 
 
 @torch.no_grad()
-def compare(loaded: Loaded, block_size: int, context: str, grid: str, target: str) -> list[bool]:
-    """Holds every block of both answers against decoding; returns, per answer, whether its first block shows a picture."""
+def compare(
+    loaded: Loaded, block_size: int, context: str, grid: str, target: str, trained: tuple[int, ...] = (1, 2)
+) -> list[bool]:
+    """Holds every block of the trained answers (the first, the second) against decoding; returns, per answer, whether its first
+    block shows a picture."""
     model, processor = loaded
     model.config.set_decoding("blocks", block_size, context, grid, target)
     noise = {"schedule": "uniform", "t_min": 0.4, "t_max": 0.9}
     settings = objective(block_size=block_size, context=context, grid=grid, target=target, noise=noise)
-    both = batch([training_sample(processor, CHAT, 5), training_sample(processor, OTHER, 6)])
+    first = training_sample(processor, CHAT, 5)
+    first = replace(first, answer=[mark if mark in (0, *trained) else -mark for mark in first.answer])
+    both = batch([first, training_sample(processor, OTHER, 6)])
     draw = Draw(seed=1, step=0, progress=0.0)
     # 1. Training: logits of the masked tokens, by the place that the stream gives them.
     spy = Spy(model)
@@ -77,7 +83,7 @@ def compare(loaded: Loaded, block_size: int, context: str, grid: str, target: st
     # 2. Decoding: the same blocks, opened in the same state.
     truth = both["input_ids"].gather(1, stream.source)[0]
     shows_picture, compared = [], 0
-    for turn in (1, 3):
+    for turn in (2 * number - 1 for number in trained):
         inputs = processor.apply_chat_template(CHAT[:turn], tokenize=True, add_generation_prompt=True)
         decoder = BlockDecoder(
             model, inputs["input_ids"], inputs["attention_mask"].bool(), inputs["answer_index"], inputs["pixel_values"]
@@ -115,6 +121,15 @@ def test_training_logits_are_decoding_logits(
     model_type: str, context: str, grid: str, target: str, loaded: Callable[[str], Loaded]
 ):
     compare(loaded(model_type), 4, context, grid, target)
+
+
+@pytest.mark.parametrize("trained", [(1,), (2,)])
+@pytest.mark.parametrize(("context", "grid", "target"), SETTINGS)
+def test_and_where_one_answer_is_not_trained_on(
+    context: str, grid: str, target: str, trained: tuple[int, ...], loaded: Callable[[str], Loaded]
+):
+    """Nothing but the trained answer is predicted, and its logits are decoding's, for which the other is an earlier answer."""
+    compare(loaded("llama"), 4, context, grid, target, trained)
 
 
 @pytest.mark.parametrize("block_size", [24, 48])

@@ -249,7 +249,7 @@ def plain_blocks(answer: list[int], block_size: int, grid: str) -> tuple[list[in
     origin = 0
     for place, number in enumerate(answer):
         if place:
-            ended = answer[place - 1] > 0 and number != answer[place - 1]
+            ended = answer[place - 1] != 0 and number != answer[place - 1]
             begins = grid == "response" and number != answer[place - 1]
             if grid == "response" and (ended or begins):
                 origin = place
@@ -351,10 +351,27 @@ def test_layout_equivalence(model_type: str, context: str, grid: str, target: st
     """Loss and gradients of the short layout (L + R) are those of the full two-stream form (2L), summed over the samples; of two
     complementary copies, they are the mean of two such forms."""
     model, _ = loaded(model_type)
+    samples = [sample(model.config, (21, 6, 3, 9), index=4, picture=True), sample(model.config, (6, 7), index=9)]
+    require_equal_forms(model, samples, context, grid, target)
+
+
+@pytest.mark.parametrize("untrained", [1, 2])
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_layout_equivalence_where_an_answer_is_not_trained_on(
+    context: str, grid: str, untrained: int, loaded: Callable[[str], Loaded]
+):
+    """In the plain form that answer is context, cut into blocks as any other, and has no weight."""
+    model, _ = loaded("llama")
+    one = sample(model.config, (21, 6, 3, 9), index=4, picture=True)
+    marked = replace(one, answer=[-mark if mark == untrained else mark for mark in one.answer])
+    require_equal_forms(model, [marked, sample(model.config, (6, 7), index=9)], context, grid, "same")
+
+
+def require_equal_forms(model: Model, samples: list[Sample], context: str, grid: str, target: str) -> None:
     rest = {"ar_weight": 0.3, "weight": "effective"} if context == "causal" else {"pad_weight": 0.5, "weight": "1/t"}
     variant = {"context": context, "grid": grid, "target": target, "complementary": grid == "response", **rest}
     settings = objective(noise={"schedule": "uniform", "t_min": 0.3, "t_max": 0.95}, **variant)
-    samples = [sample(model.config, (21, 6, 3, 9), index=4, picture=True), sample(model.config, (6, 7), index=9)]
     both = batch(samples)
     draw = Draw(seed=3, step=2, progress=0.5)
     block = block_index(both["answer_index"], settings.block_size, settings.grid)

@@ -114,3 +114,30 @@ def test_predicting_rows():
     assert shift[0].tolist() == [0] * 5
     # 3: noisy 2. 4 begins a block: clean 3. 6: noisy 5. 8 begins a block: clean 7. 9, a padding stop: noisy 8.
     assert shift[1].tolist() == [12, 3, 15, 7, 18]
+
+
+# --- answers that are not trained on -------------------------------------------------------------------------------------
+
+SECOND = [0, 0, 0, 1, 1, 1, 0, 0, 2, 2, 2, 2, 2, 0]
+UNTRAINED = [-mark if mark == 1 else mark for mark in SECOND]
+IDS = [1, 2, 4, 3, 3, 8, 5, 6, 3, 3, 3, 3, 8, 9]
+
+
+def test_an_untrained_answer_costs_and_counts_nothing():
+    """5 tokens of the second answer are left of 8; its padding stops on the grid of 4 are those of positions 13 to 15."""
+    settings = objective(noise={"schedule": "full"}, weight="none", pad_weight=0.0)
+    whole, half = (batch([Sample(IDS, marks, None, 7)]) for marks in (SECOND, UNTRAINED))
+    assert (half["labels"] != -100).sum() == 5 and (whole["labels"] != -100).sum() == 8  # the loss normaliser
+    output = block_diffusion(flat, CONFIG, half, settings, HERE)
+    assert float(output.loss) == pytest.approx(5 * COST, rel=1e-5)
+    assert {name: float(output.sums[name]) for name in ("predicted", "eligible", "correct")} == {
+        "predicted": 5,
+        "eligible": 5,
+        "correct": 4,
+    }
+    assert output.tokens == 14 + 8  # the clean stream, and the cells 8..11 and 12..15
+    next_token = ar(flat, CONFIG, half)
+    assert float(next_token.loss) == pytest.approx(5 * COST, rel=1e-5) and float(next_token.sums["predicted"]) == 5
+    causal = objective(noise={"schedule": "full"}, weight="none", context="causal", ar_weight=0.5, pad_weight=0.0)
+    assert float(block_diffusion(flat, CONFIG, half, causal, HERE).loss) == pytest.approx(7.5 * COST, rel=1e-5)
+    assert float(measure(flat, CONFIG, [half], settings)["eligible"]) == 5

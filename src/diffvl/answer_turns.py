@@ -9,15 +9,16 @@ from diffvl.data.records import Record
 
 
 def questions(records: Iterable[Record]) -> Iterator[tuple[Record, int]]:
-    """(record, turn) of every answer."""
+    """(record, turn) of every answer to be trained on."""
     for record in records:
         for turn in answer_turns(record):
             yield record, turn
 
 
 def answer_turns(record: Record) -> Iterator[int]:
-    """The turns of a record that are answers."""
-    return (turn for turn, spoken in enumerate(record.turns) if spoken.role == "assistant")
+    """The turns of a record that are answers to be trained on; at least one. An answer that is not (a draft that a later turn
+    mends, say) is no truth to be asked for."""
+    return (turn for turn, spoken in enumerate(record.turns) if spoken.role == "assistant" and spoken.trained)
 
 
 def chat_before(record: Record, turn: int) -> list[dict[str, Any]]:

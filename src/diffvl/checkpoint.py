@@ -41,7 +41,7 @@ RECIPE_FILE = "run.yaml"
 HUB_FILES = tuple(
     f"{name}_diffvl.py"
     for name in (
-        *("configuration", "attention", "layout", "head", "modeling", "processing"),
+        *("configuration", "attention", "layout", "head", "modeling", "processing", "picture"),
         *("cache", "static", "pieces", "prefix", "decoder"),
         *("sampling", "stopping", "request", "run", "speculation", "generation"),
     )

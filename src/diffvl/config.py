@@ -269,6 +269,10 @@ class Data(Section):
     row_length: int | None = Field(
         default=None, ge=8, description="pack samples into rows of up to this many clean tokens; default: one sample a row"
     )
+    unpaired_turns: Literal["error", "drop"] = Field(
+        default="error",
+        description="answers before the first question and questions after the last answer; `drop` leaves them out",
+    )
     too_long: Literal["error", "drop"] = Field(default="error", description="`drop` leaves longer records out and says how many")
     workers: int = Field(default=0, ge=0)
     check_images: int = Field(

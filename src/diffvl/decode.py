@@ -18,9 +18,9 @@ from transformers import BatchFeature, CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
 from diffvl.checkpoint import load_checkpoint, read_json
-from diffvl.data.chat import IMAGE_MARKER
 from diffvl.data.images import open_picture
 from diffvl.data.loader import longest_sample
+from diffvl.data.markers import IMAGE_MARKER, count_markers, pieces_between
 from diffvl.data.questions import Question, summary
 from diffvl.errors import CheckpointError, DataError, UsageError
 from diffvl.hub.configuration_diffvl import DiffVLConfig
@@ -134,13 +134,13 @@ def user_message(text: str, pictures: Sequence[Image.Image]) -> Message:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UsageError(f"the prompt is not valid UTF-8 text (character {error.start + 1}, {text[error.start]!r})") from error
-    marked = text if IMAGE_MARKER in text else f"{IMAGE_MARKER}\n" * len(pictures) + text
-    if marked.count(IMAGE_MARKER) != len(pictures):
-        raise UsageError(
-            f"the prompt has {marked.count(IMAGE_MARKER)} {IMAGE_MARKER} markers, {len(pictures)} pictures were given"
-        )
+    marked = text if count_markers(text) else f"{IMAGE_MARKER}\n" * len(pictures) + text
+    num_markers = count_markers(marked)
+    if num_markers != len(pictures):
+        advice = "" if pictures else f" (for that text itself write \\{IMAGE_MARKER})"
+        raise UsageError(f"the prompt has {num_markers} {IMAGE_MARKER} markers, {len(pictures)} pictures were given{advice}")
     content: list[dict[str, Any]] = []
-    for number, piece in enumerate(marked.split(IMAGE_MARKER)):
+    for number, piece in enumerate(pieces_between(marked)):
         if number:
             content.append({"type": "image", "image": pictures[number - 1]})
         content.append({"type": "text", "text": piece})

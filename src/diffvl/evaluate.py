@@ -15,6 +15,7 @@ from diffvl.answer_turns import answer_turns, chat_before, questions
 from diffvl.config import ArObjective, BlockDiffusionObjective, Data, Objective
 from diffvl.data.collate import collate
 from diffvl.data.loader import SampleDataset, batches_of, load_data, open_samples
+from diffvl.data.markers import pieces_between
 from diffvl.decode import Decoder, DecodeSettings, answer_chats, context_length, load_for_decoding
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.objective import measure, scores
@@ -112,7 +113,7 @@ def held_out_answers(directory: Path, data: Data, settings: DecodeSettings, cons
             shown.append(
                 {
                     "image": record.images[0] if record.images else None,
-                    "question": record.turns[turn - 1].text.replace("<image>", "").strip(),
+                    "question": "".join(pieces_between(record.turns[turn - 1].text)).strip(),
                     "truth": record.turns[turn].text,
                     "answer": given.text,
                 }

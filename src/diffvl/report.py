@@ -18,12 +18,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from PIL import Image, ImageOps
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from diffvl.errors import CheckpointError
+from diffvl.data.images import open_picture
+from diffvl.errors import CheckpointError, DataError
 from diffvl.progress import METRICS_FILE, Measure, Points, duration, measures_of, number, read_json_lines, write_beside
 from diffvl.settings import read_yaml
 from diffvl.terminal import say, visible
@@ -304,14 +304,13 @@ def _card(sample: dict[str, Any]) -> str:
 
 
 def _picture(path: Path) -> str:
-    """The picture inlined at most `PICTURE_SIDE` pixels a side. The page says so where the file is gone or no picture."""
+    """The picture as the model saw it, inlined at most `PICTURE_SIDE` pixels a side. The page says so where the file is gone or
+    no picture."""
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGBA")
-    except (OSError, Image.DecompressionBombError) as error:
-        return f"<p>picture not shown ({type(error).__name__}): {escape(str(path))}</p>"
-    image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-    flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        flat = open_picture(str(path), "report")
+    except DataError as error:
+        return f"<p>picture not shown ({error.kind}): {escape(str(path))}</p>"
+    flat.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
     flat.save(buffer := io.BytesIO(), format="JPEG", quality=90)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
     return f'<img width="{flat.width}" height="{flat.height}" alt="{escape(path.name)}" src="data:image/jpeg;base64,{data}">'

@@ -133,11 +133,6 @@ BAD_FILES = {
         f"[{ONE}]\n\n x",
         ":3: malformed JSON at column 2: more text after the list's closing ']'",
     ),
-    "json, an object": (
-        ".json",
-        f"\n{ONE}\n{ONE}",
-        ":2: expected a list of records, [...], at the top, got '{'; a file with one object per line is named .jsonl",
-    ),
 }
 
 
@@ -159,7 +154,11 @@ def test_other_encodings_are_refused_with_their_line(tmp_path: Path, suffix: str
     [
         ("no.json", "no.json: no such data file"),
         ("", ": is a folder; name a data file in it (.json or .jsonl)"),
-        ("a.csv", "a.csv: unknown kind of data file '.csv'; expected .json (one list) or .jsonl (one object per line)"),
+        (
+            "a.csv",
+            "a.csv: unknown kind of data file '.csv'; expected .json (one list) or .jsonl (one object per line); it is a table: "
+            "write its rows into a .jsonl file, one object per line, and its pictures into files",
+        ),
     ],
 )
 def test_path_that_is_no_data_file(tmp_path: Path, name: str, message: str) -> None:

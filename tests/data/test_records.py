@@ -83,7 +83,7 @@ def test_both_forms_and_both_files_give_the_same_record(tmp_path: Path, suffix: 
     assert second.source == f"train{suffix}:{line + 1}"
     dataset = open_records(path)
     assert [record_at(dataset, index) for index in range(len(dataset))] == [first, second]
-    assert dataset.column_names == ["id", "images", "roles", "texts", "source"]
+    assert dataset.column_names == ["id", "images", "roles", "texts", "trained", "source"]
     assert dataset.cache_files
 
 
@@ -184,7 +184,7 @@ BAD_RECORDS = {
     ),
     "missing image": (
         {"image": "no/such.png", "conversations": GOOD},
-        "no/such.png (relative paths start at the data file's folder)",
+        "no/such.png (relative paths start at the data file's folder; set data.image_folder if they start elsewhere)",
     ),
     "image not a path": (
         {"image": {"bytes": ""}, "conversations": GOOD},
@@ -222,7 +222,7 @@ def test_first_five_problems_and_the_number_of_the_others(tmp_path: Path, suffix
     lines = fail(path).split("\n")
     assert lines[0] == f"{path}: 12 problems"
     problem = "no `conversations` (nor `messages`): expected a list of turns, {from: human or gpt, value: text}"
-    assert lines[1:6] == [f"  {path}:{first + number}: {problem}" for number in range(5)]
+    assert lines[1:6] == [f"  {path}:{first + number}: {problem} (record {number + 2}, id '{number}')" for number in range(5)]
     assert lines[6:] == ["  and 7 more"]
     assert list(cache.iterdir()) == []
     lines = fail(write(tmp_path, suffix, [{"id": number} for number in range(5)])).split("\n")
@@ -244,7 +244,7 @@ BAD_FILES = {
         ":3: malformed JSON at column 2: Expecting property name",
     ),
     "jsonl, malformed": (".jsonl", '\n{"id" 1}\n', ":2: malformed JSON at column 7: Expecting ':' delimiter"),
-    "json, an object": (".json", '{"conversations": []}', ":1: expected a list of records, [...], at the top, got '{'"),
+    "json, an object": (".json", '{"conversations": []}', ":1: holds one record alone: put [ and ] around it"),
     "json, no records": (".json", " [ ]\n", ": no records in it; expected at least one object with `conversations`"),
     "json, empty": (".json", "", ": no records in it"),
     "jsonl, empty": (".jsonl", "\n\n", ": no records in it"),

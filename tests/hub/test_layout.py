@@ -84,6 +84,28 @@ def test_noisy_stream_on_the_response_grid():
     }
 
 
+UNTRAINED = [-mark if mark == 1 else mark for mark in ANSWER]  # the first answer is context only
+
+
+@pytest.mark.parametrize("grid", ["absolute", "response"])
+@pytest.mark.parametrize("block_size", [2, 4, 16])
+def test_an_untrained_answer_cuts_blocks_as_any_other(block_size: int, grid: str):
+    """In decoding it is an earlier answer. It is not in the noisy stream, whose other blocks stay what they are."""
+    assert torch.equal(block_index(row(UNTRAINED), block_size, grid), block_index(row(ANSWER), block_size, grid))
+    assert torch.equal(segment_start(row(UNTRAINED), grid), segment_start(row(ANSWER), grid))
+    block = block_index(row(ANSWER), block_size, grid)
+    both, second = (rows_of(noisy_stream(row(marks), block, block_size, grid)) for marks in (ANSWER, UNTRAINED))
+    first_of_second = int(block[0, 8])
+    kept = [place for place, index in enumerate(both["block"]) if index >= first_of_second]
+    assert second == {name: [values[place] for place in kept] for name, values in both.items()}
+    assert any(second["eligible"]) and min(second["position"]) >= 6
+
+
+def test_nothing_is_noised_where_no_answer_is_trained():
+    marks = row([-mark for mark in ANSWER])
+    assert noisy_stream(marks, block_index(marks, 4, "absolute"), 4, "absolute").source.shape == (1, 0)
+
+
 def test_two_turns_in_one_cell():
     """Blocks as long as the whole text: each answer keeps the cell's end, and the second block starts behind the first."""
     block = block_index(row(ANSWER[:9]), 16, "absolute")

@@ -7,16 +7,16 @@ import torch
 from jinja2.exceptions import TemplateError
 
 from diffvl.data.images import open_picture
+from diffvl.data.markers import pieces_between
 from diffvl.data.records import Record
 from diffvl.errors import DataError
 from diffvl.hub.processing_diffvl import ChatEncoding, DiffVLProcessor
 
-IMAGE_MARKER = "<image>"
-
 
 @dataclass(frozen=True)
 class Sample:
-    """ids: the clean stream. answer: per token 0, or k inside the k-th answer. pixel_values: [N, 3, S, S] or None.
+    """ids: the clean stream. answer: per token 0, k inside the k-th answer, or -k where that answer is not trained on: then it
+    is context, which ends blocks as every earlier answer does. pixel_values: [N, 3, S, S] or None.
     index: the record's place in its dataset, which seeds its noise."""
 
     ids: list[int]
@@ -29,13 +29,14 @@ def messages_of(record: Record) -> list[dict[str, Any]]:
     """The record as chat messages; every `<image>` marker becomes a picture part."""
     messages = []
     for turn in record.turns:
+        pieces = pieces_between(turn.text) if turn.role == "user" else [turn.text]
         parts: list[dict[str, str]] = []
-        for number, text in enumerate(turn.text.split(IMAGE_MARKER)):
+        for number, text in enumerate(pieces):
             if number:
                 parts.append({"type": "image"})
             if text:
                 parts.append({"type": "text", "text": text})
-        messages.append({"role": turn.role, "content": parts if IMAGE_MARKER in turn.text else turn.text})
+        messages.append({"role": turn.role, "content": parts if len(pieces) > 1 else pieces[0]})
     return messages
 
 
@@ -45,10 +46,23 @@ def encode_record(record: Record, processor: DiffVLProcessor) -> ChatEncoding:
     Raises:
         DataError: naming the record, if the chat template or the processor refuses it.
     """
+    _refuse_image_token(record, processor.image_token)
     try:
         return processor.encode_chat(messages_of(record))
     except (TemplateError, ValueError) as error:
         raise DataError(f"{record.source}: record {record.id} does not fit the model's chat template: {error}") from error
+
+
+def _refuse_image_token(record: Record, token: str) -> None:
+    """Raises DataError for a text in which the checkpoint would see a picture: an escaped `<image>`, say, where its own token
+    is spelled so."""
+    for number, turn in enumerate(record.turns, 1):
+        if any(token in piece for piece in (pieces_between(turn.text) if turn.role == "user" else [turn.text])):
+            raise DataError(
+                f"{record.source}: record {record.id}: turn {number}: the text {token} is what this checkpoint reads as a "
+                "picture, so it cannot stand there as text: spell it otherwise (< image >, say) or leave the record out",
+                "image token in the text",
+            )
 
 
 def sample_of(record: Record, index: int, processor: DiffVLProcessor) -> Sample:
@@ -58,4 +72,12 @@ def sample_of(record: Record, index: int, processor: DiffVLProcessor) -> Sample:
     if record.images:
         pictures = [open_picture(path, record.source) for path in record.images]
         pixel_values = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
-    return Sample(encoding.ids, encoding.answer, pixel_values, index)
+    return Sample(encoding.ids, _marked_untrained(encoding.answer, record), pixel_values, index)
+
+
+def _marked_untrained(answer: list[int], record: Record) -> list[int]:
+    """The marks, negative in the answers that are not to be trained on."""
+    trained = [turn.trained for turn in record.turns if turn.role == "assistant"]
+    if all(trained):
+        return answer
+    return [mark if not mark or trained[mark - 1] else -mark for mark in answer]

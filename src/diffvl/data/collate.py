@@ -13,9 +13,9 @@ IGNORED = -100
 
 class Batch(TypedDict):
     """One line a sample; the objective packs them into rows. input_ids [S, L]. answer_index [S, L]: 0 outside answers, k
-    inside the k-th. valid [S, L]: False for padding. labels [S, L]: the ids of answer tokens, -100 elsewhere; their number is
-    the loss normaliser. sample [S]: dataset indices. row [S]: the row that each sample stands in, rising from 0.
-    pixel_values [N, 3, side, side], absent in a batch without pictures."""
+    inside the k-th, -k where that one is not trained on. valid [S, L]: False for padding. labels [S, L]: the ids of tokens of
+    trained answers, -100 elsewhere; their number is the loss normaliser. sample [S]: dataset indices. row [S]: the row that
+    each sample stands in, rising from 0. pixel_values [N, 3, side, side], absent in a batch without pictures."""
 
     input_ids: torch.Tensor
     answer_index: torch.Tensor

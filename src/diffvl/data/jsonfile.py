@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from diffvl.data.filekind import KIND, check_bytes, check_lines, not_a_list, unknown_suffix
 from diffvl.errors import DataError
 
+MALFORMED = "malformed JSON"
 _SUFFIXES = (".json", ".jsonl")
 _CHUNK = 1 << 20  # characters read at a time from a .json file
 _TAIL = 64  # characters; no escape and no literal is longer
@@ -20,25 +22,43 @@ _TAIL = 64  # characters; no escape and no literal is longer
 def check_path(path: Path) -> None:
     """Raises DataError unless `path` is a file of a kind that `read_objects` knows."""
     if path.is_dir():
-        raise DataError(f"{path}: is a folder; name a data file in it ({' or '.join(_SUFFIXES)})")
+        raise DataError(f"{path}: is a folder; name a data file in it ({' or '.join(_SUFFIXES)})", KIND)
     if not path.exists():
-        raise DataError(f"{path}: no such data file")
-    if path.suffix not in _SUFFIXES:
-        expected = ".json (one list) or .jsonl (one object per line)"
-        raise DataError(f"{path}: unknown kind of data file {path.suffix!r}; expected {expected}")
+        raise DataError(f"{path}: no such data file", KIND)
+    if path.suffix.lower() not in _SUFFIXES:
+        raise unknown_suffix(path)
 
 
 def read_objects(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line, value) of every object in the file; the value is a DataError, with its place, where there is no object to read."""
-    read = _read_list if path.suffix == ".json" else _read_lines
+    """(line, value) of every object in the file; the value is a DataError, with its place, where there is no object to read,
+    and with `ends` where nothing behind it can be read.
+
+    Raises:
+        DataError: for a file of another kind than its name says.
+    """
+    is_list = path.suffix.lower() == ".json"
+    read = _read_list if is_list else _read_lines
     try:
+        check_bytes(path)
+        if not is_list:
+            _check_lines(path)
         with path.open(encoding="utf-8-sig") as file:
-            yield from read(file, path)
+            for line, value in read(file, path):
+                if isinstance(value, DataError) and is_list:
+                    value.ends = True  # behind a broken element of a list nothing more can be placed
+                yield line, value
     except UnicodeDecodeError:
         line = _undecodable_line(path)
-        yield line, DataError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8")
+        yield line, DataError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8", "not UTF-8", ends=True)
     except OSError as error:
-        yield 0, DataError(f"{path}: cannot be read ({error.strerror})")
+        yield 0, DataError(f"{path}: cannot be read ({error.strerror})", "file cannot be read", ends=True)
+
+
+def _check_lines(path: Path) -> None:
+    with path.open(encoding="utf-8-sig") as file:
+        first_line = next((line for line in file if line.strip()), "")
+    with path.open(encoding="utf-8-sig") as file:
+        check_lines(_Cursor(file), path, first_line)
 
 
 def _undecodable_line(path: Path) -> int:
@@ -64,11 +84,10 @@ def _read_list(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
     """The elements of one JSON list, one in memory at a time. After malformed JSON nothing more can be placed: it ends."""
     cursor = _Cursor(file)
     first = cursor.peek()
-    if first not in ("", "["):
-        message = f"expected a list of records, [...], at the top, got {first!r}; a file with one object per line is named .jsonl"
-        yield cursor.line, DataError(f"{path}:{cursor.line}: {message}")
-    if first != "[":
+    if not first:
         return
+    if first != "[":
+        raise not_a_list(cursor, path)
     cursor.skip()
     mark = cursor.peek()
     while mark != "]":
@@ -96,12 +115,12 @@ def _read_list(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _malformed(path: Path, line: int, column: int, message: str) -> DataError:
-    return DataError(f"{path}:{line}: malformed JSON at column {column}: {message}")
+    return DataError(f"{path}:{line}: malformed JSON at column {column}: {message}", MALFORMED)
 
 
 def _too_large(path: Path, line: int, error: Exception) -> DataError:
     """JSON that Python does not read: thousands of brackets in one another, a number of thousands of digits."""
-    return DataError(f"{path}:{line}: JSON that cannot be read: {str(error).splitlines()[0]}")
+    return DataError(f"{path}:{line}: JSON that cannot be read: {str(error).splitlines()[0]}", MALFORMED)
 
 
 class _Cursor:

@@ -127,7 +127,7 @@ SHORTEN = "raise data.max_length, or set data.too_long=drop to leave them out"
 
 def open_samples(path: Path, data: Data, processor: DiffVLProcessor, advice: str = SHORTEN) -> SampleDataset:
     """One file's samples; records longer than `max_length` are an error (that ends with the advice) or left out, never cut."""
-    records = open_records(path)
+    records = open_records(path, unpaired_turns=data.unpaired_turns)
     lengths = _lengths(records, processor)
     long = [index for index, length in enumerate(lengths) if length > data.max_length]
     if long and data.too_long == "error":

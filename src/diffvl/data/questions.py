@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from diffvl.data.jsonfile import check_path, read_objects
+from diffvl.data.keys import is_absent
+from diffvl.data.picture_paths import require_path
 from diffvl.errors import DataError
 
 KEYS = ("prompt", "image", "images", "id")
@@ -84,7 +86,8 @@ def _question(value: Any, path: Path, line: int) -> Question:
 
 
 def _images(value: dict[str, Any]) -> list[str]:
-    image, images = value.get("image"), value.get("images")
+    given = map(value.get, ("image", "images"))
+    image, images = (item if isinstance(item, list) or not is_absent(item) else None for item in given)
     if image is not None and images is not None:
         raise DataError("both `image` and `images`: keep one of them")
     if image is not None and not isinstance(image, str):
@@ -94,4 +97,6 @@ def _images(value: dict[str, Any]) -> list[str]:
     paths = [image] if image is not None else images or []
     if not all(isinstance(path, str) and path for path in paths):
         raise DataError("a picture must be named by its path")
+    for path in paths:
+        require_path(path)
     return paths

@@ -1,34 +1,42 @@
-"""Data file -> `Record`: the first arrow of training. Everything that can be known without a tokenizer or a decoded image
+r"""Data file -> `Record`: the first arrow of training. Everything that can be known without a tokenizer or a decoded image
 is checked here, up front, so that a run does not stop hours later at one bad line.
 
 Two file kinds: `.json` holds one list of objects, `.jsonl` one object per line. An object looks like LLaVA's
 
     {"id": "a", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", ...}]}
 
-or like a chat request: `"messages": [{"role": "user", "content": ...}, ...]`. `image` is a path, a list of paths, or absent;
-`images` means the same. Paths are relative to the data file's folder. Other keys are allowed and left out.
+or like a chat request: `"messages": [{"role": "user", "content": ...}, ...]`, where content may be a list of parts. `image` is
+a path, a list of paths, or absent; `images` means the same. Paths are relative to the data file's folder or to
+`data.image_folder`. `system` is the text of a system turn. A turn marked with `train: false` (or `loss: false`, `weight: 0`) is
+context and not trained on. Keys that other trainers act on are refused, others are told once a file (see `keys`).
 
-`<image>` in a user's text marks where an image stands, in the order of the record's images. LLaVA's habit is kept: a record
-with images and no marker at all gets one marker per image, each followed by a newline, before the first user text.
+`<image>` in a user's text marks where an image stands, in the order of the record's images; `\<image>` is that text itself.
+LLaVA's habit is kept: a record with images and no marker at all gets one marker per image, each followed by a newline, before
+the first user text.
 
 Invariant: a `Record` has as many markers as images, all in user turns; its turns are user, assistant, user, assistant ...
-after an optional system turn; no answer is empty; every image file existed when the file was read.
+after an optional system turn; no answer is empty, at least one is trained on; every image file existed when the file was read.
 """
 
-import json
+import logging
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from diffvl.data.content import Content, kind_of, read_content, text_of
 from diffvl.data.jsonfile import check_path, read_objects
-from diffvl.data.problems import Problem
+from diffvl.data.keys import UnusedKeys, check_record_keys, check_turn_keys, is_absent, missing_turns, trained_of
+from diffvl.data.markers import IMAGE_MARKER, count_markers, mistaken_marker, other_media, plain
+from diffvl.data.picture_paths import missing_picture, named_pictures, require_path
+from diffvl.data.problems import Problem, place_of
 from diffvl.errors import DataError
 
-IMAGE_MARKER = "<image>"
+log = logging.getLogger(__name__)
 
 Role = Literal["system", "user", "assistant"]
+Unpaired = Literal["error", "drop"]
 
 # key of the turns -> (key of the speaker, key of the text, speaker -> role)
 _FORMS: dict[str, tuple[str, str, dict[str, Role]]] = {
@@ -36,12 +44,19 @@ _FORMS: dict[str, tuple[str, str, dict[str, Role]]] = {
     "messages": ("role", "content", {"user": "user", "assistant": "assistant", "system": "system"}),
 }
 _SPEAKERS: dict[Role, str] = {"system": "system", "user": "user (human)", "assistant": "assistant (gpt)"}
+_TOOL_ROLES = ("function_call", "function", "observation", "tool", "tool_call", "tool_response", "ipython")
+_ORDER = "turn order"
+_DROP = "data.unpaired_turns=drop leaves such turns out"
 
 
 @dataclass(frozen=True)
 class Turn:
+    r"""text: of a user, with markers where images stand and `\<image>` for that text itself; of the others, as a model reads
+    it. trained: False for an answer that is context only."""
+
     role: Role
     text: str
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -54,9 +69,9 @@ class Record:
     source: str
 
 
-def iterate_records(path: Path) -> Iterator[Record]:
+def iterate_records(path: Path, image_folder: str | Path | None = None, unpaired_turns: Unpaired = "error") -> Iterator[Record]:
     """The file's records in order, read as they are asked for. Raises DataError at the first problem."""
-    for item in parse_file(path):
+    for item in parse_file(path, image_folder, unpaired_turns):
         if isinstance(item, Problem):
             raise item.error()
         yield item
@@ -65,137 +80,243 @@ def iterate_records(path: Path) -> Iterator[Record]:
 # --- file -> records -----------------------------------------------------------------------------------------------------
 
 
-def parse_file(path: Path) -> Iterator[Record | Problem]:
-    """Every record of the file, or in its place what is wrong with it."""
+def parse_file(
+    path: Path, image_folder: str | Path | None = None, unpaired_turns: Unpaired = "error"
+) -> Iterator[Record | Problem]:
+    """Every record of the file, or in its place what is wrong with it. At the end it logs which keys were not used.
+
+    Args:
+        image_folder: where relative paths of images start; default: the data file's folder.
+        unpaired_turns: what is done with an answer before the first question, and with a question behind the last answer.
+    Raises:
+        DataError: for a file that is none of records, or has none.
+    """
     check_path(path)
-    folder = os.path.dirname(os.path.abspath(path))
-    seen: dict[str, bool] = {}
+    if image_folder is not None and not os.path.isdir(image_folder):
+        raise DataError(f"data.image_folder: {image_folder} is no folder", "image folder")
+    reader = _Reader(path, image_folder, unpaired_turns)
     number = 0
     for number, (line, value) in enumerate(read_objects(path), 1):
         try:
             if isinstance(value, DataError):
                 raise value
-            yield _parse_record(value, folder, f"{path.name}:{line}", seen)
+            yield reader.record(value, place_of(path.name, line, number))
         except DataError as error:
             name = value.get("id") if isinstance(value, dict) else None
             message = str(error).removeprefix(f"{path}:{line}: ")
-            yield Problem(error.kind, path, line, number, None if name is None else str(name), message)
+            yield Problem(error.kind, path, line, number, str(name) if isinstance(name, int | str) else None, message, error.ends)
     if not number:
-        raise DataError(f"{path}: no records in it; expected at least one object with `conversations`")
+        raise DataError(f"{path}: no records in it; expected at least one object with `conversations`", "no records")
+    warning = reader.unused.warning(path)
+    if warning:
+        log.warning("%s", warning)
 
 
 # --- object -> Record ----------------------------------------------------------------------------------------------------
 
 
-def _parse_record(value: Any, folder: str, source: str, seen: dict[str, bool]) -> Record:
-    """Raises DataError without the place, which the caller knows. `seen` (path -> is a file) is filled: one stat per path."""
-    if not isinstance(value, dict):
-        raise DataError(f"expected an object with `conversations`, got {_kind(value)}")
-    name = value.get("id")
-    if name is None:
-        name = source
-    elif isinstance(name, bool) or not isinstance(name, int | str):
-        raise DataError(f"`id` must be a string or a whole number, got {_kind(name)}")
-    turns = _parse_turns(value)
-    _check_order(turns)
-    images = tuple(os.path.join(folder, image) for image in _parse_images(value))
-    turns = _place_markers(turns, len(images))
-    for image in images:
-        if image not in seen:
-            seen[image] = os.path.isfile(image)
-        if not seen[image]:
-            raise DataError(f"image file not found: {image} (relative paths start at the data file's folder)")
-    return Record(_text(str(name), "`id`"), images, turns, source)
+class _Reader:
+    """What the records of one file share: where their images lie, what was looked for already, and the keys left out."""
+
+    def __init__(self, path: Path, image_folder: str | Path | None, unpaired_turns: Unpaired) -> None:
+        self.folder = os.path.abspath(image_folder if image_folder is not None else path.parent)
+        self.folder_is_set = image_folder is not None
+        self.unpaired_turns = unpaired_turns
+        self.unused = UnusedKeys()
+        self.seen: dict[str, bool] = {}  # path -> is a file: one stat per path
+
+    def record(self, value: Any, source: str) -> Record:
+        """Raises DataError without the place, which the caller knows."""
+        if not isinstance(value, dict):
+            raise DataError(f"expected an object with `conversations`, got {kind_of(value)}", "no object")
+        name = value.get("id")
+        if is_absent(name):
+            name = source
+        elif isinstance(name, bool) or not isinstance(name, int | str):
+            raise DataError(f"`id` must be a string or a whole number, got {kind_of(name)}", "id")
+        form = _form_of(value)
+        images = named_pictures(value)
+        unused: dict[str, None] = {}
+        check_record_keys(value, images, unused.setdefault)
+        turns, contents = _parse_turns(value[form], form, unused.setdefault)
+        self.unused.add(unused, source)
+        images = _all_images(images, contents)
+        turns = _place_markers(turns, len(images))
+        left_out = 0
+        if self.unpaired_turns == "drop":
+            turns, images, left_out = _paired(turns, images)
+        _check_order(turns, left_out)
+        turns = _with_system(value.get("system"), turns)
+        if not any(turn.trained for turn in turns if turn.role == "assistant"):
+            raise DataError(
+                "no answer to train on: all are marked as not to be trained on; remove the record", "nothing to train on"
+            )
+        paths = tuple(self._path(image) for image in images)
+        return Record(text_of(str(name), "`id`"), paths, turns, source)
+
+    def _path(self, image: str) -> str:
+        require_path(image)
+        path = os.path.join(self.folder, image)
+        if path not in self.seen:
+            self.seen[path] = os.path.isfile(path)
+        if not self.seen[path]:
+            raise missing_picture(path, image, self.folder_is_set)
+        return path
 
 
-def _parse_turns(value: dict[str, Any]) -> tuple[Turn, ...]:
+def _form_of(value: dict[str, Any]) -> str:
+    """The key under which a record has its turns."""
     forms = [form for form in _FORMS if value.get(form) is not None]
     if not forms:
-        raise DataError("no `conversations` (nor `messages`): expected a list of turns, {from: human or gpt, value: text}")
+        raise DataError(
+            "no `conversations` (nor `messages`): expected a list of turns, {from: human or gpt, value: text}"
+            + missing_turns(value),
+            "no turns",
+        )
     if len(forms) > 1:
-        raise DataError("both `conversations` and `messages`: keep one of them")
-    form = forms[0]
-    speaker_key, text_key, roles = _FORMS[form]
-    items = value[form]
+        raise DataError("both `conversations` and `messages`: keep one of them", "no turns")
+    return forms[0]
+
+
+def _parse_turns(items: Any, form: str, tell: Callable[[str], object]) -> tuple[tuple[Turn, ...], list[Content]]:
+    """The turns as they stand there, and what their contents carry beside text."""
     if not isinstance(items, list) or not items:
-        raise DataError(f"`{form}` must be a list of turns with at least one in it, got {_kind(items)}")
-    turns = []
+        raise DataError(f"`{form}` must be a list of turns with at least one in it, got {kind_of(items)}", "no turns")
+    turns: list[Turn] = []
+    contents: list[Content] = []
     for number, item in enumerate(items, 1):
-        if not isinstance(item, dict) or speaker_key not in item or text_key not in item:
-            raise DataError(f"turn {number}: expected an object with `{speaker_key}` and `{text_key}`")
-        speaker = item[speaker_key]
-        if not isinstance(speaker, str) or speaker not in roles:
-            raise DataError(f"turn {number}: unknown role {speaker!r}; expected one of {', '.join(roles)}")
-        turns.append(Turn(roles[speaker], _text(item[text_key], f"turn {number}: `{text_key}`")))
-    return tuple(turns)
+        turn, content = _parse_turn(item, form, f"turn {number}", tell)
+        turns.append(turn)
+        contents.append(content)
+    return tuple(turns), contents
 
 
-def _check_order(turns: tuple[Turn, ...]) -> None:
-    spoken = turns[1:] if turns[0].role == "system" else turns
-    first = len(turns) - len(spoken) + 1
-    if not spoken or spoken[0].role != "user":
-        got = f"is from {_SPEAKERS[spoken[0].role]}" if spoken else "is missing"
-        raise DataError(f"turn {first} {got}: after an optional system turn the first must be from user (human)")
-    for number, turn in enumerate(spoken):
-        expected: Role = "assistant" if number % 2 else "user"
-        if turn.role != expected:
-            where, got, want = f"turn {first + number}", _SPEAKERS[turn.role], _SPEAKERS[expected]
-            raise DataError(f"{where} is from {got}, expected {want}: user and assistant must alternate")
-        if turn.role == "assistant" and not turn.text.strip():
-            raise DataError(f"turn {first + number}: empty answer; fill it or remove the record")
-    if spoken[-1].role != "assistant":
-        got, want = _SPEAKERS[spoken[-1].role], _SPEAKERS["assistant"]
-        raise DataError(f"turn {len(turns)}, the last, is from {got}, expected an answer from {want}")
+def _parse_turn(item: Any, form: str, where: str, tell: Callable[[str], object]) -> tuple[Turn, Content]:
+    speaker_key, text_key, roles = _FORMS[form]
+    if not isinstance(item, dict) or speaker_key not in item:
+        raise DataError(f"{where}: expected an object with `{speaker_key}` and `{text_key}`{_has(item)}", "turn")
+    speaker = item[speaker_key]
+    if not isinstance(speaker, str) or speaker not in roles:
+        raise DataError(f"{where}: unknown role {speaker!r}; expected one of {', '.join(roles)}{_about_role(speaker)}", "role")
+    role = roles[speaker]
+    check_turn_keys(item, (speaker_key, text_key), f"{where}: ", tell)
+    if text_key not in item:
+        raise DataError(f"{where}: expected an object with `{speaker_key}` and `{text_key}`{_has(item)}", "turn")
+    trained = trained_of(item, role == "assistant", f"{where}: ")
+    content = read_content(item[text_key], f"{where}: `{text_key}`")
+    text = content.text if role == "user" else _own_text(content.text, where, role)
+    return Turn(role, text, trained), content
 
 
-def _parse_images(value: dict[str, Any]) -> list[str]:
-    keys = [key for key in ("image", "images") if value.get(key) is not None]
-    if len(keys) > 1:
-        raise DataError("both `image` and `images`: keep one of them")
-    if not keys:
-        return []
-    images = value[keys[0]]
-    images = images if isinstance(images, list) else [images]
-    for image in images:
-        if not isinstance(image, str) or not image:
-            got = "an empty string" if image == "" else _kind(image)
-            raise DataError(f"`{keys[0]}` must be a path or a list of paths, got {got}")
-    return [_text(image, f"`{keys[0]}`") for image in images]
+def _has(item: Any) -> str:
+    return f", got {', '.join(f'`{key}`' for key in item) or 'an empty object'}" if isinstance(item, dict) else ""
+
+
+def _about_role(speaker: Any) -> str:
+    if speaker in _TOOL_ROLES:
+        return "; calls of tools are not supported: leave such records out, or write them as text of these roles"
+    return "; write it as system" if speaker == "developer" else ""
+
+
+def _own_text(text: str, where: str, role: Role) -> str:
+    """The text of a turn in which no image can stand, as a model reads it."""
+    if count_markers(text):
+        raise DataError(
+            f"{where}: {IMAGE_MARKER} in a turn of {_SPEAKERS[role]}; images stand in user turns only. "
+            f"If the text itself is meant, write \\{IMAGE_MARKER} (in JSON: \\\\{IMAGE_MARKER})",
+            "image markers",
+        )
+    return plain(text)
+
+
+def _all_images(named: list[str], contents: list[Content]) -> list[str]:
+    """The record's images, whether it names them itself or their parts do."""
+    carried = [path for content in contents for path in content.paths]
+    if not carried:
+        return named
+    if named and named != carried:
+        raise DataError("paths both in `image` and in parts of turns: keep one of them", "picture")
+    if not named and any(content.placeholders for content in contents):
+        raise DataError("some parts of type image have a path and some have none: give all of them one", "picture")
+    return carried
 
 
 def _place_markers(turns: tuple[Turn, ...], num_images: int) -> tuple[Turn, ...]:
     """Checks the image markers; adds them where the record has images and not one marker."""
-    for number, turn in enumerate(turns, 1):
-        if turn.role != "user" and IMAGE_MARKER in turn.text:
-            raise DataError(f"turn {number}: {IMAGE_MARKER} in a turn of {_SPEAKERS[turn.role]}; images stand in user turns only")
-    num_markers = sum(turn.text.count(IMAGE_MARKER) for turn in turns)
+    asked = [(number, turn.text) for number, turn in enumerate(turns) if turn.role == "user"]
+    num_markers = sum(count_markers(text) for _, text in asked)
+    if num_markers == num_images and num_images:
+        return turns
+    for number, text in asked:
+        _refuse_mistaken(number + 1, text, num_images, num_markers)
     if num_markers == num_images:
         return turns
     if num_markers:
         more = "more" if num_markers > num_images else "fewer"
         counts = f"{num_markers} in the text, {num_images} in the record"
-        raise DataError(f"{more} {IMAGE_MARKER} than images: {counts}; each image needs one marker")
-    first = next(number for number, turn in enumerate(turns) if turn.role == "user")
-    marked = Turn("user", f"{IMAGE_MARKER}\n" * num_images + turns[first].text)
+        advice = "" if num_images else f". The pictures' key is `image`, and \\{IMAGE_MARKER} is that text itself"
+        raise DataError(f"{more} {IMAGE_MARKER} than images: {counts}; each image needs one marker{advice}", "image markers")
+    if not asked:
+        return turns  # and no question: the order is refused
+    first = asked[0][0]
+    marked = replace(turns[first], text=f"{IMAGE_MARKER}\n" * num_images + turns[first].text)
     return (*turns[:first], marked, *turns[first + 1 :])
 
 
-def _text(value: Any, what: str) -> str:
-    """`value` if it is text that UTF-8 can hold: JSON can spell half of a surrogate pair, which no tokenizer takes."""
-    if not isinstance(value, str):
-        raise DataError(f"{what} must be a string, got {_kind(value)}")
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(f"{what} holds half of a surrogate pair, {value[error.start]!r}: not valid text") from error
-    return value
+def _refuse_mistaken(number: int, text: str, num_images: int, num_markers: int) -> None:
+    """A text that holds what only looks like a marker: read as text, and the picture would stand elsewhere."""
+    found = mistaken_marker(text, pictures=num_images > 0)
+    if found is not None:
+        meant = f"the marker of a picture is {IMAGE_MARKER}, one for each in the order of `image`"
+        advice = f"; for the text itself write \\{found}" if not num_images else ""
+        raise DataError(f"turn {number}: {found} looks like a picture, but {meant}{advice}", "image markers")
+    media = other_media(text)
+    if media is not None and not num_markers:
+        raise DataError(f"turn {number}: {media} stands there alone: videos and sounds are not supported", "key not supported")
 
 
-def _kind(value: Any) -> str:
-    """A JSON value's kind in words."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    if isinstance(value, list):
-        return "a list" if value else "an empty list"
-    return {dict: "an object", str: "a string"}.get(type(value), "a number")
+def _with_system(system: Any, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """The turns behind the system turn that a record's key `system` is."""
+    if is_absent(system):
+        return turns
+    if turns[0].role == "system":
+        raise DataError("both `system` and a system turn: keep one of them", _ORDER)
+    return Turn("system", _own_text(text_of(system, "`system`"), "`system`", "system")), *turns
+
+
+def _paired(turns: tuple[Turn, ...], images: list[str]) -> tuple[tuple[Turn, ...], list[str], int]:
+    """Turns and images without the answers before the first question and the questions behind the last answer; and how many
+    were left out at the start."""
+    kept = list(turns)
+    start = 1 if kept[0].role == "system" else 0
+    while len(kept) > start and kept[start].role == "assistant":
+        del kept[start]
+    left_out = len(turns) - len(kept)
+    while len(kept) > start and kept[-1].role == "user":
+        del kept[-1]
+    if len(kept) == start:
+        raise DataError("no question with an answer in it; remove the record", _ORDER)
+    shown = sum(count_markers(turn.text) for turn in kept if turn.role == "user")
+    return tuple(kept), images[:shown], left_out
+
+
+def _check_order(turns: tuple[Turn, ...], left_out: int) -> None:
+    """`left_out`: turns at the start that are not among `turns`, for the numbers in messages."""
+    spoken = turns[1:] if turns[0].role == "system" else turns
+    first = len(turns) - len(spoken) + left_out + 1
+    if not spoken or spoken[0].role != "user":
+        got = f"is from {_SPEAKERS[spoken[0].role]}" if spoken else "is missing"
+        advice = f"; {_DROP}" if spoken and spoken[0].role == "assistant" else ""
+        message = f"turn {first} {got}: after an optional system turn the first must be from user (human){advice}"
+        raise DataError(message, _ORDER)
+    for number, turn in enumerate(spoken):
+        expected: Role = "assistant" if number % 2 else "user"
+        if turn.role != expected:
+            where, got, want = f"turn {first + number}", _SPEAKERS[turn.role], _SPEAKERS[expected]
+            advice = "; join the two into one turn" if turn.role == spoken[number - 1].role else ""
+            raise DataError(f"{where} is from {got}, expected {want}: user and assistant must alternate{advice}", _ORDER)
+        if turn.role == "assistant" and not turn.text.strip():
+            raise DataError(f"turn {first + number}: empty answer; fill it or remove the record", "empty answer")
+    if spoken[-1].role != "assistant":
+        got, want = _SPEAKERS[spoken[-1].role], _SPEAKERS["assistant"]
+        raise DataError(f"turn {len(turns)}, the last, is from {got}, expected an answer from {want}; {_DROP}", _ORDER)

@@ -79,7 +79,7 @@ class BlockDecoder:
         order = torch.argsort((~valid).long(), dim=1, stable=True)
         pad = torch.zeros(len(input_ids), 1, dtype=torch.long, device=device)
         self.prompt_ids = torch.cat([input_ids.gather(1, order), pad], 1)
-        answers = torch.cat([answer_index.gather(1, order), pad], 1)
+        answers = torch.cat([answer_index.abs().gather(1, order), pad], 1)  # to decoding, an answer not trained on is one
         index = torch.arange(self.prompt_ids.shape[1], device=device)[None]
         # Past the prompt everything counts as the new answer.
         answers = torch.where(index >= lengths[:, None], answers.max(1, keepdim=True).values + 1, answers)

@@ -1,9 +1,10 @@
 """Who stands where and who sees whom: the one place that knows, for training, evaluation and decoding.
 
 A sample is a clean stream (the chat text) and a noisy stream (the blocks that hold answer tokens, with the position ids of
-their clean counterparts). Every token is one row of `Layout`; the attention rule is written once, in `Layout.allowed`
-(BD3-LM, arXiv 2503.09573, section 3; DESIGN section 4). The leak it guards against: a noisy token must never see the clean
-copy of its own block, nor anything later. tests/test_invariants.py rebuilds that bug and catches it.
+their clean counterparts; an answer that is not to be trained on stands in the clean stream only). Every token is one row of
+`Layout`; the attention rule is written once, in `Layout.allowed` (BD3-LM, arXiv 2503.09573, section 3; DESIGN section 4). The
+leak it guards against: a noisy token must never see the clean copy of its own block, nor anything later.
+tests/test_invariants.py rebuilds that bug and catches it.
 
 Shapes: B batch, L clean length, R noisy length, T = all tokens of a row, Q queries. Bool masks: True = may be attended.
 """
@@ -94,7 +95,8 @@ def block_index(answer_BL: torch.Tensor, block_size: int, grid: str) -> torch.Te
     """Block index of every clean token, [B, L], rising from 0.
 
     Args:
-        answer_BL: 0 outside answers, k inside the k-th answer of the sample (its stop token included).
+        answer_BL: 0 outside answers, k inside the k-th answer of the sample (its stop token included), -k where that answer
+            is not to be trained on: it cuts blocks as any other, since in decoding it is one.
         block_size: D.
         grid: "absolute": cells start at multiples of D from token 0; "response": at the start of every answer (and of the
             text between answers). In both, a block is cut where an answer ends, so that no block holds two turns.
@@ -109,7 +111,8 @@ def block_index(answer_BL: torch.Tensor, block_size: int, grid: str) -> torch.Te
 
 def segment_start(answer_BL: torch.Tensor, grid: str) -> torch.Tensor:
     """For each token the index at which its segment starts, [B, L]. Segments end with every answer; with the response grid
-    an answer is a segment of its own."""
+    an answer is a segment of its own, whether it is trained on (k) or not (-k)."""
+    answer_BL = answer_BL.abs()
     index = torch.arange(answer_BL.shape[1], device=answer_BL.device).expand_as(answer_BL)
     changed = answer_BL[:, 1:] != answer_BL[:, :-1]
     if grid == "absolute":
@@ -143,7 +146,7 @@ class NoisyStream:
 
 
 def noisy_stream(answer_BL: torch.Tensor, block_BL: torch.Tensor, block_size: int, grid: str) -> NoisyStream:
-    """Picks the blocks that hold answer tokens; see NoisyStream. A batch without answers gives R = 0."""
+    """Picks the blocks that hold tokens of answers to be trained on; see NoisyStream. A batch without any gives R = 0."""
     starts_BL = segment_start(answer_BL, grid)
     rows = []
     for answer, block, start in zip(answer_BL, block_BL, starts_BL, strict=True):

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
+
+from .picture_diffvl import all_seen
 
 Messages = list[dict[str, Any]]
 FIXED_DATE = "26 Jul 2024"  # the default of the Llama 3 templates
@@ -61,6 +62,7 @@ class DiffVLProcessor(ProcessorMixin):
             ValueError: if earlier answers cannot be found again in the tokens.
         """
         kwargs.setdefault("add_special_tokens", False)
+        images = all_seen(images)
         if images is None and text is not None:
             data = BatchFeature(dict(self.tokenizer(text, **kwargs)), tensor_type=kwargs.get("return_tensors"))
         else:
@@ -138,7 +140,7 @@ class DiffVLProcessor(ProcessorMixin):
             texts = [self._render(messages, add_generation_prompt) for messages in batch]
             return texts if batch is conversation else texts[0]
         encodings = [self.encode_chat(messages, add_generation_prompt) for messages in batch]
-        pictures = list(images or []) + [picture for messages in batch for picture in _pictures(messages)]
+        pictures = all_seen(list(images or []) + [picture for messages in batch for picture in _pictures(messages)])
         data = self._pad_left(encodings)
         placeholders = sum(encoding.ids.count(self.image_token_id) for encoding in encodings)
         if placeholders != len(pictures) * self.image_tokens:
@@ -262,12 +264,12 @@ def _flatten(content: str | list[dict[str, Any]], image_token: str) -> str:
 
 
 def _pictures(messages: Messages) -> list[Any]:
-    """The pictures that the parts carry, in order; paths are opened."""
+    """The pictures that the parts carry, in order."""
     found = []
     for message in messages:
         parts = message["content"] if isinstance(message["content"], list) else []
         for part in parts:
             picture = part.get("image", part.get("path"))
             if part["type"] == "image" and picture is not None:
-                found.append(Image.open(picture).convert("RGB") if isinstance(picture, str) else picture)
+                found.append(picture)
     return found

@@ -1,0 +1,73 @@
+r"""Where pictures stand in a text: the marker `<image>`, how to write it as mere text, and what others write in its place.
+
+A backslash before the marker takes its meaning away: `\<image>` is the text `<image>`. The same holds for the spellings that
+can hardly be anything else (`<image_1>`, `<|image|>`), which are refused otherwise, because a model would read them as text
+and its picture would stand somewhere else.
+"""
+
+import re
+
+IMAGE_MARKER = "<image>"
+ESCAPE = "\\"
+
+_NAMES = r"(?:image|img|picture|pic|photo)"
+# Nobody writes these but for a picture: numbered ones, and the tokens of other models.
+_SURE = "|".join(
+    (
+        rf"<{_NAMES}[ _-]?\#?\d+>",
+        rf"<\|{_NAMES}[ _-]?\#?\d*\|>",
+        r"<\|?(?:image|img|vision|media|video|audio)_(?:pad|start|end|begin|content)\|?>",
+        r"<(?:image|img)_(?:placeholder|soft_token|context|here|token)>",
+        r"<(?:start|end|begin)_of_(?:image|img)>",
+        r"<(?:imageplaceholder|imagehere|im_patch|im_image|image_patch)>",
+    )
+)
+# In a record with pictures these mean one; elsewhere they may be HTML, Markdown or prose.
+_LIKELY = "|".join(
+    (
+        rf"(?!(?-i:{IMAGE_MARKER}))<{_NAMES}s?\s*/?>",
+        rf"(?<!!)\[{_NAMES}(?:[ _-]?\#?\d+)?\](?!\(|:|\[)",
+        rf"\{{\{{?{_NAMES}\}}?\}}",
+        r"<(?:ImageHere|IMG_CONTEXT)>",
+    )
+)
+_ESCAPED = re.compile(rf"\\(?={IMAGE_MARKER}|{_SURE})", re.IGNORECASE)
+_MARKER = re.compile(rf"(?<!\\){IMAGE_MARKER}")
+_SURE_PATTERN = re.compile(rf"(?<!\\)(?:{_SURE})", re.IGNORECASE)
+_LIKELY_PATTERN = re.compile(rf"(?<!\\)(?:{_SURE}|{_LIKELY})", re.IGNORECASE)
+_OTHER_MEDIA = re.compile(r"(?:^|\n)\s*(<(?:video|audio|speech)>)\s*(?:\n|$)", re.IGNORECASE)
+
+
+def pieces_between(text: str) -> list[str]:
+    """The text cut at its markers, one piece more than there are markers; the pieces are what a model reads."""
+    if "<" not in text and ESCAPE not in text:
+        return [text]
+    return [_ESCAPED.sub("", piece) for piece in _MARKER.split(text)]
+
+
+def count_markers(text: str) -> int:
+    """The pictures that the text shows."""
+    return len(_MARKER.findall(text)) if IMAGE_MARKER in text else 0
+
+
+def plain(text: str) -> str:
+    """A text without pictures as a model reads it."""
+    return _ESCAPED.sub("", text) if ESCAPE in text else text
+
+
+def mistaken_marker(text: str, pictures: bool) -> str | None:
+    """What looks like a marker of a picture and is none.
+
+    Args:
+        pictures: the record has pictures, so that a spelling that could be something else most likely means one.
+    """
+    if not any(bracket in text for bracket in ("<[{" if pictures else "<")):
+        return None  # most texts, which need no search
+    found = (_LIKELY_PATTERN if pictures else _SURE_PATTERN).search(text)
+    return found[0] if found else None
+
+
+def other_media(text: str) -> str | None:
+    """The marker of a video or a sound, where it stands on a line of its own."""
+    found = _OTHER_MEDIA.search(text) if "<" in text else None
+    return found[1] if found else None
