@@ -19,11 +19,12 @@ class DataError(DiffvlError):
 
     Args:
         kind: a few words for counting such errors; the same for all records that they apply to.
+        ends: whether nothing behind it in the file can be read, so that leaving out one record would leave out all the others.
     """
 
-    def __init__(self, message: str, kind: str = "other") -> None:
+    def __init__(self, message: str, kind: str = "other", ends: bool = False) -> None:
         super().__init__(message)
-        self.kind = kind
+        self.kind, self.ends = kind, ends
 
 
 class CheckpointError(DiffvlError):

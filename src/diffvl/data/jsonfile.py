@@ -33,12 +33,15 @@ def read_objects(path: Path) -> Iterator[tuple[int, Any]]:
     read = _read_list if path.suffix == ".json" else _read_lines
     try:
         with path.open(encoding="utf-8-sig") as file:
-            yield from read(file, path)
+            for line, value in read(file, path):
+                if isinstance(value, DataError) and path.suffix == ".json":
+                    value.ends = True  # after a broken element of a list, nothing more can be placed
+                yield line, value
     except UnicodeDecodeError:
         line = _undecodable_line(path)
-        yield line, DataError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8")
+        yield line, DataError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8", ends=True)
     except OSError as error:
-        yield 0, DataError(f"{path}: cannot be read ({error.strerror})")
+        yield 0, DataError(f"{path}: cannot be read ({error.strerror})", ends=True)
 
 
 def _undecodable_line(path: Path) -> int:

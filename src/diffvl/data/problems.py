@@ -10,7 +10,7 @@ from diffvl.errors import DataError
 class Problem:
     """kind: a few words, the same for all records that it applies to ("picture missing"), by which problems are counted.
     line: where the record begins in the file, from 1. number: which record of the file it is, from 1. id: the record's own.
-    message: what is wrong, what was expected and what to do, without the place."""
+    message: what is wrong, what was expected and what to do, without the place. ends: nothing behind it could be read."""
 
     kind: str
     path: Path
@@ -18,9 +18,11 @@ class Problem:
     number: int
     id: str | None
     message: str
+    ends: bool = False
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.line}: {self.message}"
+        name = "" if self.id is None else f", id {self.id!r}"
+        return f"{self.path}:{self.line}: {self.message} (record {self.number}{name})"
 
     def error(self) -> DataError:
         """The problem as the error of a run that stops at it."""

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from diffvl.data.files import Files
 from diffvl.data.jsonfile import check_path, read_objects
 from diffvl.data.problems import Problem
 from diffvl.errors import DataError
@@ -54,9 +55,9 @@ class Record:
     source: str
 
 
-def iterate_records(path: Path) -> Iterator[Record]:
+def iterate_records(path: Path, image_folder: str | None = None) -> Iterator[Record]:
     """The file's records in order, read as they are asked for. Raises DataError at the first problem."""
-    for item in parse_file(path):
+    for item in parse_file(path, image_folder):
         if isinstance(item, Problem):
             raise item.error()
         yield item
@@ -65,21 +66,22 @@ def iterate_records(path: Path) -> Iterator[Record]:
 # --- file -> records -----------------------------------------------------------------------------------------------------
 
 
-def parse_file(path: Path) -> Iterator[Record | Problem]:
-    """Every record of the file, or in its place what is wrong with it."""
+def parse_file(path: Path, image_folder: str | None = None) -> Iterator[Record | Problem]:
+    """Every record of the file, or in its place what is wrong with it. Relative pictures start at `image_folder`, by default
+    the file's folder."""
     check_path(path)
-    folder = os.path.dirname(os.path.abspath(path))
-    seen: dict[str, bool] = {}
+    folder = os.path.abspath(image_folder or os.path.dirname(path))
+    files = Files()
     number = 0
     for number, (line, value) in enumerate(read_objects(path), 1):
         try:
             if isinstance(value, DataError):
                 raise value
-            yield _parse_record(value, folder, f"{path.name}:{line}", seen)
+            yield _parse_record(value, folder, f"{path.name}:{line}", files)
         except DataError as error:
             name = value.get("id") if isinstance(value, dict) else None
             message = str(error).removeprefix(f"{path}:{line}: ")
-            yield Problem(error.kind, path, line, number, None if name is None else str(name), message)
+            yield Problem(error.kind, path, line, number, None if name is None else str(name), message, error.ends)
     if not number:
         raise DataError(f"{path}: no records in it; expected at least one object with `conversations`")
 
@@ -87,8 +89,8 @@ def parse_file(path: Path) -> Iterator[Record | Problem]:
 # --- object -> Record ----------------------------------------------------------------------------------------------------
 
 
-def _parse_record(value: Any, folder: str, source: str, seen: dict[str, bool]) -> Record:
-    """Raises DataError without the place, which the caller knows. `seen` (path -> is a file) is filled: one stat per path."""
+def _parse_record(value: Any, folder: str, source: str, files: Files) -> Record:
+    """Raises DataError without the place, which the caller knows."""
     if not isinstance(value, dict):
         raise DataError(f"expected an object with `conversations`, got {_kind(value)}")
     name = value.get("id")
@@ -101,9 +103,7 @@ def _parse_record(value: Any, folder: str, source: str, seen: dict[str, bool]) -
     images = tuple(os.path.join(folder, image) for image in _parse_images(value))
     turns = _place_markers(turns, len(images))
     for image in images:
-        if image not in seen:
-            seen[image] = os.path.isfile(image)
-        if not seen[image]:
+        if image not in files:
             raise DataError(f"image file not found: {image} (relative paths start at the data file's folder)")
     return Record(_text(str(name), "`id`"), images, turns, source)
 
