@@ -15,32 +15,16 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 SMALL = 64  # records of the file that the large one is compared with
 LONGEST = 8192  # tokens; the stand-ins take a byte for a token
 PICTURES = 16  # that exist; the others are further names of these
-WORDS = (
-    "the",
-    "a",
-    "red",
-    "blue",
-    "small",
-    "large",
-    "cat",
-    "dog",
-    "harbour",
-    "train",
-    "stands",
-    "near",
-    "under",
-    "on",
-    "old",
-    "tree",
-)
-RECIPE = {
-    "prepare": {"vision_tower": "", "image_size": 216},  # 27 x 27 patches, as many as the published towers make
+WORDS = ("the", "a", "red", "blue", "small", "large", "cat", "dog", "train", "stands", "near", "under", "on", "old", "tree")
+RECIPE: dict[str, Any] = {
+    "prepare": {"image_size": 216},  # 27 x 27 patches, as many as the published towers make
     "stages": {
         "align": {
             "objective": {"kind": "ar"},
@@ -134,50 +118,47 @@ def first_step(command: list[str], log: Path) -> tuple[float, int]:
     return seconds, peak
 
 
+def convert_command(folder: Path, file: Path, settings: list[str]) -> list[str]:
+    """The command on tiny models, which are made once; nothing of an earlier run is remembered."""
+    models, recipe, now = folder / "models", folder / "recipe.json", time.time_ns()
+    if not models.exists():
+        subprocess.run([sys.executable, "-m", "diffvl.standins", str(models)], check=True, stdout=subprocess.DEVNULL)
+        config = models / "trunk-qwen2" / "config.json"
+        longer = {**json.loads(config.read_text(encoding="utf-8")), "max_position_embeddings": LONGEST}
+        config.write_text(json.dumps(longer), encoding="utf-8")
+    recipe.write_text(json.dumps(RECIPE), encoding="utf-8")  # JSON is YAML
+    os.environ["HF_DATASETS_CACHE"] = str(folder / f"cache-{now}")
+    words = [
+        "convert",
+        str(models / "trunk-qwen2"),
+        "--recipe",
+        str(recipe),
+        "--data",
+        str(file),
+        "--out",
+        str(folder / f"run-{now}"),
+    ]
+    for setting in (f"prepare.vision_tower={models / 'tower-siglip'}", *settings):
+        words += ["--set", setting]
+    return [sys.executable, "-m", "diffvl.cli", *words]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--records", type=int, default=50_000)
     parser.add_argument("--turns", type=int, default=1, help="most questions of a record")
     parser.add_argument("--row-length", type=int, help="pack into rows of so many tokens")
-    parser.add_argument(
-        "--set", action="append", default=[], dest="settings", help="more settings, as `diffvl convert --set` takes them"
-    )
+    parser.add_argument("--set", action="append", default=[], dest="settings", help="as of `diffvl convert`")
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
-    models = folder / "models"
     folder.mkdir(parents=True, exist_ok=True)
-    if not models.exists():
-        subprocess.run([sys.executable, "-m", "diffvl.standins", str(models)], check=True, stdout=subprocess.DEVNULL)
-        config = models / "trunk-qwen2" / "config.json"
-        longer = {**json.loads(config.read_text(encoding="utf-8")), "max_position_embeddings": LONGEST}
-        config.write_text(json.dumps(longer), encoding="utf-8")
-    recipe = folder / "recipe.json"  # JSON is YAML
-    recipe.write_text(
-        json.dumps({**RECIPE, "prepare": {**RECIPE["prepare"], "vision_tower": str(models / "tower-siglip")}}), encoding="utf-8"
-    )
+    packing = [f"stages.align.data.row_length={arguments.row_length}"] if arguments.row_length else []
     measured = {}
     for count in (SMALL, arguments.records):
         file = write_records(folder, count, arguments.turns)
-        out = folder / f"run-{time.time_ns()}"
-        command = [
-            sys.executable,
-            "-m",
-            "diffvl.cli",
-            "convert",
-            str(models / "trunk-qwen2"),
-            "--recipe",
-            str(recipe),
-            "--out",
-            str(out),
-        ]
-        command += ["--data", str(file)]
-        settings = [*arguments.settings]
-        settings += [f"stages.align.data.row_length={arguments.row_length}"] if arguments.row_length else []
-        command += [word for setting in settings for word in ("--set", setting)]
-        os.environ["HF_DATASETS_CACHE"] = str(folder / f"cache-{time.time_ns()}")  # nothing is remembered
         print(f"{count} records:", flush=True)
-        measured[count] = first_step(command, folder / "stderr.txt")
+        measured[count] = first_step(convert_command(folder, file, packing + arguments.settings), folder / "stderr.txt")
     (small, small_peak), (large, large_peak) = measured[SMALL], measured[arguments.records]
     print(f"{SMALL} records: {small:.1f} s, {small_peak / 2**20:.0f} MiB at most")
     print(f"{arguments.records} records: {large:.1f} s, {large_peak / 2**20:.0f} MiB at most")

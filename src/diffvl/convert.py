@@ -19,10 +19,8 @@ from transformers import AutoModelForCausalLM
 from diffvl import checkpoint, weights
 from diffvl.attention import choose
 from diffvl.config import STAGES, Lora, Recipe, StageName
-from diffvl.data.loader import SampleDataset, check_pictures, load_data
-from diffvl.decode import Decoder, DecodeSettings
+from diffvl.data.loader import check_pictures, load_data
 from diffvl.errors import ConfigError, UsageError
-from diffvl.evaluate import held_out_answers
 from diffvl.families import check_supported, family_of, find_recipe, named_checkpoint, suggest
 from diffvl.prepare import Source, prepare, read_parts
 from diffvl.processes import agreed, main_first, main_only, process_state
@@ -38,13 +36,13 @@ from diffvl.resume import (
     require_same_source,
     require_same_stage,
 )
+from diffvl.samples import answering
 from diffvl.settings import dump, read_yaml, resolve
-from diffvl.train import Onlooker, longest_trainable, train
+from diffvl.train import longest_trainable, train
 from diffvl.trainer import CHECKPOINTS, STAGING, precision
 
 DEFAULT_RECIPE = "llava"
 PREPARED = "prepared"
-SHOWN = DecodeSettings(max_new_tokens=48)
 
 
 @dataclass(frozen=True)
@@ -305,27 +303,9 @@ def _check_attention(trunk: Any, wanted: str, plan: Plan) -> None:
 
 
 def run_stage(start: Path, recipe: Recipe, stage: StageName, directory: Path, resume: bool, console: Console) -> None:
-    """One stage from start to report; the directory gets its name when everything in it is written. The held-out questions are
-    answered by the model in memory, before and after it is trained."""
-    work = checkpoint.partial(directory)
-    before, data = work / BEFORE_FILE, recipe.stages[stage].data
-
-    def answers(model: Any, processor: Any, held_out: SampleDataset | None) -> list[dict[str, Any]]:
-        if held_out is None:
-            return []
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        decoder = Decoder(torch.nn.Module.to(model.eval(), device), processor)
-        return held_out_answers(decoder, held_out, data, SHOWN, console)
-
-    def answer_before(*loaded: Any) -> None:
-        if not before.is_file():
-            facts = {"start": str(start), "answers": answers(*loaded)}
-            checkpoint.replace_text(before, json.dumps(facts, ensure_ascii=False))
-
-    def answer_after(*loaded: Any) -> None:
-        _write_samples(work, checkpoint.read_json(before)["answers"], answers(*loaded))
-
-    train(start, recipe, stage, directory, resume, console, Onlooker(answer_before, answer_after))
+    """One stage from start to report; the directory gets its name when everything in it is written."""
+    onlooker = answering(start, checkpoint.partial(directory), recipe.stages[stage].data, console)
+    train(start, recipe, stage, directory, resume, console, onlooker)
     main_only(lambda: _finish(directory, console))
 
 
@@ -354,15 +334,6 @@ def _drop_checkpoints(directory: Path) -> None:
         folder.rename(directory / "tensorboard")
     else:
         folder.rmdir()
-
-
-def _write_samples(work: Path, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
-    """`samples.jsonl`: the same held-out questions, answered before and after."""
-    lines = []
-    for old, new in zip(before, after, strict=True):
-        shown = {key: new[key] for key in ("image", "question", "truth")}
-        lines.append(json.dumps({**shown, "before": old["answer"], "after": new["answer"]}, ensure_ascii=False) + "\n")
-    checkpoint.replace_text(work / "samples.jsonl", "".join(lines))
 
 
 # --- telling -------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from diffvl.config import ArObjective, BlockDiffusionObjective, Data, Objective
 from diffvl.data.chat import Sample
 from diffvl.data.collate import collate
 from diffvl.data.loader import SampleDataset, batches_of
-from diffvl.data.problem_list import SKIP, as_error, is_forgiven
+from diffvl.data.problem_list import advice_on, as_error, is_forgiven
 from diffvl.data.problems import Problem
 from diffvl.data.records import Record, iterate_records
 from diffvl.data.table import open_records
@@ -76,7 +76,7 @@ def evaluate_directory(directory: Path, data: Path, limit: int | None, settings:
 def _open(path: Path, image_folder: str | None, limit: int | None, decoder: Decoder, console: Console) -> SampleDataset:
     """The records to look at. Raises DataError with all that do not fit the checkpoint."""
     if limit is None:
-        table = open_records(path, Data(image_folder=image_folder), console)
+        table = open_records(path, Data(image_folder=image_folder), console, advise=False)
         samples = SampleDataset(table, path, table.usable, decoder.processor, context_length(decoder))
     else:
         records = list(islice(iterate_records(path, image_folder), limit))
@@ -156,5 +156,5 @@ def _chosen(held_out: SampleDataset, data: Data) -> list[Record]:
         if isinstance(found, Sample):
             chosen.append(held_out.record(place))
         elif data.on_error == "stop" and not is_forgiven(found, data):
-            raise as_error([found], held_out.path, SKIP)
+            raise as_error([found], held_out.path, advice_on([found]))
     return chosen

@@ -51,8 +51,7 @@ Look = Callable[[DiffVLForConditionalGeneration, DiffVLProcessor, SampleDataset 
 @dataclass(frozen=True)
 class Onlooker:
     """Who looks, in the main process, at the model in memory before it is fitted to the stage and after training, with the
-    held-out records. Before, it has the dtypes that training loads (fp32, or its own where training is in bf16); afterwards those
-    of its checkpoint."""
+    held-out records."""
 
     before: Look
     after: Look
@@ -143,7 +142,7 @@ def _tell_left_out(stage_name: StageName, left_out: dict[str, int], directory: P
     if left_out:
         kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.items())
         listed = directory / LEFT_OUT_FILE
-        log.warning("%s: left out %d records (%s), listed in %s", stage_name, sum(left_out.values()), kinds, listed)
+        log.warning("%s: records left out: %s; listed in %s", stage_name, kinds, listed)
 
 
 # --- fitting a model to a stage and back ---------------------------------------------------------------------------------

@@ -76,11 +76,9 @@ def trained_subject(directory: Path, data: Path | None, batch: int, asked: int, 
     config = decoder.model.config
     require_same_target(config)
     count = max(batch, asked)
-    chats = (
-        [[{"role": "user", "content": text}] for text in PROMPTS]
-        if data is None
-        else first_questions(data, count, image_folder_of(directory, data))
-    )
+    chats = [[{"role": "user", "content": text}] for text in PROMPTS]
+    if data is not None:
+        chats = first_questions(data, count, image_folder_of(directory, data))
     inputs = encode(decoder, list(islice(cycle(chats), count))).to(device)
     length, limit = inputs["input_ids"].shape[1], context_length(decoder)
     if limit is not None and length + tokens > limit:

@@ -10,9 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from diffvl.config import Data
-from diffvl.data.chat import TOO_LONG
-from diffvl.data.loader import SHORTEN, SampleDataset
-from diffvl.data.problem_list import SKIP, as_error, as_line, from_line, is_forgiven, kinds_of, over_budget
+from diffvl.data.loader import SampleDataset
+from diffvl.data.problem_list import advice_on, as_error, as_line, from_line, is_forgiven, kinds_of, over_budget
 from diffvl.data.problems import Problem
 from diffvl.errors import DataError
 from diffvl.progress import read_json_lines, write_beside
@@ -60,8 +59,7 @@ class LeftOut:
         new = {_key(problem): problem for problem in problems if _key(problem) not in self._found}
         wrong = [problem for problem in new.values() if not is_forgiven(problem, self._data)]
         if wrong and self._data.on_error == "stop":
-            long = all(problem.kind == TOO_LONG for problem in wrong)
-            raise as_error(wrong, wrong[0].path, f"{SHORTEN} (data.check_lengths=true finds all of them first)" if long else SKIP)
+            raise as_error(wrong, wrong[0].path, advice_on(wrong, in_training=True))
         for problem in new.values():
             self._count(problem)
         if self._writes and new:

@@ -161,9 +161,6 @@ def load_data(
     return StageData(train.part(numpy.setdiff1d(numpy.arange(count), held)), train.part(held))
 
 
-SHORTEN = "raise data.max_length, or set data.too_long=drop to leave them out"
-
-
 def open_samples(
     path: Path, data: Data, processor: DiffVLProcessor, measured: bool, console: Console = _QUIET, look: bool = True
 ) -> SampleDataset:

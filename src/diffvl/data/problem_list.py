@@ -20,14 +20,14 @@ _NUM_SHOWN = 5  # problems told where all are of one kind
 _NUM_OF_KIND = 3  # problems told of each kind where there are several
 
 
-def require_usable(problems: Sequence[Problem], path: Path, total: int, data: Data) -> None:
+def require_usable(problems: Sequence[Problem], path: Path, total: int, data: Data, advise: bool = True) -> None:
     """Raises DataError unless the records that are left may stand for the file: there are no problems, or `on_error` is `skip`
     and they are no more than `max_skipped` of all, and none hides what stands behind it."""
     if not problems:
         return
     ending = [problem for problem in problems if problem.ends]
     if data.on_error == "stop" or ending:
-        raise as_error(problems, path, "" if ending or data.on_error == "skip" else SKIP)
+        raise as_error(problems, path, "" if ending or not advise else advice_on(problems))
     if len(problems) == total:
         raise as_error(problems, path, "no record is left")
     if len(problems) > data.max_skipped * total:
@@ -39,7 +39,15 @@ def is_forgiven(problem: Problem, data: Data) -> bool:
     return problem.kind == TOO_LONG and data.too_long == "drop"
 
 
-SKIP = "set data.on_error=skip to leave such records out, up to data.max_skipped of them"
+def advice_on(problems: Sequence[Problem], in_training: bool = False) -> str:
+    """What to do, other than to mend the records, where a run stops at these problems."""
+    lines = []
+    if any(problem.kind == TOO_LONG for problem in problems):
+        found = " (data.check_lengths=true finds all of them before training)" if in_training else ""
+        lines.append(f"raise data.max_length, or set data.too_long=drop to leave them out{found}")
+    if any(problem.kind != TOO_LONG for problem in problems):
+        lines.append("set data.on_error=skip to leave such records out, up to data.max_skipped of them")
+    return "\n".join(lines)
 
 
 def over_budget(count: int, total: int, data: Data) -> str:

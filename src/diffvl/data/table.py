@@ -98,12 +98,15 @@ class RecordTable(Sequence[Record]):
         return all(image in files for chunk in chunks for image in chunk.flatten().to_pylist())
 
 
-def open_records(path: Path, data: Data | None = None, console: Console = _QUIET, look: bool = True) -> RecordTable:
+def open_records(
+    path: Path, data: Data | None = None, console: Console = _QUIET, look: bool = True, advise: bool = True
+) -> RecordTable:
     """The file's records as a memory-mapped table.
 
     Args:
         data: its `image_folder`, `on_error` and `max_skipped` count; default: a file with its pictures and without problems.
         look: whether to look again for the pictures of a file that was read before. One process of a run does.
+        advise: whether the error names the settings that would let the run go on.
     Raises:
         DataError: with the problems of the file, by the rule of `on_error`; nothing is left in the cache then.
     """
@@ -117,7 +120,7 @@ def open_records(path: Path, data: Data | None = None, console: Console = _QUIET
         _build_table(path, table, data.image_folder, console, content.records)
         opened = RecordTable(table, path)
     try:
-        require_usable(opened.problems, path, len(opened), data)
+        require_usable(opened.problems, path, len(opened), data, advise)
     except DataError:
         table.unlink(missing_ok=True)
         raise
