@@ -4,6 +4,7 @@ An error that one process raises alone leaves the others waiting in a collective
 runs under `agreed`, which raises it in all.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
@@ -34,6 +35,11 @@ def process_state() -> PartialState:
             "or choose one GPU with CUDA_VISIBLE_DEVICES=0"
         )
     return state
+
+
+def local_processes() -> int:
+    """Processes of the run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", process_state().num_processes))
 
 
 def gathered(items: Sequence[T]) -> list[T]:

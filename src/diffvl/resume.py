@@ -19,6 +19,10 @@ from diffvl.settings import read_yaml, resolve
 
 BEFORE_FILE = "before.json"  # of an unfinished stage: where it started from, and that checkpoint's answers
 DATA_FILE, DIGESTS_FILE = "data.json", "data.npz"  # of an unfinished stage: what it reads, in short and record by record
+# Settings that change no step which was taken: with them a run looks for mistakes, or goes on where it would have stopped.
+_WITHOUT_INFLUENCE = tuple(
+    f"data.{name}" for name in ("workers", "check_images", "check_lengths", "on_error", "max_skipped", "too_long")
+)
 _DATA_PATHS = ("data.train", "data.eval", "data.image_folder")  # settings that may change as long as the records are the same
 
 
@@ -42,7 +46,7 @@ def require_same_stage(recipe: Recipe, stage: StageName, start: Path, directory:
         return
     begun = _recipe_of(directory)
     ours, theirs = _flat(recipe.stages[stage].model_dump()), _flat(begun.stages[stage].model_dump())
-    for key in _paths_of_same_content(recipe, stage, directory):
+    for key in (*_WITHOUT_INFLUENCE, *_paths_of_same_content(recipe, stage, directory)):
         ours.pop(key, None)
         theirs.pop(key, None)
     ours |= {"seed": recipe.seed, "start": one_spelling(str(start))}
@@ -131,8 +135,7 @@ def data_record(data: StageData) -> dict[str, FileRecord]:
 def _file_record(samples: SampleDataset) -> FileRecord:
     table = samples.records
     assert isinstance(table, RecordTable)
-    digest = content_digest(samples.path)
-    return FileRecord(str(samples.path), digest, table.content, table.digests, len(table.usable))
+    return FileRecord(str(samples.path), table.bytes_digest, table.content, table.digests, len(table.usable))
 
 
 def facts_of(record: dict[str, FileRecord]) -> dict[str, Any]:

@@ -80,11 +80,15 @@ def train(
     process_state()  # before anything else makes one, with less patience
     config, processor = checkpoint.load_description(start)
     longest = longest_trainable(config.text_config, stage.objective)
-    data = main_first(lambda: load_data(stage.data, processor, longest, console, look=False))
-    model, own_dtype = load_to_train(start, stage)
-    record = data_record(data)
-    same_data = is_same_data(work, record)
+
+    def open_data() -> tuple[StageData, dict[str, FileRecord], bool]:
+        opened = load_data(stage.data, processor, longest, console, look=False)
+        record = data_record(opened)
+        return opened, record, is_same_data(work, record)
+
+    data, record, same_data = main_first(open_data)
     held_out = data.held_out
+    model, own_dtype = load_to_train(start, stage)
     main_only(lambda: _begin(work, recipe, record, lambda: onlooker and onlooker.before(model, processor, held_out)))
     if stage.data.row_length is not None:
         data = replace(data, train=data.train.packed(stage.data.row_length, recipe.seed))

@@ -29,7 +29,7 @@ from diffvl.errors import CheckpointError, TrainingError
 from diffvl.noise import sample_generator
 from diffvl.objective import Draw, LossOutput, curriculum_state, loss_of, measure, measured_sums, rates, scores
 from diffvl.optim import parameter_groups
-from diffvl.processes import PATIENCE, agreed, gathered, process_state
+from diffvl.processes import PATIENCE, agreed, gathered, local_processes
 
 CHECKPOINTS = "checkpoints"
 TRAINABLE_FILE = "model.safetensors"
@@ -306,7 +306,7 @@ def training_arguments(stage: Stage, seed: int, output_dir: Path, samples: int) 
         eval_steps=stage.eval_every,
         seed=seed,
         data_seed=seed,
-        dataloader_num_workers=num_workers(stage.data, samples, process_state().num_processes),
+        dataloader_num_workers=num_workers(stage.data, samples, local_processes()),
         ddp_timeout=int(PATIENCE.total_seconds()),
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,

@@ -102,7 +102,9 @@ def test_a_length_check_tells_all_in_one_go(tmp_path: Path, processor: DiffVLPro
     )
     assert "does not fit the chat template: 1" in message and f"{file}:4: record" in message
     skip = settings(file, check_lengths=True, on_error="skip", max_skipped=0.75)
-    data = load_data(skip, processor, 512).train
+    assert load_data(skip, processor, 512).train.indices.tolist() == [0, 1, 2, 3]  # it only checks
+    packed = settings(file, row_length=400, on_error="skip", max_skipped=0.75)
+    data = load_data(packed, processor, 512).train
     assert data.indices.tolist() == [0] and [problem.number for problem in data.known] == [2, 3, 4]
     with pytest.raises(DataError, match=r"3 of 4 records cannot be used \(75.00%\)"):
         load_data(settings(file, check_lengths=True, on_error="skip"), processor, 512)
@@ -110,8 +112,9 @@ def test_a_length_check_tells_all_in_one_go(tmp_path: Path, processor: DiffVLPro
 
 def test_what_is_dropped_counts_for_nothing(tmp_path: Path, processor: DiffVLProcessor):
     file = write_data(tmp_path, LONG, LONG, record())
-    data = settings(file, check_lengths=True, too_long="drop", on_error="skip")
-    assert load_data(data, processor, 512).train.indices.tolist() == [2]
+    assert len(load_data(settings(file, check_lengths=True, too_long="drop"), processor, 512).train) == 3
+    packed = settings(file, row_length=400, too_long="drop", on_error="skip")
+    assert load_data(packed, processor, 512).train.indices.tolist() == [2]
 
 
 def test_a_problem_stands_for_its_record(tmp_path: Path, processor: DiffVLProcessor):

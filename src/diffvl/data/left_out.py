@@ -7,6 +7,7 @@ the lines behind it.
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from diffvl.config import Data
@@ -26,6 +27,7 @@ class LeftOut:
     def __init__(self, file: Path, data: Data, datasets: Iterable[SampleDataset | None], writes: bool) -> None:
         self._file, self._data, self._writes = file, data, writes
         self._datasets = [samples for samples in datasets if samples is not None]
+        self._paths = list(dict.fromkeys(samples.path for samples in self._datasets))
         self._found: dict[tuple[str, int], Problem] = {}
         self._wrong: Counter[Path] = Counter()  # by file; those that are forgiven apart
         self._all: Counter[Path] = Counter()
@@ -37,15 +39,16 @@ class LeftOut:
     def begin(self, step: int) -> None:
         """Takes up the list at a step: what was known before training, and what the steps up to this one have left out."""
         self._found, self._wrong, self._all, self._used = {}, Counter(), Counter(), step > 0
-        lines = [{"step": 0, **as_line(problem)} for samples in self._datasets for problem in samples.known]
+        found = [(0, problem) for samples in self._datasets for problem in samples.known]
         if step > 0 and self._file.exists():
-            lines += [line for line in read_json_lines(self._file) if line["step"] <= step]
+            lines = [line for line in read_json_lines(self._file) if line["step"] <= step]
+            # By the number of its file: the set may have been moved since.
+            found += [(line["step"], replace(from_line(line), path=self._paths[line["set"]])) for line in lines]
         kept = []
-        for line in lines:
-            problem = from_line(line)
+        for met, problem in found:
             if _key(problem) not in self._found:
                 self._count(problem)
-                kept.append(json.dumps(line, ensure_ascii=False) + "\n")
+                kept.append(self._line(problem, met))
         if self._writes and (kept or self._file.exists()):
             write_beside(self._file, "".join(kept))
 
@@ -64,15 +67,16 @@ class LeftOut:
             self._count(problem)
         if self._writes and new:
             with self._file.open("a", encoding="utf-8") as file:
-                file.writelines(
-                    json.dumps({"step": step, **as_line(problem)}, ensure_ascii=False) + "\n" for problem in new.values()
-                )
+                file.writelines(self._line(problem, step) for problem in new.values())
         for samples in self._datasets:
             self._require_budget(samples)
 
     def kinds(self) -> dict[str, int]:
         """How many of each kind, the most frequent first."""
         return kinds_of(self._found.values())
+
+    def _line(self, problem: Problem, step: int) -> str:
+        return json.dumps({"step": step, "set": self._paths.index(problem.path), **as_line(problem)}) + "\n"
 
     def _count(self, problem: Problem) -> None:
         self._found[_key(problem)] = problem

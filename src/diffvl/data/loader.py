@@ -146,10 +146,10 @@ def load_data(
             f"data.max_length is {data.max_length}, but a sample in whole blocks may have {longest} tokens in this trunk's "
             f"context: set it to {longest} or less"
         )
-    measured = data.check_lengths or data.row_length is not None
-    train = open_samples(Path(data.train), data, processor, measured, console, look)
+    train = open_samples(Path(data.train), data, processor, console, look)
     if data.eval is not None:
-        return StageData(train, open_samples(Path(data.eval), data, processor, data.check_lengths, console, look))
+        unpacked = data.model_copy(update={"row_length": None})
+        return StageData(train, open_samples(Path(data.eval), unpacked, processor, console, look))
     if not data.holdout:
         return StageData(train, None)
     count = len(train.indices)
@@ -162,33 +162,35 @@ def load_data(
 
 
 def open_samples(
-    path: Path, data: Data, processor: DiffVLProcessor, measured: bool, console: Console = _QUIET, look: bool = True
+    path: Path, data: Data, processor: DiffVLProcessor, console: Console = _QUIET, look: bool = True
 ) -> SampleDataset:
-    """One file's samples. With `measured`, records longer than `max_length` and those that do not fit the chat template are found
-    now; otherwise when their turn comes. They are never cut."""
+    """One file's samples. Records that are longer than `max_length` or do not fit the chat template are never cut. With
+    `check_lengths` they are told now, and nothing else is changed by it; packing leaves them out now; otherwise they are met when
+    their turn comes."""
     table = open_records(path, data, console, look)
-    if not measured:
-        return SampleDataset(table, path, table.usable, processor, data.max_length, known=table.problems)
+    everything = SampleDataset(table, path, table.usable, processor, data.max_length, known=table.problems)
+    if not data.check_lengths and data.row_length is None:
+        return everything
     lengths = lengths_of(table, processor, console)
     good = (lengths != REFUSED) & (lengths <= data.max_length)
-    kept = SampleDataset(table, path, table.usable[good], processor, data.max_length, lengths[good])
-    left_out = SampleDataset(table, path, table.usable[~good], processor, data.max_length)
-    problems = left_out.problems()
+    problems = everything.part(numpy.flatnonzero(~good)).problems()
     forgiven = [problem for problem in problems if is_forgiven(problem, data)]
     if not good.any() and len(forgiven) == len(problems):
         raise DataError(f"{path}: all {len(problems)} records are longer than {data.max_length} tokens; raise data.max_length")
     wrong = [problem for problem in problems if not is_forgiven(problem, data)]
     require_usable([*table.problems, *wrong], path, len(table), data)
     if forgiven:
-        _tell_left_out(path, len(forgiven), len(table), data.max_length)
-    kept.known = [*table.problems, *problems]
-    return kept
+        _tell_forgiven(path, len(forgiven), len(table), data.max_length)
+    if data.row_length is None:
+        return everything
+    known = [*table.problems, *problems]
+    return SampleDataset(table, path, table.usable[good], processor, data.max_length, lengths[good], known=known)
 
 
 @cache
-def _tell_left_out(path: Path, long: int, records: int, limit: int) -> None:
-    """Once a run: a stage opens its files several times."""
-    log.warning("%s: left out %d of %d records longer than %d tokens", path, long, records, limit)
+def _tell_forgiven(path: Path, long: int, records: int, limit: int) -> None:
+    """Once a run, which opens its files several times."""
+    log.warning("%s: %d of %d records are longer than %d tokens and left out", path, long, records, limit)
 
 
 def num_workers(data: Data, samples: int, processes: int) -> int:

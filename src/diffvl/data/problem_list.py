@@ -110,7 +110,7 @@ def _write_list(problems: Sequence[Problem], path: Path) -> Path:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("w", encoding="utf-8") as lines:
-            lines.writelines(json.dumps(as_line(problem), ensure_ascii=False) + "\n" for problem in problems)
+            lines.writelines(json.dumps(as_line(problem)) + "\n" for problem in problems)
     except OSError as error:
         raise DataError(f"{path}: {len(problems)} problems; their list {file} cannot be written ({error})") from error
     return file

@@ -49,17 +49,17 @@ class RecordTable(Sequence[Record]):
     """All records of a data file, read as they are asked for. `usable` are the rows that hold one.
 
     usable: row numbers, rising, int64. digests [rows], uint64: equal where training would see the same (pictures by their names
-    below the picture folder); 0 at problems. path: the data file.
+    below the picture folder); 0 at problems. path: the data file, bytes_digest: of its bytes.
     """
 
-    def __init__(self, file: Path, path: Path) -> None:
-        self.path, self._file = path, file
+    def __init__(self, file: Path, path: Path, bytes_digest: str) -> None:
+        self.path, self._file, self.bytes_digest = path, file, bytes_digest
         self._table = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
         self.digests: numpy.ndarray = self._table.column("digest").to_numpy()
         self.usable: numpy.ndarray = numpy.flatnonzero(self._table.column("record").is_valid().to_numpy())
 
     def __reduce__(self) -> tuple[Any, ...]:  # a process that is not forked opens the file anew
-        return RecordTable, (self._file, self.path)
+        return RecordTable, (self._file, self.path, self.bytes_digest)
 
     def __len__(self) -> int:
         """Rows: records and problems."""
@@ -114,11 +114,11 @@ def open_records(
     check_path(path)
     content = _content_of(path)
     table = _cache_path(path, content, data.image_folder)
-    opened = RecordTable(table, path) if table.exists() else None
+    opened = RecordTable(table, path, content.digest) if table.exists() else None
     # What was missing may be there now, and what was there may be missing.
     if opened is None or (look and (len(opened.usable) < len(opened) or not opened.images_exist())):
         _build_table(path, table, data.image_folder, console, content.records)
-        opened = RecordTable(table, path)
+        opened = RecordTable(table, path, content.digest)
     try:
         require_usable(opened.problems, path, len(opened), data, advise)
     except DataError:
