@@ -18,6 +18,7 @@ from diffvl.data.records import Record
 from diffvl.data.table import open_records
 from diffvl.errors import DataError
 
+TEXT = record(image=None, question="What?")
 SKIP = Data(on_error="skip", max_skipped=0.5)
 
 
@@ -32,7 +33,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that are parsed from now on."""
     seen: list[Path] = []
     parse = table.parse_file
-    monkeypatch.setattr(table, "parse_file", lambda path, folder: (seen.append(path), parse(path, folder))[1])
+    monkeypatch.setattr(table, "parse_file", lambda path, **reading: (seen.append(path), parse(path, **reading))[1])
     return seen
 
 
@@ -78,7 +79,7 @@ def test_a_table_travels_to_a_process_that_is_not_forked(tmp_path: Path):
 
 
 def test_a_picture_that_comes_back_is_found(tmp_path: Path):
-    path = write_data(tmp_path, record(), record(image=None))
+    path = write_data(tmp_path, record(), TEXT)
     picture = (tmp_path / "good.png").read_bytes()
     assert len(open_records(path).usable) == 2
     (tmp_path / "good.png").unlink()
@@ -140,8 +141,8 @@ def test_more_than_may_be_skipped(tmp_path: Path):
 
 BROKEN = {
     "list": ("data.json", '[{"conversations": []}, {oops}]'),
-    "cut short": ("data.json", "[" + ", ".join([json.dumps(record(image=None))] * 3)),
-    "not UTF-8": ("data.jsonl", json.dumps(record(image=None)) + "\n\xff\n"),
+    "cut short": ("data.json", "[" + ", ".join([json.dumps(TEXT)] * 3)),
+    "not UTF-8": ("data.jsonl", json.dumps(TEXT) + "\n\xff\n"),
 }
 
 
@@ -156,7 +157,7 @@ def test_what_hides_the_rest_of_a_file_cannot_be_skipped(name: str, text: str, t
 
 def test_a_malformed_line_can_be_skipped(tmp_path: Path):
     path = tmp_path / "data.jsonl"
-    path.write_text(json.dumps(record(image=None)) + "\n{oops\n" + json.dumps(record(image=None)) + "\n")
+    path.write_text(json.dumps(TEXT) + "\n{oops\n" + json.dumps(TEXT) + "\n")
     assert open_records(path, SKIP).usable.tolist() == [0, 2]
     assert refused(path).endswith("set data.on_error=skip to leave such records out, up to data.max_skipped of them")
 
@@ -164,8 +165,8 @@ def test_a_malformed_line_can_be_skipped(tmp_path: Path):
 def test_problems_are_counted_by_kind_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path):
     kinds = {"none.png": "picture missing", "": "empty answer"}
 
-    def parse(path: Path, folder: str | None) -> Any:
-        for item in whole(path, folder):
+    def parse(path: Path, **reading: Any) -> Any:
+        for item in whole(path, **reading):
             yield item if isinstance(item, Record) else table.Problem(kinds[odd[item.number - 1]], *list(vars(item).values())[1:])
 
     odd = ["none.png"] * 7 + [""] * 2

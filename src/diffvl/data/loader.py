@@ -109,7 +109,7 @@ class SampleDataset(Dataset):
 
 def problem_of(record: Record, index: int, path: Path, error: DataError) -> Problem:
     """What is wrong with a record that its file gave."""
-    line = int(record.source.rpartition(":")[2])
+    line = int(record.source.rpartition(":")[2].partition(" ")[0])  # behind it may stand which record of the line it is
     message = str(error).removeprefix(f"{record.source}: ")
     return Problem(error.kind, path, line, index + 1, None if record.id == record.source else record.id, message)
 

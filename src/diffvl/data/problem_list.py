@@ -60,9 +60,8 @@ def over_budget(count: int, total: int, data: Data) -> str:
 
 def as_error(problems: Sequence[Problem], path: Path, advice: str = "") -> DataError:
     """The problems of one file as one error; at least one."""
-    ending = f"\n{advice}" if advice else ""
     if len(problems) == 1:
-        return DataError(f"{problems[0]}{ending}", kind=problems[0].kind)
+        return DataError(f"{problems[0]}; {advice}" if advice else str(problems[0]), kind=problems[0].kind)
     counts = kinds_of(problems)
     most = _NUM_SHOWN if len(counts) == 1 else _NUM_OF_KIND
     lines = [f"{path}: {len(problems)} problems"]
@@ -77,7 +76,7 @@ def as_error(problems: Sequence[Problem], path: Path, advice: str = "") -> DataE
             lines.append(f"{indent}and {count - most} more")
     if len(problems) > sum(min(count, most) for count in counts.values()):
         lines.append(f"all of them: {_write_list(problems, path)}")
-    return DataError("\n".join(lines) + ending)
+    return DataError("\n".join([*lines, advice] if advice else lines))
 
 
 def kinds_of(problems: Iterable[Problem]) -> dict[str, int]:

@@ -34,7 +34,8 @@ _BAR_FROM = 5000  # records; fewer are read before a bar could be seen
 _CHUNK = 1 << 20  # bytes
 _QUIET = Console(quiet=True)
 
-_FORMAT = 2  # of the Arrow cache: raise it when what is read out of a file changes
+_READING = ("image_folder",)  # settings of `Data` by which a file is parsed: arguments of parse_file
+_FORMAT = 3  # of the Arrow cache: raise it when what is read out of a file changes
 _SCHEMA = pa.schema(
     [
         ("record", pa.string()),  # JSON of the fields of Record but for images; null in the row of a problem
@@ -113,11 +114,12 @@ def open_records(
     data = data or Data()
     check_path(path)
     content = _content_of(path)
-    table = _cache_path(path, content, data.image_folder)
+    reading = {name: getattr(data, name) for name in _READING}
+    table = _cache_path(path, content, reading)
     opened = RecordTable(table, path, content.digest) if table.exists() else None
     # What was missing may be there now, and what was there may be missing.
     if opened is None or (look and (len(opened.usable) < len(opened) or not opened.images_exist())):
-        _build_table(path, table, data.image_folder, console, content.records)
+        _build_table(path, table, reading, console, content.records)
         opened = RecordTable(table, path, content.digest)
     try:
         require_usable(opened.problems, path, len(opened), data, advise)
@@ -160,11 +162,16 @@ def content_digest(path: Path) -> str:
     return _content_of(path).digest
 
 
-def _cache_path(path: Path, content: _Content, image_folder: str | None) -> Path:
-    """The file's own path counts too: relative pictures start at its folder, and messages name it."""
-    places = [os.path.abspath(path), os.path.abspath(image_folder) if image_folder is not None else None]
-    name = hashlib.sha256(json.dumps([_FORMAT, content.digest, *places]).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+def _cache_path(path: Path, content: _Content, reading: dict[str, Any]) -> Path:
+    """By all that the rows follow from. The file's own path counts too: messages name it."""
+    facts = [_FORMAT, content.digest, os.path.abspath(path), _pictures_below(path, reading), reading]
+    name = hashlib.sha256(json.dumps(facts, default=str).encode("utf-8", "surrogateescape")).hexdigest()[:32]
     return cache_folder() / f"{name}.arrow"
+
+
+def _pictures_below(path: Path, reading: dict[str, Any]) -> str:
+    """The folder at which relative paths of pictures start."""
+    return os.path.abspath(reading["image_folder"] or path.parent)
 
 
 def cache_folder() -> Path:
@@ -186,13 +193,13 @@ def beside(file: Path) -> Path:
 # --- building the table ----------------------------------------------------------------------------------------------------
 
 
-def _build_table(path: Path, table: Path, image_folder: str | None, console: Console, expected: int) -> None:
+def _build_table(path: Path, table: Path, reading: dict[str, Any], console: Console, expected: int) -> None:
     """Writes beside `table` and renames at the end: other processes see a whole table or none."""
     partial = beside(table)
     try:
         table.parent.mkdir(parents=True, exist_ok=True)
         try:
-            _write_table(path, partial, image_folder, console if expected >= _BAR_FROM else _QUIET, expected)
+            _write_table(path, partial, reading, console if expected >= _BAR_FROM else _QUIET, expected)
             os.replace(partial, table)
         finally:
             partial.unlink(missing_ok=True)
@@ -200,8 +207,8 @@ def _build_table(path: Path, table: Path, image_folder: str | None, console: Con
         raise cache_error(path, error) from error
 
 
-def _write_table(path: Path, table: Path, image_folder: str | None, console: Console, expected: int) -> None:
-    pictures_below = os.path.abspath(image_folder or path.parent) + os.sep
+def _write_table(path: Path, table: Path, reading: dict[str, Any], console: Console, expected: int) -> None:
+    pictures_below = _pictures_below(path, reading) + os.sep
     columns: tuple[list[Any], ...] = ([], [], [], [])
     with pa.OSFile(str(table), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
 
@@ -211,7 +218,7 @@ def _write_table(path: Path, table: Path, image_folder: str | None, console: Con
             for column in columns:
                 column.clear()
 
-        for item in track(console, parse_file(path, image_folder), expected, f"reading {path.name}"):
+        for item in track(console, parse_file(path, **reading), expected, f"reading {path.name}"):
             row = _problem_row(item) if isinstance(item, Problem) else _record_row(item, pictures_below)
             for column, value in zip(columns, row, strict=True):
                 column.append(value)
