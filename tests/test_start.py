@@ -47,7 +47,7 @@ def test_a_stage_loads_its_model_and_measures_its_data_once(
     stages = {name: stage(name, file, **packed) for name, file in zip(("align", "diffuse"), files, strict=True)}
     recipe = write_recipe(tmp_path / "recipe.yaml", tower, **stages)
     succeed("convert", source("llama"), "--recipe", recipe, "--out", tmp_path / "out")
-    assert loaded == ["prepared", "align"] and len(measured) == 10
+    assert [name for name in loaded if not name.endswith(checkpoint.PARTIAL)] == ["prepared", "align"] and len(measured) == 10
     samples = (tmp_path / "out" / "diffuse" / "samples.jsonl").read_text(encoding="utf-8")
     assert len(samples.splitlines()) == holdout
 
