@@ -164,7 +164,10 @@ def require_same_data(work: Path, data: StageData) -> None:
         return
     begun = checkpoint.read_json(work / DATA_FILE)
     changed = _changes(begun, record)
-    digests = numpy.load(work / DIGESTS_FILE) if (work / DIGESTS_FILE).is_file() else {}
+    digests: dict[str, numpy.ndarray] = {}
+    if (work / DIGESTS_FILE).is_file():
+        with numpy.load(work / DIGESTS_FILE) as stored:
+            digests = dict(stored)
     lines = [_told_change(name, begun.get(name), record.get(name), digests) for name in changed]
     raise DataError(
         f"{work}: the data is not what the run began with, so --resume would not continue it:\n"
@@ -181,7 +184,7 @@ def _changes(begun: dict[str, Any], record: dict[str, FileRecord]) -> list[str]:
     return sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
 
 
-def _told_change(name: str, then: dict[str, Any] | None, now: FileRecord | None, digests: Any) -> str:
+def _told_change(name: str, then: dict[str, Any] | None, now: FileRecord | None, digests: dict[str, numpy.ndarray]) -> str:
     if then is None or now is None:
         return f"data.{name}: began with {then and then['file']}, now {now and now.file}"
     told = f"data.{name}: began with {then['file']} ({then['records']} records), now {now.file} ({now.used} records)"
