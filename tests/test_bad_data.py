@@ -89,16 +89,19 @@ def test_a_corrupt_held_out_picture(convert: Workshop, tmp_path: Path):
 
 
 def test_a_record_longer_than_max_length(convert: Workshop, tmp_path: Path):
+    """With a check of all lengths, before any work; otherwise when its turn comes."""
     file = write_data(tmp_path, record(), record(answer="Yes. " * 200), record(answer="No. " * 200))
-    says = [
-        f"{file}: 2 of 3 records are longer than 400 tokens (pictures included)",
-        "data.json:3: 1047 tokens",
-        "data.json:4: 847 tokens",
-    ]
-    refuse_data(convert, file, says=[*says, "raise data.max_length, or set data.too_long=drop to leave them out"])
+    check = ("--set", "stages.align.data.check_lengths=true", "--set", "stages.diffuse.data.check_lengths=true")
+    says = [f"{file}: 2 problems", f"{file}:3: 1047 tokens, pictures included, where at most 400 are allowed (record 2)"]
+    says += [f"{file}:4: 847 tokens", "raise data.max_length, or set data.too_long=drop to leave them out"]
+    refuse_data(convert, file, *check, says=says)
     drop = ("--set", "stages.align.data.too_long=drop", "--set", "stages.diffuse.data.too_long=drop")
     all_long = write_data(tmp_path, record(answer="Yes. " * 200), name="long.json")
-    refuse_data(convert, all_long, *drop, says=[f"{all_long}: all 1 records are longer than 400 tokens"])
+    refuse_data(convert, all_long, *check, *drop, says=[f"{all_long}: all 1 records are longer than 400 tokens"])
+    words = ("convert", convert.trunk, "--recipe", convert.recipe, "--out", convert.out, "--data", file)
+    message = refused(*words, says=["tokens, pictures included, where at most 400 are allowed (record "])
+    assert message.endswith("(data.check_lengths=true finds all of them before training)\n")
+    assert sorted(path.name for path in convert.out.iterdir()) == ["align.partial", "prepared"]
 
 
 def test_long_records_are_left_out_on_request_and_it_says_so(convert: Workshop, tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -106,8 +109,14 @@ def test_long_records_are_left_out_on_request_and_it_says_so(convert: Workshop, 
     words = ("--stage", "align", "--data", file, "--set", "stages.align.data.too_long=drop", "--set", "stages.align.epochs=1")
     words += ("--set", "stages.align.steps=null", "--set", "stages.align.batch_size=1")
     tiny_runs.succeed("convert", convert.trunk, "--recipe", convert.recipe, "--out", convert.out, *words)
-    assert [entry.getMessage() for entry in caplog.records].count(f"{file}: left out 1 of 3 records longer than 400 tokens") == 1
-    assert json.loads((convert.out / "align" / "diffvl.json").read_text(encoding="utf-8"))["state"]["steps"] == 2
+    told = f"align: records left out: 1 too long; listed in {convert.out}/align/left_out.jsonl"
+    assert [entry.getMessage() for entry in caplog.records].count(told) == 1
+    state = json.loads((convert.out / "align" / "diffvl.json").read_text(encoding="utf-8"))
+    assert state["state"]["steps"] == 3 and state["left_out"] == {"too long": 1}
+    (line,) = (convert.out / "align" / "left_out.jsonl").read_text(encoding="utf-8").splitlines()
+    assert (json.loads(line)["record"], json.loads(line)["file"]) == (2, str(file))
+    report = (convert.out / "align" / "report.html").read_text(encoding="utf-8")
+    assert "Records left out" in report and "<th>too long</th><td>1</td>" in report
 
 
 @pytest.mark.parametrize(
@@ -146,13 +155,13 @@ class Interrupted:
     message: str
 
 
-def interrupt(convert: Workshop, folder: Path, workers: int) -> Interrupted:
+def interrupt(convert: Workshop, folder: Path, workers: int, **more: object) -> Interrupted:
     """A set too large to look at beforehand (check_images=0), read by so many loader processes, with a bad
     picture in the fifth of six steps."""
     fifth = list(StepSampler(rows=6, per_step=1, seed=0, steps_done=lambda: 0))[4]
     file = write_data(folder, *(record(image="bad.png" if number == fifth else "good.png") for number in range(6)))
     (folder / "bad.png").write_text("I am no picture", encoding="utf-8")
-    settings = {"data.workers": workers, "data.check_images": 0, "save_every": 1, "batch_size": 1, "steps": 6}
+    settings = {"data.workers": workers, "data.check_images": 0, "save_every": 1, "batch_size": 1, "steps": 6, **more}
     changes = [word for key, value in settings.items() for word in ("--set", f"stages.align.{key}={value}")]
     words = (
         "convert",
@@ -176,13 +185,17 @@ def test_a_bad_picture_of_a_large_set_stops_the_run_at_its_step_and_it_can_go_on
     interrupted = interrupt(convert, tmp_path, workers)
     picture = interrupted.picture
     reason = f"cannot identify image file '{picture}'"
-    told = f"data.json:{interrupted.line}: picture {picture} cannot be read ({reason}); replace it or leave it out\n"
-    assert interrupted.message == told
+    told = f"data.json:{interrupted.line}: picture {picture} cannot be read ({reason}); replace it or leave it out (record "
+    assert told in interrupted.message and "set data.on_error=skip" in interrupted.message
     work = interrupted.out / "align.partial"
     assert sorted(path.name for path in interrupted.out.iterdir()) == ["align.partial", "prepared"]
     assert sorted(path.name for path in (work / "checkpoints").iterdir()) == ["checkpoint-3", "checkpoint-4"]
-    shutil.copy(interrupted.picture.with_name("good.png"), interrupted.picture)
-    tiny_runs.succeed(*interrupted.words, "--resume")
+    if workers:
+        shutil.copy(interrupted.picture.with_name("good.png"), interrupted.picture)
+        tiny_runs.succeed(*interrupted.words, "--resume")
+    else:  # or it goes on without the record, as the message says
+        skip = ("--set", "stages.align.data.on_error=skip", "--set", "stages.align.data.max_skipped=0.2")
+        tiny_runs.succeed(*interrupted.words, "--resume", *skip)
     lines = [json.loads(line) for line in (interrupted.out / "align" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
@@ -225,6 +238,46 @@ def test_an_interrupted_run_goes_on_only_as_it_was(
     says = ["align.partial has other settings", f"start: began with '{out / 'prepared'}', asked for '{run.root / 'prepared'}'"]
     refused("convert", "--from", run.root / "prepared", *words[2:], "--resume", says=says)
     assert tree(out) == before
+
+
+def test_data_that_changed_is_refused(convert: Workshop, tmp_path: Path):
+    """Answers, order, a record more or less; told with the first record that differs. A touched or moved set is the same."""
+    interrupted = interrupt(convert, tmp_path, workers=0)
+    words, work = interrupted.words, interrupted.out / "align.partial"
+    file = tmp_path / "data.json"
+    values, before = json.loads(file.read_text(encoding="utf-8")), tree(interrupted.out)
+    answer = {**values[3], "conversations": record(answer="A blue dot.")["conversations"]}
+    for changed, first in (
+        ([*values[:3], answer, *values[4:]], "(6 records); record 4 is the first that differs"),
+        ([*values, values[0]], "(7 records); record 7 is the first that differs"),
+        (values[:-1], "(5 records); record 6 is the first that differs"),
+        ([answer, *values[1:3], values[0], *values[4:]], "(6 records); record 1 is the first that differs"),
+    ):
+        write_data(tmp_path, *changed)
+        says = [
+            f"{work}: the data is not what the run began with",
+            f"data.train: began with {file} (6 records), now {file} {first}",
+        ]
+        refused(*words, "--resume", says=[*says, "--resume --accept-changed-data"])
+        assert tree(interrupted.out) == before
+    refused(*words, "--accept-changed-data", says=["--accept-changed-data has no effect without --resume"])
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    write_data(moved, *values, name="renamed.json")
+    shutil.copy(tmp_path / "good.png", moved / "bad.png")
+    tiny_runs.succeed(*(moved / "renamed.json" if word == file else word for word in words), "--resume")
+
+
+def test_data_that_changed_is_accepted_where_it_is_asked_for(convert: Workshop, tmp_path: Path):
+    """With a record more, so that an epoch has another number of steps."""
+    interrupted = interrupt(convert, tmp_path, workers=0, steps="null", epochs=1)
+    shutil.copy(interrupted.picture.with_name("good.png"), interrupted.picture)
+    write_data(tmp_path, *[record(answer="A blue dot.")] * 7)
+    tiny_runs.succeed(*interrupted.words, "--resume", "--accept-changed-data")
+    state = json.loads((interrupted.out / "align" / "diffvl.json").read_text(encoding="utf-8"))
+    assert state["data"]["train"]["records"] == 7 and state["state"]["steps"] == 7
+    again = ("--data", tmp_path / "data.json", "--resume")
+    assert "finished already" in tiny_runs.succeed(*interrupted.words, *again).out
 
 
 # --- generate and evaluate -------------------------------------------------------------------------------------------------
@@ -317,21 +370,30 @@ def test_data_to_evaluate_on(run: tiny_runs.Run, tmp_path: Path):
     (tmp_path / "bad.png").write_text("I am no picture", encoding="utf-8")
     refused("evaluate", run.diffuse, "--data", file, says=[f"data.json:2: picture {tmp_path}/bad.png cannot be read"])
     file = write_data(tmp_path, record(answer="Yes. " * 200))
-    says = [f"{file}: 1 of 1 records are longer than 512 tokens", "the checkpoint's context holds no more: remove them"]
+    says = [f"{file}:2: 1047 tokens, pictures included, where at most 512 are allowed", "remove these records"]
     refused("evaluate", run.diffuse, "--data", file, says=says)
 
 
+def test_evaluate_reads_no_more_than_it_needs(run: tiny_runs.Run, tmp_path: Path):
+    """What is wrong behind the limit is not met: neither text, nor a picture, nor the file's end."""
+    file = write_data(tmp_path, record(), record(), record(answer="Yes. " * 200), record(image="none.png"))
+    file.write_text(file.read_text(encoding="utf-8").rstrip().removesuffix("]") + ", {oops", encoding="utf-8")
+    figures = json.loads(tiny_runs.succeed("evaluate", run.diffuse, "--data", file, "--limit", 2, "--json").out)
+    assert figures["records"] == figures["answers"] == 2
+    refused("evaluate", run.diffuse, "--data", file, "--limit", 3, says=["data.json:4: 1047 tokens"])
+    refused("evaluate", run.diffuse, "--data", file, "--limit", 4, says=["data.json:5: image file not found"])
+
+
 def test_a_bad_picture_in_a_process_of_its_own(run: tiny_runs.Run, tmp_path: Path):
-    """What a user sees: the message is the last thing on the screen; a record left out is told before it, and nothing else."""
+    """What a user sees: the message, and nothing else."""
     long = record(answer="Yes. " * 200)
     file = write_data(tmp_path, record(image="bad.png"), record(), long)
     (tmp_path / "bad.png").write_text("I am no picture", encoding="utf-8")
     words = ("convert", "--from", run.align, "--stage", "diffuse", "--data", file, "--out", tmp_path / "out")
     ended = tiny_runs.process(*words, "--set", "stages.diffuse.data.too_long=drop")
     assert ended.code == 2
-    told = f"{file}: left out 1 of 3 records longer than 400 tokens"
-    assert ended.err == f"{told}\nerror: {the_message(ended.err)}"
-    assert the_message(ended.err).startswith(f"data.json:2: picture {tmp_path}/bad.png cannot be read")
+    assert ended.err == f"error: {the_message(ended.err)}"
+    assert the_message(ended.err).startswith(f"{file}:2: picture {tmp_path}/bad.png cannot be read")
     assert not (tmp_path / "out").exists()
 
 

@@ -44,7 +44,7 @@ FLAGS = {
     "": {"--version"},
     "convert": {
         *("MODEL", "--stage", "--recipe", "--data", "--from", "--out", "--lora", "--set", "--resume", "--dry-run"),
-        "--trust-remote-code",
+        *("--accept-changed-data", "--trust-remote-code"),
     },
     "generate": {"DIR", "--image", "--prompt", "--batch", "--batch-size", "--stream", "--watch", "--json", *DECODING},
     "chat": {"DIR", *DECODING},

@@ -324,7 +324,9 @@ def test_a_sample_may_fill_the_context(source: Callable[[str], Path], tower: Pat
         return write_data(tmp_path, record(image=None, question="Hi?", answer="A" * answer))
 
     objective = {"kind": "block_diffusion", "block_size": 8, "grid": "response"}
-    section = stage("diffuse", data(600), objective=objective, data={"max_length": longest}, batch_size=1, steps=1)
+    section = stage(
+        "diffuse", data(600), objective=objective, data={"max_length": longest, "check_lengths": True}, batch_size=1, steps=1
+    )
     recipe = write_recipe(tmp_path / "r.yaml", tower, diffuse=section)
     words = ("convert", source("gpt2"), "--recipe", recipe, "--out", tmp_path / "out")
     told = re.search(r"data.json:2: (\d+) tokens", tiny_runs.command(*words).err)

@@ -161,6 +161,13 @@ def test_accumulation_changes_nothing(
 
 def run_two(start: Path, recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
     """metrics.jsonl of a run on two processes (gloo)."""
+    ended = two_processes(start, recipe, folder)
+    assert [code for code, _ in ended] == [0, 0], "\n".join(said for _, said in ended)
+    return metrics(partial(folder / "run"))
+
+
+def two_processes(start: Path, recipe: Recipe, folder: Path) -> list[tuple[int, str]]:
+    """(exit code, what it said) of each of the two processes of a run."""
     (folder / "recipe.yaml").write_text(dump(recipe))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -187,8 +194,7 @@ def run_two(start: Path, recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
         for process in processes:
             process.kill()
             process.wait()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
-    return metrics(partial(folder / "run"))
+    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
 
 
 def test_two_processes_are_one(

@@ -11,7 +11,8 @@ from helpers import QUIET, batch, metrics, objective, sample, stage_recipe, text
 from diffvl import train as training
 from diffvl.checkpoint import load_checkpoint, saved_dtype, write_checkpoint
 from diffvl.data.chat import encode_record
-from diffvl.data.collate import collate
+from diffvl.data.collate import IGNORED, collate, is_filler
+from diffvl.data.problems import Problem
 from diffvl.data.records import Record, Turn
 from diffvl.errors import DataError
 from diffvl.hub.processing_diffvl import DiffVLProcessor
@@ -51,8 +52,9 @@ def test_a_process_without_held_out_records_knows_what_to_add(kind: str, loaded:
     assert sorted(output.sums) == measured_sums(goal)
 
 
-def test_a_bad_record_has_labels_for_the_trainer_to_count():
-    assert collate([[DataError("x.json:3: no picture")]], pad_token_id=0)["labels"].numel() == 0
+def test_a_batch_without_samples_has_labels_for_the_trainer_to_count():
+    batch = collate([[Problem("other", Path("x.json"), 3, 2, None, "no picture")]], pad_token_id=0)
+    assert (batch["labels"] == IGNORED).all() and is_filler(batch)
 
 
 def test_an_fp16_checkpoint_trains_under_bf16(

@@ -71,6 +71,9 @@ def convert(
     lora: Annotated[bool, typer.Option("--lora", help="Train low-rank adapters on the trunk, merged at the end.")] = False,
     assignments: Annotated[list[str] | None, typer.Option("--set", help="Change a setting; repeatable.", metavar="A.B=C")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    accept_changed_data: Annotated[
+        bool, typer.Option("--accept-changed-data", help="With --resume: go on although the data has changed.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -90,6 +93,7 @@ def convert(
         lora=lora,
         assignments=tuple(assignments or ()),
         resume=resume,
+        accept_changed_data=accept_changed_data,
         dry_run=dry_run,
         trust_remote_code=trust_remote_code,
     )

@@ -14,6 +14,7 @@ VERSION = "0.1.0"  # of diffvl; pyproject.toml reads it here
 Part = Literal["tower", "connector", "trunk", "mask_row"]
 StageName = Literal["align", "diffuse"]
 STAGES: tuple[StageName, ...] = ("align", "diffuse")
+MAX_SKIPPED = 0.01  # of a file's records, where data.on_error is skip
 
 
 class Section(BaseModel):
@@ -263,6 +264,9 @@ class Optim(Section):
 
 class Data(Section):
     train: str | None = Field(default=None, description="LLaVA-format .json or .jsonl; `--data` sets it")
+    image_folder: str | None = Field(
+        default=None, description="where relative paths of pictures start; default: the folder of the data file"
+    )
     eval: str | None = Field(default=None, description="held-out file of the same format")
     holdout: int = Field(default=0, ge=0, description="without `eval`: this many records are set apart from `train`")
     max_length: int = Field(default=2048, ge=8, description="tokens per sample, images included; a longer record is an error")
@@ -274,7 +278,22 @@ class Data(Section):
         description="answers before the first question and questions after the last answer; `drop` leaves them out",
     )
     too_long: Literal["error", "drop"] = Field(default="error", description="`drop` leaves longer records out and says how many")
-    workers: int = Field(default=0, ge=0)
+    on_error: Literal["stop", "skip"] = Field(
+        default="stop", description="`skip` leaves records out that are wrong or whose pictures cannot be read, and lists them"
+    )
+    max_skipped: float = Field(
+        default=MAX_SKIPPED,
+        ge=0,
+        le=1,
+        description="share of a file's records that on_error: skip may leave out; more stop the run",
+    )
+    workers: int | None = Field(
+        default=None, ge=0, description="loader processes; default: none for small sets, else as many as the cores allow, up to 4"
+    )
+    check_lengths: bool = Field(
+        default=False,
+        description="tokenise every record before training, to find those that are too long; packing does so anyway",
+    )
     check_images: int = Field(
         default=5000, ge=0, description="every picture of a set of up to this many records is decoded once before training"
     )
@@ -283,6 +302,14 @@ class Data(Section):
     def _one_holdout(self) -> "Data":
         if self.eval is not None and self.holdout:
             raise ValueError("holdout has no effect when eval names a file: remove one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _checks_have_effect(self) -> Self:
+        if self.on_error == "stop" and self.max_skipped != MAX_SKIPPED:
+            raise ValueError("max_skipped has no effect with on_error: stop, which lets no wrong record pass: set on_error: skip")
+        if self.check_lengths and self.row_length is not None:
+            raise ValueError("check_lengths has no effect with row_length: packing measures every record anyway")
         return self
 
     @model_validator(mode="after")

@@ -4,7 +4,6 @@ Directories under the run's root: `prepared`, `align`, `diffuse`; each appears u
 """
 
 import copy
-import gc
 import json
 import os
 import shutil
@@ -21,23 +20,31 @@ from diffvl import checkpoint, terminal
 from diffvl.attention import choose
 from diffvl.config import STAGES, Lora, Recipe, StageName
 from diffvl.data.loader import check_pictures, load_data
-from diffvl.decode import DecodeSettings
 from diffvl.errors import ConfigError, UsageError
-from diffvl.evaluate import held_out_answers
 from diffvl.families import check_supported, family_of, find_recipe, named_checkpoint, suggest
 from diffvl.prepare import Source, prepare, read_parts
+from diffvl.processes import agreed, main_first, main_only, process_state
 from diffvl.progress import quiet_libraries, read_json_lines, spinner_or_line
 from diffvl.published import load_config
 from diffvl.report import print_summary, write_report
-from diffvl.resume import BEFORE_FILE, is_finished, one_spelling, require_same_source, require_same_stage
+from diffvl.resume import (
+    BEFORE_FILE,
+    DATA_FILE,
+    DIGESTS_FILE,
+    is_finished,
+    one_spelling,
+    require_same_data,
+    require_same_source,
+    require_same_stage,
+)
+from diffvl.samples import answering
 from diffvl.settings import dump, read_yaml, resolve
 from diffvl.terminal import say, shell_line
 from diffvl.train import longest_trainable, train
-from diffvl.trainer import CHECKPOINTS, STAGING, precision, process_state
+from diffvl.trainer import CHECKPOINTS, STAGING, precision
 
 DEFAULT_RECIPE = "llava"
 PREPARED = "prepared"
-SHOWN = DecodeSettings(max_new_tokens=48)
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,7 @@ class ConvertRequest:
     lora: bool = False
     assignments: tuple[str, ...] = ()
     resume: bool = False
+    accept_changed_data: bool = False
     dry_run: bool = False
     trust_remote_code: bool = False
 
@@ -77,19 +85,19 @@ def convert(request: ConvertRequest) -> Path:
     quiet_libraries()
     process = process_state()
     console = terminal.console(quiet=not process.is_main_process)
-    plan = make_plan(request, console)
+    if request.accept_changed_data and not request.resume:
+        raise UsageError("--accept-changed-data has no effect without --resume")
+    plan = agreed(lambda: make_plan(request, console))
     describe(plan, console)
-    _check_targets(plan, request.resume)
-    _check_data(plan, console)
-    process.wait_for_everyone()
+    agreed(lambda: _check_targets(plan, request.resume))
+    main_first(lambda: _check_data(plan, request.accept_changed_data, console))
     if request.dry_run:
         say(console, "dry run: nothing was written")
         return plan.root
     start = plan.start
-    if plan.source is not None and not is_finished(start):
-        if process.is_main_process:
-            prepare(plan.source, plan.recipe, start, console)
-        process.wait_for_everyone()
+    source = plan.source
+    if source is not None and agreed(lambda: not is_finished(start)):
+        main_only(lambda: prepare(source, plan.recipe, plan.start, console))
     for stage in plan.stages:
         directory = plan.root / stage
         if is_finished(directory):
@@ -257,9 +265,10 @@ def _ours(path: Path) -> bool:
     return path.name.removesuffix(checkpoint.PARTIAL) in (PREPARED, *STAGES)
 
 
-def _check_data(plan: Plan, console: Console) -> None:
+def _check_data(plan: Plan, accept_changed: bool, console: Console) -> None:
     """Reads the data of every stage to come, and asks the trunk for what a stage wants of it, before any work: a mistake in the
-    last one must not cost the first one's hours."""
+    last one must not cost the first one's hours. What the main process reads is remembered for the others."""
+    process = process_state()
     if plan.source is not None and not is_finished(plan.start):
         parts = read_parts(plan.source, plan.recipe)
         trunk, processor = parts.config.get_text_config(decoder=True), parts.processor
@@ -273,11 +282,14 @@ def _check_data(plan: Plan, console: Console) -> None:
         try:
             with spinner_or_line(console, f"checking the data of {name}"):
                 _check_attention(trunk, stage.attention, plan)
-                data = load_data(stage.data, processor, longest_trainable(trunk, stage.objective))
+                longest = longest_trainable(trunk, stage.objective)
+                data = load_data(stage.data, processor, longest, console, look=process.is_local_main_process)
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from error
-        if process_state().is_main_process:
-            check_pictures(data, stage.data.check_images, console)
+        if not accept_changed:
+            require_same_data(checkpoint.partial(plan.root / name), data)
+        if process.is_main_process:
+            check_pictures(data, stage.data, console)
 
 
 def _check_attention(trunk: Any, wanted: str, plan: Plan) -> None:
@@ -295,31 +307,23 @@ def _check_attention(trunk: Any, wanted: str, plan: Plan) -> None:
 
 def run_stage(start: Path, recipe: Recipe, stage: StageName, directory: Path, resume: bool, console: Console) -> None:
     """One stage from start to report; the directory gets its name when everything in it is written."""
-    process = process_state()
-    work = checkpoint.partial(directory)
-    data = recipe.stages[stage].data
-    if process.is_main_process:
-        before = work / BEFORE_FILE
-        if not before.is_file():
-            answers = held_out_answers(start, data, SHOWN, console)
-            work.mkdir(parents=True, exist_ok=True)
-            checkpoint.replace_text(before, json.dumps({"start": str(start), "answers": answers}, ensure_ascii=False))
-    process.wait_for_everyone()
-    gc.collect()  # the model that answered holds itself, and training needs the room
-    train(start, recipe, stage, directory, resume, console)
-    if process.is_main_process:
-        _write_samples(work, recipe, stage, console)
-        write_report(work)
-        checkpoint.finish(directory)
-        _tidy(directory)
-        print_summary(directory, console)
-    process.wait_for_everyone()
+    onlooker = answering(start, checkpoint.partial(directory), recipe.stages[stage].data, console)
+    train(start, recipe, stage, directory, resume, console, onlooker)
+    main_only(lambda: _finish(directory, console))
+
+
+def _finish(directory: Path, console: Console) -> None:
+    write_report(checkpoint.partial(directory))
+    checkpoint.finish(directory)
+    _tidy(directory)
+    print_summary(directory, console)
 
 
 def _tidy(directory: Path) -> None:
     """Removes from a finished directory what only an unfinished one needs; a kill may have come between its name and this."""
     _drop_checkpoints(directory)
-    (directory / BEFORE_FILE).unlink(missing_ok=True)
+    for name in (BEFORE_FILE, DATA_FILE, DIGESTS_FILE):
+        (directory / name).unlink(missing_ok=True)
 
 
 def _drop_checkpoints(directory: Path) -> None:
@@ -333,17 +337,6 @@ def _drop_checkpoints(directory: Path) -> None:
         folder.rename(directory / "tensorboard")
     else:
         folder.rmdir()
-
-
-def _write_samples(work: Path, recipe: Recipe, stage: StageName, console: Console) -> None:
-    """`samples.jsonl`: the same held-out questions, answered before and after."""
-    before = checkpoint.read_json(work / BEFORE_FILE)["answers"]
-    after = held_out_answers(work, recipe.stages[stage].data, SHOWN, console) if before else []
-    lines = []
-    for old, new in zip(before, after, strict=True):
-        shown = {key: new[key] for key in ("image", "question", "truth")}
-        lines.append(json.dumps({**shown, "before": old["answer"], "after": new["answer"]}, ensure_ascii=False) + "\n")
-    checkpoint.replace_text(work / "samples.jsonl", "".join(lines))
 
 
 # --- telling -------------------------------------------------------------------------------------------------------------

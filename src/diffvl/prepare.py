@@ -294,7 +294,7 @@ def assemble(trunk: Any, tower: Any, parts: Parts, recipe: Recipe) -> DiffVLForC
         for module in fresh.modules():
             model._init_weights(module)
     with torch.no_grad():
-        fresh.layers[-1].weight.mul_(recipe.prepare.connector.gain)
+        fresh.layers[-1].get_parameter("weight").mul_(recipe.prepare.connector.gain)
     model.connector = fresh
     torch.nn.Module.to(model, dtype=trunk.dtype)
     return model

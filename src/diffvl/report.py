@@ -1,9 +1,8 @@
 """A finished stage as a person reads it: `report.html` beside the run, and the same in short in the terminal.
 
 Reads only what the trainer left in the stage's directory (`metrics.jsonl`, `samples.jsonl`, `run.yaml`, `diffvl.json`), so the
-page can be made again at any time and the same files give the same page. The page is one file: styles, curves (SVG) and
-pictures (data URIs) stand inside it, no script runs and nothing is fetched. Every chart says where its axis starts, what its
-lines are and what it left out.
+page can be made again at any time. The page is one file: styles, curves (SVG) and pictures (data URIs) stand inside it, no script
+runs and nothing is fetched. Every chart says where its axis starts, what its lines are and what it left out.
 """
 
 import base64
@@ -58,6 +57,10 @@ class Run:
     model: str
     provenance: dict[str, Any]
     seconds: float | None
+
+    @property
+    def left_out(self) -> dict[str, int]:  # by kind
+        return self.provenance.get("left_out") or {}
 
 
 def write_report(directory: Path) -> Path:
@@ -185,7 +188,8 @@ def _at(point: tuple[int, float]) -> str:
 
 
 def _warnings(run: Run) -> list[str]:
-    return [
+    left_out = ", ".join(f"{count:,} {kind}" for kind, count in run.left_out.items())
+    return [f"records left out: {left_out} (listed in left_out.jsonl)"] * bool(left_out) + [
         f"{key}: NaN or infinite at {m.lost} of {m.lost + len(m.points)} logged steps, which are left out"
         for key, m in run.measures.items()
         if m.lost
@@ -244,10 +248,14 @@ def _page(run: Run) -> str:
         "First, last and best": ("", [_table(("", "first", "last", "best"), _summary_rows(run))]),
         "Samples": ("samples", [_card(sample) for sample in run.samples[:PAGE_SAMPLES]]),
         "Settings": ("", [settings] if run.settings else []),
+        "Records left out": ("", [_table((), [(kind, f"{count:,}") for kind, count in run.left_out.items()])]),
         "Where it came from": ("", [_table((), [(key, _words(value)) for key, value in run.provenance.items()])]),
     }
     shown = f"The first {PAGE_SAMPLES} of {len(run.samples):,}. " if len(run.samples) > PAGE_SAMPLES else ""
-    notes = {"Samples": f"{shown}Right (✓): the truth word for word, white space apart. A handful of samples is no benchmark."}
+    notes = {
+        "Samples": f"{shown}Right (✓): the truth word for word, white space apart. A handful of samples is no benchmark.",
+        "Records left out": "Each is listed in left_out.jsonl beside this page, with its place and what is wrong with it.",
+    }
     parts = [f"<h1>{escape(_title(run))}</h1><p>{escape(str(run.directory.resolve()))}</p>"]
     parts += [f'<p class="wrong">{escape(warning)}</p>' for warning in _warnings(run)]
     parts.append(f'<div class="tiles">{_tiles(run)}</div>')

@@ -5,7 +5,9 @@ A model is fitted to its stage (objective recorded, attention chosen, adapters a
 """
 
 import gc
-from dataclasses import replace
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from diffvl import checkpoint
 from diffvl.attention import choose
 from diffvl.config import Objective, Recipe, Stage, StageName
 from diffvl.data.collate import collate
-from diffvl.data.loader import StageData, load_data, longest_sample
+from diffvl.data.left_out import LEFT_OUT_FILE, LeftOut
+from diffvl.data.loader import SampleDataset, StageData, load_data, longest_sample
 from diffvl.errors import ConfigError, UsageError
 from diffvl.families import family_of
 from diffvl.files import Writing
@@ -27,7 +30,9 @@ from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.lora import add_adapters, merge_adapters
 from diffvl.objective import curriculum_state
 from diffvl.optim import attach_mask_row, fold_mask_row, freeze_others
+from diffvl.processes import main_first, main_only, process_state
 from diffvl.progress import MetricsLog, TrainingProgress
+from diffvl.resume import FileRecord, data_record, facts_of, is_same_data, write_data_record
 from diffvl.settings import dump
 from diffvl.trainer import (
     CHECKPOINTS,
@@ -35,16 +40,36 @@ from diffvl.trainer import (
     StageTrainer,
     newest_checkpoint,
     precision,
-    process_state,
     rows_per_step,
     training_arguments,
 )
 
+log = logging.getLogger(__name__)
 
-def train(start: Path, recipe: Recipe, stage_name: StageName, directory: Path, resume: bool, console: Console) -> Path:
+Look = Callable[[DiffVLForConditionalGeneration, DiffVLProcessor, SampleDataset | None], None]
+
+
+@dataclass(frozen=True)
+class Onlooker:
+    """Who looks, in the main process, at the model in memory before it is fitted to the stage and after training, with the
+    held-out records."""
+
+    before: Look
+    after: Look
+
+
+def train(
+    start: Path,
+    recipe: Recipe,
+    stage_name: StageName,
+    directory: Path,
+    resume: bool,
+    console: Console,
+    onlooker: Onlooker | None = None,
+) -> Path:
     """Trains one stage from the checkpoint in `start` and leaves the unfinished directory, complete but for its name.
 
-    The caller adds what it wants (samples, a report) and calls `checkpoint.finish`.
+    The caller adds what it wants (samples, a report) and calls `checkpoint.finish`. All processes call this.
 
     Returns:
         the partial directory.
@@ -53,25 +78,36 @@ def train(start: Path, recipe: Recipe, stage_name: StageName, directory: Path, r
     """
     stage = recipe.stages[stage_name]
     work = checkpoint.partial(directory)
-    own_dtype = checkpoint.saved_dtype(start)
-    # Frozen parts stay in their own dtype under bf16 autocast; fp16 does not mix with it.
-    keeps_dtype = precision(stage) == "bf16" and own_dtype != torch.float16
-    model, processor = checkpoint.load_checkpoint(start, dtype=None if keeps_dtype else torch.float32)
-    data = load_data(stage.data, processor, longest_trainable(model.config.text_config, stage.objective))
+    process_state()  # before anything else makes one, with less patience
+    config, processor = checkpoint.load_description(start)
+    longest = longest_trainable(config.text_config, stage.objective)
+
+    def open_data() -> tuple[StageData, dict[str, FileRecord], bool]:
+        opened = load_data(stage.data, processor, longest, console, look=False)
+        record = data_record(opened)
+        return opened, record, is_same_data(work, record)
+
+    data, record, same_data = main_first(open_data)
+    held_out = data.held_out
+    model, own_dtype = load_to_train(start, stage)
+    main_only(lambda: _begin(work, recipe, record, lambda: onlooker and onlooker.before(model, processor, held_out)))
     if stage.data.row_length is not None:
         data = replace(data, train=data.train.packed(stage.data.row_length, recipe.seed))
-    work.mkdir(parents=True, exist_ok=True)
-    if process_state().is_main_process:
-        checkpoint.replace_text(work / checkpoint.RECIPE_FILE, dump(recipe))
+    attention = str(model.language_model.config._attn_implementation)
     fit_to_stage(model, stage, recipe.seed)
     trainer = build_trainer(model, processor, data, recipe, stage_name, work)
+    trainer.same_data = same_data
     last = newest_checkpoint(work) if resume else None
     trainer.args.eval_on_start = stage.eval_every is not None and last is None
     with TrainingProgress(console, stage_name) as progress_bar, Writing(work):
         trainer.add_callback(progress_bar)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
+    # Back to the model that was read: no autocast around its forward, and attention as decoding knows it.
+    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     unfit(model, stage, own_dtype)
-    if trainer.is_world_process_zero():
+    if model.language_model.config._attn_implementation != attention:
+        model.language_model.set_attn_implementation(attention)
+    if process_state().is_main_process:
         checkpoint.write_checkpoint(model, processor, work)
         progress = {
             "steps": trainer.state.global_step,
@@ -79,12 +115,39 @@ def train(start: Path, recipe: Recipe, stage_name: StageName, directory: Path, r
             "seed": recipe.seed,
             "curriculum": curriculum_state(stage.objective, progress=1.0),
         }
-        checkpoint.write_state(work, recipe, {"kind": stage_name, "parents": [str(start)], "state": progress})
+        left_out = trainer.left_out.kinds()
+        state = {"kind": stage_name, "parents": [str(start)], "state": progress, "data": facts_of(record), "left_out": left_out}
+        checkpoint.write_state(work, recipe, state)
+        _tell_left_out(stage_name, left_out, directory)
     # The optimiser's state is as large as two models, and the trainer's objects hold each other.
     trainer.accelerator.free_memory()
-    del trainer, model
+    del trainer
     gc.collect()
+    main_only(lambda: onlooker and onlooker.after(model, processor, held_out))
     return work
+
+
+def _begin(work: Path, recipe: Recipe, record: dict[str, FileRecord], look: Callable[[], None]) -> None:
+    """What an unfinished stage's directory holds before its first step; the recipe comes last, by which it is known."""
+    work.mkdir(parents=True, exist_ok=True)
+    write_data_record(work, record)
+    look()
+    checkpoint.replace_text(work / checkpoint.RECIPE_FILE, dump(recipe))
+
+
+def load_to_train(start: Path, stage: Stage) -> tuple[DiffVLForConditionalGeneration, torch.dtype]:
+    """The model in the dtypes that training wants, and the one that its checkpoint has."""
+    own_dtype = checkpoint.saved_dtype(start)
+    # Frozen parts stay in their own dtype under bf16 autocast; fp16 does not mix with it.
+    keeps_dtype = precision(stage) == "bf16" and own_dtype != torch.float16
+    return checkpoint.load_checkpoint(start, dtype=None if keeps_dtype else torch.float32)[0], own_dtype
+
+
+def _tell_left_out(stage_name: StageName, left_out: dict[str, int], directory: Path) -> None:
+    if left_out:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.items())
+        listed = directory / LEFT_OUT_FILE
+        log.warning("%s: records left out: %s; listed in %s", stage_name, kinds, listed)
 
 
 # --- fitting a model to a stage and back ---------------------------------------------------------------------------------
@@ -153,11 +216,13 @@ def build_trainer(
     """The trainer of a stage, writing its checkpoints under `work`."""
     stage = recipe.stages[stage_name]
     pad = processor.tokenizer.pad_token_id
+    left_out = LeftOut(work / LEFT_OUT_FILE, stage.data, (data.train, data.held_out), process_state().is_main_process)
     trainer = StageTrainer(
         recipe,
         stage,
+        left_out,
         model=model,
-        args=training_arguments(stage, recipe.seed, work / CHECKPOINTS),
+        args=training_arguments(stage, recipe.seed, work / CHECKPOINTS, len(data.train)),
         train_dataset=data.train,
         eval_dataset=data.held_out,
         data_collator=partial(collate, pad_token_id=pad if pad is not None else model.config.stop_token_ids[0]),

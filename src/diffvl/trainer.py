@@ -8,11 +8,11 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -21,20 +21,23 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from diffvl import checkpoint
 from diffvl.config import Recipe, Stage
-from diffvl.data.collate import raise_bad_record
-from diffvl.data.loader import SHOWN_PROBLEMS, SampleDataset, batches_of
-from diffvl.data.table import record_at
-from diffvl.errors import CheckpointError, DiskError, TrainingError, UsageError
+from diffvl.data.collate import NO_SAMPLE, PROBLEMS, is_filler
+from diffvl.data.left_out import LeftOut
+from diffvl.data.loader import SampleDataset, batches_of, num_workers
+from diffvl.data.problems import Problem
+from diffvl.errors import CheckpointError, DiskError, TrainingError
 from diffvl.files import Writing, share
 from diffvl.noise import sample_generator
 from diffvl.objective import Draw, LossOutput, curriculum_state, loss_of, measure, measured_sums, rates, scores
 from diffvl.optim import parameter_groups
+from diffvl.processes import PATIENCE, agreed, gathered, local_processes
 from diffvl.weights import not_finite
 
 CHECKPOINTS = "checkpoints"
 TRAINABLE_FILE = "model.safetensors"
 CURRICULUM_FILE = "curriculum.json"
 STAGING = "saving"  # under CHECKPOINTS: a checkpoint that has no name yet
+SHOWN_RECORDS = 5  # of a step that went wrong
 
 
 class StepSampler(Sampler[int]):
@@ -62,9 +65,10 @@ class StageTrainer(Trainer):
     model: Any
     data_collator: Any
 
-    def __init__(self, recipe: Recipe, stage: Stage, **arguments: Any) -> None:
+    def __init__(self, recipe: Recipe, stage: Stage, left_out: LeftOut, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.recipe, self.stage = recipe, stage
+        self.recipe, self.stage, self.left_out = recipe, stage, left_out
+        self.same_data = True  # as the run began with
         # `num_items_in_batch` then counts the labels (answer tokens) of the whole optimiser step, over all processes.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -72,6 +76,7 @@ class StageTrainer(Trainer):
         self._tokens = 0
         self._since = time.monotonic()
         self._step_samples: list[torch.Tensor] = []
+        self._bad_loss: TrainingError | None = None
         self._resumed_from: Path | None = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> StepSampler:
@@ -80,10 +85,20 @@ class StageTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         samples, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        for batch in samples:
-            raise_bad_record(batch)
+        problems = [problem for batch in samples for problem in batch.pop(PROBLEMS, ())]
         self._step_samples = [batch["sample"] for batch in samples]
+        self._leave_out(problems, sum(not is_filler(batch) for batch in samples), self.state.global_step + 1)
         return samples, count
+
+    def _leave_out(self, problems: list[Problem], used: int, step: int) -> None:
+        """Takes note of the records that could not be used. All processes learn of all of them, so that they stop together.
+
+        Args:
+            used: batches in which a record could.
+        """
+        of_all = self._over_processes([float(len(problems)), float(used)]) if self.args.world_size > 1 else [len(problems), used]
+        if of_all[0]:
+            self.left_out.add(gathered(problems), int(of_all[1]), step)
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> torch.Tensor:
         """The stage's objective on one micro-batch, over the answer tokens of the whole step."""
@@ -92,16 +107,25 @@ class StageTrainer(Trainer):
         # The wrapped model's forward runs under autocast by itself; here too, so that masks are made in its type.
         with self.accelerator.autocast():
             output = loss_of(model, self.model.config, inputs, self.stage.objective, draw)
+        if is_filler(inputs):
+            return 0.0 * output.loss
         if not torch.isfinite(output.loss):
-            raise self._not_finite("loss", output.loss, [inputs["sample"]])
+            self._bad_loss = self._bad_loss or self._not_finite("loss", output.loss, [inputs["sample"]])
+            if self.args.world_size == 1:  # others would wait for this process's gradients: it stops with them, before the step
+                raise self._bad_loss
         self._count(output)
         return output.loss * self.accelerator.num_processes / num_items_in_batch
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The norm; one that is not finite stops the run before the step spoils every weight, and a checkpoint with them."""
         norm = torch.as_tensor(super()._get_grad_norm(model, grad_norm))
-        if not torch.isfinite(norm):
-            raise self._not_finite("norm of the gradient", norm, self._step_samples)
+        bad = self._bad_loss
+        if bad is None and not torch.isfinite(norm):
+            bad = self._not_finite("norm of the gradient", norm, self._step_samples)
+        # Any process's bad loss has reached the norm of all; an infinite one with finite gradients is its own affair.
+        if self.args.world_size > 1 and not self._over_processes([float(bad is not None)])[0]:
+            return norm
+        agreed(partial(_raise, bad))
         return norm
 
     def _not_finite(self, what: str, value: torch.Tensor, samples: list[torch.Tensor]) -> TrainingError:
@@ -113,8 +137,8 @@ class StageTrainer(Trainer):
                 "not to blame: begin again from a sound checkpoint under another --out"
             )
         rows: SampleDataset = self.train_dataset  # type: ignore[assignment]
-        ids = torch.cat(samples).tolist()
-        places = [record_at(rows.records, index).source for index in ids[:SHOWN_PROBLEMS]]
+        ids = [index for index in torch.cat(samples).tolist() if index != NO_SAMPLE]
+        places = [rows.records[index].source for index in ids[:SHOWN_RECORDS]]
         return TrainingError(
             f"step {self.state.global_step + 1}: the {what} is {value.item()} on samples {ids} ({', '.join(places)}"
             f"{' ...' if len(ids) > len(places) else ''}); the last good checkpoint is kept, and --resume goes on from it. If it "
@@ -149,14 +173,17 @@ class StageTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what was counted since the last line: mask ratio, accuracy, tokens per second."""
-        if "loss" in logs and self._sums:
-            names = sorted(self._sums)
-            totals = self._over_processes([*(float(self._sums[name]) for name in names), float(self._tokens)])
+        if "loss" in logs:
+            # By the objective's names: a process of which every record was left out has counted nothing.
+            names = measured_sums(self.stage.objective)
+            totals = self._over_processes([*(float(self._sums.get(name, 0.0)) for name in names), float(self._tokens)])
             logs.update(rates(dict(zip(names, totals[:-1], strict=True))))
             logs["tokens_per_second"] = totals[-1] / max(time.monotonic() - self._since, 1e-9)
             # Where the curricula stood in the step that is reported, which is counted already.
             logs.update(curriculum_state(self.stage.objective, self._progress(before=1)))
             logs["learning_rate"] = max(group["lr"] for group in self.optimizer.param_groups)
+            if self.left_out:
+                logs["left_out"] = len(self.left_out)
             # Not by an evaluation's line, which comes in between.
             self._sums, self._tokens, self._since = {}, 0, time.monotonic()
         super().log(logs, start_time)
@@ -167,10 +194,12 @@ class StageTrainer(Trainer):
         held_out: SampleDataset = self.eval_dataset  # type: ignore[assignment]
         count = min(len(held_out), self.stage.eval_limit)
         places = range(self.args.process_index, count, self.args.world_size)
-        batches = batches_of(held_out, list(places), self.args.per_device_train_batch_size, self.data_collator)
+        problems: list[Problem] = []
+        batches = batches_of(held_out, list(places), self.args.per_device_train_batch_size, self.data_collator, problems)
         self.model.eval()
         with self.compute_loss_context_manager(), self.accelerator.autocast():
             sums = measure(self.model, self.model.config, map(self._prepare_inputs, batches), self.stage.objective)
+        self._leave_out(problems, 0, self.state.global_step)
         # A process without a share of the records adds zeros: all of them must join in the sum.
         names = measured_sums(self.stage.objective)
         totals = self._over_processes([float(sums.get(name, 0.0)) for name in names])
@@ -183,8 +212,9 @@ class StageTrainer(Trainer):
         """The epoch to go on with; behind the last one where all steps are done already (the run was killed after its last
         checkpoint), because the loop would take one step more."""
         epoch, batches = super()._init_training_state(*arguments, **named)
-        if self._resumed_from is not None:
+        if self._resumed_from is not None and self.same_data:
             self._require_same_curriculum(self._resumed_from / CURRICULUM_FILE)
+        self.left_out.begin(self.state.global_step)
         return (sys.maxsize, 0) if self.state.global_step >= self.state.max_steps else (epoch, batches)
 
     # Checkpoints hold what trains; the rest is bit-identical in the directory that the stage started from.
@@ -255,6 +285,11 @@ class StageTrainer(Trainer):
         return str(getattr(self, "_staging", None) or super()._get_output_dir(trial))
 
 
+def _raise(error: TrainingError | None) -> None:
+    if error is not None:
+        raise error
+
+
 class LogAtCheckpoints(TrainerCallback):
     """A log line at every checkpoint, that of the last step among them. So no average of a log line reaches over a checkpoint
     (those of a resumed run are those of an uninterrupted one), and a run shorter than `log_every` has a line too."""
@@ -264,8 +299,8 @@ class LogAtCheckpoints(TrainerCallback):
             control.should_log = True
 
 
-def training_arguments(stage: Stage, seed: int, output_dir: Path) -> TrainingArguments:
-    """A stage's settings in the Trainer's words."""
+def training_arguments(stage: Stage, seed: int, output_dir: Path, samples: int) -> TrainingArguments:
+    """A stage's settings in the Trainer's words, for so many samples."""
     optim = stage.optim
     return TrainingArguments(
         output_dir=str(output_dir),
@@ -287,28 +322,14 @@ def training_arguments(stage: Stage, seed: int, output_dir: Path) -> TrainingArg
         eval_steps=stage.eval_every,
         seed=seed,
         data_seed=seed,
-        dataloader_num_workers=stage.data.workers,
+        dataloader_num_workers=num_workers(stage.data, samples, local_processes()),
+        ddp_timeout=int(PATIENCE.total_seconds()),
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=["tensorboard"] if is_tensorboard_available() else [],
         ddp_find_unused_parameters=True,
     )
-
-
-def process_state() -> PartialState:
-    """This process among its launcher's; without a GPU accelerate must be told, or every process takes itself for the only one.
-
-    Raises:
-        UsageError: if one process has several GPUs, which transformers would drive by replicas that know nothing of our batches.
-    """
-    state = PartialState(cpu=not torch.cuda.is_available())
-    if state.num_processes == 1 and torch.cuda.device_count() > 1:
-        raise UsageError(
-            f"{torch.cuda.device_count()} GPUs, one process: start with `accelerate launch -m diffvl.cli ...`, one for each GPU, "
-            "or choose one GPU with CUDA_VISIBLE_DEVICES=0"
-        )
-    return state
 
 
 def precision(stage: Stage) -> str:

@@ -15,9 +15,11 @@ from diffvl.answer_turns import answer_turns, chat_before
 from diffvl.bench.decoders import NEVER, Prompts
 from diffvl.bench.forms import NUM_SPECIAL, STOP_TOKEN, TrunkSize, build_model
 from diffvl.bench.published_decoder import require_same_target
-from diffvl.data.table import open_records, record_at
+from diffvl.config import Data
+from diffvl.data.records import iterate_records
 from diffvl.decode import Decoder, context_length, encode, load_for_decoding
 from diffvl.errors import UsageError
+from diffvl.resume import reading_of
 
 # Tokens of the prompts of a batch, over and over; the first is that of batch 1.
 PROMPT_LENGTHS = (96, 64, 128, 80, 112, 72, 120, 88)
@@ -75,7 +77,9 @@ def trained_subject(directory: Path, data: Path | None, batch: int, asked: int, 
     config = decoder.model.config
     require_same_target(config)
     count = max(batch, asked)
-    chats = [[{"role": "user", "content": text}] for text in PROMPTS] if data is None else first_questions(data, count)
+    chats = [[{"role": "user", "content": text}] for text in PROMPTS]
+    if data is not None:
+        chats = first_questions(data, count, reading_of(directory, data))
     inputs = encode(decoder, list(islice(cycle(chats), count))).to(device)
     length, limit = inputs["input_ids"].shape[1], context_length(decoder)
     if limit is not None and length + tokens > limit:
@@ -100,8 +104,7 @@ def load_block_decoder(directory: Path, device: torch.device) -> Decoder:
     return decoder
 
 
-def first_questions(data: Path, count: int) -> list[list[dict[str, Any]]]:
-    """The first question of each of the first records."""
-    records = open_records(data)
-    chosen = [record_at(records, place) for place in range(min(count, len(records)))]
+def first_questions(data: Path, count: int, reading: Data) -> list[list[dict[str, Any]]]:
+    """The first question of each of the first records; no others are read."""
+    chosen = islice(iterate_records(data, reading.image_folder, reading.unpaired_turns), count)
     return [chat_before(record, next(answer_turns(record))) for record in chosen]

@@ -18,9 +18,10 @@ from diffvl.bench import machine
 from diffvl.bench.measure import schedule
 from diffvl.bench.subject import load_block_decoder
 from diffvl.bench.train import pick_device
-from diffvl.data.table import open_records, record_at
+from diffvl.data.records import iterate_records
 from diffvl.decode import Answer, DecodeSettings, answer_chats
 from diffvl.progress import track
+from diffvl.resume import reading_of
 from diffvl.textscore import edit_similarity, is_exact
 
 THRESHOLDS = (1.0, 0.95, 0.9, 0.8, 0.6)
@@ -53,8 +54,9 @@ def sweep(request: SweepBench, console: Console) -> dict[str, Any]:
     """
     load_before = round(machine.load(), 2)
     decoder = load_block_decoder(request.directory, pick_device(request.device))
-    records = open_records(request.data)
-    asked = list(islice(questions(record_at(records, place) for place in range(len(records))), request.limit))
+    reading = reading_of(request.directory, request.data)
+    records = iterate_records(request.data, reading.image_folder, reading.unpaired_turns)
+    asked = list(islice(questions(records), request.limit))
     settings = DecodeSettings(
         max_new_tokens=NEW_TOKENS if request.max_new_tokens is None else request.max_new_tokens,
         strategy="low_confidence_dynamic",

@@ -12,6 +12,8 @@ from diffvl.data.records import Record
 from diffvl.errors import DataError
 from diffvl.hub.processing_diffvl import ChatEncoding, DiffVLProcessor
 
+TOO_LONG = "too long"  # kind of a record with more tokens than allowed, which `data.too_long: drop` forgives
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -40,17 +42,22 @@ def messages_of(record: Record) -> list[dict[str, Any]]:
     return messages
 
 
-def encode_record(record: Record, processor: DiffVLProcessor) -> ChatEncoding:
+def encode_record(record: Record, processor: DiffVLProcessor, longest: int | None = None) -> ChatEncoding:
     """Token ids and answer marks of a record.
 
     Raises:
-        DataError: naming the record, if the chat template or the processor refuses it.
+        DataError: naming the record, if the chat template or the processor refuses it, or it has more than `longest` tokens.
     """
     _refuse_image_token(record, processor.image_token)
     try:
-        return processor.encode_chat(messages_of(record))
+        encoding = processor.encode_chat(messages_of(record))
     except (TemplateError, ValueError) as error:
-        raise DataError(f"{record.source}: record {record.id} does not fit the model's chat template: {error}") from error
+        message = f"{record.source}: record {record.id} does not fit the model's chat template: {error}"
+        raise DataError(message, kind="does not fit the chat template") from error
+    if longest is not None and len(encoding.ids) > longest:
+        told = f"{record.source}: {len(encoding.ids)} tokens, pictures included, where at most {longest} are allowed"
+        raise DataError(told, kind=TOO_LONG)
+    return encoding
 
 
 def _refuse_image_token(record: Record, token: str) -> None:
@@ -65,9 +72,9 @@ def _refuse_image_token(record: Record, token: str) -> None:
             )
 
 
-def sample_of(record: Record, index: int, processor: DiffVLProcessor) -> Sample:
-    """The whole sample, pictures decoded and resized."""
-    encoding = encode_record(record, processor)
+def sample_of(record: Record, index: int, processor: DiffVLProcessor, longest: int | None = None) -> Sample:
+    """The whole sample, pictures decoded and resized. Raises DataError as `encode_record`, or for a picture."""
+    encoding = encode_record(record, processor, longest)
     pixel_values = None
     if record.images:
         pictures = [open_picture(path, record.source) for path in record.images]

@@ -6,9 +6,11 @@ from typing import Any, NotRequired, TypedDict
 import torch
 
 from diffvl.data.chat import Sample
-from diffvl.errors import DataError, DiffvlError
+from diffvl.data.problems import Problem
 
 IGNORED = -100
+PROBLEMS = "problems"  # key of the Problems of samples that could not be built, in the main process's hands
+NO_SAMPLE = -1  # index of the sample that fills a batch without any
 
 
 class Batch(TypedDict):
@@ -26,18 +28,17 @@ class Batch(TypedDict):
     pixel_values: NotRequired[torch.Tensor]
 
 
-def collate(rows: Sequence[Sequence[Sample | DiffvlError]], pad_token_id: int) -> dict[str, Any]:
-    """Pads and stacks. A record that failed in a loader process travels as its error, and is raised by `raise_bad_record`
-    in the main process, where its message arrives unharmed."""
-    good: list[Sample] = []
-    places: list[int] = []
-    for number, row in enumerate(rows):
-        for sample in row:
-            if isinstance(sample, DiffvlError):
-                # The trainer counts labels before it looks at anything else.
-                return {"bad_record": str(sample), "labels": torch.empty(0, dtype=torch.long)}
-            good.append(sample)
-            places.append(number)
+def collate(rows: Sequence[Sequence[Sample | Problem]], pad_token_id: int) -> dict[str, Any]:
+    """Pads and stacks. A sample that could not be built leaves its place empty and its Problem under `PROBLEMS`.
+
+    A batch of which nothing is left holds one short text in their place, sample `NO_SAMPLE`, without labels: with data
+    parallelism every process must go through the model as often as the others. See `is_filler`.
+    """
+    problems = [sample for row in rows for sample in row if isinstance(sample, Problem)]
+    kept = [[sample for sample in row if isinstance(sample, Sample)] for row in rows]
+    kept = [row for row in kept if row]  # rows are counted without gaps
+    good = [sample for row in kept for sample in row] or [Sample([pad_token_id] * 2, [0, 1], None, NO_SAMPLE)]
+    places = [number for number, row in enumerate(kept) for _ in row] or [0]
     longest = max(len(sample.ids) for sample in good)
     ids = torch.full((len(good), longest), pad_token_id, dtype=torch.long)
     answer = torch.zeros_like(ids)
@@ -51,17 +52,18 @@ def collate(rows: Sequence[Sequence[Sample | DiffvlError]], pad_token_id: int) -
         "input_ids": ids,
         "answer_index": answer,
         "valid": valid,
-        "labels": torch.where(answer > 0, ids, IGNORED),
+        "labels": torch.where(answer > 0, ids, IGNORED) if kept else torch.full_like(ids, IGNORED),
         "sample": torch.tensor([sample.index for sample in good]),
         "row": torch.tensor(places),
     }
     pictures = [sample.pixel_values for sample in good if sample.pixel_values is not None]
     if pictures:
         batch["pixel_values"] = torch.cat(pictures)
+    if problems:
+        batch[PROBLEMS] = problems
     return batch
 
 
-def raise_bad_record(batch: dict[str, Any]) -> None:
-    """Raises the DataError that a loader process met while it built this batch."""
-    if "bad_record" in batch:
-        raise DataError(batch["bad_record"])
+def is_filler(batch: dict[str, Any]) -> bool:
+    """Whether nothing is left of a batch: it goes through the model and teaches nothing."""
+    return bool(batch["sample"][0] == NO_SAMPLE)

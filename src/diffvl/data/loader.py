@@ -1,79 +1,118 @@
-"""Data files -> datasets of Samples: reading, the length check, and the held-out split."""
+"""Data files -> datasets of Samples, built when they are asked for, in the loader's processes; and the held-out split.
 
-import hashlib
+Nothing here looks at all records unless something needs it: packing and `check_lengths` do. So a record that is too long or wrong
+is met when its turn comes. Its place in the step then stays empty: the order of the records, and with it every other sample's
+noise and step, is the same whatever is left out, on any number of processes and after a resume.
+"""
+
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import datasets
+import numpy
 import torch
 from rich.console import Console
 from torch.utils.data import Dataset
 
+from diffvl import terminal
 from diffvl.config import Data
 from diffvl.data.chat import Sample, encode_record, sample_of
-from diffvl.data.collate import raise_bad_record
+from diffvl.data.collate import PROBLEMS, is_filler
 from diffvl.data.images import open_picture
+from diffvl.data.lengths import REFUSED, lengths_of
 from diffvl.data.packer import Rows, first_fit
+from diffvl.data.passes import num_cores, over_places
+from diffvl.data.problem_list import is_forgiven, require_usable
+from diffvl.data.problems import Problem
 from diffvl.data.records import Record
-from diffvl.data.table import open_records, record_at
-from diffvl.errors import ConfigError, DataError, DiffvlError
+from diffvl.data.table import open_records
+from diffvl.errors import ConfigError, DataError
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.noise import sample_generator
-from diffvl.progress import track
 
 log = logging.getLogger(__name__)
-SHOWN_PROBLEMS = 5
+
+_QUIET = terminal.console(quiet=True)
+_WORKERS_FROM = 1000  # samples from which a run is long enough for loader processes
+_MOST_WORKERS = 4
+_PICTURES_PAY_FROM = 500  # records from which several processes look at pictures faster than one
 
 
 class SampleDataset(Dataset):
     """Rows of samples of one file, built when they are asked for. A row is one record, or several that are packed.
 
-    A record that cannot be built is returned as its error (see `collate.raise_bad_record`).
+    A record that cannot be used is returned as its Problem (see `collate`).
     """
 
     def __init__(
         self,
-        records: datasets.Dataset,
-        indices: list[int],
-        lengths: list[int],
+        records: Sequence[Record],
+        path: Path,
+        indices: numpy.ndarray,
         processor: DiffVLProcessor,
+        max_length: int | None,
+        lengths: numpy.ndarray | None = None,
         rows: Rows | None = None,
+        known: Sequence[Problem] = (),
     ) -> None:
-        """`indices` picks the records and orders them; `lengths` are their tokens; `rows` are of places in these two."""
-        self.records, self.indices, self.lengths, self.processor = records, indices, lengths, processor
-        self.rows = rows
+        """`indices` picks the records and orders them; `lengths` are their tokens, where these were measured; `rows` are of
+        places in these two. `known` are the problems of records that are not among them."""
+        self.records, self.path, self.indices, self.processor = records, path, indices, processor
+        self.max_length, self.lengths, self.rows, self.known = max_length, lengths, rows, known
 
     def __len__(self) -> int:
         return len(self.indices) if self.rows is None else len(self.rows)
 
     def record(self, place: int) -> Record:
         """The place-th record, whatever rows there are."""
-        return record_at(self.records, self.indices[place])
+        return self.records[int(self.indices[place])]
 
-    def part(self, places: list[int]) -> "SampleDataset":
+    def part(self, places: numpy.ndarray) -> "SampleDataset":
         """The records at these places."""
-        chosen = [self.indices[place] for place in places], [self.lengths[place] for place in places]
-        return SampleDataset(self.records, *chosen, self.processor)
+        lengths = None if self.lengths is None else self.lengths[places]
+        return SampleDataset(
+            self.records, self.path, self.indices[places], self.processor, self.max_length, lengths, known=self.known
+        )
 
     def packed(self, row_length: int, seed: int) -> "SampleDataset":
         """The same records in rows of up to so many tokens. Which records share a row depends on the seed alone, so a resumed
         run finds the same rows."""
+        assert self.lengths is not None
         order = torch.randperm(len(self.indices), generator=sample_generator(seed, step=-1, sample=-1)).tolist()
-        rows = first_fit(self.lengths, order, row_length)
-        return SampleDataset(self.records, self.indices, self.lengths, self.processor, rows)
+        rows = first_fit(self.lengths.tolist(), order, row_length)
+        return SampleDataset(
+            self.records, self.path, self.indices, self.processor, self.max_length, self.lengths, rows, self.known
+        )
 
-    def __getitem__(self, row: int) -> list[Sample | DiffvlError]:
+    def problems(self) -> list[Problem]:
+        """What is wrong with the text of these records: a pass over all of them."""
+        found = []
+        for index, record in ((int(index), self.records[int(index)]) for index in self.indices):
+            try:
+                encode_record(record, self.processor, self.max_length)
+            except DataError as error:
+                found.append(problem_of(record, index, self.path, error))
+        return found
+
+    def __getitem__(self, row: int) -> list[Sample | Problem]:
         return [self._sample(place) for place in ((row,) if self.rows is None else self.rows[row])]
 
-    def _sample(self, place: int) -> Sample | DiffvlError:
+    def _sample(self, place: int) -> Sample | Problem:
+        index, record = int(self.indices[place]), self.record(place)
         try:
-            return sample_of(self.record(place), self.indices[place], self.processor)
-        except DiffvlError as error:
-            return error
+            return sample_of(record, index, self.processor, self.max_length)
+        except DataError as error:
+            return problem_of(record, index, self.path, error)
+
+
+def problem_of(record: Record, index: int, path: Path, error: DataError) -> Problem:
+    """What is wrong with a record that its file gave."""
+    line = int(record.source.rpartition(":")[2].partition(" ")[0])  # behind it may stand which record of the line it is
+    message = str(error).removeprefix(f"{record.source}: ")
+    return Problem(error.kind, path, line, index + 1, None if record.id == record.source else record.id, message)
 
 
 @dataclass(frozen=True)
@@ -90,13 +129,15 @@ def longest_sample(context: int | None, block_size: int, grid: str) -> int | Non
     return context // block_size * block_size if grid == "absolute" else context - block_size + 1
 
 
-def load_data(data: Data, processor: DiffVLProcessor, longest: int | None) -> StageData:
-    """Opens a stage's files and checks every record's length before any work is done.
+def load_data(
+    data: Data, processor: DiffVLProcessor, longest: int | None, console: Console = _QUIET, look: bool = True
+) -> StageData:
+    """Opens a stage's files; measures their records where packing or `check_lengths` ask for it.
 
     Args:
-        longest: see `longest_sample`.
+        longest: see `longest_sample`. look: see `open_records`.
     Raises:
-        DataError: naming records that are too long (unless `too_long: drop`) or wrong.
+        DataError: naming the records that cannot be used, by the rule of `data.on_error`.
         ConfigError: if no file is given, or the held-out share leaves nothing to train on.
     """
     if data.train is None:
@@ -106,93 +147,101 @@ def load_data(data: Data, processor: DiffVLProcessor, longest: int | None) -> St
             f"data.max_length is {data.max_length}, but a sample in whole blocks may have {longest} tokens in this trunk's "
             f"context: set it to {longest} or less"
         )
-    train = open_samples(Path(data.train), data, processor)
+    train = open_samples(Path(data.train), data, processor, console, look)
     if data.eval is not None:
-        return StageData(train, open_samples(Path(data.eval), data, processor))
+        unpacked = data.model_copy(update={"row_length": None})
+        return StageData(train, open_samples(Path(data.eval), unpacked, processor, console, look))
     if not data.holdout:
         return StageData(train, None)
-    if data.holdout >= len(train):
-        raise ConfigError(
-            f"data.holdout is {data.holdout}, but {data.train} has {len(train)} records: nothing is left to train on"
-        )
+    count = len(train.indices)
+    if data.holdout >= count:
+        raise ConfigError(f"data.holdout is {data.holdout}, but {data.train} has {count} records: nothing is left to train on")
     # Every n-th record, so that a file sorted by kind gives a mixed held-out set.
-    stride = len(train) / data.holdout
-    held = {int(place * stride) for place in range(data.holdout)}
-    kept = [place for place in range(len(train.indices)) if place not in held]
-    return StageData(train.part(kept), train.part(sorted(held)))
+    stride = count / data.holdout
+    held = numpy.unique([int(place * stride) for place in range(data.holdout)])
+    return StageData(train.part(numpy.setdiff1d(numpy.arange(count), held)), train.part(held))
 
 
-SHORTEN = "raise data.max_length, or set data.too_long=drop to leave them out"
-
-
-def open_samples(path: Path, data: Data, processor: DiffVLProcessor, advice: str = SHORTEN) -> SampleDataset:
-    """One file's samples; records longer than `max_length` are an error (that ends with the advice) or left out, never cut."""
-    records = open_records(path, unpaired_turns=data.unpaired_turns)
-    lengths = _lengths(records, processor)
-    long = [index for index, length in enumerate(lengths) if length > data.max_length]
-    if long and data.too_long == "error":
-        shown = "\n".join(f"  {record_at(records, index).source}: {lengths[index]} tokens" for index in long[:SHOWN_PROBLEMS])
-        more = f"\n  and {len(long) - SHOWN_PROBLEMS} more" if len(long) > SHOWN_PROBLEMS else ""
-        raise DataError(
-            f"{path}: {len(long)} of {len(records)} records are longer than {data.max_length} tokens "
-            f"(pictures included):\n{shown}{more}\n{advice}"
-        )
-    if long:
-        _tell_left_out(path, len(long), len(records), data.max_length)
-    kept = [index for index, length in enumerate(lengths) if length <= data.max_length]
-    if not kept:
-        raise DataError(f"{path}: all {len(records)} records are longer than {data.max_length} tokens; {advice}")
-    return SampleDataset(records, kept, [lengths[index] for index in kept], processor)
+def open_samples(
+    path: Path, data: Data, processor: DiffVLProcessor, console: Console = _QUIET, look: bool = True
+) -> SampleDataset:
+    """One file's samples. Records that are longer than `max_length` or do not fit the chat template are never cut. With
+    `check_lengths` they are told now, and nothing else is changed by it; packing leaves them out now; otherwise they are met when
+    their turn comes."""
+    table = open_records(path, data, console, look)
+    everything = SampleDataset(table, path, table.usable, processor, data.max_length, known=table.problems)
+    if not data.check_lengths and data.row_length is None:
+        return everything
+    lengths = lengths_of(table, processor, console)
+    good = (lengths != REFUSED) & (lengths <= data.max_length)
+    problems = everything.part(numpy.flatnonzero(~good)).problems()
+    forgiven = [problem for problem in problems if is_forgiven(problem, data)]
+    if not good.any() and len(forgiven) == len(problems):
+        raise DataError(f"{path}: all {len(problems)} records are longer than {data.max_length} tokens; raise data.max_length")
+    wrong = [problem for problem in problems if not is_forgiven(problem, data)]
+    require_usable([*table.problems, *wrong], path, len(table), data)
+    if forgiven:
+        _tell_forgiven(path, len(forgiven), len(table), data.max_length)
+    if data.row_length is None:
+        return everything
+    known = [*table.problems, *problems]
+    return SampleDataset(table, path, table.usable[good], processor, data.max_length, lengths[good], known=known)
 
 
 @cache
-def _tell_left_out(path: Path, long: int, records: int, limit: int) -> None:
-    """Once a run: a stage opens its files several times."""
-    log.warning("%s: left out %d of %d records longer than %d tokens", path, long, records, limit)
+def _tell_forgiven(path: Path, long: int, records: int, limit: int) -> None:
+    """Once a run, which opens its files several times."""
+    log.warning("%s: %d of %d records are longer than %d tokens and left out", path, long, records, limit)
 
 
-def check_pictures(data: StageData, most: int, console: Console) -> None:
-    """Decodes every picture of a set of up to `most` records: a damaged one is then found before training, not at its step.
+def num_workers(data: Data, samples: int, processes: int) -> int:
+    """Loader processes of each of so many training processes on this machine."""
+    if data.workers is not None:
+        return data.workers
+    return 0 if samples < _WORKERS_FROM else max(1, min(_MOST_WORKERS, num_cores() // processes - 1))
+
+
+# --- pictures ------------------------------------------------------------------------------------------------------------
+
+
+def check_pictures(stage: StageData, data: Data, console: Console) -> None:
+    """Decodes every picture of a set of up to `check_images` records: a damaged one is then found before training, not at its
+    step.
 
     Raises:
-        DataError: with the first problems and the number of the others.
+        DataError: with all problems, by the rule of `data.on_error`.
     """
-    for samples in (data.train, data.held_out):
-        if samples is None or len(samples.indices) > most:
+    for samples in (stage.train, stage.held_out):
+        count = 0 if samples is None else len(samples.indices)
+        if samples is None or count > data.check_images:
             continue
-        problems = []
-        count = len(samples.indices)
-        for place in track(console, range(count), count, "checking pictures"):
-            record = samples.record(place)
-            for path in record.images:
-                try:
-                    open_picture(path, record.source)
-                except DataError as error:
-                    problems.append(str(error))
-        if len(problems) > SHOWN_PROBLEMS:
-            problems[SHOWN_PROBLEMS:] = [f"and {len(problems) - SHOWN_PROBLEMS} more"]
-        if problems:
-            raise DataError("\n".join(problems))
+        looked = over_places(partial(_look, samples), count, _PICTURES_PAY_FROM, console, "checking pictures")
+        problems = [problem for problem in looked if problem is not None]
+        wrong = [problem for problem in samples.known if not is_forgiven(problem, data)]
+        require_usable([*wrong, *problems] if problems else [], samples.path, len(samples.records), data)
 
 
-def _lengths(records: datasets.Dataset, processor: DiffVLProcessor) -> list[int]:
-    """Tokens of every record, remembered on disk by the data, the tokenizer and the picture's length."""
-    tokenizer = processor.tokenizer
-    facts = (records._fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, processor.image_tokens)
-    fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
-
-    def measure(_: dict[str, object], index: int) -> dict[str, int]:
-        return {"tokens": len(encode_record(record_at(records, index), processor).ids)}
-
-    measured = records.map(measure, with_indices=True, new_fingerprint=fingerprint, desc="measuring records")
-    return list(measured["tokens"])
+def _look(samples: SampleDataset, place: int) -> Problem | None:
+    record = samples.record(place)
+    try:
+        for path in record.images:
+            open_picture(path, record.source)
+    except DataError as error:
+        return problem_of(record, int(samples.indices[place]), samples.path, error)
+    return None
 
 
 def batches_of(
-    dataset: SampleDataset, places: list[int], size: int, collator: Callable[[Sequence[Any]], dict[str, Any]]
+    dataset: SampleDataset,
+    places: list[int],
+    size: int,
+    collator: Callable[[Sequence[Any]], dict[str, Any]],
+    problems: list[Problem],
 ) -> Iterator[dict[str, Any]]:
-    """Batches in the order of `places`."""
+    """Batches in the order of `places`. What is wrong with samples that cannot be built is added to `problems`; a batch of which
+    nothing is left is left out."""
     for start in range(0, len(places), size):
         batch = collator([dataset[place] for place in places[start : start + size]])
-        raise_bad_record(batch)
-        yield batch
+        problems += batch.pop(PROBLEMS, ())
+        if not is_filler(batch):
+            yield batch

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffvl.data.content import Content, kind_of, read_content, text_of
+from diffvl.data.files import Files
 from diffvl.data.jsonfile import check_path, read_objects
 from diffvl.data.keys import UnusedKeys, check_record_keys, check_turn_keys, is_absent, missing_turns, trained_of
 from diffvl.data.markers import IMAGE_MARKER, count_markers, mistaken_marker, other_media, plain
@@ -123,7 +124,7 @@ class _Reader:
         self.folder_is_set = image_folder is not None
         self.unpaired_turns = unpaired_turns
         self.unused = UnusedKeys()
-        self.seen: dict[str, bool] = {}  # path -> is a file: one stat per path
+        self.files = Files()
 
     def record(self, value: Any, source: str) -> Record:
         """Raises DataError without the place, which the caller knows."""
@@ -157,9 +158,7 @@ class _Reader:
     def _path(self, image: str) -> str:
         require_path(image)
         path = os.path.join(self.folder, image)
-        if path not in self.seen:
-            self.seen[path] = os.path.isfile(path)
-        if not self.seen[path]:
+        if path not in self.files:
             raise missing_picture(path, image, self.folder_is_set)
         return path
 

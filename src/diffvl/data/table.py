@@ -1,132 +1,245 @@
 """Data file -> a memory-mapped table of its records, which every process opens and none holds in memory.
 
-The table lies in the cache folder of `datasets` and is built once for each state of the data file.
+The table lies in the cache folder of `datasets` and is built once for each content of the data file: a file that was touched, or
+copied over itself, is not read again. A row is a record, or what is wrong with it, so the number of a row is the number of the
+record in its file, whatever is left out.
 """
 
 import hashlib
 import json
 import os
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, overload
 
-import datasets
+import numpy
 import pyarrow as pa
 from datasets import config as datasets_config
+from rich.console import Console
 
+from diffvl import terminal
+from diffvl.config import Data
+from diffvl.data.files import Files
 from diffvl.data.jsonfile import check_path
+from diffvl.data.problem_list import require_usable
 from diffvl.data.problems import Problem
-from diffvl.data.records import Record, Role, Turn, Unpaired, parse_file
+from diffvl.data.records import Record, Turn, parse_file
 from diffvl.errors import DataError
+from diffvl.progress import track
 
-_NUM_SHOWN = 5  # problems of one file told in one error
 _NUM_ROWS = 1024  # records per Arrow batch
+_BAR_FROM = 5000  # records; fewer are read before a bar could be seen
+_CHUNK = 1 << 20  # bytes
+_QUIET = terminal.console(quiet=True)
 
-_FORMAT = 2  # of the Arrow cache: raise it when what is read out of a file changes
-_FEATURES = datasets.Features(
-    {
-        "id": datasets.Value("string"),
-        "images": datasets.List(datasets.Value("string")),
-        "roles": datasets.List(datasets.Value("string")),
-        "texts": datasets.List(datasets.Value("string")),
-        "trained": datasets.List(datasets.Value("bool")),
-        "source": datasets.Value("string"),
-    }
+_READING = ("image_folder", "unpaired_turns")  # settings of `Data` by which a file is parsed: arguments of parse_file
+_FORMAT = 3  # of the Arrow cache: raise it when what is read out of a file changes
+_SCHEMA = pa.schema(
+    [
+        ("record", pa.string()),  # JSON of the fields of Record but for images; null in the row of a problem
+        ("images", pa.list_(pa.string())),
+        ("problem", pa.string()),  # JSON of the fields of Problem but for path and number; null in the row of a record
+        ("digest", pa.uint64()),  # of what training sees of the record; 0 in the row of a problem
+    ]
 )
 
 
-def open_records(path: Path, image_folder: str | Path | None = None, unpaired_turns: Unpaired = "error") -> datasets.Dataset:
-    """The file's records as a memory-mapped table; `record_at` gives them back as `Record`.
+class RecordTable(Sequence[Record]):
+    """All records of a data file, read as they are asked for. `usable` are the rows that hold one.
 
-    Columns: id, images (list), roles (list), texts (list), trained (list), source. The table lies in the cache folder of
-    `datasets` and is built again when the file's path, size or modification time changes, or when it is read otherwise. Image
-    files are looked for on every call.
-
-    Raises:
-        DataError: with the first problems of the file and the number of the others; nothing is left in the cache then.
+    usable: row numbers, rising, int64. digests [rows], uint64: equal where training would see the same (pictures by their names
+    below the picture folder); 0 at problems. path: the data file, bytes_digest: of its bytes.
     """
+
+    def __init__(self, file: Path, path: Path, bytes_digest: str) -> None:
+        self.path, self._file, self.bytes_digest = path, file, bytes_digest
+        self._table = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+        self.digests: numpy.ndarray = self._table.column("digest").to_numpy()
+        self.usable: numpy.ndarray = numpy.flatnonzero(self._table.column("record").is_valid().to_numpy())
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a process that is not forked opens the file anew
+        return RecordTable, (self._file, self.path, self.bytes_digest)
+
+    def __len__(self) -> int:
+        """Rows: records and problems."""
+        return len(self._table)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        text = self._table.column("record")[index].as_py()
+        assert text is not None, f"row {index} holds a problem"
+        fields = json.loads(text)
+        turns = tuple(Turn(**turn) for turn in fields.pop("turns"))
+        return Record(**fields, turns=turns, images=tuple(self._table.column("images")[index].as_py()))
+
+    @cached_property
+    def problems(self) -> list[Problem]:
+        bad = numpy.flatnonzero(self._table.column("problem").is_valid().to_numpy())
+        texts = self._table.column("problem").take(pa.array(bad)).to_pylist()
+        return [Problem(path=self.path, number=int(row) + 1, **json.loads(text)) for row, text in zip(bad, texts, strict=True)]
+
+    @cached_property
+    def content(self) -> str:
+        """A digest of all that training sees of the records, in their order."""
+        return hashlib.blake2b(self.digests.tobytes(), digest_size=16).hexdigest()
+
+    def images_exist(self) -> bool:
+        """Whether all pictures are still there."""
+        files = Files()
+        chunks = self._table.column("images").chunks
+        return all(image in files for chunk in chunks for image in chunk.flatten().to_pylist())
+
+
+def open_records(
+    path: Path, data: Data | None = None, console: Console = _QUIET, look: bool = True, advise: bool = True
+) -> RecordTable:
+    """The file's records as a memory-mapped table.
+
+    Args:
+        data: its `image_folder`, `on_error` and `max_skipped` count; default: a file with its pictures and without problems.
+        look: whether to look again for the pictures of a file that was read before. One process of a run does.
+        advise: whether the error names the settings that would let the run go on.
+    Raises:
+        DataError: with the problems of the file, by the rule of `on_error`; nothing is left in the cache then.
+    """
+    data = data or Data()
     check_path(path)
-    reading = (image_folder, unpaired_turns)
-    table = _cache_path(path, *reading)
-    if not table.exists() or not _images_exist(table):
-        _build_table(path, table, *reading)
-    return datasets.Dataset.from_file(str(table))
+    content = _content_of(path)
+    reading = {name: getattr(data, name) for name in _READING}
+    table = _cache_path(path, content, reading)
+    opened = RecordTable(table, path, content.digest) if table.exists() else None
+    # What was missing may be there now, and what was there may be missing.
+    if opened is None or (look and (len(opened.usable) < len(opened) or not opened.images_exist())):
+        _build_table(path, table, reading, console, content.records)
+        opened = RecordTable(table, path, content.digest)
+    try:
+        require_usable(opened.problems, path, len(opened), data, advise)
+    except DataError:
+        table.unlink(missing_ok=True)
+        raise
+    return opened
 
 
-def record_at(dataset: datasets.Dataset, index: int) -> Record:
-    """Row `index` of what `open_records` gave (or of a selection of it)."""
-    row = dataset[index]
-    columns = zip(row["roles"], row["texts"], row["trained"], strict=True)
-    turns = tuple(Turn(cast(Role, role), text, trained) for role, text, trained in columns)
-    return Record(row["id"], tuple(row["images"]), turns, row["source"])
+def record_at(records: Sequence[Record], index: int) -> Record:
+    """The record of a row."""
+    return records[index]
 
 
-# --- the memory-mapped table ---------------------------------------------------------------------------------------------
+# --- the file's content ----------------------------------------------------------------------------------------------------
 
 
-def _cache_path(path: Path, image_folder: str | Path | None, unpaired_turns: Unpaired) -> Path:
-    status = path.stat()
-    folder = None if image_folder is None else os.path.abspath(image_folder)
-    key = json.dumps([_FORMAT, os.path.abspath(path), status.st_size, status.st_mtime_ns, folder, unpaired_turns])
-    name = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-    return Path(datasets_config.HF_DATASETS_CACHE) / "diffvl" / f"{name}.arrow"
+@dataclass(frozen=True)
+class _Content:
+    """digest: of the bytes. records: as many as can be told without parsing, by the keys that each has once."""
+
+    digest: str
+    records: int
 
 
-def _images_exist(table: Path) -> bool:
-    """Whether all images named in a table are still there; if not, reading the file again says which records need them."""
-    chunks = datasets.Dataset.from_file(str(table)).data.column("images").chunks
-    return all(os.path.isfile(image) for image in {image for chunk in chunks for image in chunk.flatten().to_pylist()})
+def _content_of(path: Path) -> _Content:
+    hashed, records = hashlib.blake2b(digest_size=16), 0
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                hashed.update(chunk)
+                records += chunk.count(b'"conversations"') + chunk.count(b'"messages"')
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    return _Content(hashed.hexdigest(), records)
 
 
-def _build_table(path: Path, table: Path, image_folder: str | Path | None, unpaired_turns: Unpaired) -> None:
+def content_digest(path: Path) -> str:
+    """A digest of a file's bytes. Raises DataError if it cannot be read."""
+    return _content_of(path).digest
+
+
+def _cache_path(path: Path, content: _Content, reading: dict[str, Any]) -> Path:
+    """By all that the rows follow from. The file's own path counts too: messages name it."""
+    facts = [_FORMAT, content.digest, os.path.abspath(path), _pictures_below(path, reading), reading]
+    name = hashlib.sha256(json.dumps(facts, default=str).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    return cache_folder() / f"{name}.arrow"
+
+
+def _pictures_below(path: Path, reading: dict[str, Any]) -> str:
+    """The folder at which relative paths of pictures start."""
+    return os.path.abspath(reading["image_folder"] or path.parent)
+
+
+def cache_folder() -> Path:
+    """Where tables and measured lengths lie."""
+    return Path(datasets_config.HF_DATASETS_CACHE) / "diffvl"
+
+
+def cache_error(path: Path, error: OSError) -> DataError:
+    """What to say where nothing can be written into the cache folder."""
+    advice = "set HF_DATASETS_CACHE to a folder that can be written"
+    return DataError(f"{path}: its record cache {cache_folder()} cannot be written ({error}); {advice}")
+
+
+def beside(file: Path) -> Path:
+    """A name for building `file` under; other processes, on this machine or others, build under others."""
+    return file.with_name(f"{file.name}.{uuid.uuid4().hex}.partial")
+
+
+# --- building the table ----------------------------------------------------------------------------------------------------
+
+
+def _build_table(path: Path, table: Path, reading: dict[str, Any], console: Console, expected: int) -> None:
     """Writes beside `table` and renames at the end: other processes see a whole table or none."""
-    partial = table.with_name(f"{table.name}.{os.getpid()}.partial")
+    partial = beside(table)
     try:
         table.parent.mkdir(parents=True, exist_ok=True)
         try:
-            _write_table(path, partial, image_folder, unpaired_turns)
+            _write_table(path, partial, reading, console if expected >= _BAR_FROM else _QUIET, expected)
             os.replace(partial, table)
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:  # of the cache only: reading the data file tells its own as DataError
-        advice = "set HF_DATASETS_CACHE to a folder that can be written"
-        raise DataError(f"{path}: its record cache {table.parent} cannot be written ({error}); {advice}") from error
+        raise cache_error(path, error) from error
 
 
-def _write_table(path: Path, table: Path, image_folder: str | Path | None, unpaired_turns: Unpaired) -> None:
-    schema = _FEATURES.arrow_schema
-    problems: list[Problem] = []
-    num_problems = 0
-    rows: list[dict[str, Any]] = []
-    with pa.OSFile(str(table), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for item in parse_file(path, image_folder, unpaired_turns):
-            if isinstance(item, Problem):
-                num_problems += 1
-                problems += [item] if num_problems <= _NUM_SHOWN else []
-            elif not problems:
-                rows.append(_row(item))
-            if len(rows) == _NUM_ROWS:
-                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
-                rows.clear()
-        writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
-    if problems:
-        raise _summary(path, problems, num_problems)
+def _write_table(path: Path, table: Path, reading: dict[str, Any], console: Console, expected: int) -> None:
+    pictures_below = _pictures_below(path, reading) + os.sep
+    columns: tuple[list[Any], ...] = ([], [], [], [])
+    with pa.OSFile(str(table), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
+
+        def write() -> None:
+            arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
+            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=_SCHEMA))
+            for column in columns:
+                column.clear()
+
+        for item in track(console, parse_file(path, **reading), expected, f"reading {path.name}"):
+            row = _problem_row(item) if isinstance(item, Problem) else _record_row(item, pictures_below)
+            for column, value in zip(columns, row, strict=True):
+                column.append(value)
+            if len(columns[0]) == _NUM_ROWS:
+                write()
+        write()
 
 
-def _row(record: Record) -> dict[str, Any]:
-    return {
-        "id": record.id,
-        "images": record.images,
-        "roles": [turn.role for turn in record.turns],
-        "texts": [turn.text for turn in record.turns],
-        "trained": [turn.trained for turn in record.turns],
-        "source": record.source,
-    }
+def _record_row(record: Record, pictures_below: str) -> tuple[str, tuple[str, ...], None, int]:
+    """Turned into JSON field by field, so that a field more in Record or Turn is kept without a word here."""
+    fields = {**vars(record), "turns": [vars(turn) for turn in record.turns]}
+    images = fields.pop("images")
+    text = json.dumps(fields, ensure_ascii=False)
+    # Name and place of a record are not seen by training, and a set may be moved.
+    seen = {key: value for key, value in fields.items() if key not in ("id", "source")}
+    named = [image.removeprefix(pictures_below) for image in images]
+    facts = json.dumps([seen, named], ensure_ascii=False).encode("utf-8", "surrogateescape")
+    return text, images, None, int.from_bytes(hashlib.blake2b(facts, digest_size=8).digest(), "little") or 1
 
 
-def _summary(path: Path, problems: list[Problem], num_problems: int) -> DataError:
-    if num_problems == 1:
-        return problems[0].error()
-    lines = [str(problem) for problem in problems]
-    if num_problems > len(problems):
-        lines.append(f"and {num_problems - len(problems)} more")
-    return DataError(f"{path}: {num_problems} problems\n  " + "\n  ".join(lines))
+def _problem_row(problem: Problem) -> tuple[None, None, str, int]:
+    fields = {key: value for key, value in vars(problem).items() if key not in ("path", "number")}
+    return None, None, json.dumps(fields), 0

@@ -1,0 +1,101 @@
+"""Which records a run has left out, each once: counted, listed in a file of the run, and stopped at where there are too many.
+
+The list is that of an uninterrupted run whatever happens: every line has its step, and a run that goes on from a checkpoint drops
+the lines behind it.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from diffvl.config import Data
+from diffvl.data.loader import SampleDataset
+from diffvl.data.problem_list import advice_on, as_error, as_line, from_line, is_forgiven, kinds_of, over_budget
+from diffvl.data.problems import Problem
+from diffvl.errors import DataError
+from diffvl.progress import read_json_lines, write_beside
+
+LEFT_OUT_FILE = "left_out.jsonl"
+_HOPELESS = 1000  # records of which not one could be used: the others will be no better
+
+
+class LeftOut:
+    """The records that are left out of a run. All processes of a run hold the same; one of them writes."""
+
+    def __init__(self, file: Path, data: Data, datasets: Iterable[SampleDataset | None], writes: bool) -> None:
+        self._file, self._data, self._writes = file, data, writes
+        self._datasets = [samples for samples in datasets if samples is not None]
+        self._paths = list(dict.fromkeys(samples.path for samples in self._datasets))
+        self._found: dict[tuple[str, int], Problem] = {}
+        self._wrong: Counter[Path] = Counter()  # by file; those that are forgiven apart
+        self._all: Counter[Path] = Counter()
+        self._used = False
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def begin(self, step: int) -> None:
+        """Takes up the list at a step: what was known before training, and what the steps up to this one have left out."""
+        self._found, self._wrong, self._all, self._used = {}, Counter(), Counter(), step > 0
+        found = [(0, problem) for samples in self._datasets for problem in samples.known]
+        if step > 0 and self._file.exists():
+            lines = [line for line in read_json_lines(self._file) if line["step"] <= step]
+            # By the number of its file: the set may have been moved since.
+            found += [(line["step"], replace(from_line(line), path=self._paths[line["set"]])) for line in lines]
+        kept = []
+        for met, problem in found:
+            if _key(problem) not in self._found:
+                self._count(problem)
+                kept.append(self._line(problem, met))
+        if self._writes and (kept or self._file.exists()):
+            write_beside(self._file, "".join(kept))
+
+    def add(self, problems: Sequence[Problem], used: int, step: int) -> None:
+        """Takes note of the records that a step has met and could not use, and of the number that it could.
+
+        Raises:
+            DataError: where they are not to be left out (`on_error`, `too_long`), or are too many.
+        """
+        self._used = self._used or used > 0
+        new = {_key(problem): problem for problem in problems if _key(problem) not in self._found}
+        wrong = [problem for problem in new.values() if not is_forgiven(problem, self._data)]
+        if wrong and self._data.on_error == "stop":
+            raise as_error(wrong, wrong[0].path, advice_on(wrong, in_training=True))
+        for problem in new.values():
+            self._count(problem)
+        if self._writes and new:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.writelines(self._line(problem, step) for problem in new.values())
+        for samples in self._datasets:
+            self._require_budget(samples)
+
+    def kinds(self) -> dict[str, int]:
+        """How many of each kind, the most frequent first."""
+        return kinds_of(self._found.values())
+
+    def _line(self, problem: Problem, step: int) -> str:
+        return json.dumps({"step": step, "set": self._paths.index(problem.path), **as_line(problem)}) + "\n"
+
+    def _count(self, problem: Problem) -> None:
+        self._found[_key(problem)] = problem
+        self._all[problem.path] += 1
+        self._wrong[problem.path] += not is_forgiven(problem, self._data)
+
+    def _require_budget(self, samples: SampleDataset) -> None:
+        path, total = samples.path, len(samples.records)
+        if self._wrong[path] > self._data.max_skipped * total:
+            wrong = [problem for problem in self._of(path) if not is_forgiven(problem, self._data)]
+            raise as_error(wrong, path, over_budget(len(wrong), total, self._data))
+        if not self._used and self._all[path] >= min(total, _HOPELESS):
+            told = "all" if self._all[path] == total else f"the first {self._all[path]}"
+            kinds = ", ".join(f"{count} {kind}" for kind, count in kinds_of(self._of(path)).items())
+            raise DataError(f"{path}: {told} records cannot be used ({kinds}); the first is {self._of(path)[0]}")
+
+    def _of(self, path: Path) -> list[Problem]:
+        return [problem for problem in self._found.values() if problem.path == path]
+
+
+def _key(problem: Problem) -> tuple[str, int]:
+    return str(problem.path), problem.number

@@ -1,0 +1,50 @@
+"""A pass over the records of a file: by several processes where it is long enough to pay, with a bar and the time left."""
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+import torch
+from rich.console import Console
+from torch.utils.data import DataLoader, Dataset
+
+from diffvl.progress import track
+
+T = TypeVar("T")
+
+_MOST_PROCESSES = 16
+_AT_ONCE = 64  # places of a task
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Places(Dataset, Generic[T]):
+    def __init__(self, work: Callable[[int], T], count: int) -> None:
+        self.work, self.count = work, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, place: int) -> T:
+        return self.work(place)
+
+
+def over_places(work: Callable[[int], T], count: int, pays_from: int, console: Console, text: str) -> Iterator[T]:
+    """`work(place)` for every place below `count`, in order.
+
+    Args:
+        work: must return a user's mistake as a value: an error raised in another process would lose its form.
+        pays_from: places from which several processes are started.
+    """
+    processes = min(num_cores(), _MOST_PROCESSES) if count >= pays_from else 0
+    loader = DataLoader(
+        _Places(work, count),
+        batch_size=_AT_ONCE,
+        num_workers=processes if processes > 1 else 0,
+        collate_fn=list,
+        generator=torch.Generator(),  # a loader draws a seed, which must not come out of the run's
+    )
+    yield from track(console, (result for results in loader for result in results), count, text)

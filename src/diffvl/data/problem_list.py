@@ -1,0 +1,115 @@
+"""All problems of a data file in one go: counted by kind, the first few of each kind with their places, the rest in a file; and
+whether a run may go on without the records that have them (`data.on_error`)."""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import config as datasets_config
+
+from diffvl.config import Data
+from diffvl.data.chat import TOO_LONG
+from diffvl.data.problems import Problem
+from diffvl.errors import DataError
+
+_NUM_SHOWN = 5  # problems told where all are of one kind
+_NUM_OF_KIND = 3  # problems told of each kind where there are several
+
+
+def require_usable(problems: Sequence[Problem], path: Path, total: int, data: Data, advise: bool = True) -> None:
+    """Raises DataError unless the records that are left may stand for the file: there are no problems, or `on_error` is `skip`
+    and they are no more than `max_skipped` of all, and none hides what stands behind it."""
+    if not problems:
+        return
+    ending = [problem for problem in problems if problem.ends]
+    if data.on_error == "stop" or ending:
+        raise as_error(problems, path, "" if ending or not advise else advice_on(problems))
+    if len(problems) == total:
+        raise as_error(problems, path, "no record is left")
+    if len(problems) > data.max_skipped * total:
+        raise as_error(problems, path, over_budget(len(problems), total, data))
+
+
+def is_forgiven(problem: Problem, data: Data) -> bool:
+    """Whether a record may be left out without counting: `too_long: drop` asks for it."""
+    return problem.kind == TOO_LONG and data.too_long == "drop"
+
+
+def advice_on(problems: Sequence[Problem], in_training: bool = False) -> str:
+    """What to do, other than to mend the records, where a run stops at these problems."""
+    lines = []
+    if any(problem.kind == TOO_LONG for problem in problems):
+        found = " (data.check_lengths=true finds all of them before training)" if in_training else ""
+        lines.append(f"raise data.max_length, or set data.too_long=drop to leave them out{found}")
+    if any(problem.kind != TOO_LONG for problem in problems):
+        lines.append("set data.on_error=skip to leave such records out, up to data.max_skipped of them")
+    return "\n".join(lines)
+
+
+def over_budget(count: int, total: int, data: Data) -> str:
+    """What to say where more records are wrong than may be skipped."""
+    return (
+        f"{count} of {total} records cannot be used ({count / total:.2%}), more than data.max_skipped={data.max_skipped:g} "
+        "lets pass: mend them or raise it"
+    )
+
+
+def as_error(problems: Sequence[Problem], path: Path, advice: str = "") -> DataError:
+    """The problems of one file as one error; at least one."""
+    if len(problems) == 1:
+        return DataError(f"{problems[0]}; {advice}" if advice else str(problems[0]), kind=problems[0].kind)
+    counts = kinds_of(problems)
+    most = _NUM_SHOWN if len(counts) == 1 else _NUM_OF_KIND
+    lines = [f"{path}: {len(problems)} problems"]
+    for kind, count in counts.items():
+        indent = "  "
+        if len(counts) > 1:
+            lines.append(f"  {kind}: {count}")
+            indent = "    "
+        of_kind = [problem for problem in problems if problem.kind == kind]
+        lines += [f"{indent}{problem}" for problem in of_kind[:most]]
+        if count > most:
+            lines.append(f"{indent}and {count - most} more")
+    if len(problems) > sum(min(count, most) for count in counts.values()):
+        lines.append(f"all of them: {_write_list(problems, path)}")
+    return DataError("\n".join([*lines, advice] if advice else lines))
+
+
+def kinds_of(problems: Iterable[Problem]) -> dict[str, int]:
+    """How many there are of each kind, the most frequent first."""
+    return dict(Counter(problem.kind for problem in problems).most_common())
+
+
+def as_line(problem: Problem) -> dict[str, Any]:
+    """A problem as an object of a JSON-lines file."""
+    return {
+        "kind": problem.kind,
+        "file": str(problem.path),
+        "line": problem.line,
+        "record": problem.number,
+        "id": problem.id,
+        "message": problem.message,
+    }
+
+
+def from_line(line: dict[str, Any]) -> Problem:
+    """What `as_line` was made from."""
+    return Problem(line["kind"], Path(line["file"]), line["line"], line["record"], line["id"], line["message"])
+
+
+def _write_list(problems: Sequence[Problem], path: Path) -> Path:
+    """All problems as JSON lines, in the cache: a run that is refused leaves no directory of its own. The next list of the same
+    file takes this one's place."""
+    name = hashlib.sha256(os.path.abspath(path).encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    file = Path(datasets_config.HF_DATASETS_CACHE) / "diffvl-problems" / f"{path.stem}-{name}.jsonl"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("w", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(as_line(problem)) + "\n" for problem in problems)
+    except OSError as error:
+        raise DataError(f"{path}: {len(problems)} problems; their list {file} cannot be written ({error})") from error
+    return file
