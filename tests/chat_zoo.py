@@ -101,7 +101,7 @@ def _words() -> Tokenizer:
 
 
 BACKENDS = {
-    "byte level": lambda: _byte_level(),
+    "byte level": _byte_level,
     "byte level, trimmed": lambda: _byte_level(trim=True),
     "byte level, NFC": lambda: _byte_level(nfc=True),
     "byte level, prefix": lambda: _byte_level(prefix=True),
@@ -163,4 +163,3 @@ def random_chat(source: random.Random, system: bool, rounds: int | None = None) 
                 content.append({"type": "image"} if source.random() < 0.5 else {"type": "text", "text": random_text(source)})
         chat += [{"role": "user", "content": content}, {"role": "assistant", "content": random_text(source)}]
     return chat if source.random() < 0.7 else chat[:-1]
-

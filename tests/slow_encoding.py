@@ -22,44 +22,21 @@ def untrimmed(tokenizer: Any) -> Any:
 
 def encode_slowly(processor: DiffVLProcessor, tokenizer: Any, messages: list[Any], add_generation_prompt: bool) -> Encoded:
     """Raises ValueError where the template does not fit the chat."""
-    token, stop_token = processor.image_token, processor.stop_token
+    token = processor.image_token
     plain = [{"role": message["role"], "content": _flat(message["content"], token)} for message in messages]
-
-    def render(turns: list[Any], prompt: bool) -> str:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt, date_string=FIXED_DATE)
-
-    rendered, spans = render(plain, add_generation_prompt), []
-    for turn, message in enumerate(plain):
-        if message["role"] != "assistant":
-            continue
-        prompt = render(plain[:turn], True)
-        if not rendered.startswith(prompt):
-            raise ValueError("not prefix-stable")
-        content = message["content"].strip()
-        found = rendered.find(content, len(prompt))
-        stop = rendered.find(stop_token, found + len(content)) if found >= 0 else -1
-        if stop < 0 or rendered[len(prompt) : found].strip():
-            raise ValueError("no answer")
-        spans.append((len(prompt), stop + len(stop_token)))
+    rendered = _render(tokenizer, plain, add_generation_prompt)
+    spans = [_span(processor, tokenizer, rendered, plain, turn) for turn, one in enumerate(plain) if one["role"] == "assistant"]
 
     def expand(text: str) -> str:
         return text.replace(token, token * processor.image_tokens)
 
-    def tokenise(text: str, cuts: list[int]) -> list[tuple[int, int]]:
-        """Tokens, and where each begins."""
-        pairs = []
-        for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
-            encoded = tokenizer(text[start:end], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            pairs += [(one, start + at[0]) for one, at in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)]
-        return pairs
-
     text, cuts = expand(rendered), []
     for begin, _ in spans:
         start = len(expand(rendered[:begin]))
-        alone = [one for one, _ in tokenise(text[:start], cuts)]
-        if alone != [one for one, at in tokenise(text, cuts) if at < start]:
+        alone = [one for one, _ in _tokenise(tokenizer, text[:start], cuts)]
+        if alone != [one for one, at in _tokenise(tokenizer, text, cuts) if at < start]:
             cuts.append(start)
-    pairs = tokenise(text, cuts)
+    pairs = _tokenise(tokenizer, text, cuts)
     answer = [0] * len(pairs)
     for number, (begin, end) in enumerate(spans, 1):
         first, last = (len(expand(rendered[:place])) for place in (begin, end))
@@ -67,6 +44,31 @@ def encode_slowly(processor: DiffVLProcessor, tokenizer: Any, messages: list[Any
             if first <= at < last:
                 answer[place] = number
     return [one for one, _ in pairs], answer, text
+
+
+def _render(tokenizer: Any, turns: list[Any], prompt: bool) -> str:
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt, date_string=FIXED_DATE)
+
+
+def _span(processor: DiffVLProcessor, tokenizer: Any, rendered: str, plain: list[Any], turn: int) -> tuple[int, int]:
+    """Characters of an answer."""
+    prompt, content = _render(tokenizer, plain[:turn], True), plain[turn]["content"].strip()
+    if not rendered.startswith(prompt):
+        raise ValueError("not prefix-stable")
+    found = rendered.find(content, len(prompt))
+    stop = rendered.find(processor.stop_token, found + len(content)) if found >= 0 else -1
+    if stop < 0 or rendered[len(prompt) : found].strip():
+        raise ValueError("no answer")
+    return len(prompt), stop + len(processor.stop_token)
+
+
+def _tokenise(tokenizer: Any, text: str, cuts: list[int]) -> list[tuple[int, int]]:
+    """Tokens, and where each begins."""
+    pairs = []
+    for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+        encoded = tokenizer(text[start:end], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        pairs += [(one, start + at[0]) for one, at in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)]
+    return pairs
 
 
 def _flat(content: str | list[dict[str, Any]], token: str) -> str:

@@ -128,7 +128,7 @@ def doctor(
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Say whether block diffusion can be put on MODEL, and why not. Reads its configuration only. Exit code 0: yes, 1: no."""
+    """Say whether block diffusion can be put on MODEL, and why not. Reads no weights. Exit code 0: yes, 1: no."""
     if every == (model is not None) or (out is not None and not every):
         words = "--out has no effect without --all" if out is not None and not every else "name one MODEL, or --all of them"
         raise UsageError(f"{words}. Example: diffvl doctor qwen2.5-0.5b, or diffvl doctor --all --out architectures.md")
@@ -177,8 +177,9 @@ def _print_verdict(verdict: "Verdict") -> None:
         print(f"probed: {verdict.copy}; random weights, fp32; {verdict.seconds:.1f} s")
     subject = verdict.model if verdict.model_type in ("", verdict.model) else f"{verdict.model} ({verdict.model_type})"
     print_line(f"{subject}: {verdict.answer}", "bold green" if verdict.answer == "supported" else "bold red")
-    if verdict.reason:
-        print_line(verdict.reason)
+    for words in (verdict.reason, verdict.template):
+        if words:
+            print_line(words)
 
 
 def _scientific(error: float | None) -> str:

@@ -1,6 +1,6 @@
 """MODEL -> Verdict: whether block diffusion can be put on it, and why not, in a user's words.
 
-Place in the flow: a question before `convert`. Only the configuration is read; what is probed is a tiny random copy of it, so
+Place in the flow: a question before `convert`. Configuration and tokenizer are read; what is probed is a tiny random copy, so
 the answer takes a second and no weights. Order: the static refusals of `families`, the measurements of `probe`, and where one of
 those fails, a few experiments that tell the reason.
 """
@@ -17,12 +17,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from diffvl import weights
 from diffvl.checkpoint import DiffVLConfig  # importing it makes DiffVL directories known to transformers
-from diffvl.errors import UnsupportedModelError, UsageError
+from diffvl.errors import CheckpointError, UnsupportedModelError, UsageError
 from diffvl.families import Refusal, named_checkpoint, refusal, suggest
 from diffvl.miniature import FIRST_ORDINARY, build, describe
 from diffvl.probe import MODEL_FAULTS, Check, first_line, probe
 from diffvl.proof import TOLERANCE, native_logits, spread
 from diffvl.streams import Streams, Token, plain_forward, text, tokens_of
+from diffvl.templates import look_at_template
 
 Answer = Literal["supported", "not supported", "unknown"]
 
@@ -39,7 +40,8 @@ NOT_ATTENTION = {"embeddings given", "head on some rows", "head in chunks", "new
 @dataclass(frozen=True)
 class Verdict:
     """kind: the reason in a few words, the same for all models that it applies to. reason: in full. limit: tokens, clean and
-    noisy together, beyond which it no longer holds. copy: what was probed. seconds: for everything."""
+    noisy together, beyond which it no longer holds. copy: what was probed. seconds: for everything. template: what else there is
+    to know about the chat template."""
 
     model: str
     model_type: str
@@ -50,6 +52,7 @@ class Verdict:
     copy: str = ""
     checks: tuple[Check, ...] = ()
     seconds: float = 0.0
+    template: str = ""
 
     @property
     def attention_holds(self) -> bool:
@@ -108,7 +111,18 @@ def examine(model: str, trust_remote_code: bool = False) -> Verdict:
         verdict = Verdict(model, "", "unknown", "no configuration", f"its configuration cannot be read: {first_line(error)}")
     else:
         verdict = judge(model, config, trust_remote_code)
+        if verdict.answer == "supported":
+            verdict = _with_template(verdict, repo, revision, trust_remote_code)
     return replace(verdict, seconds=time.perf_counter() - start)
+
+
+def _with_template(verdict: Verdict, repo: str, revision: str | None, trust_remote_code: bool) -> Verdict:
+    """The verdict on a model whose architecture is supported, by its chat template."""
+    try:
+        return replace(verdict, template=look_at_template(repo, verdict.model_type, trust_remote_code, revision))
+    except (CheckpointError, UnsupportedModelError) as error:
+        fetched = isinstance(error, UnsupportedModelError) or Path(repo).exists()
+        return replace(verdict, answer="not supported" if fetched else "unknown", kind="chat template", reason=str(error))
 
 
 def judge(model: str, config: PretrainedConfig, trust_remote_code: bool = False) -> Verdict:

@@ -80,7 +80,7 @@ class ChatEncoder:
                 raise ValueError(f"the text holds {mask!r}, which stands for a token not known yet")
             if found := self._control.search(text):
                 raise ValueError(
-                    f"the text holds {found[0]!r}, a control token of the model, which would act as one: write it in another way, "
+                    f"the text holds {found[0]!r}, a control token of the model, which would act as one: write it otherwise, "
                     "for example with a space in it"
                 )
         return self.template.fold(turns)
@@ -118,6 +118,10 @@ class ChatEncoder:
         return prompt[len(before) :] if prompt.startswith(before) else ""
 
     # --- tokens --------------------------------------------------------------------------------------------------------------
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of a text, placeholders as they are."""
+        return self._tokenise(text)[0]
 
     def _tokenise(self, text: str) -> tuple[list[int], list[int]]:
         """Token ids, and the character at which each begins."""

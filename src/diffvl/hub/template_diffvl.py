@@ -110,7 +110,8 @@ class ChatTemplate:
 
     def _render(self, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
         messages: list[dict[str, Any]] = [
-            {"role": role, "content": [{"type": "text", "text": text}] if role in self._as_parts else text} for role, text in turns
+            {"role": role, "content": [{"type": "text", "text": text}] if role in self._as_parts else text}
+            for role, text in turns
         ]
         rendered = self.tokenizer.apply_chat_template(
             messages,
