@@ -151,7 +151,7 @@ def test_the_date_is_the_same_on_every_day(code: str):
     ],
 )
 def test_ways_to_ask_for_the_date(asking: str):
-    assert processor_of(asking + "\n" + CHATML).encode_chat(chat("What?")).text.startswith(FIXED_DATE + "\n")
+    assert processor_of(asking + "\n" + CHATML).encode_chat(chat("What?")).text.startswith(FIXED_DATE)
 
 
 def test_the_written_tokenizer_gives_the_fixed_date_by_itself(tmp_path: Path):

@@ -136,8 +136,9 @@ class ChatEncoder:
             backend.encode_special_tokens = False
         try:
             encoding = backend.encode(text, add_special_tokens=False)
-        except TypeError as error:  # how half a surrogate pair is told
-            raise ValueError(f"the text is not valid Unicode ({text.encode(errors='backslashreplace')[:60]!r}...)") from error
+        except TypeError as error:  # how tokenizers tell half a surrogate pair
+            half = next((sign for sign in text if "\ud800" <= sign <= "\udfff"), "")
+            raise ValueError(f"the text is not valid Unicode: it holds {half!r}, half of a pair") from error
         ids: list[int] = encoding.ids
         if self._spaces is None:
             return ids, [offset[0] for offset in encoding.offsets]

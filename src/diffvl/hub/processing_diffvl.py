@@ -8,6 +8,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,6 +20,7 @@ from .messages_diffvl import Messages, pictures_of
 
 # Not attributes of the processors: what is remembered is neither saved, copied nor sent to other processes.
 _ENCODERS: WeakKeyDictionary[Any, ChatEncoder] = WeakKeyDictionary()
+UNUSED = ("tools", "documents", "continue_final_message", "return_assistant_tokens_mask", "videos", "audio")
 
 
 class DiffVLProcessor(ProcessorMixin):
@@ -150,6 +152,8 @@ class DiffVLProcessor(ProcessorMixin):
         batch: Any = conversation if conversation and isinstance(conversation[0], list | tuple) else [conversation]
         if chat_template is not None:
             raise ValueError("a DiffVL checkpoint is trained on its own chat template: leave chat_template out")
+        if refused := [name for name in UNUSED if kwargs.get(name)]:
+            raise ValueError(f"{refused[0]} is not taken here, and would be left out: write what it says into the messages")
         if not tokenize:
             texts = [self.encoder.render(messages, add_generation_prompt) for messages in batch]
             return texts if batch is conversation else texts[0]
@@ -234,5 +238,5 @@ def _file_of(key: str, source: str | bytes | Path) -> Path | io.BytesIO:
     if isinstance(source, str) and key == "base64":
         return io.BytesIO(base64.b64decode(source))
     if isinstance(source, str):
-        return Path(source.removeprefix("file://"))
+        return Path(unquote(source.removeprefix("file://")) if source.startswith("file://") else source)
     return source if isinstance(source, Path) else io.BytesIO(source)
