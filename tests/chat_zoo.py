@@ -41,11 +41,9 @@ TRACKED = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|eot|>"
     "{% endgeneration %}{% else %}{{ m['content'] }}<|eot|>{% endif %}\n{% endfor %}" + ASK + "<|start|>assistant\n{% endif %}"
 )
-ESCAPED = "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] | e if m['role'] == 'user' else m['content'] }}" + (
-    "<|eot|>\n{% endfor %}" + ASK + "<|start|>assistant\n{% endif %}"
-)
-PARTS = (
-    "{% for m in messages %}<|start|>{{ m['role'] }}\n{% for p in m['content'] %}{{ p['text'] }}{% endfor %}<|eot|>\n{% endfor %}"
+ESCAPED = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n"
+    "{{ m['content'] | replace('&', '&amp;') if m['role'] == 'user' else m['content'] }}<|eot|>\n{% endfor %}"
     + ASK
     + "<|start|>assistant\n{% endif %}"
 )

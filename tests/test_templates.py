@@ -90,9 +90,21 @@ def test_templates_that_can_be_trained_on(template: str):
             CHATML.replace("{{ message['content'] }}", "{{ message['content'] if loop.index < 3 else '...' }}"),
             "leaves the turn of the role 'user' out",
         ),
+        (
+            CHATML.replace("{{ message['content'] }}", "{{ message['content'] | e }}"),
+            "changes '<image>', which stands for a picture",
+        ),
         ({"tool_use": CHATML, "rag": CHATML}, "has the chat templates rag, tool_use, but none named default"),
     ],
-    ids=["stop behind the last answer only", "later rounds", "another answer", "no stop later", "turns left out", "no default"],
+    ids=[
+        "stop behind the last answer only",
+        "later rounds",
+        "another answer",
+        "no stop later",
+        "turns left out",
+        "escaped",
+        "no default",
+    ],
 )
 def test_templates_that_cannot(template: Any, says: str, tmp_path: Path):
     with pytest.raises((UnsupportedModelError, CheckpointError), match=says):

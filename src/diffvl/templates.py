@@ -111,20 +111,20 @@ def check_template(encoder: ChatEncoder) -> None:
 
 def _prove(encoder: ChatEncoder, roles: tuple[str, ...]) -> None:
     for form in CONTENTS:
-        turns = encoder.template.fold(_turns(roles, form))
+        turns = encoder.template.fold(_turns(roles, form, encoder.image_token))
         text, spans = encoder.template.spans(turns, add_generation_prompt=False)
         kept = tuple(role for role, _ in turns)
         skeleton = encoder.template.skeleton(kept)
         if encoder.template.search(text, turns, skeleton) != spans:
             raise ChatTemplateError("what the chat template writes around an answer depends on what the chat says")
-        whole = encoder.mark(text, spans)
+        whole = encoder.encode_turns(turns, add_generation_prompt=False)
         if encoder.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] != encoder.tokens(text):
             raise ChatTemplateError(
                 "its tokenizer's class changes texts before they are tokenised, which the fast one does not do"
             )
         for turn, role in enumerate(kept):
             if role == "assistant":
-                prompt = encoder.mark(*encoder.template.spans(turns[:turn], add_generation_prompt=True))
+                prompt = encoder.encode_turns(turns[:turn], add_generation_prompt=True)
                 if whole.ids[: len(prompt.ids)] != prompt.ids or whole.answer[: len(prompt.ids)] != prompt.answer:
                     raise ChatTemplateError("a prompt has other tokens alone than at the beginning of the whole chat")
 
@@ -156,6 +156,7 @@ def look_at_template(model: str, model_type: str, trust_remote_code: bool, revis
     return system_advice(encoder)
 
 
-def _turns(roles: tuple[str, ...], form: str = "{}") -> list[Turn]:
-    words = {"system": "manner", "user": "question", "assistant": "answer"}
+def _turns(roles: tuple[str, ...], form: str = "{}", placeholder: str = "") -> list[Turn]:
+    """A chat of these roles, with a picture in every question."""
+    words = {"system": "manner", "user": f"{placeholder}question", "assistant": "answer"}
     return [(role, form.format(f"{words[role]} {number}")) for number, role in enumerate(roles)]

@@ -16,7 +16,7 @@ from itertools import takewhile
 from typing import Any
 
 from .messages_diffvl import Messages, Turn, turns_of
-from .template_diffvl import ChatTemplate, Spans
+from .template_diffvl import ChatTemplate, ChatTemplateError, Spans
 
 MAX_SEAMS, LONGEST_SEAM = 1024, 256  # remembered, and their characters
 
@@ -93,9 +93,22 @@ class ChatEncoder:
         """Token ids and answer marks.
 
         Raises:
-            ValueError: see `turns` and `ChatTemplate.spans`.
+            ValueError: see `turns` and `encode_turns`.
         """
-        return self.mark(*self.template.spans(self.turns(messages), add_generation_prompt))
+        return self.encode_turns(self.turns(messages), add_generation_prompt)
+
+    def encode_turns(self, turns: list[Turn], add_generation_prompt: bool) -> ChatEncoding:
+        """Token ids and answer marks of what `turns` gave.
+
+        Raises:
+            ChatTemplateError: see `ChatTemplate.spans`; and if the template changes the placeholder of a picture.
+        """
+        rendered, spans = self.template.spans(turns, add_generation_prompt)
+        if rendered.count(self.image_token) != sum(text.count(self.image_token) for _, text in turns):
+            raise ChatTemplateError(
+                f"the chat template changes {self.image_token!r}, which stands for a picture, or writes one of its own; mend it"
+            )
+        return self.mark(rendered, spans)
 
     def mark(self, rendered: str, spans: Spans) -> ChatEncoding:
         """Tokens of a rendered chat, with the characters of its answers."""
