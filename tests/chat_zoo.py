@@ -68,7 +68,7 @@ def _byte_level(trim: bool = False, prefix: bool = False, regex: bool = True, nf
     return bpe
 
 
-def _sentencepiece(scheme: str) -> Tokenizer:
+def _sentencepiece(scheme: Any) -> Tokenizer:
     """BPE with byte fallback behind Metaspace, or behind the normaliser that came before it."""
     letters = [chr(code) for code in range(33, 127)]
     merges = [("▁", "a"), ("t", "h"), ("▁", "th"), ("▁th", "e"), ("▁", "▁"), ("S", "T"), (":", "▁")]
@@ -118,7 +118,10 @@ def zoo_tokenizer(kind: str, flags: dict[str, bool] | None = None) -> Any:
     """One of BACKENDS with the control tokens of all templates. flags: of these tokens."""
     backend = BACKENDS[kind]()
     added = [AddedToken(text, **{"special": True, "normalized": False, **(flags or {})}) for text in CONTROL]
-    backend.add_special_tokens(added) if not flags or flags.get("special", True) else backend.add_tokens(added)
+    if not flags or flags.get("special", True):
+        backend.add_special_tokens(added)
+    else:
+        backend.add_tokens(added)
     backend.add_tokens([AddedToken("<think>", normalized=False), AddedToken("\n\n\n", normalized=False)])
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
     return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names)

@@ -16,7 +16,7 @@ Encoded = tuple[list[int], list[int], str]  # ids, answer marks, text
 def untrimmed(tokenizer: Any) -> Any:
     """The same tokenizer without what it does behind the tokens: no special tokens are added here, so that is offsets only."""
     twin = copy.deepcopy(tokenizer)
-    twin.backend_tokenizer.post_processor = None  # type: ignore[assignment]
+    twin.backend_tokenizer.post_processor = None
     return twin
 
 

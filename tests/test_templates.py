@@ -236,7 +236,7 @@ def test_the_system_setting_of_a_recipe(source: Callable[[str], Path], tower: Pa
     recipe = resolve({"stages": stages}, ["prepare.system_turn=first_question"], "test")
     parts = read_parts(Source(str(source("gemma2")), None, str(tower)), recipe)
     assert parts.processor.system_turn == "first_question"
-    assert parts.processor.encode_chat(chat("What?", "It.", system="Be brief.")).answer[-1] == 1
+    assert 1 in parts.processor.encode_chat(chat("What?", "It.", system="Be brief.")).answer
     with pytest.raises(ConfigError, match="system_turn"):
         resolve({"stages": stages}, ["prepare.system_turn=elsewhere"], "test")
 
