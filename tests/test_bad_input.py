@@ -127,8 +127,14 @@ def test_a_diffvl_directory_as_model(run: tiny_runs.Run, convert: Workshop):
         ("{% for m in messages %}{{ m['content'] }}<|im_end|>", "refuses a question with an answer (Unexpected end of template"),
         ("{% for m in messages %}{{ m['content'] + 1 }}{% endfor %}", "refuses a question with an answer (can only concatenate"),
         ("<|im_start|>{{ messages[0]['content'] }}<|im_end|>", "its chat template leaves the answer out"),
+        (
+            "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+            "{% if loop.last or m['role'] == 'user' %}<|im_end|>{% endif %}\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+            "does not write '<|im_end|>' behind answer 1, 'answer 1': it writes",
+        ),
     ],
-    ids=["none", "no stop", "not prefix-stable", "broken", "wrong type", "no answer"],
+    ids=["none", "no stop", "not prefix-stable", "broken", "wrong type", "no answer", "no stop before a question"],
 )
 def test_chat_templates(template: str | None, says: str, convert: Workshop, tmp_path: Path):
     model = copy(convert.trunk, tmp_path / "model")

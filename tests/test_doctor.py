@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,28 @@ def test_every_stand_in_passes(model_type: str, source: Callable[[str], Path]):
     assert verdict.worst_error is not None and verdict.worst_error < 1e-5, "measured: below 4e-6"
     seen = [check.error for check in verdict.checks if check.wanted.startswith(">")]
     assert len(seen) == 2 and all(change is not None and change > 10 * TOLERANCE for change in seen)
+
+
+def test_the_chat_template_is_looked_at(source: Callable[[str], Path], tmp_path: Path):
+    """By the same proof as prepare's; a template that takes no system turn is no reason against a model."""
+    advice = examine(str(source("gemma2"))).template
+    assert advice.startswith("its chat template takes no system turn (System role not supported)")
+    assert advice.endswith("prepare.system_turn=first_question puts it in front of the first question")
+    assert examine(str(source("llama"))).template == ""
+    model = tmp_path / "model"
+    shutil.copytree(source("llama"), model)
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+        "{% if loop.last or m['role'] == 'user' %}<|im_end|>{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    verdict = examine(str(model))
+    assert (verdict.answer, verdict.kind, verdict.attention_holds) == ("not supported", "chat template", True)
+    assert "does not write '<|im_end|>' behind answer 1" in verdict.reason
+    for name in ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+    verdict = examine(str(model))
+    assert verdict.answer == "supported" and verdict.template.startswith("no tokenizer beside it")
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])

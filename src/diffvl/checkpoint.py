@@ -42,6 +42,7 @@ HUB_FILES = tuple(
     f"{name}_diffvl.py"
     for name in (
         *("configuration", "attention", "layout", "head", "modeling", "processing", "picture"),
+        *("messages", "template", "chat"),
         *("cache", "static", "pieces", "prefix", "decoder"),
         *("sampling", "stopping", "request", "run", "speculation", "generation"),
     )

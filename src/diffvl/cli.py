@@ -192,8 +192,9 @@ def _print_verdict(verdict: "Verdict") -> None:
         print_line(f"probed: {verdict.copy}; random weights, fp32; {verdict.seconds:.1f} s")
     subject = verdict.model if verdict.model_type in ("", verdict.model) else f"{verdict.model} ({verdict.model_type})"
     print_line(f"{subject}: {verdict.answer}", "bold green" if verdict.answer == "supported" else "bold red")
-    if verdict.reason:
-        print_line(verdict.reason)
+    for words in (verdict.reason, verdict.template):
+        if words:
+            print_line(words)
 
 
 def _scientific(error: float | None) -> str:

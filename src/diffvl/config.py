@@ -238,6 +238,11 @@ class Prepare(Section):
     vision_layer: int = Field(default=-2, description="index into the tower's hidden states, as in LLaVA; -1 is the last layer")
     image_size: int | None = Field(default=None, ge=14, description="pixels per side; default: the tower's own")
     connector: Connector = MlpConnector()
+    system_turn: Literal["template", "first_question"] = Field(
+        default="template",
+        description="`first_question` puts a system turn in front of the first question, in training and decoding: for chat "
+        "templates that take no system turn",
+    )
 
 
 # --- training ------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """MODEL -> Verdict: whether block diffusion can be put on it, and why not, in a user's words.
 
-Place in the flow: a question before `convert`. Read are the configuration and the headers of the weight files; what is probed is
-a tiny random copy of the configuration, so the answer takes a second and no weights. Order: what `published` and `families`
-refuse, what is wrong with the files, the measurements of `probe`, and where one of those fails, a few experiments that tell why.
+Place in the flow: a question before `convert`. Read are configuration, tokenizer and the headers of the weight files; what is
+probed is a tiny random copy of the configuration, so the answer takes a second and no weights. Order: what `published` and
+`families` refuse, what is wrong with the files, the measurements of `probe`, and where one of those fails, a few experiments that
+tell why; then the chat template.
 """
 
 import math
@@ -24,8 +25,10 @@ from diffvl.probe import MODEL_FAULTS, Check, first_line, probe
 from diffvl.proof import TOLERANCE, largest, native_logits, spread
 from diffvl.published import load_config
 from diffvl.streams import Streams, Token, plain_forward, text, tokens_of
+from diffvl.templates import look_at_template
 from diffvl.tensorfiles import has_weights
 
+ONLY_CONFIGURATION = "there are no weights beside config.json: only the architecture was judged"
 Answer = Literal["supported", "not supported", "unknown"]
 
 # Refused for what the rest of diffvl cannot do yet: whether their attention follows masks is worth measuring all the same.
@@ -43,7 +46,8 @@ NOT_ATTENTION = {"embeddings given", "head on some rows", "head in chunks", "new
 @dataclass(frozen=True)
 class Verdict:
     """kind: the reason in a few words, the same for all models that it applies to. reason: in full. limit: tokens, clean and
-    noisy together, beyond which it no longer holds. copy: what was probed. seconds: for everything."""
+    noisy together, beyond which it no longer holds. copy: what was probed. seconds: for everything. template: what else there is
+    to know about the chat template."""
 
     model: str
     model_type: str
@@ -54,6 +58,7 @@ class Verdict:
     copy: str = ""
     checks: tuple[Check, ...] = ()
     seconds: float = 0.0
+    template: str = ""
 
     @property
     def attention_holds(self) -> bool:
@@ -112,6 +117,8 @@ def examine(model: str, trust_remote_code: bool = False) -> Verdict:
         else:
             verdict = judge(model, config, trust_remote_code)
             verdict = replace(verdict, reason="; ".join(filter(None, [verdict.reason, against])))
+            if verdict.answer == "supported" and against != ONLY_CONFIGURATION:
+                verdict = _with_template(verdict, repo, revision, trust_remote_code)
     return replace(verdict, seconds=time.perf_counter() - start)
 
 
@@ -120,12 +127,21 @@ def _against_files(repo: str, config: PretrainedConfig, revision: str | None) ->
     if isinstance(config, DiffVLConfig) or refusal(config) is not None:
         return ""
     if Path(repo).is_dir() and not has_weights(Path(repo)):
-        return "there are no weights beside config.json: only the architecture was judged"
+        return ONLY_CONFIGURATION
     try:
         weights.check_trunk(repo, config, revision)
     except (CheckpointError, UnsupportedModelError) as error:
         return Refusal(getattr(error, "kind", FILES), str(error))
     return ""
+
+
+def _with_template(verdict: Verdict, repo: str, revision: str | None, trust_remote_code: bool) -> Verdict:
+    """The verdict on a model whose architecture is supported, by its chat template."""
+    try:
+        return replace(verdict, template=look_at_template(repo, verdict.model_type, trust_remote_code, revision))
+    except (CheckpointError, UnsupportedModelError) as error:
+        fetched = isinstance(error, UnsupportedModelError) or Path(repo).exists()
+        return replace(verdict, answer="not supported" if fetched else "unknown", kind="chat template", reason=str(error))
 
 
 def judge(model: str, config: PretrainedConfig, trust_remote_code: bool = False) -> Verdict:

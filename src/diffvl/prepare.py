@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2.exceptions import TemplateError
 from rich.console import Console
-from transformers import AutoImageProcessor, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoImageProcessor, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from diffvl import checkpoint, proof, weights
 from diffvl.config import Prepare, Recipe
@@ -25,12 +24,10 @@ from diffvl.hub.modeling_diffvl import Connector, DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.progress import spinner_or_line
 from diffvl.published import load_config
+from diffvl.templates import check_template, load_tokenizer, stop_token, system_advice
 from diffvl.terminal import say
 
 log = logging.getLogger(__name__)
-REASONING_TAG = "<think>"
-PROBE_CHAT = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError)  # what the code inside a chat template may raise
 
 
 @dataclass(frozen=True)
@@ -105,10 +102,7 @@ def read_parts(source: Source, recipe: Recipe) -> Parts:
     check_supported(config)
     weights.check_trunk(source.model, config, source.revision)
     family = family_of(config.model_type)
-    tokenizer = load_tokenizer(source)
-    if family.chat_template is not None and REASONING_TAG in tokenizer.chat_template:
-        log.warning("%s: its chat template writes %s into some answers; replaced by the family's", source.model, REASONING_TAG)
-        tokenizer.chat_template = family.chat_template
+    tokenizer = load_tokenizer(source.model, config.model_type, source.trust_remote_code, source.revision)
     tower_config, image_processor = load_tower_parts(source)
     weights.check_tower(source.vision_tower, tower_config)
     image_size = square_processor(image_processor, tower_config, recipe.prepare)
@@ -119,9 +113,16 @@ def read_parts(source: Source, recipe: Recipe) -> Parts:
     mask_id, image_id = add_tokens(tokenizer, family, rows)
     side = image_size // tower_config.patch_size // shuffle_factor(recipe.prepare)
     processor = DiffVLProcessor(
-        image_processor, tokenizer, image_token=family.image_token, image_tokens=side * side, stop_token=stop
+        image_processor,
+        tokenizer,
+        image_token=family.image_token,
+        image_tokens=side * side,
+        stop_token=stop,
+        system_turn=recipe.prepare.system_turn,
     )
-    check_template(processor)
+    check_template(processor.encoder)
+    if advice := system_advice(processor.encoder):
+        log.info("%s: %s", source.model, advice)
     return Parts(config, tower_config, processor, known, mask_id, image_id, image_size)
 
 
@@ -134,64 +135,7 @@ def _tell_more_tokens(model: str, tokens: int, rows: int) -> None:
     )  # fmt: skip
 
 
-# --- tokenizer and chat template -----------------------------------------------------------------------------------------
-
-
-def load_tokenizer(source: Source) -> Any:
-    """The checkpoint's tokenizer; it must be a fast one and have a chat template."""
-    path = Path(source.model)
-    try:
-        if path.suffix == ".gguf" and path.is_file():
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(
-                source.model, trust_remote_code=source.trust_remote_code, revision=source.revision or "main"
-            )
-    except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(
-            f"{source.model}: its tokenizer cannot be loaded; expected a whole tokenizer.json beside the weights "
-            f"({str(error).strip().splitlines()[0]})"
-        ) from error
-    if not tokenizer.is_fast:
-        raise UnsupportedModelError(f"{source.model}: a slow tokenizer; character offsets need a fast one (tokenizer.json)")
-    if not tokenizer.chat_template:
-        raise CheckpointError(
-            f"{source.model}: its tokenizer has no chat template, so prompts and answers cannot be told apart; use an instruct "
-            "checkpoint, or put a chat_template.jinja beside the tokenizer"
-        )
-    return tokenizer
-
-
-def stop_token(tokenizer: Any) -> str:
-    """The special token that the chat template writes behind an answer.
-
-    Raises:
-        UnsupportedModelError: if there is none, so that a decoder could never stop.
-    """
-    name = tokenizer.name_or_path
-    answer = PROBE_CHAT[1]["content"]
-    try:
-        text = str(tokenizer.apply_chat_template(PROBE_CHAT, tokenize=False))
-    except TEMPLATE_FAULTS as error:
-        raise UnsupportedModelError(f"{name}: its chat template refuses a question with an answer ({error}); mend it") from error
-    if answer not in text:
-        raise UnsupportedModelError(f"{name}: its chat template leaves the answer out; mend it")
-    rest = tokenizer(text[text.rindex(answer) + len(answer) :], add_special_tokens=False)["input_ids"]
-    special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
-    for token in rest:
-        if token in special:
-            return str(tokenizer.convert_ids_to_tokens(token))
-    raise UnsupportedModelError(
-        f"{name}: its chat template writes no special token behind an answer, so decoding could not stop; let it write one"
-    )
-
-
-def check_template(processor: DiffVLProcessor) -> None:
-    """Raises UnsupportedModelError unless the template's prompt for decoding is the beginning of the whole chat."""
-    try:
-        processor.encode_chat(PROBE_CHAT)
-    except TEMPLATE_FAULTS as error:
-        raise UnsupportedModelError(f"{processor.tokenizer.name_or_path}: {error}") from error
+# --- tokenizer ----------------------------------------------------------------------------------------------------------
 
 
 def add_tokens(tokenizer: Any, family: Family, table_rows: int) -> tuple[int, int]:
@@ -206,8 +150,7 @@ def add_tokens(tokenizer: Any, family: Family, table_rows: int) -> tuple[int, in
             reserved = [f"<|reserved_{number}|>" for number in range(len(tokenizer), agreed)]
             tokenizer.add_tokens(reserved, special_tokens=True)
         tokenizer.add_special_tokens({"mask_token": family.mask_token.text})
-    vocabulary = tokenizer.get_vocab()
-    if family.image_token not in vocabulary:
+    if family.image_token not in tokenizer.get_added_vocab():  # a piece of the vocabulary alone would not be found in a text
         tokenizer.add_tokens([family.image_token], special_tokens=True)
     ids = tokenizer.convert_tokens_to_ids([tokenizer.mask_token, family.image_token])
     taken = list(tokenizer.get_vocab().values())

@@ -11,6 +11,7 @@ from conftest import Loaded
 from helpers import picture
 
 from diffvl.answer_turns import answer_turns, questions
+from diffvl.config import Data
 from diffvl.data.chat import encode_record, messages_of, sample_of
 from diffvl.data.records import Record, Turn
 from diffvl.data.table import open_records, record_at
@@ -54,7 +55,7 @@ def test_the_table_keeps_the_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path.write_text(json.dumps([{"conversations": [turns[1], *turns]}]), encoding="utf-8")
     with pytest.raises(DataError, match=r"data\.unpaired_turns=drop"):
         open_records(path)
-    assert record_at(open_records(path, unpaired_turns="drop"), 0).turns == DRAFTED
+    assert record_at(open_records(path, Data(unpaired_turns="drop")), 0).turns == DRAFTED
 
 
 LITERAL = (Turn("user", r"<image>What is \<image>?"), Turn("assistant", "SVG has <image> tags."))

@@ -1,6 +1,8 @@
 """The processor called as that of any vision-language model: rendered text and pictures in, what `generate` needs out."""
 
+import base64
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,3 +84,64 @@ def test_a_template_without_a_generation_prompt(loaded: Callable[[str], Loaded],
 
 def earlier() -> list[dict[str, Any]]:
     return [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Sure?"}]
+
+
+# --- pictures of messages ----------------------------------------------------------------------------------------------------
+
+
+def shown(*parts: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [*({"type": "image", **part} for part in parts), {"type": "text", "text": "What?"}]}]
+
+
+def test_pictures_stand_in_the_order_of_their_parts(loaded: Callable[[str], Loaded], tmp_path: Path):
+    """Whether a part carries its picture or takes the next one of those given beside the messages."""
+    _, processor = loaded("llama")
+    first, second, third = (picture(seed) for seed in (1, 2, 3))
+
+    def pixels(chat: Any, images: Any = None) -> torch.Tensor:
+        return processor.apply_chat_template(chat, tokenize=True, images=images)["pixel_values"]
+
+    expected = processor.image_processor(images=[first, second, third], return_tensors="pt")["pixel_values"]
+    third.save(tmp_path / "c.png")
+    data = base64.b64encode((tmp_path / "c.png").read_bytes()).decode()
+    chats: list[tuple[Any, Any]] = [
+        (shown({}, {}, {}), [first, second, third]),
+        (shown({}, {"image": second}, {}), [first, third]),
+        (shown({}, {"image": second}, {"path": str(tmp_path / "c.png")}), first),
+        (shown({"image": first}, {}, {"base64": data}), (second,)),
+        ([shown({}), shown({"image": second}, {"url": f"data:image/png;base64,{data}"})], [first]),
+        ([shown({}, {"image": second}), shown({})], [[first], [third]]),
+        (shown({"image": first}, {"image": second}, {"image": tmp_path / "c.png"}), None),
+        (shown({"image": first}, {"image": second}, {"url": (tmp_path / "c.png").as_uri()}), []),
+    ]
+    for chat, images in chats:
+        torch.testing.assert_close(pixels(chat, images), expected)
+
+
+@pytest.mark.parametrize("name", ["tools", "continue_final_message", "videos"])
+def test_what_is_not_taken_is_refused_by_name(name: str, loaded: Callable[[str], Loaded]):
+    _, processor = loaded("llama")
+    with pytest.raises(ValueError, match=f"{name} is not taken here"):
+        processor.apply_chat_template(shown(), tokenize=True, **{name: [1]})
+    assert processor.apply_chat_template(shown(), tokenize=True, **{name: None})["input_ids"].shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("parts", "images", "says"),
+    [
+        (
+            [{"image": picture()}],
+            [picture()],
+            "1 pictures are given beside the messages, but 0 of their 1 picture parts carry none",
+        ),
+        ([{}, {}], [picture()], "1 pictures are given beside the messages, but 2 of their 2 picture parts carry none"),
+        ([{}], None, "0 pictures are given beside the messages, but 1 of their 1"),
+        ([{}], [[picture()], [picture()]], "neither a list of pictures nor one list for each of the 1 conversations"),
+        ([{"url": "https://example.org/a.png"}], None, "is an address on the net; pictures are not fetched: give a file's path"),
+        ([{"image": "nowhere.png"}], None, "the picture 'nowhere.png' cannot be read"),
+        ([{"base64": "AAAA"}], None, "the picture 'AAAA' cannot be read"),
+    ],
+)
+def test_pictures_that_do_not_fit_their_parts(parts: list[Any], images: Any, says: str, loaded: Callable[[str], Loaded]):
+    with pytest.raises(ValueError, match=says):
+        loaded("llama")[1].apply_chat_template(shown(*parts), tokenize=True, images=images)

@@ -57,5 +57,5 @@ def _name(table: RecordTable, processor: DiffVLProcessor) -> str:
     """By all that the tokens of a record follow from."""
     tokenizer = processor.tokenizer
     facts = [_FORMAT, table.content, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
-    facts += [processor.image_tokens, processor.image_token, processor.stop_token]
+    facts += [processor.image_tokens, processor.image_token, processor.stop_token, processor.system_turn]
     return f"lengths-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}"

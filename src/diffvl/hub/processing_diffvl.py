@@ -1,29 +1,27 @@
 """Pictures and conversations -> tensors, by the checkpoint's own chat template, for training and decoding alike.
 
-One function, `encode_chat`, turns messages into token ids in both worlds. A prompt rendered for decoding is byte-equal and
-token-equal to the same prompt inside a training sample: where a tokenizer would merge across the seam between prompt and
-answer, the text is tokenised in two pieces, in training as in decoding.
+One function, `encode_chat`, turns messages into token ids in both worlds (see `chat_diffvl`).
 """
 
-from dataclasses import dataclass
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
+from weakref import WeakKeyDictionary
 
 import torch
+from PIL import Image, UnidentifiedImageError
 from transformers import BatchFeature, ProcessorMixin
 
-from .picture_diffvl import all_seen
+from .chat_diffvl import ChatEncoder, ChatEncoding
+from .messages_diffvl import Messages, pictures_of
+from .picture_diffvl import all_seen, as_seen
 
-Messages = list[dict[str, Any]]
-FIXED_DATE = "26 Jul 2024"  # the default of the Llama 3 templates
-
-
-@dataclass(frozen=True)
-class ChatEncoding:
-    """ids: token ids. answer: per token 0, or k inside the k-th answer (its stop token included). text: what was tokenised."""
-
-    ids: list[int]
-    answer: list[int]
-    text: str
+# Not attributes of the processors: what is remembered is neither saved, copied nor sent to other processes.
+_ENCODERS: WeakKeyDictionary[Any, ChatEncoder] = WeakKeyDictionary()
+UNUSED = ("tools", "documents", "continue_final_message", "return_assistant_tokens_mask", "videos", "audio")
 
 
 class DiffVLProcessor(ProcessorMixin):
@@ -33,7 +31,11 @@ class DiffVLProcessor(ProcessorMixin):
         image_token: the placeholder's text; one of it stands for one picture until it is expanded.
         image_tokens: tokens that one picture takes.
         stop_token: what the chat template writes behind an answer.
+        system_turn: `first_question` puts a system turn in front of the first question, for chat templates that take none;
+            `template` leaves it to the template.
     """
+
+    system_turn = "template"
 
     def __init__(
         self,
@@ -43,12 +45,27 @@ class DiffVLProcessor(ProcessorMixin):
         image_tokens: int = 1,
         stop_token: str = "",
         chat_template: str | None = None,
+        system_turn: str = "template",
     ) -> None:
+        if system_turn not in ("template", "first_question"):
+            raise ValueError(f"system_turn is {system_turn!r}; expected template or first_question")
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.image_tokens = image_tokens
         self.stop_token = stop_token
+        self.system_turn = system_turn
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+
+    @property
+    def encoder(self) -> ChatEncoder:
+        """The encoder of chats for the tokenizer and settings as they are now."""
+        settings = self.tokenizer, self.image_token, self.image_tokens, self.stop_token, self.system_turn
+        encoder = _ENCODERS.get(self)
+        if encoder is None or encoder.key != ChatEncoder.key_of(*settings):
+            encoder = _ENCODERS[self] = ChatEncoder(*settings)
+        return encoder
+
+    # --- rendered text -------------------------------------------------------------------------------------------------------
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """The text that one picture's placeholder becomes."""
@@ -75,9 +92,7 @@ class DiffVLProcessor(ProcessorMixin):
 
     def _spans_in(self, rendered: str) -> list[tuple[int, int]]:
         """Characters of the answers in a rendered chat: from every generation prompt to the next stop token."""
-        asked = [{"role": "user", "content": "?"}]
-        before, prompt = (self._render(asked, add_generation_prompt=flag) for flag in (False, True))
-        marker = prompt[len(before) :] if prompt.startswith(before) else ""
+        marker = self.encoder.generation_prompt
         if not marker and self.stop_token in rendered:
             raise ValueError(
                 "this chat template writes nothing before an answer, so that earlier answers cannot be found in a rendered text; "
@@ -100,7 +115,7 @@ class DiffVLProcessor(ProcessorMixin):
         rows = listed if isinstance(listed[0], list) else [listed]
         marks = []
         for row, text, found in zip(rows, texts, spans, strict=True):
-            encoding = self._encode(text, found)
+            encoding = self.encoder.mark(text, found)
             pads = len(row) - len(encoding.ids)
             before = pads if self.tokenizer.padding_side == "left" else 0
             if pads < 0 or row[before : before + len(encoding.ids)] != encoding.ids:
@@ -113,38 +128,40 @@ class DiffVLProcessor(ProcessorMixin):
             return torch.tensor(marks) if isinstance(ids, torch.Tensor) else torch.tensor(marks).numpy()
         return marks if isinstance(ids[0], list) else marks[0]
 
+    # --- messages ------------------------------------------------------------------------------------------------------------
+
     def apply_chat_template(
         self,
-        conversation: Messages | list[Messages],
+        conversation: Messages | Sequence[Messages],
         chat_template: str | None = None,
         add_generation_prompt: bool = False,
         tokenize: bool = False,
         return_tensors: str | None = "pt",
         return_dict: bool = True,
-        images: list[Any] | None = None,
+        images: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Renders a conversation (or several), and with `tokenize=True` encodes it.
 
-        Picture parts carry their picture (`{"type": "image", "image": PIL image or path}`) or leave it to `images`. The
-        encoded form also has `answer_index` [B, L], which tells the decoder where earlier answers end. Rows are padded left.
+        Picture parts carry their picture (`{"type": "image", "image": PIL image or path}`, or "path" or "base64") or leave it to
+        `images`, whose pictures go to such parts in order. The encoded form also has `answer_index` [B, L], which tells the
+        decoder where earlier answers end. Rows are padded left.
 
         Raises:
-            ValueError: if the placeholder's text occurs in a message, pictures and parts do not match in number, or the
-                template is not prefix-stable.
+            ValueError: if the placeholder's text or a control token occurs in a message, pictures and parts do not match in
+                number, a picture cannot be read, a part is of another kind, or the template does not fit the conversation.
         """
-        batch: Any = conversation if conversation and isinstance(conversation[0], list) else [conversation]
+        batch: Any = conversation if conversation and isinstance(conversation[0], list | tuple) else [conversation]
         if chat_template is not None:
             raise ValueError("a DiffVL checkpoint is trained on its own chat template: leave chat_template out")
+        if refused := [name for name in UNUSED if kwargs.get(name)]:
+            raise ValueError(f"{refused[0]} is not taken here, and would be left out: write what it says into the messages")
         if not tokenize:
-            texts = [self._render(messages, add_generation_prompt) for messages in batch]
+            texts = [self.encoder.render(messages, add_generation_prompt) for messages in batch]
             return texts if batch is conversation else texts[0]
         encodings = [self.encode_chat(messages, add_generation_prompt) for messages in batch]
-        pictures = all_seen(list(images or []) + [picture for messages in batch for picture in _pictures(messages)])
+        pictures = all_seen(_in_order(batch, images))
         data = self._pad_left(encodings)
-        placeholders = sum(encoding.ids.count(self.image_token_id) for encoding in encodings)
-        if placeholders != len(pictures) * self.image_tokens:
-            raise ValueError(f"{placeholders // self.image_tokens} picture parts in the messages, {len(pictures)} pictures given")
         if pictures:
             data["pixel_values"] = self.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
         return BatchFeature(data, tensor_type=return_tensors) if return_dict else data["input_ids"]
@@ -155,85 +172,7 @@ class DiffVLProcessor(ProcessorMixin):
         Raises:
             ValueError: see apply_chat_template.
         """
-        rendered = self._render(messages, add_generation_prompt)
-        spans = []
-        for turn, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = self._render(messages[:turn], add_generation_prompt=True)
-            if not rendered.startswith(prompt):
-                raise ValueError(
-                    "the chat template is not prefix-stable: the prompt of an answer is not the beginning of the whole chat\n"
-                    f"prompt: {prompt[-80:]!r}\nchat:   {rendered[max(0, len(prompt) - 80) : len(prompt)]!r}"
-                )
-            spans.append(self._answer_span(rendered, len(prompt), message))
-        return self._encode(rendered, spans)
-
-    def _encode(self, rendered: str, spans: list[tuple[int, int]]) -> ChatEncoding:
-        """A rendered chat, with the characters of its answers -> tokens."""
-        text, cuts = self._expand(rendered), []
-        for begin, _ in spans:
-            start = len(self._expand(rendered[:begin]))
-            if self._token_ids(text[:start], cuts) != self._prefix_ids(text, start, cuts):
-                cuts.append(start)
-        ids, offsets = self._tokenise(text, cuts)
-        answer = [0] * len(ids)
-        for number, (start, end) in enumerate(spans, 1):
-            first, last = (len(self._expand(rendered[:place])) for place in (start, end))
-            for place, offset in enumerate(offsets):
-                if first <= offset < last:
-                    answer[place] = number
-        return ChatEncoding(ids, answer, text)
-
-    def _answer_span(self, rendered: str, start: int, message: dict[str, Any]) -> tuple[int, int]:
-        """Characters of an answer: from the end of its prompt to the end of its stop token."""
-        content = _flatten(message["content"], self.image_token).strip()
-        found = rendered.find(content, start)
-        stop = rendered.find(self.stop_token, found + len(content)) if found >= 0 else -1
-        if stop >= 0 and rendered[start:found].strip():
-            raise ValueError(
-                f"the chat template writes {rendered[start:found]!r} before an answer, but not at the end of its prompt: "
-                "training and decoding would differ"
-            )
-        if stop < 0:
-            raise ValueError(f"the chat template does not write {self.stop_token!r} behind the answer {content[:60]!r}")
-        return start, stop + len(self.stop_token)
-
-    def _render(self, messages: Messages, add_generation_prompt: bool) -> str:
-        plain = []
-        for message in messages:
-            if isinstance(message["content"], str) and self.image_token in message["content"]:
-                raise ValueError(f"the text holds {self.image_token!r}, which stands for a picture: give pictures as parts")
-            plain.append({"role": message["role"], "content": _flatten(message["content"], self.image_token)})
-            if self.tokenizer.mask_token in plain[-1]["content"]:
-                raise ValueError(f"the text holds {self.tokenizer.mask_token!r}, which stands for a token not known yet")
-        # Templates that print the date take it from here where they can: a prompt must not depend on the day.
-        return self.tokenizer.apply_chat_template(
-            plain, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=FIXED_DATE
-        )
-
-    def _expand(self, text: str) -> str:
-        return text.replace(self.image_token, self.image_token * self.image_tokens)
-
-    def _tokenise(self, text: str, cuts: list[int]) -> tuple[list[int], list[int]]:
-        """Token ids and the character at which each starts; no token crosses a cut."""
-        ids: list[int] = []
-        offsets: list[int] = []
-        for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
-            # Not verbose: who calls compares the length with what fits, and says so in its own words.
-            piece = text[start:end]
-            encoded = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            ids += encoded["input_ids"]
-            offsets += [start + offset[0] for offset in encoded["offset_mapping"]]
-        return ids, offsets
-
-    def _token_ids(self, text: str, cuts: list[int]) -> list[int]:
-        return self._tokenise(text, cuts)[0]
-
-    def _prefix_ids(self, text: str, end: int, cuts: list[int]) -> list[int]:
-        """Tokens of the whole text that start before `end`."""
-        ids, offsets = self._tokenise(text, cuts)
-        return [token for token, offset in zip(ids, offsets, strict=True) if offset < end]
+        return self.encoder.encode(messages, add_generation_prompt)
 
     def _pad_left(self, encodings: list[ChatEncoding]) -> dict[str, Any]:
         longest = max(len(encoding.ids) for encoding in encodings)
@@ -248,28 +187,58 @@ class DiffVLProcessor(ProcessorMixin):
         return {name: torch.tensor(value) for name, value in rows.items()}
 
 
-def _flatten(content: str | list[dict[str, Any]], image_token: str) -> str:
-    """Message content as one string, each picture part as one placeholder."""
-    if isinstance(content, str):
-        return content
-    pieces = []
-    for part in content:
-        if part["type"] == "image":
-            pieces.append(image_token)
-        elif image_token in part["text"]:
-            raise ValueError(f"the text holds {image_token!r}, which stands for a picture: give pictures as parts")
-        else:
-            pieces.append(part["text"])
-    return "".join(pieces)
+# --- pictures ----------------------------------------------------------------------------------------------------------------
 
 
-def _pictures(messages: Messages) -> list[Any]:
-    """The pictures that the parts carry, in order."""
+def _in_order(batch: Sequence[Messages], images: Any) -> list[Any]:
+    """The pictures of several conversations in the order of their parts: a part's own, or the next of `images`, a flat list or
+    one list for each conversation.
+
+    Raises:
+        ValueError: if parts without a picture and `images` differ in number, or a picture cannot be read.
+    """
+    given: list[Any] = [images] if images is not None and not isinstance(images, list | tuple) else list(images or [])
+    nested = [one for one in given if isinstance(one, list | tuple)]
+    if nested and (len(nested) < len(given) or len(nested) != len(batch)):
+        raise ValueError(f"images is neither a list of pictures nor one list for each of the {len(batch)} conversations")
     found = []
-    for message in messages:
-        parts = message["content"] if isinstance(message["content"], list) else []
-        for part in parts:
-            picture = part.get("image", part.get("path"))
-            if part["type"] == "image" and picture is not None:
-                found.append(picture)
+    for messages, own in zip(batch, given, strict=True) if nested else [([m for one in batch for m in one], given)]:
+        parts = list(pictures_of(messages))
+        bare = parts.count(None)
+        if bare != len(own):
+            raise ValueError(
+                f"{len(own)} pictures are given beside the messages, but {bare} of their {len(parts)} picture parts carry none "
+                "and wait for one"
+            )
+        rest = iter(own)
+        found += [_pixels("image", next(rest)) if part is None else _pixels(*part) for part in parts]
     return found
+
+
+def _pixels(key: str, source: Any) -> Any:
+    """One picture, opened if it is named: `source` is what stands under `key` in a picture part.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    if not isinstance(source, str | bytes | Path):
+        return source
+    shown = repr(source if len(source) <= 80 else source[:77]) if isinstance(source, str | bytes) else str(source)
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        raise ValueError(f"the picture {shown} is an address on the net; pictures are not fetched: give a file's path")
+    try:
+        with Image.open(_file_of(key, source)) as picture:
+            return as_seen(picture)
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"the picture {shown} cannot be read ({error})") from error
+
+
+def _file_of(key: str, source: str | bytes | Path) -> Path | io.BytesIO:
+    """What a picture can be opened from."""
+    if isinstance(source, str) and source.startswith("data:"):
+        return io.BytesIO(base64.b64decode(source.partition(",")[2]))
+    if isinstance(source, str) and key == "base64":
+        return io.BytesIO(base64.b64decode(source))
+    if isinstance(source, str):
+        return Path(unquote(source.removeprefix("file://")) if source.startswith("file://") else source)
+    return source if isinstance(source, Path) else io.BytesIO(source)

@@ -1,0 +1,327 @@
+"""Turns -> the chat template's text, and the characters of the answers in it.
+
+A chat is rendered once. Its skeleton is what the template writes around the contents: the template rendered with stand-ins for
+the contents of a chat of the same roles, cut at them. Walking through skeleton and contents checks every byte of the text, so
+places found this way are exact. Invariant: an answer begins where the prompt ends that a decoder is given for it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from .messages_diffvl import Turn
+
+Spans = list[tuple[int, int]]  # first character and end of each answer
+
+FIXED_DATE = "26 Jul 2024"  # the default of the Llama 3 templates
+# What the code inside a chat template may raise.
+FAULTS = (TemplateError, TypeError, ValueError, ArithmeticError, AttributeError, LookupError)
+MAX_SKELETONS = 4096
+
+# A prompt must not depend on the day it is asked on: this stands in for the function that gives templates the date. The line end
+# is taken away again, as transformers renders with trim_blocks.
+_DATE_CODES = (
+    *(("%-d", "26"), ("%-m", "7"), ("%-H", "0"), ("%-I", "12"), ("%-M", "0"), ("%-S", "0"), ("%-j", "208"), ("%-y", "24")),
+    *(("%F", "2024-07-26"), ("%D", "07/26/24"), ("%x", "07/26/24"), ("%c", "Fri Jul 26 00:00:00 2024")),
+    *(("%T", "00:00:00"), ("%X", "00:00:00"), ("%R", "00:00"), ("%r", "12:00:00 AM"), ("%s", "1721952000")),
+    *(("%d", "26"), ("%e", "26"), ("%m", "07"), ("%B", "July"), ("%b", "Jul"), ("%h", "Jul"), ("%Y", "2024"), ("%y", "24")),
+    *(("%G", "2024"), ("%g", "24"), ("%C", "20"), ("%j", "208"), ("%U", "29"), ("%W", "30"), ("%V", "30")),
+    *(("%A", "Friday"), ("%a", "Fri"), ("%w", "5"), ("%u", "5"), ("%H", "00"), ("%k", " 0"), ("%I", "12"), ("%l", "12")),
+    *(("%p", "AM"), ("%P", "am"), ("%M", "00"), ("%S", "00"), ("%f", "000000"), ("%z", "+0000"), ("%:z", "+00:00")),
+    *(("%Z", "UTC"), ("%n", "\\n"), ("%t", "\\t"), ("%%", "%")),
+)
+_DATE = (
+    "{%- macro strftime_now(format='%d %b %Y') -%}{%- set diffvl = namespace(date=format) -%}{%- for code, value in ["
+    + ", ".join(f"('{code}', '{value}')" for code, value in _DATE_CODES)
+    + "] -%}{%- set diffvl.date = diffvl.date | replace(code, value) -%}{%- endfor -%}{{- diffvl.date -}}{%- endmacro %}\n"
+)
+
+
+def with_fixed_date(template: str) -> str:
+    """A chat template that gives the same text every day."""
+    return template if "strftime_now" not in template or template.startswith(_DATE) else _DATE + template
+
+
+class ChatTemplateError(ValueError):
+    """A chat template refuses a chat, or gives a text in which answers cannot be trained."""
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """What a template writes around the contents of a chat.
+
+    pieces: text before each content, and behind the last. starts: per answer its turn, and the end of its prompt in the piece
+    before it. ends: per answer the end of the stop token in the piece behind it; 0 where there is none. left_out: turns of which
+    the text says nothing.
+    """
+
+    pieces: tuple[str, ...] = ()
+    starts: tuple[tuple[int, int], ...] = ()
+    ends: tuple[int, ...] = ()
+    left_out: tuple[int, ...] = ()
+
+    @property
+    def walkable(self) -> bool:
+        """Whether every answer follows its prompt, but for white space, and ends with the stop token."""
+        return all(self.ends) and not any(self.pieces[turn][start:].strip() for turn, start in self.starts)
+
+
+class ChatTemplate:
+    """A tokenizer's chat template.
+
+    Args:
+        stop_token: what it writes behind an answer.
+        system_turn: `first_question` puts a system turn in front of the first question; `template` leaves it to the template.
+    """
+
+    def __init__(self, tokenizer: Any, stop_token: str, system_turn: str = "template") -> None:
+        self.tokenizer, self.stop_token, self.system_turn = tokenizer, stop_token, system_turn
+        self.source = with_fixed_date(tokenizer.get_chat_template())
+        self._skeletons: dict[tuple[tuple[str, ...], bool], Skeleton | None] = {}
+        self._as_parts = self._find_form()
+
+    # --- text ----------------------------------------------------------------------------------------------------------------
+
+    def fold(self, turns: list[Turn]) -> list[Turn]:
+        """The turns as the template is given them.
+
+        Raises:
+            ValueError: if a system turn has no question to go into.
+        """
+        if self.system_turn != "first_question" or not turns or turns[0][0] != "system":
+            return turns
+        if len(turns) == 1 or turns[1][0] != "user":
+            raise ValueError("the system turn goes in front of the first question, but no question follows it")
+        (_, system), (role, question), *rest = turns
+        return [(role, f"{system}\n\n{question}" if system and question else system or question), *rest]
+
+    def render(self, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
+        """The template's text.
+
+        Raises:
+            ChatTemplateError: in the template's own words, if it refuses the turns.
+        """
+        try:
+            return self._render(turns, add_generation_prompt)
+        except FAULTS as error:
+            raise ChatTemplateError(f"the chat template refuses this chat ({error}){self._advice(turns)}") from error
+
+    def _render(self, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
+        messages: list[dict[str, Any]] = [
+            {"role": role, "content": [{"type": "text", "text": text}] if role in self._as_parts else text}
+            for role, text in turns
+        ]
+        rendered = self.tokenizer.apply_chat_template(
+            messages,
+            chat_template=self.source,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            date_string=FIXED_DATE,
+        )
+        return str(rendered)
+
+    def _find_form(self) -> frozenset[str]:
+        """Roles whose content the template wants as a list of parts. Text is tried first: some templates take both."""
+        chat = ("user", "assistant")
+        for roles in ((), ("system", *chat), ("user",), chat):
+            self._as_parts = frozenset(roles)
+            if self._keeps(chat):
+                break
+        else:
+            return frozenset()
+        form = self._as_parts
+        for self._as_parts in (form, form ^ {"system"}):
+            if self._keeps(("system", *chat)):
+                return self._as_parts
+        return form
+
+    def _keeps(self, roles: tuple[str, ...]) -> bool:
+        try:
+            text = self._render(_stand_ins(roles), False)
+        except FAULTS:
+            return False
+        return all(content in text for _, content in _stand_ins(roles))
+
+    # --- skeletons -----------------------------------------------------------------------------------------------------------
+
+    def skeleton(self, roles: tuple[str, ...], add_generation_prompt: bool = False) -> Skeleton | None:
+        """The skeleton of a chat of these roles; None where there is none: the template refuses them, repeats a content or
+        orders contents anew, or a prompt is not the beginning of the chat."""
+        key = roles, add_generation_prompt
+        if key not in self._skeletons:
+            if len(self._skeletons) >= MAX_SKELETONS:
+                self._skeletons.clear()
+            self._skeletons[key] = self._make_skeleton(*key)
+        return self._skeletons[key]
+
+    def _make_skeleton(self, roles: tuple[str, ...], add_generation_prompt: bool) -> Skeleton | None:
+        prompt: Skeleton | None = Skeleton()
+        answers = [turn for turn, role in enumerate(roles) if role == "assistant"]
+        for turn in answers:  # each prompt contains the one before it, so the last alone is compared below
+            prompt = self.skeleton(roles[:turn], add_generation_prompt=True) if turn else None
+            if prompt is None or prompt.left_out:
+                break
+        turns = _stand_ins(roles)
+        try:
+            text = self._render(turns, add_generation_prompt)
+        except FAULTS:
+            return None
+        left_out = tuple(turn for turn, (_, content) in enumerate(turns) if content not in text)
+        if left_out:
+            return Skeleton(left_out=left_out)
+        pieces = []
+        for _, content in turns:
+            piece, found, text = text.partition(content)
+            if not found or content in text:
+                return None
+            pieces.append(piece)
+        if prompt is None or prompt.left_out:
+            return None
+        skeleton = Skeleton((*pieces, text), prompt.starts, prompt.ends)
+        return self._with_last_answer(skeleton, prompt.pieces, answers[-1]) if answers else skeleton
+
+    def _with_last_answer(self, skeleton: Skeleton, prompt: tuple[str, ...], turn: int) -> Skeleton | None:
+        pieces = skeleton.pieces
+        if pieces[:turn] != prompt[:-1] or not pieces[turn].startswith(prompt[-1]):
+            return None
+        place = pieces[turn + 1].find(self.stop_token)
+        end = place + len(self.stop_token) if place >= 0 else 0
+        return replace(skeleton, starts=(*skeleton.starts, (turn, len(prompt[-1]))), ends=(*skeleton.ends, end))
+
+    # --- answers -------------------------------------------------------------------------------------------------------------
+
+    def spans(self, turns: Sequence[Turn], add_generation_prompt: bool) -> tuple[str, Spans]:
+        """The chat's text, and the characters of each answer with its stop token.
+
+        Raises:
+            ChatTemplateError: if the template refuses the chat, leaves a turn out or changes an answer, or if a decoder could
+                not be given the beginning of the text as the prompt of an answer.
+        """
+        text = self.render(turns, add_generation_prompt)
+        skeleton = self.skeleton(tuple(role for role, _ in turns), add_generation_prompt)
+        if skeleton is not None and skeleton.left_out:
+            role = turns[skeleton.left_out[0]][0]
+            raise ChatTemplateError(f"the chat template leaves the turn of the role {role!r} out{self._advice(turns)}")
+        found = walk(text, turns, skeleton) if skeleton is not None and skeleton.walkable else None
+        return text, self.search(text, turns, skeleton) if found is None else found
+
+    def search(self, text: str, turns: Sequence[Turn], skeleton: Skeleton | None = None) -> Spans:
+        """The same without a walk, by rendering the prompt of every answer: for templates that look into contents, and to say
+        what is wrong with the others.
+
+        Raises:
+            ChatTemplateError: see `spans`.
+        """
+        spans: Spans = []
+        for turn, (role, content) in enumerate(turns):
+            if role != "assistant":
+                continue
+            if turn == 0:
+                raise ChatTemplateError("the chat begins with an answer: there is no prompt for it")
+            prompt = self.render(turns[:turn], add_generation_prompt=True)
+            if not text.startswith(prompt):
+                raise ChatTemplateError(
+                    "the chat template is not prefix-stable: the prompt of an answer is not the beginning of the whole chat\n"
+                    f"prompt: {prompt[-80:]!r}\nchat:   {text[max(0, len(prompt) - 80) : len(prompt)]!r}{self._advice(turns)}"
+                )
+            number = len(spans)
+            tail = skeleton.pieces[turn + 1][: skeleton.ends[number]] if skeleton is not None and skeleton.pieces else ""
+            spans.append(self._span(text, len(prompt), content.strip(), tail, number + 1))
+        return spans
+
+    def _span(self, text: str, start: int, content: str, tail: str, number: int) -> tuple[int, int]:
+        """Characters of an answer: from the end of its prompt to the end of its stop token.
+
+        Args:
+            tail: what the template writes behind the answer of such a chat, up to the stop token.
+        """
+        found, first_stop = text.find(content, start), text.find(self.stop_token, start)
+        written = text[start:first_stop] if first_stop >= 0 else text[start:]
+        if found < 0 or (text[start:found].strip() and content not in written):
+            raise ChatTemplateError(
+                f"the chat template changes answer {number}: of {_short(content)} it writes {_short(written.strip())}; an answer "
+                "is trained as it stands in the chat: leave out what the template takes away, or mend the template"
+            )
+        if text[start:found].strip():
+            raise ChatTemplateError(
+                f"the chat template writes {text[start:found]!r} before an answer, but not at the end of its prompt: "
+                "training and decoding would differ"
+            )
+        stop = text.find(self.stop_token, found + len(content))
+        behind = text[found + len(content) : stop] if stop >= 0 else text[found + len(content) :]
+        if stop < 0 or (behind.strip() and not (tail and text.startswith(tail, found + len(content)))):
+            raise ChatTemplateError(
+                f"the chat template does not write {self.stop_token!r} behind answer {number}, {_short(content)}: it writes "
+                f"{_short(behind)} there, which would be trained as a part of the answer"
+            )
+        return start, stop + len(self.stop_token)
+
+    # --- system turns --------------------------------------------------------------------------------------------------------
+
+    def system_fault(self) -> str:
+        """Why chats of one and of two rounds that begin with a system turn do not work; empty if they do."""
+        if self.system_turn == "first_question":
+            return ""
+        rounds = ("user", "assistant")
+        for roles in (("system", *rounds), ("system", *rounds, *rounds)):
+            try:
+                turns = _stand_ins(roles)
+                text = self._render(turns, False)
+                skeleton = self.skeleton(roles)
+                if skeleton is not None and skeleton.left_out:
+                    return "it leaves the system turn out"
+                if skeleton is None or not skeleton.walkable:
+                    for turn in range(1, len(roles), 2):
+                        if not text.startswith(self._render(turns[: turn + 1], True)):
+                            return f"it writes the system turn elsewhere in a chat of {len(roles) // 2} rounds"
+            except FAULTS as error:
+                return str(error)
+        return ""
+
+    def _advice(self, turns: Sequence[Turn]) -> str:
+        """What to do, where it is the system turn that does not fit."""
+        if not turns or turns[0][0] != "system" or not self.system_fault():
+            return ""
+        return (
+            "; it does not take system turns: put the system turn's text into the first question, or convert with "
+            "--set prepare.system_turn=first_question, which does it for every chat"
+        )
+
+
+def walk(text: str, turns: Sequence[Turn], skeleton: Skeleton) -> Spans | None:
+    """The characters of the answers; None if the text is not the skeleton with the contents in it, whole or stripped."""
+    pieces, places, at = skeleton.pieces, [], 0
+    if not text.startswith(pieces[0]):
+        return None
+    for (_, content), before, behind in zip(turns, pieces, pieces[1:], strict=False):
+        at += len(before)
+        for form in _forms(content):
+            if text.startswith(form, at) and text.startswith(behind, at + len(form)):
+                break
+        else:
+            return None
+        places.append((at, at + len(form)))
+        at += len(form)
+    if at + len(pieces[-1]) != len(text):
+        return None
+    return [
+        (places[turn][0] - len(pieces[turn]) + start, places[turn][1] + end)
+        for (turn, start), end in zip(skeleton.starts, skeleton.ends, strict=True)
+    ]
+
+
+def _forms(content: str) -> tuple[str, ...]:
+    """What a template may make of a content."""
+    stripped = content.strip()
+    return (content,) if len(stripped) == len(content) else (content, stripped, content.lstrip(), content.rstrip())
+
+
+def _stand_ins(roles: Sequence[str]) -> list[Turn]:
+    """Turns whose contents are numbers: no template trims, escapes or capitalises them, and none writes them by itself."""
+    return [(role, f"90817{number:06d}71809") for number, role in enumerate(roles)]
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")
