@@ -246,8 +246,8 @@ def run(words: list[str], folder: str, moment: Moment, pipe: int) -> None:
     def tell(kind: str, what: object) -> None:
         os.write(pipe, f"{kind} {what}\n".encode())
 
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        sys.stdout = nowhere
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, open(os.devnull, encoding="utf-8") as nothing:
+        sys.stdin, sys.stdout = nothing, nowhere
         os.fsync = lambda _: None  # a kill loses nothing that was written, only a power cut does: no need to wait for a disk
         operations = Operations(folder, tell, moment)
         operations.install()

@@ -18,6 +18,7 @@ from tiny_runs import refused, succeed
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from diffvl.bench import decode, published_decoder
+from diffvl.bench.answered import Scored
 from diffvl.bench.bandwidth import streamed_bytes
 from diffvl.bench.decode import (
     Case,
@@ -33,7 +34,7 @@ from diffvl.bench.decode_bars import DecodeVerdict, decode_verdicts
 from diffvl.bench.decode_request import DecodeBench, numbers
 from diffvl.bench.decoders import DECODERS, NEVER, Decoded, Prompts, ar_generate, blocks_and_steps, ours
 from diffvl.bench.forms import build_model
-from diffvl.bench.sweep import THRESHOLDS, Scored, sweep_row
+from diffvl.bench.sweep import THRESHOLDS, sweep_row
 from diffvl.decode import Answer
 from diffvl.errors import TrainingError
 
@@ -331,6 +332,18 @@ def test_a_sweep_prints_a_row_for_each_threshold(checkpoint: Path, shapes: dict[
         assert 0 <= one["edit_similarity"] <= 1
     out = succeed(*words, "--max-new-tokens", 4).out
     assert "tokens/forward" in out and "0.95" in out
+
+
+def test_the_two_modes_of_a_checkpoint_on_the_same_questions(checkpoint: Path, shapes: dict[str, Path]):
+    words = ("bench", "modes", checkpoint, "--device", "cpu", "--data", shapes["test"], "--limit", 2, "--max-new-tokens", 6)
+    report = json.loads(succeed(*words, "--json").out)
+    blocks, ar = report["rows"]
+    assert (blocks["mode"], ar["mode"]) == ("blocks", "ar")
+    assert blocks["answers"] == ar["answers"] == report["machine"]["questions"] == 2
+    assert ar["tokens_per_forward"] == 1.0, "token by token"
+    assert report["speedup"] == blocks["tokens_per_second"] / ar["tokens_per_second"]
+    line = succeed(*words).out
+    assert "in blocks of 4: " in line and "; token by token: 1.00 tokens per forward, " in line and line.count("\n") == 1
 
 
 @pytest.mark.parametrize(

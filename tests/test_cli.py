@@ -53,6 +53,7 @@ FLAGS = {
         *("DIR", "--data", "--sweep", "--limit", "--steps", "--batch", "--max-new-tokens", "--repeats", "--device", "--layers"),
         *("--hidden", "--block-size", "--context", "--seed", "--quick", "--compile", "--no-compile", "--json"),
     },
+    "bench modes": {"DIR", "--data", "--limit", "--max-new-tokens", "--device", "--json"},
     "bench objective": {"--samples", "--seed", "--json"},
     "bench train": {
         *("--shapes", "--repeats", "--device", "--layers", "--hidden", "--block-size", "--context", "--seed", "--quick"),
@@ -298,7 +299,8 @@ def test_convert_passes_every_flag_on(run, monkeypatch: pytest.MonkeyPatch):
 
     pretend(monkeypatch, "diffvl.convert", ConvertRequest=Settings.make, convert=convert)
     words = (
-        "--stage align --recipe demo --data d.json --from f --out o --lora --set a.b=1 --set c=x=y --resume --trust-remote-code"
+        "--stage align --recipe demo --data d.json --from f --out o --lora --set a.b=1 --set c=x=y --resume "
+        "--accept-changed-data --trust-remote-code"
     )
     assert run("convert", "m", *words.split()) == (0, "", "")
     assert run("convert", "--dry-run") == (0, "", "")
@@ -312,11 +314,12 @@ def test_convert_passes_every_flag_on(run, monkeypatch: pytest.MonkeyPatch):
         "lora": True,
         "assignments": ("a.b=1", "c=x=y"),
         "resume": True,
+        "accept_changed_data": True,
         "dry_run": False,
         "trust_remote_code": True,
     }
     nothing = dict.fromkeys(("model", "stage", "recipe", "data", "start", "out"))
-    no_flags = dict.fromkeys(("lora", "resume", "trust_remote_code"), False)
+    no_flags = dict.fromkeys(("lora", "resume", "accept_changed_data", "trust_remote_code"), False)
     assert seen[1] == nothing | no_flags | {"assignments": (), "dry_run": True}
 
 

@@ -164,7 +164,8 @@ def test_a_run_does_not_go_on_with_more_data(interrupted: Interrupted):
     interrupted.data.write_text(json.dumps([*records, *records[:2]]), encoding="utf-8")
     says = ["checkpoint-4/curriculum.json: the curriculum stood at {'step': 4, 'steps': 8, 'noise_mean': 0.5"]
     says += ["this run would go on at {'step': 4, 'steps': 12", "resume with the settings and the data that the run began with"]
-    interrupted.refuses(says=says)
+    interrupted.refuses("--accept-changed-data", says=says)
+    interrupted.refuses(says=["the data is not what the run began with", "now", "(6 records)"])
 
 
 def test_a_checkpoint_whose_curriculum_stood_elsewhere(interrupted: Interrupted):

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from diffvl.cli_print import print_json, print_table
+from diffvl.cli_print import print_json, print_line, print_table
 from diffvl.terminal import complain, console
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -130,6 +130,28 @@ def bench_decode(
     else:
         for headings, rows in shown:
             print_table(headings, rows)
+
+
+@bench.command("modes", epilog="Example:  diffvl bench modes runs/demo/diffuse --data test.json --limit 12")
+def bench_modes(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint that `diffvl convert` wrote.")],
+    data: Annotated[Path, typer.Option(help="Questions with true answers, in LLaVA format.", metavar="FILE")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N questions.", metavar="N")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer. Default: 128.")] = None,
+    device: Annotated[Device, typer.Option(help="Where to run; auto takes CUDA where there is one.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Compare a converted model in blocks with its own token-by-token decoding, on the same questions."""
+    from diffvl.bench.answered import AnswersBench
+    from diffvl.bench.modes import compare_modes, modes_line
+    from diffvl.progress import quiet_libraries
+
+    quiet_libraries()
+    report = compare_modes(AnswersBench(directory, data, limit, max_new_tokens, device), console(stderr=True))
+    if as_json:
+        print_json(report)
+    else:
+        print_line(modes_line(report))
 
 
 @bench.command("objective", epilog="Example:  diffvl bench objective --json > variance.json")

@@ -268,8 +268,8 @@ def test_malformed_line_does_not_hide_the_next_problem(tmp_path: Path) -> None:
     path.write_text("{\n" + json.dumps({"conversations": GOOD}) + "\n{}\n")
     lines = fail(path).split("\n")
     assert lines[0] == f"{path}: 2 problems"
-    assert lines[1].startswith(f"  {path}:1: malformed JSON at column ")
-    assert lines[2].startswith(f"  {path}:3: no `conversations`")
+    assert lines[1] == "  malformed JSON: 1" and lines[2].startswith(f"    {path}:1: malformed JSON at column ")
+    assert lines[3] == "  no turns: 1" and lines[4].startswith(f"    {path}:3: no `conversations`")
 
 
 def test_image_is_looked_for_once_per_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

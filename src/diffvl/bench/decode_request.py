@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffvl.bench.sweep import SweepBench
+from diffvl.bench.answered import AnswersBench
 from diffvl.errors import UsageError
 
 
@@ -45,7 +45,7 @@ def refuse_idle_words(request: DecodeBench) -> None:
         raise UsageError(f"{', '.join(idle)} with DIR: the checkpoint has its own sizes. Leave it out, or leave out DIR")
 
 
-def sweep_request(request: DecodeBench, asked: bool, limit: int | None) -> SweepBench:
+def sweep_request(request: DecodeBench, asked: bool, limit: int | None) -> AnswersBench:
     """What `--sweep` is asked to do. Raises UsageError if something is missing, or would have no effect."""
     if not asked:
         raise UsageError(f"--limit {limit} has no effect without --sweep")
@@ -57,7 +57,7 @@ def sweep_request(request: DecodeBench, asked: bool, limit: int | None) -> Sweep
     for flag, value in idle.items():
         if value is not None:
             raise UsageError(f"{flag} has no effect with --sweep, which answers every question once at each threshold")
-    return SweepBench(request.directory, request.data, limit, request.max_new_tokens, request.device)
+    return AnswersBench(request.directory, request.data, limit, request.max_new_tokens, request.device)
 
 
 def numbers(flag: str, words: str | None, default: Sequence[int]) -> tuple[int, ...]:
