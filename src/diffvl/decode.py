@@ -17,11 +17,12 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import BatchFeature, CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
-from diffvl.checkpoint import load_checkpoint, read_json
+from diffvl.checkpoint import load_checkpoint, read_json, saved_dtype
 from diffvl.data.images import open_picture
 from diffvl.data.loader import longest_sample
 from diffvl.data.markers import IMAGE_MARKER, count_markers, pieces_between
 from diffvl.data.questions import Question, summary
+from diffvl.dtypes import has_bf16
 from diffvl.errors import CheckpointError, DataError, UsageError
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.prefix_diffvl import Prefix
@@ -96,13 +97,14 @@ UNWATCHED = Watcher()
 
 
 def load_for_decoding(directory: Path) -> Decoder:
-    """Reads a DiffVL directory, onto a GPU where there is one.
+    """Reads a DiffVL directory, onto a GPU where there is one; in its own dtype, or in fp32 where this machine has no bf16.
 
     Raises:
         CheckpointError: saying what else the directory is.
     """
     _refuse_other_decoders(directory)
-    model, processor = load_checkpoint(directory)
+    slow = not has_bf16() and saved_dtype(directory) == torch.bfloat16
+    model, processor = load_checkpoint(directory, dtype=torch.float32 if slow else None)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Decoder(torch.nn.Module.to(model.eval(), device), processor)
 

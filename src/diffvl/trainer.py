@@ -25,6 +25,7 @@ from diffvl.data.collate import NO_SAMPLE, PROBLEMS, is_filler
 from diffvl.data.left_out import LeftOut
 from diffvl.data.loader import SampleDataset, batches_of, num_workers
 from diffvl.data.problems import Problem
+from diffvl.dtypes import has_bf16
 from diffvl.errors import CheckpointError, DiskError, TrainingError
 from diffvl.files import Writing, share
 from diffvl.noise import sample_generator
@@ -333,13 +334,10 @@ def training_arguments(stage: Stage, seed: int, output_dir: Path, samples: int) 
 
 
 def precision(stage: Stage) -> str:
-    """`auto` resolved: bf16 on a GPU that has it and on CPUs with instructions for it (AMX tiles, AVX512-BF16), fp32 elsewhere,
-    where bf16 is emulated and slower."""
+    """`auto` resolved: bf16 where the machine computes it fast, fp32 elsewhere."""
     if stage.precision != "auto":
         return stage.precision
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else "fp32"
+    return "bf16" if has_bf16() else "fp32"
 
 
 def rows_per_step(arguments: TrainingArguments) -> int:

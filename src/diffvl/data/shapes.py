@@ -3,9 +3,9 @@
 A scene is a 2 x 2 grid of cells with one to four objects in it; its content is the mapping cell -> (colour, shape). Size and
 place inside the cell vary from picture to picture and are no part of the content.
 
-`align` shows one object a picture and asks what it is: names only, which a connector learns in front of a frozen trunk. `train`
-has whole scenes: captions, which say something of every cell and so teach most for their tokens, and conversations of several
-questions about one picture, which share its tokens. `test` asks one question a scene, in equal shares of `KINDS`.
+`align` shows one object a picture and asks what it is and where: names, which a connector learns in front of a frozen trunk.
+`train` has whole scenes: captions, which say something of every cell and so teach most for their tokens, and conversations of
+several questions about one picture, which share its tokens. `test` asks one question a scene, in equal shares of `KINDS`.
 
 Invariant: contents never cross the split. A hash of the content alone, independent of the seed and of the sizes asked for,
 says whether a content belongs to `test` or to `align` and `train`; so two sets of different seeds do not cross either.
@@ -43,7 +43,8 @@ Content = tuple[tuple[str, str] | None, ...]
 _FORMAT = 2  # raise it when the same request gives other bytes
 _NUM_FOLDS = 5
 _TEST_FOLD = 2  # with a fair share of the few one-object contents in it
-_CAPTION_SHARE = 0.7  # of the train records; the others are conversations
+_NAME_SHARE = 0.6  # of the align records; the others ask about a cell
+_CAPTION_SHARE = 0.5  # of the train records; the others are conversations
 _NUM_ASKED = 4  # questions of a conversation, at most
 _TOTAL_SHARE = 0.5  # of the counting questions: all shapes, not those of a colour
 _EMPTY_SHARE = 0.25  # of the position questions: an empty cell, if there is one
@@ -188,7 +189,7 @@ def _draw_records(split: str, size: int, rng: random.Random) -> Iterator[tuple[C
             turns = [ask(kind, content, rng)]
             extra["kind"] = kind
         elif split == "align":
-            turns = [_ask_name(content)]
+            turns = [_ask_name(content) if rng.random() < _NAME_SHARE else _ask_position(content, rng)]
         else:
             turns = [_ask_caption(content)] if rng.random() < _CAPTION_SHARE else _conversation_about(content, rng)
         yield content, turns, extra
@@ -216,8 +217,8 @@ def ask(kind: str, content: Content, rng: random.Random) -> tuple[str, str]:
 
 
 def _ask_name(content: Content) -> tuple[str, str]:
-    (thing,) = [thing for thing in content if thing is not None]
-    return "What is in the picture?", f"A {thing[0]} {thing[1]}."
+    ((cell, thing),) = [(cell, thing) for cell, thing in zip(CELLS, content, strict=True) if thing is not None]
+    return "What is in the picture?", f"{_name(thing).capitalize()} at the {cell}."
 
 
 def _ask_count(content: Content, rng: random.Random) -> tuple[str, str]:
