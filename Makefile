@@ -67,10 +67,10 @@ demo: demo-models ## the whole way on this machine's CPU; again: goes on from wh
 	$(DIFFVL) shapes $(DEMO_DATA)
 	$(DIFFVL) convert $(SMOLLM) --recipe demo --set prepare.vision_tower=$(DINO) --out $(DEMO) --resume
 	$(DIFFVL) evaluate $(DEMO)/diffuse --data $(DEMO_DATA)/test.json --limit 100
-	$(DIFFVL) generate $(DEMO)/diffuse --image $(DEMO_DATA)/images/test/00000.png --prompt "How many shapes are there?"
+	$(DIFFVL) bench modes $(DEMO)/diffuse --data $(DEMO_DATA)/test.json --limit 12
 	@echo 'report:  $(DEMO)/diffuse/report.html   (open it in a browser)'
-	@echo 'go on:   $(DIFFVL) generate $(DEMO)/diffuse --image $(DEMO_DATA)/images/test/00001.png --prompt "What colour is the star?"'
-	@echo '         $(DIFFVL) convert --from $(DEMO)/align --stage diffuse --recipe demo --set stages.diffuse.steps=1000 --out runs/demo-long'
+	@echo 'go on:   $(DIFFVL) generate $(DEMO)/diffuse --image $(DEMO_DATA)/images/test/00001.png --prompt "Describe the picture." --watch'
+	@echo '         $(DIFFVL) convert --from $(DEMO)/align --stage diffuse --recipe demo --set stages.diffuse.steps=400 --out runs/demo-long'
 
 # --- the paper's recipe ------------------------------------------------------------------------------------------------------
 
