@@ -109,16 +109,8 @@ def train(
         model.language_model.set_attn_implementation(attention)
     if process_state().is_main_process:
         checkpoint.write_checkpoint(model, processor, work)
-        progress = {
-            "steps": trainer.state.global_step,
-            "rows_per_step": rows_per_step(trainer.args),
-            "seed": recipe.seed,
-            "curriculum": curriculum_state(stage.objective, progress=1.0),
-        }
-        left_out = trainer.left_out.kinds()
-        state = {"kind": stage_name, "parents": [str(start)], "state": progress, "data": facts_of(record), "left_out": left_out}
-        checkpoint.write_state(work, recipe, state)
-        _tell_left_out(stage_name, left_out, directory)
+        checkpoint.write_state(work, recipe, {"parents": [str(start)], **_state_of(trainer, stage_name, record)})
+        _tell_left_out(stage_name, trainer.left_out.kinds(), directory)
     # The optimiser's state is as large as two models, and the trainer's objects hold each other.
     trainer.accelerator.free_memory()
     del trainer
@@ -133,6 +125,17 @@ def _begin(work: Path, recipe: Recipe, record: dict[str, FileRecord], look: Call
     write_data_record(work, record)
     look()
     checkpoint.replace_text(work / checkpoint.RECIPE_FILE, dump(recipe))
+
+
+def _state_of(trainer: StageTrainer, stage_name: StageName, record: dict[str, FileRecord]) -> dict[str, Any]:
+    """What `diffvl.json` says of a finished stage."""
+    progress = {
+        "steps": trainer.state.global_step,
+        "rows_per_step": rows_per_step(trainer.args),
+        "seed": trainer.recipe.seed,
+        "curriculum": curriculum_state(trainer.stage.objective, progress=1.0),
+    }
+    return {"kind": stage_name, "state": progress, "data": facts_of(record), "left_out": trainer.left_out.kinds()}
 
 
 def load_to_train(start: Path, stage: Stage) -> tuple[DiffVLForConditionalGeneration, torch.dtype]:
