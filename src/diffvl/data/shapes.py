@@ -44,7 +44,7 @@ _FORMAT = 2  # raise it when the same request gives other bytes
 _NUM_FOLDS = 5
 _TEST_FOLD = 2  # with a fair share of the few one-object contents in it
 _NAME_SHARE = 0.6  # of the align records; the others ask about a cell
-_CAPTION_SHARE = 0.3  # of the train records; the others are conversations
+_CAPTION_SHARE = 0.5  # of the train records; the others are conversations
 _NUM_ASKED = 4  # questions of a conversation, at most
 _TOTAL_SHARE = 0.5  # of the counting questions: all shapes, not those of a colour
 _EMPTY_SHARE = 0.25  # of the position questions: an empty cell, if there is one
@@ -197,7 +197,7 @@ def _draw_records(split: str, size: int, rng: random.Random) -> Iterator[tuple[C
 
 def _conversation_about(content: Content, rng: random.Random) -> list[tuple[str, str]]:
     """Different questions in any order, so that each kind often comes before the answers that would give its own away."""
-    kinds = ["counting", "counting", "position"] + (["colour", "colour"] if _unique_shapes(content) else ["position"])
+    kinds = ["counting", "counting", "position", "position"] + (["colour"] if _unique_shapes(content) else [])
     rng.shuffle(kinds)
     asked = dict(ask(kind, content, rng) for kind in kinds)  # the same question once
     return list(asked.items())[:_NUM_ASKED]
