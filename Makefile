@@ -93,7 +93,7 @@ endif
 
 recipe-llava: $(STAMP) ## DiffusionVL's two stages: ALIGN_DATA=a.json DIFFUSE_DATA=b.json, or SCALE=smoke
 ifeq ($(SCALE),smoke)
-	$(BIN)/python -m diffvl.standins $(SMOKE)/models
+	$(BIN)/python -m diffvl.demo.standins $(SMOKE)/models
 	$(DIFFVL) shapes $(SMOKE)/data --align 8 --train 8 --test 4
 	rm -rf $(LLAVA_OUT)
 else

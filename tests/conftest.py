@@ -11,14 +11,14 @@ import pytest
 import torch
 from helpers import QUIET
 
-from diffvl import standins
-from diffvl.checkpoint import load_checkpoint
-from diffvl.data.shapes import write_shapes
+from diffvl.config.resolve import resolve
+from diffvl.demo import standins
+from diffvl.demo.shapes import write_shapes
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
-from diffvl.prepare import Source, prepare
-from diffvl.progress import quiet_libraries
-from diffvl.settings import resolve
+from diffvl.prepare.assemble import Source, prepare
+from diffvl.store.checkpoint import load_checkpoint
+from diffvl.terminal.bars import quiet_libraries
 
 Loaded = tuple[DiffVLForConditionalGeneration, DiffVLProcessor]
 

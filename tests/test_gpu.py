@@ -10,12 +10,12 @@ import torch
 from conftest import Loaded
 from decode_chats import CHATS
 from helpers import CONTEXTS, batch, metrics, objective, sample, stage_recipe
-from test_invariant_training import run
+from training_runs import run
 
-from diffvl.attention import FLEX, choose
+from diffvl.attention.choose import FLEX, choose
 from diffvl.hub import generation_diffvl
 from diffvl.hub.run_diffvl import BlockGenerationOutput
-from diffvl.objective import Draw, block_diffusion
+from diffvl.objective.losses import Draw, block_diffusion
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]  # compilers warn about themselves
 CUDA = torch.device("cuda")

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from diffvl.checkpoint import HUB_FILES, RECIPE_FILE, STATE_FILE
-from diffvl.cli import app
-from diffvl.families import all_families
+from diffvl.cli.main import app
+from diffvl.config.families import all_families
+from diffvl.store.checkpoint import HUB_FILES, RECIPE_FILE, STATE_FILE
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

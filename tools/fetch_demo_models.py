@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Dino
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.utils.quantization_config import GgufConfig
 
-from diffvl.files import share
+from diffvl.store.files import share
 
 
 class FetchError(Exception):

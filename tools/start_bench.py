@@ -122,7 +122,7 @@ def convert_command(folder: Path, file: Path, settings: list[str]) -> list[str]:
     """The command on tiny models, which are made once; nothing of an earlier run is remembered."""
     models, recipe, now = folder / "models", folder / "recipe.json", time.time_ns()
     if not models.exists():
-        subprocess.run([sys.executable, "-m", "diffvl.standins", str(models)], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, "-m", "diffvl.demo.standins", str(models)], check=True, stdout=subprocess.DEVNULL)
         config = models / "trunk-qwen2" / "config.json"
         longer = {**json.loads(config.read_text(encoding="utf-8")), "max_position_embeddings": LONGEST}
         config.write_text(json.dumps(longer), encoding="utf-8")
@@ -140,7 +140,7 @@ def convert_command(folder: Path, file: Path, settings: list[str]) -> list[str]:
     ]
     for setting in (f"prepare.vision_tower={models / 'tower-siglip'}", *settings):
         words += ["--set", setting]
-    return [sys.executable, "-m", "diffvl.cli", *words]
+    return [sys.executable, "-m", "diffvl.cli.main", *words]
 
 
 def main() -> None:

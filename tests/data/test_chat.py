@@ -10,13 +10,13 @@ import pytest
 from conftest import Loaded
 from helpers import picture
 
-from diffvl.answer_turns import answer_turns, questions
-from diffvl.config import Data
+from diffvl.config.recipe import Data
 from diffvl.data.chat import encode_record, messages_of, sample_of
 from diffvl.data.records import Record, Turn
 from diffvl.data.table import open_records, record_at
-from diffvl.decode import user_message
+from diffvl.decode.answer import user_message
 from diffvl.errors import DataError, UsageError
+from diffvl.evaluation.answer_turns import answer_turns, questions
 
 DRAFTED = (
     Turn("user", "What?"),

@@ -14,7 +14,7 @@ from conftest import Loaded
 from helpers import QUIET
 from tiny_runs import record, write_data
 
-from diffvl.config import MAX_SKIPPED, Data
+from diffvl.config.recipe import MAX_SKIPPED, Data
 from diffvl.data import lengths, loader, passes
 from diffvl.data.chat import TOO_LONG, Sample
 from diffvl.data.collate import NO_SAMPLE, PROBLEMS, collate, is_filler

@@ -11,7 +11,7 @@ import datasets.config
 import pytest
 from tiny_runs import record, write_data
 
-from diffvl.config import Data
+from diffvl.config.recipe import Data
 from diffvl.data import files, table
 from diffvl.data.files import Files
 from diffvl.data.records import Record

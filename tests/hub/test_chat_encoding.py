@@ -13,9 +13,9 @@ from chat_zoo import BACKENDS, STOPS, TEMPLATES, chat_processor, random_chat, zo
 from conftest import Loaded
 from slow_encoding import encode_slowly, untrimmed
 
+from diffvl.demo.standins import CHATML, GEMMA, make_tokenizer
 from diffvl.hub.chat_diffvl import ChatEncoder
 from diffvl.hub.processing_diffvl import DiffVLProcessor
-from diffvl.standins import CHATML, GEMMA, make_tokenizer
 
 SYSTEMLESS = ("mistral", "gemma")  # templates that drop or refuse a system turn
 

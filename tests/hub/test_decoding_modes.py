@@ -11,13 +11,13 @@ from decode_chats import CHATS, answers, generated
 from helpers import CONTEXTS, GRIDS, TARGETS, picture
 from transformers import TextIteratorStreamer
 
+from diffvl.demo.standins import TRUNKS
 from diffvl.hub import speculation_diffvl
 from diffvl.hub.decoder_diffvl import BlockDecoder
 from diffvl.hub.pieces_diffvl import Places
 from diffvl.hub.run_diffvl import DenoisingStep
 from diffvl.hub.sampling_diffvl import STRATEGIES
 from diffvl.hub.stopping_diffvl import Stopping
-from diffvl.standins import TRUNKS
 
 # --- a batch is its prompts -----------------------------------------------------------------------------------------------------
 

@@ -8,11 +8,11 @@ import torch
 from conftest import Loaded
 from helpers import ORDINARY
 
-from diffvl.checkpoint import load_checkpoint
-from diffvl.config import Lora
+from diffvl.config.recipe import Lora
+from diffvl.demo.standins import TRUNKS
 from diffvl.hub import head_diffvl
-from diffvl.lora import add_adapters
-from diffvl.standins import TRUNKS
+from diffvl.store.checkpoint import load_checkpoint
+from diffvl.train.lora import add_adapters
 
 ROWS = torch.tensor([3, 17, 17, 40, 25, 0, 59])  # one of them twice, in no order
 

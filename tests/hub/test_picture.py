@@ -18,10 +18,10 @@ from PIL import Image, ImageCms
 from diffvl.data.chat import sample_of
 from diffvl.data.images import open_picture
 from diffvl.data.records import Record, Turn
-from diffvl.decode import ask
+from diffvl.decode.answer import ask
 from diffvl.errors import DataError
 from diffvl.hub.picture_diffvl import all_seen, as_seen
-from diffvl.report import _picture
+from diffvl.report.page import _picture
 
 CASES = Path(__file__).parents[1] / "data" / "cases" / "pictures"
 RED, BLUE, BLACK, WHITE = (255, 0, 0), (0, 0, 255), (0, 0, 0), (255, 255, 255)

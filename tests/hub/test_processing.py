@@ -11,7 +11,7 @@ from conftest import Loaded
 from decode_chats import CHATS
 from helpers import picture
 
-from diffvl.standins import TRUNKS
+from diffvl.demo.standins import TRUNKS
 
 PICTURES = [picture(), picture(1)]  # those of CHATS, in their order
 

@@ -18,11 +18,11 @@ from helpers import CONTEXTS, GRIDS, TARGETS
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig
 
+from diffvl.demo.standins import TRUNKS
 from diffvl.hub import attention_diffvl, generation_diffvl, static_diffvl
 from diffvl.hub.attention_diffvl import BLOCKS, block_attention, block_kernels
 from diffvl.hub.decoder_diffvl import BlockDecoder
 from diffvl.hub.run_diffvl import BlockGenerationOutput
-from diffvl.standins import TRUNKS
 
 STATIC: dict[str, Any] = {"cache_implementation": "static"}
 SETTINGS: dict[str, Any] = {"max_new_tokens": 14, "denoising_steps": 2, "eos_token_id": -1}

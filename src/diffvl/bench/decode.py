@@ -28,7 +28,7 @@ from diffvl.bench.measure import schedule
 from diffvl.bench.subject import Subject, random_subject, trained_subject
 from diffvl.bench.train import QUICK_SCALE, SCALES, pick_device
 from diffvl.errors import TrainingError, UsageError
-from diffvl.progress import spinner_or_line, track
+from diffvl.terminal.bars import spinner_or_line, track
 
 BATCHES = (1, 8, 32)
 NEW_TOKENS = 64

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from diffvl.bench.published_decoder import answer_start, decode_published
-from diffvl.decode import COMPILED
+from diffvl.decode.answer import COMPILED
 from diffvl.hub.run_diffvl import BlockGenerationOutput
 from diffvl.hub.static_diffvl import many_forms
 

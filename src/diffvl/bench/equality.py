@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from diffvl.bench.forms import Shape, Step, TrunkSize, Work, build_model, choose_attention, make_work, ours, published
-from diffvl.config import BlockDiffusionObjective
+from diffvl.config.recipe import BlockDiffusionObjective
 from diffvl.errors import TrainingError
 from diffvl.hub.sampling_diffvl import never_predicted
-from diffvl.objective import Draw
-from diffvl.proof import largest
+from diffvl.objective.losses import Draw
+from diffvl.prepare.proof import largest
 
 CHECKED_TRUNK = TrunkSize(hidden=128, layers=2, heads=2, kv_heads=1, intermediate=256, vocabulary=512)
 WEIGHT_STD = 0.15

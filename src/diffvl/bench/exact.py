@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from diffvl.config import Noise
-from diffvl.noise import mask_ratios
+from diffvl.config.recipe import Noise
+from diffvl.objective.noise import mask_ratios
 
 QUANTILES = 2**13  # of the law of t; a multiple of the numbers of blocks, which the strata need
 REPEATS = 0.8  # probability with which a token of the answer repeats the one before

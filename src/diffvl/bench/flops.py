@@ -15,7 +15,7 @@ import time
 import torch
 
 from diffvl.bench.forms import TrunkSize, Work, full_length_noise
-from diffvl.objective import Draw
+from diffvl.objective.losses import Draw
 
 FORMULA = "3 * (2 P tokens + 2 H V rows + 4 A N pairs), pairs as the attention rule allows"
 PEAK_SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices

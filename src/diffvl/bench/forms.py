@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from diffvl.attention import choose
-from diffvl.config import BlockDiffusionObjective
+from diffvl.attention.choose import choose
+from diffvl.config.recipe import BlockDiffusionObjective
 from diffvl.data.chat import Sample
 from diffvl.data.collate import IGNORED, Batch, collate
 from diffvl.errors import UsageError
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.layout_diffvl import block_index, noisy_stream
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
-from diffvl.objective import Draw, corrupt, loss_of
+from diffvl.objective.losses import Draw, corrupt, loss_of
 
 SHAPE = re.compile(r"L([1-9]\d*)-R([1-9]\d*)")
 STOP_TOKEN = 0

@@ -18,8 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 from diffvl.bench.flops import synchronize
 from diffvl.bench.forms import FORMS, Step, Work, choose_attention
 from diffvl.bench.memory import MemoryMeter
-from diffvl.objective import Draw
-from diffvl.progress import track
+from diffvl.objective.losses import Draw
+from diffvl.terminal.bars import track
 
 NUM_KERNELS = 8
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from diffvl.bench import machine
 from diffvl.bench.answered import AnswersBench, answer_all, described, load_questions, totals
-from diffvl.decode import DecodeSettings
+from diffvl.decode.answer import DecodeSettings
 
 THRESHOLD = 0.9
 

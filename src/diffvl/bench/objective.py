@@ -16,8 +16,8 @@ from rich.console import Console
 
 from diffvl.bench import exact, sampled
 from diffvl.bench.machine import describe
-from diffvl.config import BlockDiffusionObjective
-from diffvl.progress import spinner_or_line, track
+from diffvl.config.recipe import BlockDiffusionObjective
+from diffvl.terminal.bars import spinner_or_line, track
 
 ANSWER = 64  # tokens; a multiple of every block size
 BLOCK_SIZES = (4, 8, 16)

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from diffvl.bench.forms import NUM_SPECIAL, TrunkSize, build_model
-from diffvl.config import BlockDiffusionObjective
+from diffvl.config.recipe import BlockDiffusionObjective
 from diffvl.data.chat import Sample
 from diffvl.data.collate import Batch, collate
-from diffvl.objective import Draw, block_diffusion
+from diffvl.objective.losses import Draw, block_diffusion
 
 ROWS = 64  # of a batch, a multiple of the answers
 TRUNK = TrunkSize(hidden=32, layers=2, heads=2, kv_heads=2, intermediate=64, vocabulary=28)

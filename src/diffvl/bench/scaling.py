@@ -10,7 +10,7 @@ from rich.console import Console
 from diffvl.bench.forms import Shape, make_work
 from diffvl.bench.measure import measure_forms
 from diffvl.bench.memory import MemoryMeter
-from diffvl.config import BlockDiffusionObjective
+from diffvl.config.recipe import BlockDiffusionObjective
 
 LENGTH_FORMS = ("ar_answer_logits", "ours")
 ANSWER_FORMS = ("ours",)

@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from diffvl.answer_turns import answer_turns, chat_before
 from diffvl.bench.decoders import NEVER, Prompts
 from diffvl.bench.forms import NUM_SPECIAL, STOP_TOKEN, TrunkSize, build_model
 from diffvl.bench.published_decoder import require_same_target
-from diffvl.config import Data
+from diffvl.config.recipe import Data
 from diffvl.data.records import iterate_records
-from diffvl.decode import Decoder, context_length, encode, load_for_decoding
+from diffvl.decode.answer import Decoder, context_length, encode, load_for_decoding
 from diffvl.errors import UsageError
-from diffvl.resume import reading_of
+from diffvl.evaluation.answer_turns import answer_turns, chat_before
+from diffvl.evaluation.reading import reading_of
 
 # Tokens of the prompts of a batch, over and over; the first is that of batch 1.
 PROMPT_LENGTHS = (96, 64, 128, 80, 112, 72, 120, 88)

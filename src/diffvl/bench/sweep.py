@@ -10,7 +10,7 @@ from rich.console import Console
 
 from diffvl.bench import machine
 from diffvl.bench.answered import AnswersBench, Scored, answer_all, described, load_questions, totals
-from diffvl.decode import DecodeSettings
+from diffvl.decode.answer import DecodeSettings
 
 THRESHOLDS = (1.0, 0.95, 0.9, 0.8, 0.6)
 

@@ -19,10 +19,10 @@ from diffvl.bench.forms import FORMS, Shape, TrunkSize, build_model, make_work, 
 from diffvl.bench.measure import Measured, draws, measure_forms, top_kernels
 from diffvl.bench.memory import MemoryMeter, meter_of, release
 from diffvl.bench.scaling import FULL_PLAN, QUICK_PLAN, measure_scaling
-from diffvl.config import BlockDiffusionObjective
+from diffvl.config.recipe import BlockDiffusionObjective
+from diffvl.config.resolve import parse
 from diffvl.errors import UsageError
-from diffvl.progress import spinner_or_line
-from diffvl.settings import parse
+from diffvl.terminal.bars import spinner_or_line
 
 DEFAULT_SHAPES = "L3000-R300,L1000-R600,L512-R400"  # LLaVA-like, document, text
 QUICK_SHAPES = "L64-R16,L48-R24"

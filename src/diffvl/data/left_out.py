@@ -10,12 +10,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from diffvl.config import Data
+from diffvl.config.recipe import Data
 from diffvl.data.loader import SampleDataset
 from diffvl.data.problem_list import advice_on, as_error, as_line, from_line, is_forgiven, kinds_of, over_budget
 from diffvl.data.problems import Problem
 from diffvl.errors import DataError
-from diffvl.progress import read_json_lines, write_beside
+from diffvl.store.files import replace_text
+from diffvl.store.metrics import read_json_lines
 
 LEFT_OUT_FILE = "left_out.jsonl"
 _HOPELESS = 1000  # records of which not one could be used: the others will be no better
@@ -50,7 +51,7 @@ class LeftOut:
                 self._count(problem)
                 kept.append(self._line(problem, met))
         if self._writes and (kept or self._file.exists()):
-            write_beside(self._file, "".join(kept))
+            replace_text(self._file, "".join(kept))
 
     def add(self, problems: Sequence[Problem], used: int, step: int) -> None:
         """Takes note of the records that a step has met and could not use, and of the number that it could.

@@ -8,12 +8,12 @@ from functools import partial
 import numpy
 from rich.console import Console
 
-from diffvl import terminal
 from diffvl.data.chat import encode_record
 from diffvl.data.passes import over_places
 from diffvl.data.table import RecordTable, beside, cache_error, cache_folder
 from diffvl.errors import DataError
 from diffvl.hub.processing_diffvl import DiffVLProcessor
+from diffvl.terminal import console as terminal
 
 REFUSED = -1  # stands for the length of a record that does not fit the chat template
 _FORMAT = 1  # of the remembered lengths: raise it when encoding gives other tokens

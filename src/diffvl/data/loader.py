@@ -17,8 +17,7 @@ import torch
 from rich.console import Console
 from torch.utils.data import Dataset
 
-from diffvl import terminal
-from diffvl.config import Data
+from diffvl.config.recipe import Data
 from diffvl.data.chat import Sample, encode_record, sample_of
 from diffvl.data.collate import PROBLEMS, is_filler
 from diffvl.data.images import open_picture
@@ -31,7 +30,8 @@ from diffvl.data.records import Record
 from diffvl.data.table import open_records
 from diffvl.errors import ConfigError, DataError
 from diffvl.hub.processing_diffvl import DiffVLProcessor
-from diffvl.noise import sample_generator
+from diffvl.seeding import sample_generator
+from diffvl.terminal import console as terminal
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from torch.utils.data import DataLoader, Dataset
 
-from diffvl.progress import track
+from diffvl.terminal.bars import track
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import config as datasets_config
 
-from diffvl.config import Data
+from diffvl.config.recipe import Data
 from diffvl.data.chat import TOO_LONG
 from diffvl.data.problems import Problem
 from diffvl.errors import DataError

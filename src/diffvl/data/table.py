@@ -20,15 +20,15 @@ import pyarrow as pa
 from datasets import config as datasets_config
 from rich.console import Console
 
-from diffvl import terminal
-from diffvl.config import Data
+from diffvl.config.recipe import Data
 from diffvl.data.files import Files
 from diffvl.data.jsonfile import check_path
 from diffvl.data.problem_list import require_usable
 from diffvl.data.problems import Problem
 from diffvl.data.records import Record, Turn, parse_file
 from diffvl.errors import DataError
-from diffvl.progress import track
+from diffvl.terminal import console as terminal
+from diffvl.terminal.bars import track
 
 _NUM_ROWS = 1024  # records per Arrow batch
 _BAR_FROM = 5000  # records; fewer are read before a bar could be seen

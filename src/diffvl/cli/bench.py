@@ -1,0 +1,173 @@
+"""The words of `diffvl bench`: flags -> one measurement -> tables, or one JSON object on stdout with the bars on stderr.
+
+As in `cli.py`, torch and transformers are imported inside commands only.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from diffvl.cli.output import print_json, print_line, print_table
+from diffvl.terminal.console import complain, console
+
+Device = Literal["auto", "cpu", "cuda"]
+Context = Literal["block", "causal"]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of every random draw.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+bench = typer.Typer(help="Measure the core of this package on this machine.", no_args_is_help=True)
+
+
+@bench.command("train", epilog="Example:  diffvl bench train --json > bench.json")
+def bench_train(
+    shapes: Annotated[
+        str | None, typer.Option(help="All tokens (L) and answer tokens (R) of a sample, with commas.", metavar="L3000-R300,...")
+    ] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Timed rounds. Default: 3, on CUDA 10.", metavar="N")] = None,
+    device: Annotated[Device, typer.Option(help="Where to run; auto takes CUDA where there is one.")] = "auto",
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers of the trunk. Default: by device.", metavar="N")] = None,
+    hidden: Annotated[int | None, typer.Option(min=1, help="Width of the trunk. Default: by device.", metavar="N")] = None,
+    block_size: Annotated[int, typer.Option(help="Tokens per block.", metavar="N")] = 8,
+    context: Annotated[Context, typer.Option(help="Attention among clean tokens.")] = "block",
+    seed: Seed = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, to see that it runs; the figures mean nothing.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Name the kernels that a step of ours goes to.")] = False,
+    scaling: Annotated[bool, typer.Option(help="Fit how time grows with sample and answer.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a training step of this package with AR finetuning and with block diffusion as published."""
+    from diffvl.bench.tables import bar_lines, tables
+    from diffvl.bench.train import TrainBench, compare
+    from diffvl.terminal.bars import quiet_libraries
+
+    quiet_libraries()
+    request = TrainBench(
+        shapes=shapes,
+        repeats=repeats,
+        device=device,
+        layers=layers,
+        hidden=hidden,
+        block_size=block_size,
+        context=context,
+        seed=seed,
+        quick=quick,
+        profile=profile,
+        scaling=scaling,
+    )
+    report = compare(request, console(stderr=True))
+    if as_json:
+        for line in bar_lines(report.verdicts):
+            complain(line)
+        print_json(report.json)
+    else:
+        for headings, rows in tables(report.machine, report.rows, report.fits, report.verdicts):
+            print_table(headings, rows)
+
+
+@bench.command(
+    "decode", epilog="Example:  diffvl bench decode, or  diffvl bench decode runs/demo/diffuse --data test.json --sweep"
+)
+def bench_decode(
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="A checkpoint that `diffvl convert` wrote. Default: random weights.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="LLaVA-format questions for DIR.", metavar="FILE")] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Confidence thresholds of DIR on the file: speed and score.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --sweep: only the first N questions.", metavar="N")] = None,
+    steps: Annotated[str | None, typer.Option(help="Denoising steps per block. Default: 8,4,2.", metavar="N,...")] = None,
+    batch: Annotated[str | None, typer.Option(help="Batch sizes. Default: 1,8,32.", metavar="N,...")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer. Default: 64, with --sweep 128.")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Timed rounds. Default: by device and batch.", metavar="N")] = None,
+    device: Annotated[Device, typer.Option(help="Where to run; auto takes CUDA where there is one.")] = "auto",
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers of random weights. Default: by device.", metavar="N")] = None,
+    hidden: Annotated[int | None, typer.Option(min=1, help="Width of random weights. Default: by device.", metavar="N")] = None,
+    block_size: Annotated[int | None, typer.Option(min=1, help="Of random weights. Default: 8.", metavar="N")] = None,
+    context: Annotated[Context | None, typer.Option(help="Attention among clean tokens, of random weights.")] = None,
+    seed: Seed = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, to see that it runs; the figures mean nothing.")] = False,
+    compile: Annotated[
+        bool | None, typer.Option(help="Also the compiled forms of ours and AR, at batch 1. Default: on CUDA.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare decoding with transformers' AR generate and with the block loop as published."""
+    from diffvl.bench.decode import compare_decoders
+    from diffvl.bench.decode_request import DecodeBench, sweep_request
+    from diffvl.bench.decode_tables import decode_bar_lines, decode_tables, sweep_tables
+    from diffvl.bench.sweep import sweep as run_sweep
+    from diffvl.terminal.bars import quiet_libraries
+
+    quiet_libraries()
+    request = DecodeBench(
+        directory=directory,
+        data=data,
+        steps=steps,
+        batch=batch,
+        max_new_tokens=max_new_tokens,
+        repeats=repeats,
+        device=device,
+        layers=layers,
+        hidden=hidden,
+        block_size=block_size,
+        context=context,
+        seed=seed,
+        quick=quick,
+        compile=compile,
+    )
+    bars = []
+    if sweep or limit is not None:
+        figures = run_sweep(sweep_request(request, sweep, limit), console(stderr=True))
+        shown = sweep_tables(figures["machine"], figures["rows"])
+    else:
+        report = compare_decoders(request, console(stderr=True))
+        figures, shown = report.json, decode_tables(report.machine, report.rows, report.verdicts)
+        bars = decode_bar_lines(report.verdicts)
+    if as_json:
+        for line in bars:
+            complain(line)
+        print_json(figures)
+    else:
+        for headings, rows in shown:
+            print_table(headings, rows)
+
+
+@bench.command("modes", epilog="Example:  diffvl bench modes runs/demo/diffuse --data test.json --limit 12")
+def bench_modes(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint that `diffvl convert` wrote.")],
+    data: Annotated[Path, typer.Option(help="Questions with true answers, in LLaVA format.", metavar="FILE")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N questions.", metavar="N")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer. Default: 128.")] = None,
+    device: Annotated[Device, typer.Option(help="Where to run; auto takes CUDA where there is one.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Compare a converted model in blocks with its own token-by-token decoding, on the same questions."""
+    from diffvl.bench.answered import AnswersBench
+    from diffvl.bench.modes import compare_modes, modes_line
+    from diffvl.terminal.bars import quiet_libraries
+
+    quiet_libraries()
+    report = compare_modes(AnswersBench(directory, data, limit, max_new_tokens, device), console(stderr=True))
+    if as_json:
+        print_json(report)
+    else:
+        print_line(modes_line(report))
+
+
+@bench.command("objective", epilog="Example:  diffvl bench objective --json > variance.json")
+def bench_objective(
+    samples: Annotated[int, typer.Option(min=128, help="Gradients drawn for each sampled figure.", metavar="N")] = 384,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure variance and bias of the gradient under each way to draw noise and weigh tokens."""
+    from diffvl.bench.objective import measure_objective, tables
+    from diffvl.terminal.bars import quiet_libraries
+
+    quiet_libraries()
+    report = measure_objective(samples, seed, console(stderr=True))
+    if as_json:
+        print_json(report)
+    else:
+        for headings, rows in tables(report):
+            print_table(headings, rows)

@@ -1,0 +1,112 @@
+"""Recipe file + `--set` -> `Recipe`, resolved once and written out as `run.yaml`; every mistake named by its key path."""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from diffvl.config.recipe import Recipe, Section
+from diffvl.errors import ConfigError
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping from `path`. Raises ConfigError naming the file (and line, where YAML knows it)."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings at the top, got {type(tree).__name__}")
+    return tree
+
+
+def resolve(tree: dict[str, Any], assignments: list[str], where: str) -> Recipe:
+    """The one place where a recipe becomes a `Recipe`.
+
+    Args:
+        tree: the recipe as read; it is not changed.
+        assignments: `a.b=c` strings in order; values are read as YAML.
+        where: what to call the source in an error.
+    Raises:
+        ConfigError: with every problem at once, each with its key path.
+    """
+    tree = yaml.safe_load(yaml.safe_dump(tree))
+    for assignment in assignments:
+        _assign(tree, assignment)
+    return parse(Recipe, tree, where)
+
+
+def parse(kind: type[SectionT], tree: dict[str, Any], where: str) -> SectionT:
+    """The tree as a section of this kind. Raises ConfigError with every problem at once; `where` names the source in it."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_describe(error, tree, where)) from error
+
+
+def _assign(tree: dict[str, Any], assignment: str) -> None:
+    """Sets one dotted key in place, making the sections on the way."""
+    key, separator, text = assignment.partition("=")
+    names = key.strip().split(".")
+    if not separator or not all(names):
+        raise ConfigError(f"--set {assignment!r}: expected KEY=VALUE with a dotted key, e.g. --set stages.diffuse.steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {assignment!r}: the value is not valid YAML: {error}") from error
+    node = tree
+    for name in names[:-1]:
+        child = node.setdefault(name, {})
+        if child is None:
+            child = node[name] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {assignment!r}: {name} is a value, not a section")
+        node = child
+    node[names[-1]] = value
+
+
+def _describe(error: ValidationError, tree: dict[str, Any], where: str) -> str:
+    """All problems of a validation, one line each: key path as `--set` takes it, what was expected, what was got."""
+    lines = [f"  {_problem(details, tree)}" for details in error.errors()]
+    return f"{where}: {len(lines)} wrong setting{'s' if len(lines) > 1 else ''}\n" + "\n".join(lines)
+
+
+def _problem(details: ErrorDetails, tree: dict[str, Any]) -> str:
+    """One problem in words."""
+    path = _key_path(details["loc"], tree)
+    if details["type"] == "extra_forbidden":
+        return f"{path}: unknown key"
+    if details["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        context = details.get("ctx", {})
+        key = context["discriminator"].strip("'")
+        if "tag" not in context:
+            return f"{path}.{key}: missing, it says which kind of {path.rpartition('.')[2]} this is"
+        return f"{path}.{key}: expected one of {context['expected_tags']} (got {context['tag']!r})"
+    message = details["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(details["input"], (dict, BaseModel)) else f" (got {details['input']!r})"
+    return f"{path}: {message}{given}"
+
+
+def _key_path(location: tuple[int | str, ...], tree: dict[str, Any]) -> str:
+    """The dotted path of a setting; pydantic's own steps (a variant's name, `[key]`), which no file has, are left out."""
+    names: list[str] = []
+    node: Any = tree
+    for step in location:
+        if step == "[key]":
+            continue
+        if isinstance(node, dict) and step not in node and step in (node.get("kind"), node.get("schedule")):
+            continue
+        names.append(str(step))
+        node = node.get(step) if isinstance(node, dict) else None
+    return ".".join(names) or "(top)"
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML; reading it back gives the same recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

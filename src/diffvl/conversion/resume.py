@@ -1,0 +1,97 @@
+"""Whether what lies on disk is the beginning of what is asked for: an interrupted run goes on only as the run it was.
+
+The result of a resumed run is that of one uninterrupted run; so model, tower, settings, seed and start must be the same.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from diffvl.config.recipe import Recipe, StageName
+from diffvl.data.fingerprint import DATA_FILE
+from diffvl.data.table import content_digest
+from diffvl.errors import ConfigError
+from diffvl.store import checkpoint
+from diffvl.store.checkpoint import recipe_of
+
+BEFORE_FILE = "before.json"  # of an unfinished stage: where it started from, and that checkpoint's answers
+# Settings that change no step which was taken: with them a run looks for mistakes, or goes on where it would have stopped.
+_WITHOUT_INFLUENCE = tuple(
+    f"data.{name}" for name in ("workers", "check_images", "check_lengths", "on_error", "max_skipped", "too_long")
+)
+_DATA_PATHS = ("data.train", "data.eval", "data.image_folder")  # settings that may change as long as the records are the same
+
+
+def is_finished(directory: Path) -> bool:
+    """Whether `directory` is a complete one: only those have the file."""
+    return (directory / checkpoint.STATE_FILE).is_file()
+
+
+def require_same_source(model: str, vision_tower: str, recipe: Recipe, prepared: Path) -> None:
+    """Raises ConfigError unless `prepared` was made from this checkpoint and tower with these settings."""
+    begun = recipe_of(prepared)
+    begun_model, begun_tower = checkpoint.read_state(prepared)["parents"]
+    ours = _source_facts(model, vision_tower, recipe)
+    _refuse_changes(ours, _source_facts(begun_model, begun_tower, begun), prepared)
+
+
+def require_same_stage(recipe: Recipe, stage: StageName, start: Path, directory: Path) -> None:
+    """Raises ConfigError unless the run in `directory`, finished or not, began with these settings and from `start`. A
+    directory in which nothing was begun is always right."""
+    if not (directory / checkpoint.RECIPE_FILE).is_file():
+        return
+    begun = recipe_of(directory)
+    ours, theirs = _flat(recipe.stages[stage].model_dump()), _flat(begun.stages[stage].model_dump())
+    for key in (*_WITHOUT_INFLUENCE, *_paths_of_same_content(recipe, stage, directory)):
+        ours.pop(key, None)
+        theirs.pop(key, None)
+    ours |= {"seed": recipe.seed, "start": one_spelling(str(start))}
+    theirs |= {"seed": begun.seed, "start": one_spelling(_begun_from(directory))}
+    if not Path(theirs["start"]).exists():  # the run was moved since
+        del ours["start"], theirs["start"]
+    _refuse_changes(ours, theirs, directory)
+
+
+def one_spelling(name: str) -> str:
+    """The name of a checkpoint; where it is a path, its absolute one."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def _source_facts(model: str, vision_tower: str, recipe: Recipe) -> dict[str, Any]:
+    facts = {"model": one_spelling(model), "prepare.vision_tower": one_spelling(vision_tower), "seed": recipe.seed}
+    return _flat(recipe.prepare.model_dump(), "prepare.") | facts
+
+
+def _begun_from(directory: Path) -> str:
+    if is_finished(directory):
+        return checkpoint.read_state(directory)["parents"][0]
+    return checkpoint.read_json(directory / BEFORE_FILE)["start"]
+
+
+def _refuse_changes(ours: dict[str, Any], theirs: dict[str, Any], directory: Path) -> None:
+    changed = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    if changed:
+        lines = "\n".join(f"  {key}: began with {theirs.get(key)!r}, asked for {ours.get(key)!r}" for key in changed)
+        raise ConfigError(
+            f"{directory} has other settings, so --resume cannot continue it:\n{lines}\nuse the same, or another --out"
+        )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _paths_of_same_content(recipe: Recipe, stage: StageName, directory: Path) -> list[str]:
+    """The path settings that need not be the same, because what they lead to is compared: by `require_same_data` where the stage
+    is unfinished, here by the files' bytes where it is finished and its data is not read again."""
+    if not is_finished(directory):
+        return list(_DATA_PATHS) if (directory / DATA_FILE).is_file() else []
+    begun = checkpoint.read_state(directory).get("data", {})
+    same = []
+    for name in ("train", "eval"):
+        path = getattr(recipe.stages[stage].data, name)
+        if name in begun and path is not None and Path(path).is_file() and content_digest(Path(path)) == begun[name]["blake2b"]:
+            same.append(f"data.{name}")
+    return [*same, "data.image_folder"] if same else []

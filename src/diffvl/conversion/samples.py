@@ -1,0 +1,53 @@
+"""The held-out questions of a stage, answered before and after it by the model that is in memory: `samples.jsonl`.
+
+So no model is loaded to answer, and none at all where nothing is held out. Before, the model has the dtypes that training loads:
+fp32, or its own where training is in bf16. Afterwards it has those of the checkpoint that is written.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from diffvl.config.recipe import Data
+from diffvl.conversion.resume import BEFORE_FILE
+from diffvl.data.loader import SampleDataset
+from diffvl.decode.answer import Decoder, DecodeSettings
+from diffvl.evaluation.evaluate import held_out_answers
+from diffvl.report.page import SAMPLES_FILE
+from diffvl.store import checkpoint
+from diffvl.train.stage import Onlooker
+
+SHOWN = DecodeSettings(max_new_tokens=48)
+
+
+def answering(start: Path, work: Path, data: Data, console: Console) -> Onlooker:
+    """Answers before training, kept in the unfinished directory `work` for a resume, and writes the samples after it."""
+    before = work / BEFORE_FILE
+
+    def answer(model: Any, processor: Any, held_out: SampleDataset | None) -> list[dict[str, Any]]:
+        if held_out is None:
+            return []
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        decoder = Decoder(torch.nn.Module.to(model.eval(), device), processor)
+        return held_out_answers(decoder, held_out, data, SHOWN, console)
+
+    def answer_before(*loaded: Any) -> None:
+        if not before.is_file():
+            facts = {"start": str(start), "answers": answer(*loaded)}
+            checkpoint.replace_text(before, json.dumps(facts, ensure_ascii=False))
+
+    def answer_after(*loaded: Any) -> None:
+        _write(work / SAMPLES_FILE, checkpoint.read_json(before)["answers"], answer(*loaded))
+
+    return Onlooker(answer_before, answer_after)
+
+
+def _write(file: Path, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
+    lines = []
+    for old, new in zip(before, after, strict=True):
+        shown = {key: new[key] for key in ("image", "question", "truth")}
+        lines.append(json.dumps({**shown, "before": old["answer"], "after": new["answer"]}, ensure_ascii=False) + "\n")
+    checkpoint.replace_text(file, "".join(lines))

@@ -1,0 +1,107 @@
+"""What a stage reads, record by record, kept in its directory: so that a run goes on only with the data that it began with."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from diffvl.data.loader import SampleDataset, StageData
+from diffvl.data.table import RecordTable
+from diffvl.errors import DataError
+from diffvl.store import checkpoint
+
+DATA_FILE, DIGESTS_FILE = "data.json", "data.npz"  # of an unfinished stage: what it reads, in short and record by record
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What is kept of a data file. file: its path. bytes_digest, records_digest: of its bytes, and of what training sees of its
+    records; digests: the same for each record, in order, 0 where it is left out."""
+
+    file: str
+    bytes_digest: str
+    records_digest: str
+    digests: numpy.ndarray
+    used: int
+
+    def facts(self) -> dict[str, Any]:
+        """In short, for JSON."""
+        return {"file": self.file, "blake2b": self.bytes_digest, "content": self.records_digest, "records": self.used}
+
+
+def data_record(data: StageData) -> dict[str, FileRecord]:
+    """What a stage reads: `train`, and `eval` where it is a file of its own."""
+    samples = {"train": data.train}
+    if data.held_out is not None and data.held_out.path != data.train.path:
+        samples["eval"] = data.held_out
+    return {name: _file_record(one) for name, one in samples.items()}
+
+
+def _file_record(samples: SampleDataset) -> FileRecord:
+    table = samples.records
+    assert isinstance(table, RecordTable)
+    return FileRecord(str(samples.path), table.bytes_digest, table.content, table.digests, len(table.usable))
+
+
+def facts_of(record: dict[str, FileRecord]) -> dict[str, Any]:
+    return {name: one.facts() for name, one in record.items()}
+
+
+def write_data_record(work: Path, record: dict[str, FileRecord]) -> None:
+    """Leaves the record in an unfinished stage's directory."""
+    digests = work / DIGESTS_FILE
+    with checkpoint.partial(digests).open("wb") as file:
+        numpy.savez(file, allow_pickle=False, **{name: one.digests for name, one in record.items()})
+    checkpoint.partial(digests).replace(digests)
+    checkpoint.replace_text(work / DATA_FILE, json.dumps(facts_of(record), ensure_ascii=False))
+
+
+def is_same_data(work: Path, record: dict[str, FileRecord]) -> bool:
+    """Whether a stage's data is that with which the unfinished run in `work` began, if one did."""
+    return not (work / DATA_FILE).is_file() or not _changes(checkpoint.read_json(work / DATA_FILE), record)
+
+
+def require_same_data(work: Path, data: StageData) -> None:
+    """Raises DataError unless a stage's data is that with which the unfinished run in `work` began. Pictures are known by their
+    names only."""
+    record = data_record(data)
+    if is_same_data(work, record):
+        return
+    begun = checkpoint.read_json(work / DATA_FILE)
+    changed = _changes(begun, record)
+    digests: dict[str, numpy.ndarray] = {}
+    if (work / DIGESTS_FILE).is_file():
+        with numpy.load(work / DIGESTS_FILE) as stored:
+            digests = dict(stored)
+    lines = [_told_change(name, begun.get(name), record.get(name), digests) for name in changed]
+    raise DataError(
+        f"{work}: the data is not what the run began with, so --resume would not continue it:\n"
+        + "\n".join(f"  {line}" for line in lines)
+        + "\nput the old data back or begin again with another --out; to go on with the data as it is now: "
+        "--resume --accept-changed-data"
+    )
+
+
+def _changes(begun: dict[str, Any], record: dict[str, FileRecord]) -> list[str]:
+    """The files whose records are others than those that the run began with."""
+    now = {name: one.records_digest for name, one in record.items()}
+    then = {name: facts["content"] for name, facts in begun.items()}
+    return sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+
+
+def _told_change(name: str, then: dict[str, Any] | None, now: FileRecord | None, digests: dict[str, numpy.ndarray]) -> str:
+    if then is None or now is None:
+        return f"data.{name}: began with {then and then['file']}, now {now and now.file}"
+    told = f"data.{name}: began with {then['file']} ({then['records']} records), now {now.file} ({now.used} records)"
+    if name not in digests:
+        return told
+    before, after = digests[name], now.digests
+    common = min(len(before), len(after))
+    different = numpy.flatnonzero(before[:common] != after[:common])
+    first = int(different[0]) if len(different) else common
+    if first < common and 0 in (before[first], after[first]):
+        state = "could be used then and cannot now" if before[first] else "could not be used then and can now"
+        return f"{told}; record {first + 1} is the first that {state}"
+    return f"{told}; record {first + 1} is the first that differs"

@@ -1,0 +1,392 @@
+"""DiffVL directory + pictures + prompt -> answer, in blocks (or token by token, where the weights know only that).
+
+The settings of the command line become arguments of the model's own `generate` here and nowhere else; what a checkpoint cannot
+do with them is refused before anything is decoded.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from transformers import BatchFeature, CompileConfig
+from transformers.generation.streamers import BaseStreamer
+
+from diffvl.data.images import open_picture
+from diffvl.data.loader import longest_sample
+from diffvl.data.markers import IMAGE_MARKER, count_markers, pieces_between
+from diffvl.data.questions import Question, summary
+from diffvl.dtypes import has_bf16
+from diffvl.errors import CheckpointError, DataError, UsageError
+from diffvl.hub.configuration_diffvl import DiffVLConfig
+from diffvl.hub.prefix_diffvl import Prefix
+from diffvl.hub.processing_diffvl import DiffVLProcessor
+from diffvl.hub.run_diffvl import BlockGenerationOutput, OnStep
+from diffvl.hub.sampling_diffvl import Sampling, remasking_of, sampling_of
+from diffvl.hub.static_diffvl import on_every_device, require_static
+from diffvl.store.checkpoint import load_checkpoint, read_json, saved_dtype
+
+Message = dict[str, Any]  # one of a conversation: role and content; picture parts carry their pictures
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer makes of a character whose last bytes are not there yet
+COMPILED = {"cache_implementation": "static", "compile_config": on_every_device(CompileConfig(fullgraph=True, dynamic=False))}
+OTHER_DECODERS = ("sdar", "diffusionvl", "llada", "llava_llada")  # how model types of other block-diffusion projects begin
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """How to decode; see `BlockGeneration.generate`, which has the same words. None: its default.
+
+    steps: denoising steps per block, default the block size. temperature: 0 is greedy. stop: texts that end an answer and stay in
+    it. repetition_stop: ends an answer whose tail repeats so many times. compile: decodes in fixed shapes, with a compiled trunk.
+    """
+
+    max_new_tokens: int = 128
+    steps: int | None = None
+    threshold: float | None = None
+    entropy_budget: float | None = None
+    strategy: str = "low_confidence_static"
+    mode: str = "blocks"
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    repetition_stop: int | None = None
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """tokens: up to and including the stop. forwards: passes of the trunk, and tokens_per_forward what this answer got out of
+    each. prefill_seconds: until the first tokens were predicted; decode_seconds: the rest; seconds: both and the pictures'
+    processing. Forwards and seconds of an answer that was decoded in a batch are those of the batch."""
+
+    text: str
+    tokens: int
+    forwards: int
+    tokens_per_forward: float
+    prefill_seconds: float
+    decode_seconds: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Decoder:
+    model: Any  # DiffVLForConditionalGeneration; transformers' own annotations hide its methods
+    processor: DiffVLProcessor
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """Who looks on while one prompt is decoded: streamer gets final tokens, on_step every denoising step."""
+
+    streamer: Any = None
+    on_step: OnStep | None = None
+
+
+UNWATCHED = Watcher()
+
+
+# --- what is asked ---------------------------------------------------------------------------------------------------------
+
+
+def load_for_decoding(directory: Path) -> Decoder:
+    """Reads a DiffVL directory, onto a GPU where there is one; in its own dtype, or in fp32 where this machine has no bf16.
+
+    Raises:
+        CheckpointError: saying what else the directory is.
+    """
+    _refuse_other_decoders(directory)
+    slow = not has_bf16() and saved_dtype(directory) == torch.bfloat16
+    model, processor = load_checkpoint(directory, dtype=torch.float32 if slow else None)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Decoder(torch.nn.Module.to(model.eval(), device), processor)
+
+
+def _refuse_other_decoders(directory: Path) -> None:
+    """A checkpoint that decodes in blocks already must not be told to be converted, as any other would be."""
+    if not (directory / "config.json").is_file():
+        return
+    config = read_json(directory / "config.json")
+    kind, classes = str(config.get("model_type")), config.get("architectures") or []
+    inner = config.get("text_config")
+    kinds = (kind, str(inner.get("model_type")) if isinstance(inner, dict) else "", *map(str, classes))
+    if kind != DiffVLConfig.model_type and any(name.lower().startswith(OTHER_DECODERS) for name in kinds):
+        named = f"model_type {kind!r}" + (f", {classes[0]}" if classes else "")
+        raise CheckpointError(
+            f"{directory}: a block-diffusion checkpoint of another project ({named}), which decodes with its own code; expected "
+            "one that `diffvl convert` wrote. Decode it with transformers and trust_remote_code=True"
+        )
+
+
+def user_message(text: str, pictures: Sequence[Image.Image]) -> Message:
+    """What a user says. Pictures stand where the text says `<image>`; without the marker, before the text, each on a line of its
+    own, as in training data.
+
+    Raises:
+        UsageError: if markers and pictures differ in number, or the text is not one.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(f"the prompt is not valid UTF-8 text (character {error.start + 1}, {text[error.start]!r})") from error
+    marked = text if count_markers(text) else f"{IMAGE_MARKER}\n" * len(pictures) + text
+    num_markers = count_markers(marked)
+    if num_markers != len(pictures):
+        advice = "" if pictures else f" (for that text itself write \\{IMAGE_MARKER})"
+        raise UsageError(f"the prompt has {num_markers} {IMAGE_MARKER} markers, {len(pictures)} pictures were given{advice}")
+    content: list[dict[str, Any]] = []
+    for number, piece in enumerate(pieces_between(marked)):
+        if number:
+            content.append({"type": "image", "image": pictures[number - 1]})
+        content.append({"type": "text", "text": piece})
+    return {"role": "user", "content": content}
+
+
+def ask(prompt: str, images: Sequence[Path]) -> Message:
+    """`user_message` with the pictures read from files. Raises DataError if one cannot be."""
+    return user_message(prompt, [open_picture(str(path), "--image") for path in images])
+
+
+def check_settings(settings: DecodeSettings, config: DiffVLConfig) -> None:
+    """Raises UsageError if a checkpoint cannot be decoded like this."""
+    if settings.steps is not None and not 1 <= settings.steps <= config.block_size:
+        trained = ", which has seen the next-token objective only" if config.decoding == "ar" else ""
+        raise UsageError(
+            f"--steps is {settings.steps}, expected 1 to the block size, {config.block_size}{trained}: a block has no more tokens"
+        )
+    if settings.mode == "speculative" and config.context != "causal":
+        raise UsageError(
+            "--mode speculative needs a checkpoint trained with context: causal (and best with an AR loss, ar_weight), whose own "
+            f"AR logits check the drafts; this one has context: {config.context}. Use --mode blocks or --mode ar"
+        )
+    if settings.compile and settings.mode == "speculative":
+        raise UsageError("--compile has no effect with --mode speculative, whose forwards have many shapes: leave it out")
+    try:
+        remasking_of(settings.strategy, settings.steps, config.block_size, settings.threshold, settings.entropy_budget)
+        sampling_of(None, Sampling(None, settings.temperature, settings.top_k, settings.top_p))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def context_length(decoder: Decoder) -> int | None:
+    """Tokens of prompt and answer that the checkpoint can take in whole blocks; None without a limit."""
+    config = decoder.model.config
+    context = getattr(config.text_config, "max_position_embeddings", None)
+    return longest_sample(context, config.block_size, config.grid)
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------------
+
+
+def answer(decoder: Decoder, images: Sequence[Path], prompt: str, settings: DecodeSettings) -> Answer:
+    """Answers one prompt about pictures.
+
+    Raises:
+        DataError: if a picture cannot be read.
+        UsageError: if settings, pictures and prompt do not fit.
+    """
+    return answer_chats(decoder, [[ask(prompt, images)]], settings)[0]
+
+
+def answer_chats(
+    decoder: Decoder,
+    chats: list[list[Message]],
+    settings: DecodeSettings,
+    shorten: bool = False,
+    watcher: Watcher = UNWATCHED,
+) -> list[Answer]:
+    """Answers several conversations in one batch.
+
+    Args:
+        shorten: True lets the answers end where the context ends, before `max_new_tokens`.
+        watcher: for one conversation.
+    Raises:
+        UsageError: if the settings do not fit the checkpoint, or a prompt does not fit its context.
+    """
+    check_settings(settings, decoder.model.config)
+    began = time.monotonic()
+    inputs = encode(decoder, chats)
+    length = inputs["input_ids"].shape[1]
+    limit = context_length(decoder)
+    if limit is not None and length + settings.max_new_tokens > limit:
+        if not shorten or length >= limit:
+            raise UsageError(too_long(length, settings, limit))
+        settings = replace(settings, max_new_tokens=limit - length)
+    return decode(decoder, inputs, settings, watcher, began=began)[0]
+
+
+def too_long(length: int, settings: DecodeSettings, limit: int) -> str:
+    return (
+        f"a prompt of {length} tokens and {settings.max_new_tokens} new ones do not fit the context of {limit}: shorten "
+        "the prompt or lower --max-new-tokens"
+    )
+
+
+def encode(decoder: Decoder, chats: list[list[Message]]) -> BatchFeature:
+    """Conversations -> tensors on the CPU. Raises UsageError if the checkpoint's processor refuses them."""
+    try:
+        return decoder.processor.apply_chat_template(chats, tokenize=True, add_generation_prompt=True)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def decode(
+    decoder: Decoder,
+    inputs: BatchFeature,
+    settings: DecodeSettings,
+    watcher: Watcher = UNWATCHED,
+    prefix: Prefix | None = None,
+    began: float | None = None,
+) -> tuple[list[Answer], BlockGenerationOutput]:
+    """Answers what `encode` gave; checked settings, and a prompt that fits.
+
+    Args:
+        prefix: what an earlier turn of the conversation left; used up.
+        began: when the seconds start to count, default now.
+    """
+    began = time.monotonic() if began is None else began
+    model, tokenizer = decoder.model, decoder.processor.tokenizer
+    mask = model.config.mask_token_id
+    if settings.compile and settings.mode == "blocks":
+        _require_static(model.language_model)
+    with _compile_errors_told(model):
+        output = model.generate(
+            **inputs.to(model.device),
+            **_generate_arguments(settings),
+            tokenizer=tokenizer,
+            streamer=watcher.streamer,
+            on_step=watcher.on_step,
+            prefix=prefix,
+            pad_token_id=mask,  # the one token that an answer never holds: what is before it is the answer, however it ended
+            return_dict_in_generate=True,
+        )
+    assert isinstance(output, BlockGenerationOutput) and output.sequences is not None and output.forwards is not None
+    assert output.prefill_seconds is not None and output.decode_seconds is not None
+    seconds = time.monotonic() - began
+    answers = []
+    for row in output.sequences[:, inputs["input_ids"].shape[1] :].tolist():
+        ids = row[: row.index(mask)] if mask in row else row
+        figures = (output.forwards, len(ids) / output.forwards, output.prefill_seconds, output.decode_seconds, seconds)
+        answers.append(Answer(text_of(tokenizer, ids, settings.stop), len(ids), *figures))
+    return answers, output
+
+
+def _generate_arguments(settings: DecodeSettings) -> dict[str, Any]:
+    return {
+        "max_new_tokens": settings.max_new_tokens,
+        "mode": settings.mode,
+        "denoising_steps": settings.steps,
+        "remasking": settings.strategy,
+        "threshold": settings.threshold,
+        "entropy_budget": settings.entropy_budget,
+        "temperature": settings.temperature,
+        "top_k": settings.top_k,
+        "top_p": settings.top_p,
+        "seed": settings.seed,
+        "stop_strings": list(settings.stop),
+        "repetition_stop": settings.repetition_stop,
+        **(COMPILED if settings.compile else {}),
+    }
+
+
+def _require_static(trunk: Any) -> None:
+    try:
+        require_static(trunk)
+    except ValueError as error:
+        raise UsageError(f"--compile: {error}; leave --compile out") from error
+
+
+@contextmanager
+def _compile_errors_told(model: Any) -> Iterator[None]:
+    """In the block a trunk that torch cannot compile, or a machine without a compiler, ends in one message."""
+    try:
+        yield
+    except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        kind = model.config.text_config.model_type
+        advice = "leave --compile out"
+        raise UsageError(f"--compile: this {kind} trunk cannot be compiled here ({reason}): {advice}") from error
+
+
+def text_of(tokenizer: Any, ids: Sequence[int], stops: Sequence[str]) -> str:
+    """The text of answer tokens, without white space around it. It ends with the stop text, if one is in it: the token that
+    completed that text may say more."""
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    ends = [text.index(stop) + len(stop) for stop in stops if stop in text]
+    return text[: min(ends, default=len(text))].strip()
+
+
+class TextPieces(BaseStreamer):
+    """A streamer that writes an answer's text as its tokens become final: in the end exactly what `text_of` gives.
+
+    transformers' own TextStreamer waits for the end of a word, forgets what stands before a line's end, and knows no stop texts.
+    Here a piece is held back only while it may still change: white space at the end, and a character with bytes missing.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str], write: Callable[[str], None]) -> None:
+        self._tokenizer, self._stops, self._write = tokenizer, stops, write
+        self._ids: list[int] = []
+        self._prompt_is_next = True
+        self.text = ""  # what was written
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt_is_next:
+            self._prompt_is_next = False
+            return
+        self._ids.extend(value.flatten().tolist())
+        self._go_on(text_of(self._tokenizer, self._ids, self._stops).rstrip(UNFINISHED).rstrip())
+
+    def end(self) -> None:
+        self._go_on(text_of(self._tokenizer, self._ids, self._stops))
+
+    def _go_on(self, text: str) -> None:
+        if len(text) > len(self.text):
+            piece, self.text = text[len(self.text) :], text  # noted first: Ctrl-C may come while it is written
+            self._write(piece)
+
+
+# --- files of questions ------------------------------------------------------------------------------------------------------
+
+
+def check_questions(decoder: Decoder, questions: Sequence[Question], settings: DecodeSettings) -> None:
+    """Looks at every question as `answer_questions` will, so that what cannot be answered is known before the first is.
+
+    Raises:
+        UsageError: if the settings do not fit the checkpoint.
+        DataError: naming file and line of questions whose pictures cannot be read or that do not fit the checkpoint.
+    """
+    check_settings(settings, decoder.model.config)
+    limit, problems = context_length(decoder), []
+    for question in questions:
+        try:
+            length = len(decoder.processor.encode_chat([_asked(question)], add_generation_prompt=True).ids)
+        except DataError as error:  # names its place
+            problems.append(error)
+        except (UsageError, ValueError) as error:
+            problems.append(DataError(f"{question.source}: {error}"))
+        else:
+            if limit is not None and length + settings.max_new_tokens > limit:
+                problems.append(DataError(f"{question.source}: {too_long(length, settings, limit)}"))
+    if problems:
+        raise summary(problems)
+
+
+def answer_questions(
+    decoder: Decoder, batches: Iterator[Sequence[Question]] | Sequence[Sequence[Question]], settings: DecodeSettings
+) -> Iterator[tuple[Question, Answer]]:
+    """Answers batch by batch, in order."""
+    for batch in batches:
+        answers = answer_chats(decoder, [[_asked(question)] for question in batch], settings)
+        yield from zip(batch, answers, strict=True)
+
+
+def _asked(question: Question) -> Message:
+    pictures = [open_picture(path, question.source) for path in question.images]
+    return user_message(question.prompt, pictures)

@@ -1,0 +1,215 @@
+"""`diffvl chat`: lines -> answers, with the history of the conversation and the computed prefix of it.
+
+Invariant: the history holds whole turns only. A message that was refused is not in it; an answer that was interrupted is, as far
+as it went. The prefix is the decoder's memory of the history: it saves time and changes no answer.
+"""
+
+import contextlib
+import os
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from PIL import Image
+
+from diffvl.data.images import open_picture
+from diffvl.decode.answer import (
+    Answer,
+    Decoder,
+    DecodeSettings,
+    Message,
+    TextPieces,
+    Watcher,
+    check_settings,
+    context_length,
+    decode,
+    encode,
+    user_message,
+)
+from diffvl.errors import DiffvlError, UsageError
+from diffvl.hub.prefix_diffvl import Prefix
+
+HELP = """\
+/image PATH   add a picture to the next message
+/reset        forget the conversation and its pictures
+/stats        tokens, forwards and seconds of the last answer and of all
+/help         this list
+/quit         end (so does Ctrl-D)
+Anything else is a message; Ctrl-C ends the answer under way. A space before it sends a line that begins with /."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One answered message. prompt: tokens of the history with the message; reused: how many of them were not computed again."""
+
+    answer: Answer
+    prompt: int
+    reused: int
+
+
+@dataclass
+class Chat:
+    """A conversation. write: takes the pieces of answers, as they come; say: takes lines that an order asked for; complain: takes
+    lines about what did not work."""
+
+    decoder: Decoder
+    settings: DecodeSettings
+    write: Say
+    say: Say
+    complain: Say
+    history: list[Message] = field(default_factory=list)
+    pictures: list[Image.Image] = field(default_factory=list)  # for the next message
+    turns: list[Turn] = field(default_factory=list)
+    prefix: Prefix | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UsageError if the checkpoint cannot be decoded like this."""
+        check_settings(self.settings, self.decoder.model.config)
+
+    def take(self, line: str) -> bool:
+        """Does what a line asks for; False if that is to end."""
+        if not line.strip():
+            return True
+        if not line.startswith("/"):
+            self._answer(line.strip())
+            return True
+        order, _, rest = line.strip().partition(" ")
+        orders: dict[str, Callable[[str], None]] = {
+            "/image": self._add_picture,
+            "/reset": self._reset,
+            "/stats": self._show_stats,
+            "/help": lambda _: self.say(HELP),
+        }
+        if order == "/quit":
+            return False
+        if order not in orders:
+            self.complain(f"{order}: no such order; /help lists them")
+        elif rest and order != "/image":
+            self.complain(f"{order} takes nothing behind it")
+        else:
+            orders[order](rest.strip())
+        return True
+
+    # --- messages ------------------------------------------------------------------------------------------------------------
+
+    def _answer(self, text: str) -> None:
+        pieces = TextPieces(self.decoder.processor.tokenizer, self.settings.stop, self.write)
+        try:
+            message = user_message(text, self.pictures)
+            self._decode(message, pieces)
+        except DiffvlError as error:
+            self.complain(f"{error}{self._way_out()}")
+        except KeyboardInterrupt:
+            if pieces.text:
+                self.write("\n")
+                self._remember(message, pieces.text)
+            self.complain("interrupted: " + ("the answer is kept as it stands" if pieces.text else "the message is forgotten"))
+
+    def _decode(self, message: Message, pieces: TextPieces) -> None:
+        inputs = encode(self.decoder, [[*self.history, message]])
+        length, limit = inputs["input_ids"].shape[1], context_length(self.decoder)
+        settings = self.settings
+        if limit is not None and length >= limit:
+            raise UsageError(
+                f"the message has {length} tokens with all that stands before it, and the context {limit}"
+                + ("" if self.history else ": shorten it, or forget its pictures with /reset")
+            )
+        if limit is not None and length + settings.max_new_tokens > limit:
+            self.complain(f"the context of {limit} tokens has room for {limit - length} more{self._way_out()}")
+            settings = replace(settings, max_new_tokens=limit - length)
+        # The decoder uses the prefix up, and leaves it half done where it is interrupted.
+        prefix, self.prefix = self.prefix if settings.mode == "blocks" else None, None
+        answers, output = decode(self.decoder, inputs, settings, Watcher(pieces), prefix)
+        self.write("\n")
+        self.prefix = output.prefix
+        self.turns.append(Turn(answers[0], length, output.reused or 0))
+        self._remember(message, answers[0].text)
+
+    def _remember(self, message: Message, text: str) -> None:
+        self.history += [message, {"role": "assistant", "content": text}]
+        self.pictures = []
+
+    def _way_out(self) -> str:
+        return "; /reset forgets the conversation so far" if self.history else ""
+
+    # --- orders --------------------------------------------------------------------------------------------------------------
+
+    def _add_picture(self, typed: str) -> None:
+        if not typed.strip("'\""):
+            self.complain("/image: name a picture's file: /image PATH")
+            return
+        try:
+            path = meant_path(typed)
+            self.pictures.append(open_picture(str(path), "/image"))
+        except (DiffvlError, RuntimeError) as error:  # RuntimeError: ~ of an unknown user
+            self.complain(str(error))
+            return
+        width, height = self.pictures[-1].size
+        self.say(f"{path}, {width} x {height}, goes with the next message")
+
+    def _reset(self, _: str) -> None:
+        self.history, self.pictures, self.prefix = [], [], None
+        self.say("the conversation is forgotten")
+
+    def _show_stats(self, _: str) -> None:
+        if not self.turns:
+            self.say("no answers yet")
+            return
+        last, answers = self.turns[-1], [turn.answer for turn in self.turns]
+        limit = context_length(self.decoder)
+        self.say(
+            f"last answer: {_figures([last.answer])}\n"
+            f"its prompt: {last.prompt} tokens, {last.reused} of them reused"
+            + ("" if limit is None else f"; context {limit} tokens")
+            + ("" if self.settings.mode == "blocks" else f" (--mode {self.settings.mode} keeps no prefix)")
+            + f"\nall {len(answers)} answers: {_figures(answers)}; "
+            f"{sum(turn.reused for turn in self.turns)} of {sum(turn.prompt for turn in self.turns)} prompt tokens reused"
+        )
+
+
+def meant_path(typed: str) -> Path:
+    """The path that somebody typed or dropped on the terminal, which pastes it as for a shell: in quotes, or with backslashes
+    before its spaces. What exists as it stands is meant as it stands.
+
+    Raises:
+        RuntimeError: for ~ of an unknown user.
+    """
+    readings = [typed]
+    if len(typed) > 1 and typed[0] == typed[-1] and typed[0] in "'\"":
+        readings.append(typed[1:-1])
+    with contextlib.suppress(ValueError):  # a quote that is not closed
+        words = shlex.split(typed)
+        readings += words if len(words) == 1 else []
+    paths = [Path(reading).expanduser() for reading in readings]
+    return next((path for path in paths if os.path.exists(path)), paths[-1])
+
+
+def _figures(answers: list[Answer]) -> str:
+    tokens, forwards = (sum(getattr(answer, name) for answer in answers) for name in ("tokens", "forwards"))
+    prefill, decoding = (sum(getattr(answer, name) for answer in answers) for name in ("prefill_seconds", "decode_seconds"))
+    return (
+        f"{tokens} tokens, {forwards} forwards, {tokens / forwards:.2f} tokens per forward, "
+        f"prefill {prefill:.2f} s, decoding {decoding:.2f} s"
+    )
+
+
+def converse(chat: Chat, read: Callable[[], str], at_terminal: bool) -> None:
+    """Takes lines until there are no more, or /quit.
+
+    Args:
+        read: gives the next line; raises EOFError where there is none.
+        at_terminal: somebody types. Ctrl-C between two answers then ends nothing; elsewhere it is raised.
+    """
+    while True:
+        try:
+            if not chat.take(read()):
+                return
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if not at_terminal:
+                raise
+            chat.complain("\nCtrl-D or /quit ends the chat")

@@ -1,0 +1,301 @@
+"""MODEL -> Verdict: whether block diffusion can be put on it, and why not, in a user's words.
+
+Place in the flow: a question before `convert`. Read are configuration, tokenizer and the headers of the weight files; what is
+probed is a tiny random copy of the configuration, so the answer takes a second and no weights. Order: what `published` and
+`families` refuse, what is wrong with the files, the measurements of `probe`, and where one of those fails, a few experiments that
+tell why; then the chat template.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from diffvl.config.families import OWN_CODE, Refusal, named_checkpoint, refusal, suggest
+from diffvl.doctor.probe import MODEL_FAULTS, Check, first_line, probe
+from diffvl.doctor.streams import Streams, Token, plain_forward, text, tokens_of
+from diffvl.doctor.tiny_copy import FIRST_ORDINARY, build, describe
+from diffvl.errors import CheckpointError, UnsupportedModelError, UsageError
+from diffvl.prepare.proof import TOLERANCE, largest, native_logits, spread
+from diffvl.prepare.templates import look_at_template
+from diffvl.store import weights
+from diffvl.store.checkpoint import DiffVLConfig  # importing it makes DiffVL directories known to transformers
+from diffvl.store.published import load_config
+from diffvl.store.tensorfiles import has_weights
+
+ONLY_CONFIGURATION = "there are no weights beside config.json: only the architecture was judged"
+Answer = Literal["supported", "not supported", "unknown"]
+
+# Refused for what the rest of diffvl cannot do yet: whether their attention follows masks is worth measuring all the same.
+MEASURED_ANYWAY = {
+    "vision-language model: not in yet",
+    "per-layer embeddings: not in yet",
+    "audio model",
+    "no position_ids",
+    OWN_CODE,
+}
+FILES = "its files"
+NOT_ATTENTION = {"embeddings given", "head on some rows", "head in chunks", "new token"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """kind: the reason in a few words, the same for all models that it applies to. reason: in full. limit: tokens, clean and
+    noisy together, beyond which it no longer holds. copy: what was probed. seconds: for everything. template: what else there is
+    to know about the chat template."""
+
+    model: str
+    model_type: str
+    answer: Answer
+    kind: str = ""
+    reason: str = ""
+    limit: int | None = None
+    copy: str = ""
+    checks: tuple[Check, ...] = ()
+    seconds: float = 0.0
+    template: str = ""
+
+    @property
+    def attention_holds(self) -> bool:
+        """Whether every check of attention was made and passed, whatever else stands against the model."""
+        made = [check for check in self.checks if check.name not in NOT_ATTENTION]
+        return bool(made) and all(check.passed for check in made)
+
+    @property
+    def worst_error(self) -> float | None:
+        """The largest of the errors that must vanish; None where none was measured."""
+        errors = [check.error for check in self.checks if check.error is not None and check.wanted.startswith("<")]
+        return largest(errors) if errors else None
+
+    def as_json(self) -> dict[str, Any]:
+        """Without infinities, which JSON does not know."""
+        figures = asdict(self) | {"attention_holds": self.attention_holds, "worst_error": self.worst_error}
+        figures["seconds"] = round(self.seconds, 3)
+        return _finite(figures)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- one model -----------------------------------------------------------------------------------------------------------
+
+
+def examine(model: str, trust_remote_code: bool = False) -> Verdict:
+    """The verdict on a name of `diffvl models`, a hub id, a directory (a DiffVL one: on its trunk) or a .gguf file.
+
+    Raises:
+        UsageError: for a name that is none of these.
+        CheckpointError: if its configuration is missing, damaged or cannot be fetched.
+    """
+    start = time.perf_counter()
+    named = named_checkpoint(model)
+    if named is None and not Path(model).exists() and "/" not in model:
+        close = suggest(model)
+        hint = f"did you mean {', '.join(close)}? " if close else ""
+        raise UsageError(f"{model!r}: no such model name or directory; {hint}`diffvl models` lists the names")
+    repo, revision = (named[1].repo, named[1].revision) if named else (model, None)
+    try:
+        config = load_config(repo, trust_remote_code, revision)
+    except UnsupportedModelError as error:
+        verdict = Verdict(model, "", "not supported", error.kind or "unknown to transformers", str(error))
+    except MODEL_FAULTS as error:
+        verdict = Verdict(model, "", "unknown", "no configuration", f"its configuration cannot be read: {first_line(error)}")
+    else:
+        against = _against_files(repo, config, revision)
+        if isinstance(against, Refusal):
+            verdict = Verdict(model, config.model_type, "not supported", against.kind, against.message)
+        else:
+            verdict = judge(model, config, trust_remote_code)
+            verdict = replace(verdict, reason="; ".join(filter(None, [verdict.reason, against])))
+            if verdict.answer == "supported" and against != ONLY_CONFIGURATION:
+                verdict = _with_template(verdict, repo, revision, trust_remote_code)
+    return replace(verdict, seconds=time.perf_counter() - start)
+
+
+def _against_files(repo: str, config: PretrainedConfig, revision: str | None) -> Refusal | str:
+    """What stands against the files of a checkpoint whose configuration is not refused, or a remark, or nothing."""
+    if isinstance(config, DiffVLConfig) or refusal(config) is not None:
+        return ""
+    if Path(repo).is_dir() and not has_weights(Path(repo)):
+        return ONLY_CONFIGURATION
+    try:
+        weights.check_trunk(repo, config, revision)
+    except (CheckpointError, UnsupportedModelError) as error:
+        return Refusal(getattr(error, "kind", FILES), str(error))
+    return ""
+
+
+def _with_template(verdict: Verdict, repo: str, revision: str | None, trust_remote_code: bool) -> Verdict:
+    """The verdict on a model whose architecture is supported, by its chat template."""
+    try:
+        return replace(verdict, template=look_at_template(repo, verdict.model_type, trust_remote_code, revision))
+    except (CheckpointError, UnsupportedModelError) as error:
+        fetched = isinstance(error, UnsupportedModelError) or Path(repo).exists()
+        return replace(verdict, answer="not supported" if fetched else "unknown", kind="chat template", reason=str(error))
+
+
+def judge(model: str, config: PretrainedConfig, trust_remote_code: bool = False) -> Verdict:
+    """The verdict on a configuration."""
+    if isinstance(config, DiffVLConfig):
+        config = config.text_config
+    kind = config.model_type
+    refused = refusal(config)
+    verdict = Verdict(model, kind, "supported")
+    if refused is not None:
+        verdict = replace(verdict, answer="not supported", kind=refused.kind, reason=refused.message)
+        if refused.kind not in MEASURED_ANYWAY:
+            return verdict
+    try:
+        trunk = build(config, trust_remote_code)
+        verdict = replace(verdict, copy=describe(trunk), checks=tuple(probe(trunk)))
+    except (UnsupportedModelError, *MODEL_FAULTS) as error:
+        if refused is not None:
+            return verdict
+        words = f"{kind}: no tiny copy of it could be built ({first_line(error)})"
+        return replace(verdict, answer="unknown", kind="no tiny copy", reason=words)
+    if refused is not None:
+        return verdict
+    if not all(check.passed for check in verdict.checks):
+        # A new copy: the probe has grown the table of the first.
+        answer, found = diagnose(build(config, trust_remote_code), verdict.checks)
+        return replace(verdict, answer=answer, kind=found.kind, reason=f"{kind}: {found.message}")
+    if found := exact_up_to(config):
+        words = f"exact while clean and noisy tokens together are at most {found[1]:,} ({found[0]} in its config.json)"
+        return replace(verdict, limit=found[1], reason=words)
+    return verdict
+
+
+def exact_up_to(config: PretrainedConfig) -> tuple[str, int] | None:
+    """(setting, tokens) of an architecture that counts tokens by their place in the row, from which on noisy tokens, which stand
+    behind the clean ones, are taken for later ones than they are."""
+    settings = config.get_text_config(decoder=True)
+    step = getattr(settings, "floor_scale", None)  # of Llama 4: layers without rope sharpen with the index
+    if step and getattr(settings, "attn_temperature_tuning", False) and not all(settings.no_rope_layers):
+        return "floor_scale", int(step) - 1
+    return None
+
+
+# --- why not -------------------------------------------------------------------------------------------------------------
+
+
+def diagnose(trunk: PreTrainedModel, checks: tuple[Check, ...]) -> tuple[Answer, Refusal]:
+    """The reason behind failed checks, found by experiments on the copy."""
+    failed = {check.name: check for check in checks if not check.passed}
+    try:
+        if not bool(native_logits(trunk, text(trunk)[0]).isfinite().all()):
+            return "unknown", Refusal("no tiny copy", "its tiny copy gives logits that are no finite numbers")
+    except MODEL_FAULTS as error:
+        return "unknown", Refusal("no tiny copy", f"its tiny copy does not run ({first_line(error)})")
+    if all(check.fault for check in failed.values()) and "AR parity" in failed:
+        said = failed["AR parity"].fault
+        words = f"its code takes no mask with an entry for every two tokens (it said: {said})"
+        return "not supported", Refusal("takes no 4-D mask", words)
+    for experiment in EXPERIMENTS:
+        if found := experiment(trunk, failed):
+            return "not supported", found
+    return "not supported", _by_name(failed)
+
+
+def _by_name(failed: dict[str, Check]) -> Refusal:
+    """Where no experiment knows better: the first failed check, in words."""
+    meaning = {
+        "AR parity": "with an explicit causal mask its logits are not its own",
+        "no leak": "a noisy block sees its own clean copy or later tokens",
+        "a leak is caught": "a wrong mask changes nothing, so its masks prove nothing",
+        "block sees itself": "tokens of a noisy block do not see each other",
+        "clean stream untouched": "clean tokens see noisy ones",
+        "direct forward": "a noisy block is not what it is behind its clean text alone",
+        "doubled layout": "the short layout is not the doubled one",
+        "train = decode": "decoding over a cache of keys and values gives other logits than training",
+        "embeddings given": "it does not take embeddings in the place of tokens, so pictures cannot be shown to it",
+        "head on some rows": "its head cannot be asked for single positions",
+        "head in chunks": "its head cannot be asked apart from the rest of the model, as the loss asks it",
+        "gradients": "its gradients cannot be used",
+        "new token": "its table of embeddings cannot grow, so it can have no mask token",
+    }
+    name, check = next(iter(failed.items()))
+    size = f"by {check.error:.2g} std of the logits" if check.error is not None else check.fault
+    return Refusal(meaning[name], f"{meaning[name]} ({size})")
+
+
+def _line(trunk: PreTrainedModel) -> list[Token]:
+    """The clean text of the first sample."""
+    return [token for token in tokens_of(Streams.of(trunk, "causal")) if not token.noisy]
+
+
+def _causal(q: Token, k: Token) -> bool:
+    return k.position <= q.position
+
+
+@torch.no_grad()
+def _looks_ahead(trunk: PreTrainedModel, failed: dict[str, Check]) -> Refusal | None:
+    ids = text(trunk)[0][:1]
+    other = ids.clone()
+    other[0, -1] = FIRST_ORDINARY + (other[0, -1] == FIRST_ORDINARY)
+    before = native_logits(trunk, ids)
+    moved = spread((native_logits(trunk, other) - before)[:, :-1], before)
+    if not moved > TOLERANCE:
+        return None
+    hint = "; as a decoder it needs is_decoder: true" if getattr(trunk.config, "is_decoder", True) is False else ""
+    words = f"it is not autoregressive: its own tokens see later ones (they move by {moved:.2g} std){hint}"
+    return Refusal("not autoregressive", words)
+
+
+@torch.no_grad()
+def _ignores_masks(trunk: PreTrainedModel, failed: dict[str, Check]) -> Refusal | None:
+    causal = plain_forward(trunk, _line(trunk), _causal)
+    alone = plain_forward(trunk, _line(trunk), lambda q, k: q.position == k.position)
+    if not spread(causal - alone, causal) <= TOLERANCE:
+        return None
+    return Refusal("ignores the mask", "it ignores the attention mask that it is given")
+
+
+@torch.no_grad()
+def _keeps_causal(trunk: PreTrainedModel, failed: dict[str, Check]) -> Refusal | None:
+    tokens = _line(trunk)[-4:]
+    tokens = [replace(token, position=number) for number, token in enumerate(tokens)]
+    other = [*tokens[:-1], replace(tokens[-1], id=FIRST_ORDINARY + (tokens[-1].id == FIRST_ORDINARY))]
+    before, after = (plain_forward(trunk, line, lambda q, k: True) for line in (tokens, other))
+    if not spread((after - before)[0], before) <= TOLERANCE:
+        return None
+    words = "it keeps a causal mask of its own, whatever mask it is given: the tokens of a noisy block cannot see each other"
+    return Refusal("causal mask of its own", words)
+
+
+@torch.no_grad()
+def _other_positions(trunk: PreTrainedModel, failed: dict[str, Check]) -> Refusal | None:
+    tokens = _line(trunk)
+    spaced = [replace(token, position=3 * token.position) for token in tokens]
+    causal = plain_forward(trunk, tokens, _causal)
+    if "direct forward" in failed and spread(plain_forward(trunk, spaced, _causal) - causal, causal) < TOLERANCE:
+        words = "it ignores position_ids, but a noised block must stand at the positions of its clean copy"
+        return Refusal("ignores position_ids", words)
+    if "AR parity" not in failed:
+        return None
+    native = native_logits(trunk, torch.tensor([[token.id for token in tokens]]))[0]
+    if spread(causal - native, native) < TOLERANCE:
+        return None
+    first = (getattr(trunk.config, "pad_token_id", None) or 0) + 1
+    shifted = plain_forward(trunk, [replace(token, position=token.position + first) for token in tokens], _causal)
+    if not spread(shifted - native, native) <= TOLERANCE:
+        return None
+    words = "its positions do not start at 0 but one behind pad_token_id, as in RoBERTa; diffvl gives positions from 0"
+    return Refusal("positions that do not start at 0", words)
+
+
+EXPERIMENTS: tuple[Callable[[PreTrainedModel, dict[str, Check]], Refusal | None], ...] = (
+    _looks_ahead,
+    _ignores_masks,
+    _keeps_causal,
+    _other_positions,
+)

@@ -1,0 +1,162 @@
+"""DiffVL directory + data file -> figures: masked-token loss and accuracy, and how well generated answers match.
+
+Padding stops are left out of every figure. The masked-token measure draws its noise by one fixed law and seed
+(`objective.measure`); generated answers are given the true history of their conversation.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy
+from rich.console import Console
+
+from diffvl.config.recipe import ArObjective, BlockDiffusionObjective, Data, Objective
+from diffvl.data.chat import Sample
+from diffvl.data.collate import collate
+from diffvl.data.loader import SampleDataset, batches_of
+from diffvl.data.markers import pieces_between
+from diffvl.data.problem_list import advice_on, as_error, is_forgiven
+from diffvl.data.problems import Problem
+from diffvl.data.records import Record, iterate_records
+from diffvl.data.table import open_records
+from diffvl.decode.answer import Decoder, DecodeSettings, answer_chats, context_length, load_for_decoding
+from diffvl.evaluation.answer_turns import answer_turns, chat_before, questions
+from diffvl.evaluation.reading import reading_of
+from diffvl.evaluation.textscore import edit_similarity, is_exact
+from diffvl.hub.configuration_diffvl import DiffVLConfig
+from diffvl.objective.losses import measure, scores
+from diffvl.terminal import console as terminal
+from diffvl.terminal.bars import track
+
+BATCH_SIZE = 8
+SHOWN_SAMPLES = 12
+
+
+def evaluate_directory(directory: Path, data: Path, limit: int | None, settings: DecodeSettings) -> dict[str, float | int | str]:
+    """All figures of a checkpoint on a file; `limit` is the number of records looked at, and no others are read.
+
+    Raises:
+        CheckpointError, DataError, UsageError.
+    """
+    console = terminal.console(stderr=True)
+    decoder = load_for_decoding(directory)
+    samples = _open(data, reading_of(directory, data), limit, decoder, console)
+    count = len(samples)
+    figures: dict[str, float | int | str] = {
+        "checkpoint": str(directory),
+        "data": str(data),
+        "records": count,
+        **measured(decoder, samples, count, console),
+    }
+    exact: list[bool] = []
+    similar: list[float] = []
+    tokens = forwards = 0
+    asked = list(questions(samples.record(place) for place in range(count)))
+    chunks = [asked[start : start + BATCH_SIZE] for start in range(0, len(asked), BATCH_SIZE)]
+    for chunk in track(console, chunks, len(chunks), "answering"):
+        answers = answer_chats(decoder, [chat_before(record, turn) for record, turn in chunk], settings, shorten=True)
+        for (record, turn), given in zip(chunk, answers, strict=True):
+            truth = record.turns[turn].text
+            exact.append(is_exact(given.text, truth))
+            similar.append(edit_similarity(given.text, truth))
+            tokens += given.tokens
+        forwards += answers[0].forwards
+    figures |= {
+        "answers": len(exact),
+        "exact_match": sum(exact) / len(exact),
+        "edit_similarity": sum(similar) / len(similar),
+        "answer_tokens": tokens,
+        "forwards": forwards,
+        "decoding": decoder.model.config.decoding,
+    }
+    return figures
+
+
+def _open(path: Path, reading: Data, limit: int | None, decoder: Decoder, console: Console) -> SampleDataset:
+    """The records to look at. Raises DataError with all that do not fit the checkpoint."""
+    if limit is None:
+        table = open_records(path, reading, console, advise=False)
+        samples = SampleDataset(table, path, table.usable, decoder.processor, context_length(decoder))
+    else:
+        records = list(islice(iterate_records(path, reading.image_folder, reading.unpaired_turns), limit))
+        samples = SampleDataset(records, path, numpy.arange(len(records)), decoder.processor, context_length(decoder))
+    problems = samples.problems()
+    if problems:
+        raise as_error(problems, path, "the checkpoint takes no others: remove these records")
+    return samples
+
+
+def measured(decoder: Decoder, samples: SampleDataset, count: int, console: Console) -> dict[str, float]:
+    """The teacher-forced figures of the first `count` records."""
+    tokenizer = decoder.processor.tokenizer
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else decoder.model.config.stop_token_ids[0]
+    problems: list[Problem] = []
+
+    def on_device() -> Iterator[dict[str, Any]]:
+        for batch in batches_of(samples, list(range(count)), BATCH_SIZE, partial(collate, pad_token_id=pad), problems):
+            if problems:
+                raise as_error(problems, samples.path)
+            yield {key: value.to(decoder.model.device) for key, value in batch.items()}
+        if problems:
+            raise as_error(problems, samples.path)
+
+    steps = -(-count // BATCH_SIZE)
+    sums = measure(
+        decoder.model, decoder.model.config, track(console, on_device(), steps, "measuring"), own_objective(decoder.model.config)
+    )
+    return scores({name: float(value) for name, value in sums.items()})
+
+
+def own_objective(config: DiffVLConfig) -> Objective:
+    """The objective that a checkpoint was trained on, as far as measuring needs it."""
+    if config.decoding == "ar":
+        return ArObjective()
+    return BlockDiffusionObjective.model_validate(
+        {"block_size": config.block_size, "context": config.context, "grid": config.grid, "target": config.target}
+    )
+
+
+def held_out_answers(
+    decoder: Decoder, held_out: SampleDataset, data: Data, settings: DecodeSettings, console: Console
+) -> list[dict[str, Any]]:
+    """Answers of a model on a few held-out records (the first question of each), for the report.
+
+    Returns:
+        dicts with image (path or None), question, truth and answer.
+    Raises:
+        DataError: if one of the records cannot be used and is not to be left out.
+    """
+    shown: list[dict[str, Any]] = []
+    records = _chosen(held_out, data)
+    chunks = [records[start : start + BATCH_SIZE] for start in range(0, len(records), BATCH_SIZE)]
+    for chunk in track(console, chunks, len(chunks), "answering held-out questions"):
+        turns = [next(answer_turns(record)) for record in chunk]
+        chats = [chat_before(record, turn) for record, turn in zip(chunk, turns, strict=True)]
+        answers = answer_chats(decoder, chats, settings, shorten=True)
+        for record, turn, given in zip(chunk, turns, answers, strict=True):
+            shown.append(
+                {
+                    "image": record.images[0] if record.images else None,
+                    "question": "".join(pieces_between(record.turns[turn - 1].text)).strip(),
+                    "truth": record.turns[turn].text,
+                    "answer": given.text,
+                }
+            )
+    return shown
+
+
+def _chosen(held_out: SampleDataset, data: Data) -> list[Record]:
+    """Up to SHOWN_SAMPLES records from all over the set; those that cannot be used are left out, by the rule of `on_error`."""
+    count = min(SHOWN_SAMPLES, len(held_out))
+    stride = len(held_out) / count
+    chosen = []
+    for place in (int(number * stride) for number in range(count)):
+        (found,) = held_out[place]
+        if isinstance(found, Sample):
+            chosen.append(held_out.record(place))
+        elif data.on_error == "stop" and not is_forgiven(found, data):
+            raise as_error([found], held_out.path, advice_on([found]))
+    return chosen

@@ -1,0 +1,303 @@
+"""One Batch -> LossOutput, as pure functions of the model, the batch and the place in the run.
+
+`ar` is next-token cross-entropy on answers. `block_diffusion` is the masked-token objective of BD3-LM, SDAR-VL and
+DiffusionVL, on the short layout: the clean stream once, then only the blocks that hold answer tokens. Both ask the head for
+the rows that carry loss and no others.
+
+Shapes: S samples, L clean length, R noisy length, W = L + R for each noisy copy; packed into B rows of T tokens; M predicted
+tokens, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from diffvl.attention.choose import FLEX, bucket, training_masks
+from diffvl.config.recipe import ArObjective, BlockDiffusionObjective, Objective, UniformNoise
+from diffvl.data.collate import Batch
+from diffvl.hub.configuration_diffvl import DiffVLConfig
+from diffvl.hub.layout_diffvl import Layout, NoisyStream, block_index, clean_layout, noisy_stream
+from diffvl.hub.sampling_diffvl import never_predicted
+from diffvl.objective.noise import mask_probabilities, mask_ratios, masked_tokens, noise_state
+from diffvl.objective.packing import Packed, pack
+from diffvl.objective.weights import block_weights, token_cross_entropy
+from diffvl.seeding import sample_generator
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Where in a run the noise is drawn: its generators are seeded by (seed, step, sample); progress moves curricula."""
+
+    seed: int
+    step: int
+    progress: float
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """loss: summed over tokens, with its graph; divide by the answer tokens of the whole optimiser step.
+
+    sums: counts and sums without a graph, over answer tokens and their first stop only (padding stops left out):
+    `predicted`, `correct`, `cross_entropy`, and under block diffusion `eligible`.
+    tokens: positions that went through the trunk.
+    """
+
+    loss: torch.Tensor
+    tokens: int
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """One draw over a batch's noisy stream, each [S, R]: which tokens are masked, and with what probability they were."""
+
+    masked: torch.Tensor
+    p: torch.Tensor
+
+
+def loss_of(model: Any, config: DiffVLConfig, batch: Batch, objective: Objective, draw: Draw) -> LossOutput:
+    """The objective that the stage asks for."""
+    if isinstance(objective, ArObjective):
+        return ar(model, config, batch)
+    return block_diffusion(model, config, batch, objective, draw)
+
+
+MEASURE_NOISE = UniformNoise(t_min=1e-3, t_max=1.0, draws="stratified")
+
+
+@torch.no_grad()
+def measure(model: Any, config: DiffVLConfig, batches: Iterable[Any], objective: Objective) -> dict[str, torch.Tensor]:
+    """The sums of LossOutput over a held-out set, under one fixed noise law and seed whatever the training noise was, and in
+    blocks of the size that the checkpoint decodes with, so that figures of different runs can be compared."""
+    if isinstance(objective, BlockDiffusionObjective):
+        plain = {"noise": MEASURE_NOISE, "ar_weight": 0.0, "position_bias": 0.0, "complementary": False, "block_curriculum": {}}
+        objective = objective.model_copy(update=plain)
+    totals: dict[str, torch.Tensor] = {}
+    for batch in batches:
+        for name, value in loss_of(model, config, batch, objective, Draw(seed=0, step=0, progress=0.0)).sums.items():
+            totals[name] = totals.get(name, torch.zeros((), device=value.device)) + value
+    return totals
+
+
+def curriculum_state(objective: Objective, progress: float) -> dict[str, float]:
+    """Where the objective's curricula stand at a point of the stage; empty for an objective that does not move."""
+    if isinstance(objective, ArObjective):
+        return {}
+    state: dict[str, float] = {f"noise_{name}": value for name, value in noise_state(objective.noise, progress).items()}
+    if objective.block_curriculum:
+        state["block_size"] = objective.block_size_at(progress)
+    return state
+
+
+def measured_sums(objective: Objective) -> list[str]:
+    """The names of what `measure` sums under an objective."""
+    names = ["correct", "cross_entropy", "predicted"]
+    return names if isinstance(objective, ArObjective) else ["correct", "cross_entropy", "eligible", "predicted"]
+
+
+def ar(model: Any, config: DiffVLConfig, batch: Batch) -> LossOutput:
+    """Next-token cross-entropy on answers: position i - 1 predicts token i, under the trunk's own causal attention."""
+    ids, valid = batch["input_ids"], batch["valid"]
+    packed = packed_rows(clean_layout(torch.zeros_like(ids), valid, context="causal"), batch["row"], config)
+    at = followed_by_answer(batch["answer_index"])
+    targets = ids[at[0], at[1] + 1]
+    entropy, correct = _predict(model, config, batch, packed, ids, _image_rows(config, batch), packed.place[at], targets)
+    counted = torch.ones_like(targets).sum()
+    sums = {"predicted": counted, "correct": correct.sum(), "cross_entropy": entropy.detach().sum()}
+    return LossOutput(entropy.sum(), int(valid.sum()), sums)
+
+
+def block_diffusion(model: Any, config: DiffVLConfig, batch: Batch, objective: BlockDiffusionObjective, draw: Draw) -> LossOutput:
+    """Masked-token cross-entropy on noised answer blocks."""
+    ids, answer, valid = batch["input_ids"], batch["answer_index"], batch["valid"]
+    # 1. The grid, and the blocks that hold answers.
+    block_size = objective.block_size_at(draw.progress)
+    block = block_index(answer, block_size, objective.grid)
+    stream = noisy_stream(answer, block, block_size, objective.grid)
+    # 2. Corruption: t per block, then masks; with complementary masks a second copy.
+    copies = corrupt(stream, objective, draw, batch["sample"])
+    # 3. Clean tokens first, noisy behind, on the positions of their clean counterparts; then samples into rows.
+    layout = clean_layout(block, valid, objective.context)
+    for number in range(len(copies)):
+        layout = layout.joined(noisy_layout(stream, objective.context, number + 1))
+    packed = packed_rows(layout, batch["row"], config)
+    clean_of_noisy = ids.gather(1, stream.source)
+    noisy_ids = [clean_of_noisy.masked_fill(copy.masked, config.mask_token_id) for copy in copies]
+    image = _image_rows(config, batch)
+    # 4. One forward; the head runs where a masked token is predicted, and for the AR term where an answer's token follows.
+    clean_length, noisy_length = ids.shape[1], stream.source.shape[1]
+    at = [
+        packed.place[predicting_rows(stream, copy.masked, objective.target, clean_length + number * noisy_length)]
+        for number, copy in enumerate(copies)
+    ]
+    targets = [clean_of_noisy[copy.masked] for copy in copies]
+    following = followed_by_answer(answer)
+    if objective.ar_weight > 0:
+        at.append(packed.place[following])
+        targets.append(ids[following[0], following[1] + 1])
+    entropy, correct = _predict(
+        model,
+        config,
+        batch,
+        packed,
+        torch.cat([ids, *noisy_ids], 1),
+        torch.cat([image, *[image.gather(1, stream.source).masked_fill(copy.masked, -1) for copy in copies]], 1),
+        torch.cat(at),
+        torch.cat(targets),
+    )
+    # 5. Weighted cross-entropy of the masked tokens, averaged over the copies.
+    weights = torch.cat([_weights(objective, stream, copy)[copy.masked] for copy in copies]) / len(copies)
+    masked_entropy = entropy[: len(weights)]
+    loss = (weights.to(entropy.dtype) * masked_entropy).sum()
+    if objective.ar_weight > 0:
+        loss = loss + objective.ar_weight * entropy[len(weights) :].sum()
+    # 6. What is counted: answers and their first stop.
+    counted = torch.cat([~stream.padding_stop[copy.masked] for copy in copies])
+    sums = {
+        "predicted": counted.sum(),
+        "correct": (correct[: len(weights)].bool() & counted).sum(),
+        "cross_entropy": masked_entropy.detach()[counted].sum(),
+        "eligible": (stream.eligible & ~stream.padding_stop).sum() * len(copies),
+    }
+    return LossOutput(loss, int(layout.valid.sum()), sums)
+
+
+def _weights(objective: BlockDiffusionObjective, stream: NoisyStream, copy: Corruption) -> torch.Tensor:
+    """Loss weight of every noisy token, [S, R]."""
+    weights = block_weights(objective.weight, copy.p, copy.masked, stream.eligible, stream.block)
+    return torch.where(stream.padding_stop, weights * objective.pad_weight, weights)
+
+
+def corrupt(stream: NoisyStream, objective: BlockDiffusionObjective, draw: Draw, samples: torch.Tensor) -> list[Corruption]:
+    """Draws t and masks for every sample of a batch, each from its own generator; `samples` [S] are dataset indices. One
+    corruption, or two with complementary masks."""
+    masked = torch.zeros_like(stream.eligible)
+    p = torch.ones(stream.eligible.shape, dtype=torch.float64, device=stream.block.device)
+    for row, sample in enumerate(samples.tolist()):
+        length = int(stream.valid[row].sum())
+        generator = sample_generator(draw.seed, draw.step, sample)
+        blocks, block_R = torch.unique(stream.block[row, :length].cpu(), return_inverse=True)
+        eligible_R = stream.eligible[row, :length].cpu()
+        of = int(blocks[-1]) + 1 if len(blocks) else 0  # text behind the last answer is not counted
+        t_K = mask_ratios(objective.noise, blocks, of, draw.progress, generator)
+        p_R = mask_probabilities(t_K, block_R, eligible_R, objective.position_bias)
+        masked_R = masked_tokens(p_R, eligible_R, generator)
+        p[row, :length] = p_R.to(p.device)
+        masked[row, :length] = masked_R.to(masked.device)
+    if not objective.complementary:
+        return [Corruption(masked, p)]
+    return [Corruption(masked, p), Corruption(stream.eligible & ~masked, 1 - p)]
+
+
+def noisy_layout(stream: NoisyStream, context: str, copy: int = 1) -> Layout:
+    """The rows of a noisy copy; copies, counted from 1, do not see each other."""
+    return Layout(
+        position=stream.position,
+        block=stream.block,
+        noisy=torch.full_like(stream.block, copy),
+        valid=stream.valid,
+        document=torch.zeros_like(stream.block),
+        context=context,
+    )
+
+
+def predicting_rows(
+    stream: NoisyStream, masked: torch.Tensor, target: str, noisy_start: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where in the samples' streams [S, W] the prediction of each masked token is read, in row-major order of these tokens.
+
+    `same`: at the token itself. `shift`: at the token before it, inside the noisy block where it has one there, otherwise at
+    the last clean token before the block.
+
+    Args:
+        noisy_start: where the noisy copy begins in W; the clean stream stands at 0.
+    """
+    sample, place = masked.nonzero(as_tuple=True)
+    if target == "same":
+        return sample, noisy_start + place
+    before = (place - 1).clamp_min(0)
+    inside = (place > 0) & (stream.block[sample, before] == stream.block[sample, place])
+    return sample, torch.where(inside, noisy_start + before, stream.position[sample, place] - 1)
+
+
+def followed_by_answer(answer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sample, column) of the clean tokens whose next token belongs to an answer."""
+    return (answer[:, 1:] > 0).nonzero(as_tuple=True)  # type: ignore[return-value]
+
+
+def packed_rows(streams: Layout, row_S: torch.Tensor, config: DiffVLConfig) -> Packed:
+    """Samples into rows; with FlexAttention of a length for which kernels are compiled once."""
+    return pack(streams, row_S, bucket if config.text_config._attn_implementation == FLEX else int)
+
+
+def _image_rows(config: DiffVLConfig, batch: Batch) -> torch.Tensor:
+    """For each clean token the image token that it shows, counted over the batch, -1 for text; [S, L]."""
+    is_image = (batch["input_ids"] == config.image_token_id) & batch["valid"]
+    return torch.where(is_image, is_image.flatten().long().cumsum(0).view_as(is_image) - 1, -1)
+
+
+def _predict(
+    model: Any,
+    config: DiffVLConfig,
+    batch: Batch,
+    packed: Packed,
+    ids_SW: torch.Tensor,
+    image_SW: torch.Tensor,
+    at_M: torch.Tensor,
+    targets_M: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One forward: cross-entropy of each target at its row, [M] with the graph, and whether it is the likeliest token, [M]."""
+    ids = packed.moved(ids_SW, 0)
+    dtype = scores_dtype(model, ids.device.type)
+
+    def judge(logits_mV: torch.Tensor, which: slice) -> torch.Tensor:
+        forbidden = never_predicted(config, logits_mV.shape[-1], logits_mV.device)
+        entropy = token_cross_entropy(logits_mV, targets_M[which], forbidden)
+        if torch.is_grad_enabled() and not entropy.requires_grad and isinstance(model, torch.nn.Module):
+            # A batch without pictures in a stage that trains the connector alone: nothing to learn, but a step like any other.
+            # Added here, inside the model's forward, where data parallelism sees that the parameters take part.
+            entropy = entropy + 0.0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
+        likeliest = logits_mV.detach().masked_fill(forbidden, float("-inf")).argmax(-1)
+        return torch.stack([entropy, (likeliest == targets_M[which]).to(entropy.dtype)], -1)
+
+    judged = model(
+        input_ids=ids,
+        pixel_values=batch.get("pixel_values"),
+        image_index=packed.moved(image_SW, -1),
+        attention_mask=training_masks(config.text_config, packed.layout, dtype),
+        position_ids=packed.layout.position,
+        logits_rows=at_M,
+        row_map=judge,
+    ).logits
+    return judged[:, 0], judged[:, 1]
+
+
+def scores_dtype(model: Any, device_type: str) -> torch.dtype:
+    """The type in which the trunk computes attention scores. A mask that eager attention adds to them must have it: one in fp32
+    would turn bf16 scores, the largest tensors of such a layer, into fp32 ones."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
+    return next((parameter.dtype for parameter in parameters if parameter.is_floating_point()), torch.float32)
+
+
+def rates(sums: dict[str, float]) -> dict[str, float]:
+    """Training figures of a log line."""
+    predicted = max(sums["predicted"], 1.0)
+    if "eligible" not in sums:
+        return {"next_token_accuracy": sums["correct"] / predicted}
+    return {"mask_ratio": sums["predicted"] / max(sums["eligible"], 1.0), "masked_accuracy": sums["correct"] / predicted}
+
+
+def scores(sums: dict[str, float]) -> dict[str, float]:
+    """Held-out figures, over answer tokens and first stops."""
+    kind = "masked" if "eligible" in sums else "next_token"
+    predicted = sums["predicted"]
+    return {
+        f"{kind}_loss": sums["cross_entropy"] / predicted if predicted else math.nan,
+        f"{kind}_accuracy": sums["correct"] / predicted if predicted else math.nan,
+        "tokens": predicted,
+    }

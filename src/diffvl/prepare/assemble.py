@@ -1,0 +1,330 @@
+"""AR checkpoint -> DiffVL directory: mask token, image token, vision tower, connector, and the proof of AR parity.
+
+The trunk is the stock model with its own weights; only rows are added to its table. The directory that was written is loaded
+again, and under a causal mask it must give the source checkpoint's logits. If it does not, nothing is left behind.
+"""
+
+import logging
+import shutil
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoImageProcessor, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from diffvl.config.families import Family, check_supported, family_of
+from diffvl.config.recipe import Prepare, Recipe
+from diffvl.errors import CheckpointError, ConfigError, UnsupportedModelError
+from diffvl.hub.configuration_diffvl import DiffVLConfig
+from diffvl.hub.modeling_diffvl import Connector, DiffVLForConditionalGeneration
+from diffvl.hub.processing_diffvl import DiffVLProcessor
+from diffvl.prepare import proof
+from diffvl.prepare.templates import check_template, load_tokenizer, stop_token, system_advice
+from diffvl.store import checkpoint, weights
+from diffvl.store.published import load_config
+from diffvl.terminal.bars import spinner_or_line
+from diffvl.terminal.console import say
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the AR checkpoint and the vision tower come from."""
+
+    model: str
+    revision: str | None
+    vision_tower: str
+    trust_remote_code: bool = False
+
+
+def prepare(source: Source, recipe: Recipe, directory: Path, console: Console) -> Path:
+    """Writes the DiffVL directory.
+
+    Raises:
+        CheckpointError, UnsupportedModelError, ConfigError: with nothing written.
+    """
+    parts = read_parts(source, recipe)
+    makes_parent = not directory.parent.exists()
+    partial = checkpoint.partial(directory)
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    try:
+        with spinner_or_line(console, f"loading {source.model} and {source.vision_tower}"):
+            trunk = weights.load_trunk(source.model, parts.config, source.revision)
+            tower = weights.load_tower(source.vision_tower, parts.tower_config)
+        reference = _reference_logits(trunk, parts.known)
+        model = assemble(trunk, tower, parts, recipe)
+        with spinner_or_line(console, f"writing {directory}"):
+            checkpoint.write_checkpoint(model, parts.processor, partial)
+        del trunk, tower, model
+        with spinner_or_line(console, "proving AR parity on the written files"):
+            proofs = _prove(partial, reference, parts)
+        state = {"kind": "prepared", "parents": [source.model, source.vision_tower], "proofs": proofs}
+        checkpoint.write_state(partial, recipe, state)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        if makes_parent:
+            directory.parent.rmdir()
+        raise
+    checkpoint.finish(directory)
+    say(
+        console,
+        f"AR parity: largest difference {proofs['ar_parity']:.1e} std of the logits; block attention {proofs['block']:.1e}",
+    )
+    return directory
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All of a conversion but its weights. config: of the trunk; known: tokens of the source's tokenizer that have a row in its
+    table."""
+
+    config: PretrainedConfig
+    tower_config: PretrainedConfig
+    processor: DiffVLProcessor
+    known: int
+    mask_id: int
+    image_id: int
+    image_size: int
+
+
+def read_parts(source: Source, recipe: Recipe) -> Parts:
+    """Reads and checks whatever can be known without reading weights; writes nothing.
+
+    Raises:
+        CheckpointError, UnsupportedModelError, ConfigError.
+    """
+    config = load_config(source.model, source.trust_remote_code, source.revision)
+    check_supported(config)
+    weights.check_trunk(source.model, config, source.revision)
+    family = family_of(config.model_type)
+    tokenizer = load_tokenizer(source.model, config.model_type, source.trust_remote_code, source.revision)
+    tower_config, image_processor = load_tower_parts(source)
+    weights.check_tower(source.vision_tower, tower_config)
+    image_size = square_processor(image_processor, tower_config, recipe.prepare)
+    rows = config.get_text_config(decoder=True).vocab_size
+    stop, known = stop_token(tokenizer), min(len(tokenizer), rows)
+    if len(tokenizer) > rows:
+        _tell_more_tokens(source.model, len(tokenizer), rows)
+    mask_id, image_id = add_tokens(tokenizer, family, rows)
+    side = image_size // tower_config.patch_size // shuffle_factor(recipe.prepare)
+    processor = DiffVLProcessor(
+        image_processor,
+        tokenizer,
+        image_token=family.image_token,
+        image_tokens=side * side,
+        stop_token=stop,
+        system_turn=recipe.prepare.system_turn,
+    )
+    check_template(processor.encoder)
+    if advice := system_advice(processor.encoder):
+        log.info("%s: %s", source.model, advice)
+    return Parts(config, tower_config, processor, known, mask_id, image_id, image_size)
+
+
+@cache
+def _tell_more_tokens(model: str, tokens: int, rows: int) -> None:
+    """Once, though the parts are read twice: before any work, and for it."""
+    log.warning(
+        "%s: its tokenizer has %s tokens, its table %s rows; the %s missing rows are added and start at the mean of the others",
+        model, f"{tokens:,}", f"{rows:,}", f"{tokens - rows:,}",
+    )  # fmt: skip
+
+
+# --- tokenizer ----------------------------------------------------------------------------------------------------------
+
+
+def add_tokens(tokenizer: Any, family: Family, table_rows: int) -> tuple[int, int]:
+    """Gives the tokenizer a mask token and an image token; returns their ids.
+
+    A token that is there already is used. The mask token takes the family's agreed row where that row is a spare one (the
+    rows up to it are named as reserved, so that ids and names stay one to one); otherwise it is appended.
+    """
+    if tokenizer.mask_token is None:
+        agreed = family.mask_token.id
+        if agreed is not None and len(tokenizer) <= agreed < table_rows:
+            reserved = [f"<|reserved_{number}|>" for number in range(len(tokenizer), agreed)]
+            tokenizer.add_tokens(reserved, special_tokens=True)
+        tokenizer.add_special_tokens({"mask_token": family.mask_token.text})
+    if family.image_token not in tokenizer.get_added_vocab():  # a piece of the vocabulary alone would not be found in a text
+        tokenizer.add_tokens([family.image_token], special_tokens=True)
+    ids = tokenizer.convert_tokens_to_ids([tokenizer.mask_token, family.image_token])
+    taken = list(tokenizer.get_vocab().values())
+    for token in ids:
+        if taken.count(token) != 1:
+            raise UnsupportedModelError(f"the tokenizer's ids have holes: id {token} belongs to two tokens")
+    return ids[0], ids[1]
+
+
+# --- vision --------------------------------------------------------------------------------------------------------------
+
+
+def load_tower_parts(source: Source) -> tuple[PretrainedConfig, Any]:
+    """Configuration and image processor of the vision tower."""
+    config = weights.tower_config(source.vision_tower, source.trust_remote_code)
+    try:
+        processor = AutoImageProcessor.from_pretrained(source.vision_tower, trust_remote_code=source.trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(
+            f"{source.vision_tower}: it has no image processor that can be read; expected a preprocessor_config.json beside the "
+            f"weights, as vision checkpoints are published ({str(error).strip().splitlines()[0]})"
+        ) from error
+    return config, processor
+
+
+def shuffle_factor(settings: Prepare) -> int:
+    """Patches per side that the connector joins."""
+    return settings.connector.factor if settings.connector.kind == "pixel_shuffle" else 1
+
+
+def square_processor(processor: Any, tower: PretrainedConfig, settings: Prepare) -> int:
+    """Sets the image processor to resize every picture to one square; returns its side in pixels.
+
+    Raises:
+        ConfigError: if the size, the layer or the connector do not fit the tower.
+    """
+    crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
+    sizes = [size["height"] for size in (crop, processor.size) if size and "height" in size]
+    side = settings.image_size or (sizes[0] if sizes else tower.image_size)
+    patches = side // tower.patch_size
+    factor = shuffle_factor(settings)
+    if patches == 0 or patches % factor:
+        raise ConfigError(
+            f"prepare.image_size {side} gives {patches} x {patches} patches of {tower.patch_size} px, which pixel_shuffle by "
+            f"{factor} does not divide: choose a multiple of {tower.patch_size * factor}"
+        )
+    layers = tower.num_hidden_layers
+    if not -layers - 1 <= settings.vision_layer <= layers:
+        raise ConfigError(
+            f"prepare.vision_layer is {settings.vision_layer}; this tower has hidden states {-layers - 1} to {layers}"
+        )
+    processor.size = {"height": side, "width": side}
+    processor.do_resize, processor.do_center_crop, processor.do_convert_rgb = True, False, True
+    return side
+
+
+# --- assembling ----------------------------------------------------------------------------------------------------------
+
+
+def assemble(trunk: Any, tower: Any, parts: Parts, recipe: Recipe) -> DiffVLForConditionalGeneration:
+    """Joins the parts into one model in the trunk's dtype. The trunk's table grows in place."""
+    processor = parts.processor
+    grow_table(trunk, parts.known, len(processor.tokenizer), [parts.mask_id, parts.image_id])
+    config = DiffVLConfig(
+        text_config=trunk.config,
+        vision_config=tower.config,
+        connector=recipe.prepare.connector.kind,
+        shuffle_factor=shuffle_factor(recipe.prepare),
+        vision_layer=recipe.prepare.vision_layer,
+        image_size=parts.image_size,
+        image_token_id=parts.image_id,
+        mask_token_id=parts.mask_id,
+        vocabulary_size=len(processor.tokenizer),
+        stop_token_ids=_stop_ids(trunk, processor.tokenizer, processor.stop_token),
+    )
+    assert config.image_tokens == processor.image_tokens
+    with torch.device("meta"):
+        model = DiffVLForConditionalGeneration(config)
+    model.language_model, model.vision_tower = trunk, tower
+    config.text_config, config.vision_config = trunk.config, tower.config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        fresh = Connector(config.connector, config.shuffle_factor, tower.config.hidden_size, trunk.config.hidden_size)
+        for module in fresh.modules():
+            model._init_weights(module)
+    with torch.no_grad():
+        fresh.layers[-1].get_parameter("weight").mul_(recipe.prepare.connector.gain)
+    model.connector = fresh
+    torch.nn.Module.to(model, dtype=trunk.dtype)
+    return model
+
+
+def _stop_ids(trunk: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: str) -> list[int]:
+    """The template's stop token first, then whatever else ends a text for this checkpoint."""
+    generation = trunk.generation_config.eos_token_id if trunk.generation_config is not None else None
+    others = generation if isinstance(generation, list) else [generation]
+    ids = [tokenizer.convert_tokens_to_ids(stop), *others, tokenizer.eos_token_id]
+    return list(dict.fromkeys(token for token in ids if token is not None))
+
+
+def grow_table(trunk: Any, known: int, tokens: int, new_ids: list[int]) -> None:
+    """Makes room for new tokens, and for tokens that the source's tokenizer has beyond the table, and starts their rows at the
+    mean of the known ones. A table is never shrunk: many checkpoints have more rows than tokens.
+
+    Args:
+        known: tokens that have a row.
+        tokens: tokens of the tokenizer now.
+    """
+    rows = trunk.get_input_embeddings().weight.shape[0]
+    size = max(tokens, max(new_ids) + 1)
+    if size > rows:
+        trunk.resize_token_embeddings(size, mean_resizing=False)
+    fresh = sorted({*range(rows, size), *(token for token in new_ids if token >= known)})
+    with torch.no_grad():
+        for table in (trunk.get_input_embeddings(), trunk.get_output_embeddings()):
+            for values in (table.weight, getattr(table, "bias", None)):
+                if values is not None:
+                    values[fresh] = values[:known].float().mean(0).to(values.dtype)
+
+
+# --- proof ---------------------------------------------------------------------------------------------------------------
+
+
+def _reference_logits(trunk: PreTrainedModel, vocabulary: int) -> torch.Tensor:
+    """The source's own logits on the probe, in fp32 arithmetic."""
+    dtype = trunk.dtype
+    trunk.float().eval()
+    logits = proof.native_logits(trunk, proof.probe_ids(vocabulary))
+    torch.nn.Module.to(trunk, dtype=dtype)
+    return logits
+
+
+def _prove(directory: Path, reference: torch.Tensor, parts: Parts) -> dict[str, float]:
+    """Loads what was written and holds it against the source.
+
+    Raises:
+        CheckpointError: if logits or tokens differ.
+        UnsupportedModelError: if the tower does not give the patches that its configuration promises.
+    """
+    known = parts.known
+    model, processor = checkpoint.load_checkpoint(directory, dtype=torch.float32)
+    model.eval()
+    check_tower(model)
+    text = "A sentence with 12 words, a line\nbreak, and naïve façade ✓."
+    if processor.tokenizer(text)["input_ids"] != parts.processor.tokenizer(text)["input_ids"]:
+        raise CheckpointError(f"{directory}: the written tokenizer splits text differently from the source's; nothing kept")
+    with torch.no_grad():
+        logits = model(proof.probe_ids(known)).logits[..., :known]
+    # Beyond `known` stand the rows that were spare or new: the mask token's and the image token's.
+    difference = proof.spread(logits - reference[..., :known], reference)
+    if not difference <= proof.TOLERANCE:
+        raise CheckpointError(
+            f"{directory}: AR parity fails, logits differ from the source's by {difference:.2g} std; nothing kept"
+        )
+    block = proof.check_block_attention(model.language_model, known, model.config.mask_token_id)
+    return {"ar_parity": difference, "block": block}
+
+
+@torch.no_grad()
+def check_tower(model: DiffVLForConditionalGeneration) -> None:
+    """Shows the tower one black picture. Towers that pool their patches, or cannot take another size, end here."""
+    config = model.config
+    kind, side = config.vision_config.model_type, config.image_size
+    try:
+        tokens = model.image_features(torch.zeros(1, 3, side, side)).shape[1]
+    except (RuntimeError, ValueError, IndexError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedModelError(
+            f"{kind}: this vision tower gives no patch tokens for pictures of {side} x {side} ({reason}); leave "
+            "prepare.image_size at the tower's own, or take a plain vision transformer such as SigLIP, CLIP, DINOv2 or ViT"
+        ) from error
+    if tokens != config.image_tokens:
+        raise UnsupportedModelError(
+            f"{kind}: this vision tower gives {tokens} image tokens for a picture where {config.image_tokens} patches are "
+            "expected; take a plain vision transformer such as SigLIP, CLIP, DINOv2 or ViT"
+        )

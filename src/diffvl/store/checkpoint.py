@@ -1,0 +1,249 @@
+"""Directories: what a DiffVL checkpoint directory holds, how it is written whole or not at all, and how it is read back.
+
+A directory is written as `NAME.partial` and renamed when complete, so that a kill at any moment leaves the last good state.
+The native layout is self-contained: weights, tokenizer, processor and the remote code (the files of `diffvl.hub`, copied byte
+for byte), which load in a process without diffvl.
+"""
+
+import json
+import os
+import platform
+import shutil
+import zipfile
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, GenerationConfig
+
+from diffvl.config.recipe import Recipe, StageName
+from diffvl.config.resolve import dump, read_yaml, resolve
+from diffvl.errors import CheckpointError, UsageError
+from diffvl.hub import configuration_diffvl
+from diffvl.hub.configuration_diffvl import DiffVLConfig
+from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
+from diffvl.hub.processing_diffvl import DiffVLProcessor
+from diffvl.store.files import PARTIAL, Writing, read_json, replace_text, share, sync
+from diffvl.store.published import quiet_report
+from diffvl.terminal.console import shell_line
+
+T = TypeVar("T")
+
+# The tokenizer's loader looks the configuration up; known here, it never asks to run the copied remote code.
+AutoConfig.register(DiffVLConfig.model_type, DiffVLConfig)
+
+STATE_FILE = "diffvl.json"
+RECIPE_FILE = "run.yaml"
+HUB_FILES = tuple(
+    f"{name}_diffvl.py"
+    for name in (
+        *("configuration", "attention", "layout", "head", "modeling", "processing", "picture"),
+        *("messages", "template", "chat"),
+        *("cache", "static", "pieces", "prefix", "decoder"),
+        *("sampling", "stopping", "request", "run", "speculation", "generation"),
+    )
+)
+MODEL_CLASS = "modeling_diffvl.DiffVLForConditionalGeneration"
+MODEL_MAP = {
+    "AutoConfig": "configuration_diffvl.DiffVLConfig",
+    "AutoModel": MODEL_CLASS,
+    "AutoModelForCausalLM": MODEL_CLASS,
+    "AutoModelForImageTextToText": MODEL_CLASS,
+}
+PROCESSOR_MAP = {"AutoProcessor": "processing_diffvl.DiffVLProcessor"}
+
+
+# --- writing -------------------------------------------------------------------------------------------------------------
+
+
+def partial(directory: Path) -> Path:
+    """Where a directory is built before it gets its name."""
+    return directory.with_name(directory.name + PARTIAL)
+
+
+def require_empty(directory: Path) -> None:
+    """Raises UsageError if writing `directory` would touch something that is already there."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UsageError(
+            f"{directory} exists and is not empty; nothing was written. Choose another --out, remove it, or add --resume"
+        )
+
+
+def finish(directory: Path) -> None:
+    """Gives a completed partial directory its name. The rename is the moment at which the output exists."""
+    source = partial(directory)
+    sync(source)
+    if directory.exists():
+        directory.rmdir()
+    source.rename(directory)
+
+
+def write_checkpoint(model: DiffVLForConditionalGeneration, processor: DiffVLProcessor, directory: Path) -> None:
+    """Writes the native layout into an existing directory (a partial one): weights, processor, remote code. Raises DiskError."""
+    config = model.config
+    config.architectures = [type(model).__name__]
+    config.auto_map = MODEL_MAP
+    model.generation_config = _generation_config(model)
+    with Writing(directory):
+        model.save_pretrained(directory)
+        share(directory)
+        processor.save_pretrained(directory)
+        _edit_json(directory / "processor_config.json", {"auto_map": PROCESSOR_MAP, "processor_class": "DiffVLProcessor"})
+        source = Path(configuration_diffvl.__file__).parent
+        for name in HUB_FILES:
+            shutil.copyfile(source / name, directory / name)
+
+
+def _generation_config(model: DiffVLForConditionalGeneration) -> GenerationConfig:
+    """The trunk's stop and pad ids, and what block decoding needs. Sampling settings of the AR model are left behind: they
+    were tuned for another decoder."""
+    config, own = model.config, model.language_model.generation_config
+    pad = own.pad_token_id if own is not None else None
+    return GenerationConfig(
+        eos_token_id=config.stop_token_ids,
+        pad_token_id=pad if pad is not None else config.stop_token_ids[0],
+        bos_token_id=own.bos_token_id if own is not None else None,
+        mask_token_id=config.mask_token_id,
+        block_size=config.block_size,
+    )
+
+
+def write_state(directory: Path, recipe: Recipe, state: dict[str, Any]) -> None:
+    """`run.yaml` (the resolved recipe) and `diffvl.json` (where this came from)."""
+    facts = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions(), "machine": machine(), **state}
+    replace_text(directory / RECIPE_FILE, dump(recipe))
+    replace_text(directory / STATE_FILE, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+
+
+def versions() -> dict[str, str]:
+    names = ("diffvl", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def machine() -> str:
+    """The hardware in words, as figures in reports name it."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    return f"CPU, {os.cpu_count()} cores, {platform.machine()}"
+
+
+def _edit_json(path: Path, changes: dict[str, Any]) -> None:
+    replace_text(path, json.dumps({**read_json(path), **changes}, indent=2, ensure_ascii=False) + "\n")
+
+
+# --- reading -------------------------------------------------------------------------------------------------------------
+
+
+def load_checkpoint(directory: Path, dtype: torch.dtype | None = None) -> tuple[DiffVLForConditionalGeneration, DiffVLProcessor]:
+    """Reads a DiffVL directory with this package's own code (the copied remote code is not run).
+
+    Args:
+        dtype: default: the checkpoint's own.
+    Raises:
+        CheckpointError: if it is missing, of another kind, incomplete or damaged, or its token ids do not fit together.
+    """
+    _, processor = load_description(directory)
+    loader: Any = DiffVLForConditionalGeneration
+    arguments = {"dtype": dtype or "auto", "use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    with quiet_report():
+        model, info = _told(directory, lambda: loader.from_pretrained(directory, **arguments))
+    problems = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
+    if any(problems.values()):
+        raise CheckpointError(f"{directory}: the weights do not fit the configuration: {problems}")
+    return model, processor
+
+
+def load_description(directory: Path) -> tuple[DiffVLConfig, DiffVLProcessor]:
+    """What `load_checkpoint` reads, without the weights."""
+    require_diffvl(directory)
+    config, processor = _told(
+        directory, lambda: (DiffVLConfig.from_pretrained(directory), DiffVLProcessor.from_pretrained(directory))
+    )
+    absent = [name for name in ("text_config", "vision_config") if getattr(config, name) is None]
+    if absent:
+        raise CheckpointError(f"{directory / 'config.json'}: no {' and no '.join(absent)} in it; copy the checkpoint again")
+    _require_tokens(directory, config, processor)
+    return config, processor
+
+
+def _require_tokens(directory: Path, config: DiffVLConfig, processor: DiffVLProcessor) -> None:
+    """Raises CheckpointError unless mask and image token are the tokenizer's own and have rows in the trunk's embedding."""
+    tokenizer, rows = processor.tokenizer, config.text_config.vocab_size
+    tokens = {"mask_token_id": tokenizer.mask_token, "image_token_id": processor.image_token}
+    for name, token in tokens.items():
+        given, expected = getattr(config, name), tokenizer.convert_tokens_to_ids(token)
+        if given != expected or not 0 <= given < rows:
+            raise CheckpointError(
+                f"{directory / 'config.json'}: {name} is {given}, expected {expected}, which the tokenizer gives {token}; the "
+                f"embedding has {rows} rows. Set it back, or copy the checkpoint again"
+            )
+
+
+def require_diffvl(directory: Path) -> None:
+    """Raises CheckpointError unless `directory` looks like a finished DiffVL checkpoint."""
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such directory")
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(f"{directory}: no config.json there; expected a DiffVL checkpoint, as `diffvl convert` writes it")
+    kind = read_json(directory / "config.json").get("model_type")
+    if (directory / "generation_config.json").is_file():
+        read_json(directory / "generation_config.json")  # transformers would go on without a damaged one
+    if kind != DiffVLConfig.model_type:
+        raise CheckpointError(
+            f"{directory}: a {kind!r} checkpoint; expected one that `diffvl convert` wrote. "
+            f"To convert it: {shell_line('diffvl', 'convert', directory)}"
+        )
+
+
+def _told(directory: Path, load: Callable[[], T]) -> T:
+    try:
+        return load()
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{directory}: the checkpoint cannot be read, a file is damaged or missing ({reason}); copy it or make it again"
+        ) from error
+
+
+def require_whole(folder: Path) -> None:
+    """Raises CheckpointError if a file of a training checkpoint was cut short; without it the one before can be resumed."""
+    for path in sorted(folder.iterdir()):
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+            elif path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
+                raise ValueError("not a whole archive")
+        except (SafetensorError, ValueError) as error:
+            advice = f"remove {folder}, and --resume goes on from the checkpoint before it"
+            raise CheckpointError(f"{path}: damaged or cut short ({error}); {advice}") from error
+
+
+def saved_dtype(directory: Path) -> torch.dtype:
+    """The dtype in which a checkpoint's weights are stored."""
+    return getattr(torch, read_json(directory / "config.json")["dtype"])
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """`diffvl.json` of a finished directory. Raises CheckpointError if there is none."""
+    path = directory / STATE_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{directory}: no {STATE_FILE} there; expected a directory that `diffvl convert` finished")
+    return read_json(path)
+
+
+def newest_finished(runs: Path, stage: StageName) -> Path | None:
+    """The stage directory under `runs/*/` that was finished last, or None."""
+    finished = [path.parent for path in runs.glob(f"*/{stage}/{STATE_FILE}")]
+    return max(finished, key=lambda path: read_state(path)["created"], default=None)
+
+
+def recipe_of(directory: Path) -> Recipe:
+    path = directory / RECIPE_FILE
+    return resolve(read_yaml(path), [], str(path))

@@ -1,0 +1,97 @@
+"""What long work shows while it lasts: bars and spinners on a terminal, plain lines elsewhere; and figures in words."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import transformers
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from diffvl.terminal.console import say
+
+PLAIN_EVERY = 10.0  # seconds between two lines where there is no terminal
+
+T = TypeVar("T")
+
+
+def quiet_libraries() -> None:
+    """Turns off the progress bars and info messages of transformers and datasets; their warnings stay.
+
+    Downloads from the hub fall silent too (transformers switches both), so a caller shows its own spinner around them.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_warning()
+    # By environment, so that it holds whether datasets is imported before or after (importing it here would cost a second).
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
+    logging.getLogger("datasets").setLevel(logging.WARNING)
+
+
+@contextmanager
+def spinner_or_line(console: Console, text: str) -> Iterator[None]:
+    """Shows `text` during a long step of unknown length: with a spinner on a terminal, as one plain line otherwise."""
+    if not console.is_interactive:
+        say(console, text)
+        yield
+        return
+    turning = SpinnerColumn("line" if console.options.ascii_only else "dots")
+    words = TextColumn("{task.description}", markup=False)
+    with Progress(turning, words, TimeElapsedColumn(), console=console, transient=True) as progress:
+        progress.add_task(text, total=None)
+        yield
+
+
+def track(
+    console: Console,
+    iterable: Iterable[T],
+    total: int | None,
+    text: str,
+    *,
+    every: float = PLAIN_EVERY,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[T]:
+    """Yields the items of `iterable` and shows how many are done; `total` None where the length is unknown.
+
+    It may run inside a `TrainingProgress`: its bar then stands below the other one (rich 14.1 and later).
+    """
+    if console.is_interactive:
+        name, left = TextColumn("{task.description}", markup=False), TimeRemainingColumn(elapsed_when_finished=True)
+        with Progress(name, BarColumn(), MofNCompleteColumn(), left, console=console) as progress:
+            yield from progress.track(iterable, total=total, description=text)
+        return
+    of = "" if total is None else f"/{total}"
+    began = said = clock()
+    done = 0
+    for done, item in enumerate(iterable, start=1):
+        yield item
+        if clock() - said >= every:
+            said = clock()
+            say(console, f"{text}: {done}{of}")
+    say(console, f"{text}: {done}{of} done in {duration(clock() - began)}")
+
+
+def number(value: float, digits: int = 4) -> str:
+    """So many significant digits; a whole number in full."""
+    if float(value).is_integer() and abs(value) < 1e12:
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}".replace("e-0", "e-").replace("e+0", "e")
+
+
+def duration(seconds: float) -> str:
+    """h:mm:ss"""
+    return str(timedelta(seconds=round(seconds)))

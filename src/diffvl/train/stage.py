@@ -1,0 +1,238 @@
+"""One stage: a DiffVL directory in, a trained DiffVL directory out.
+
+A model is fitted to its stage (objective recorded, attention chosen, adapters and mask row attached, the rest frozen), trained by
+`trainer.StageTrainer`, and unfitted for saving. No code here asks which stage it is in.
+"""
+
+import gc
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PrinterCallback
+
+from diffvl.attention.choose import choose
+from diffvl.config.families import family_of
+from diffvl.config.recipe import Objective, Recipe, Stage, StageName
+from diffvl.config.resolve import dump
+from diffvl.data.collate import collate
+from diffvl.data.fingerprint import FileRecord, data_record, facts_of, is_same_data, write_data_record
+from diffvl.data.left_out import LEFT_OUT_FILE, LeftOut
+from diffvl.data.loader import SampleDataset, StageData, load_data, longest_sample
+from diffvl.errors import ConfigError, UsageError
+from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
+from diffvl.hub.processing_diffvl import DiffVLProcessor
+from diffvl.objective.losses import curriculum_state
+from diffvl.store import checkpoint
+from diffvl.store.files import Writing
+from diffvl.train.launch import main_first, main_only, process_state
+from diffvl.train.loop import (
+    CHECKPOINTS,
+    LogAtCheckpoints,
+    StageTrainer,
+    newest_checkpoint,
+    precision,
+    rows_per_step,
+    training_arguments,
+)
+from diffvl.train.lora import add_adapters, merge_adapters
+from diffvl.train.parts import attach_mask_row, fold_mask_row, freeze_others
+from diffvl.train.progress import MetricsLog, TrainingProgress
+
+log = logging.getLogger(__name__)
+
+Look = Callable[[DiffVLForConditionalGeneration, DiffVLProcessor, SampleDataset | None], None]
+
+
+@dataclass(frozen=True)
+class Onlooker:
+    """Who looks, in the main process, at the model in memory before it is fitted to the stage and after training, with the
+    held-out records."""
+
+    before: Look
+    after: Look
+
+
+def train(
+    start: Path,
+    recipe: Recipe,
+    stage_name: StageName,
+    directory: Path,
+    resume: bool,
+    console: Console,
+    onlooker: Onlooker | None = None,
+) -> Path:
+    """Trains one stage from the checkpoint in `start` and leaves the unfinished directory, complete but for its name.
+
+    The caller adds what it wants (samples, a report) and calls `checkpoint.finish`. All processes call this.
+
+    Returns:
+        the partial directory.
+    Raises:
+        DiffvlError: on bad settings or data, before any step; the last checkpoint stays.
+    """
+    stage = recipe.stages[stage_name]
+    work = checkpoint.partial(directory)
+    process_state()  # before anything else makes one, with less patience
+    config, processor = checkpoint.load_description(start)
+    longest = longest_trainable(config.text_config, stage.objective)
+
+    def open_data() -> tuple[StageData, dict[str, FileRecord], bool]:
+        opened = load_data(stage.data, processor, longest, console, look=False)
+        record = data_record(opened)
+        return opened, record, is_same_data(work, record)
+
+    data, record, same_data = main_first(open_data)
+    held_out = data.held_out
+    model, own_dtype = load_to_train(start, stage)
+    main_only(lambda: _begin(work, recipe, record, lambda: onlooker and onlooker.before(model, processor, held_out)))
+    if stage.data.row_length is not None:
+        data = replace(data, train=data.train.packed(stage.data.row_length, recipe.seed))
+    attention = str(model.language_model.config._attn_implementation)
+    fit_to_stage(model, stage, recipe.seed)
+    trainer = build_trainer(model, processor, data, recipe, stage_name, work)
+    trainer.same_data = same_data
+    last = newest_checkpoint(work) if resume else None
+    trainer.args.eval_on_start = stage.eval_every is not None and last is None
+    with TrainingProgress(console, stage_name) as progress_bar, Writing(work):
+        trainer.add_callback(progress_bar)
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    # Back to the model that was read: no autocast around its forward, and attention as decoding knows it.
+    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    unfit(model, stage, own_dtype)
+    if model.language_model.config._attn_implementation != attention:
+        model.language_model.set_attn_implementation(attention)
+    if process_state().is_main_process:
+        checkpoint.write_checkpoint(model, processor, work)
+        checkpoint.write_state(work, recipe, {"parents": [str(start)], **_state_of(trainer, stage_name, record)})
+        _tell_left_out(stage_name, trainer.left_out.kinds(), directory)
+    # The optimiser's state is as large as two models, and the trainer's objects hold each other.
+    trainer.accelerator.free_memory()
+    del trainer
+    gc.collect()
+    main_only(lambda: onlooker and onlooker.after(model, processor, held_out))
+    return work
+
+
+def _begin(work: Path, recipe: Recipe, record: dict[str, FileRecord], look: Callable[[], None]) -> None:
+    """What an unfinished stage's directory holds before its first step; the recipe comes last, by which it is known."""
+    work.mkdir(parents=True, exist_ok=True)
+    write_data_record(work, record)
+    look()
+    checkpoint.replace_text(work / checkpoint.RECIPE_FILE, dump(recipe))
+
+
+def _state_of(trainer: StageTrainer, stage_name: StageName, record: dict[str, FileRecord]) -> dict[str, Any]:
+    """What `diffvl.json` says of a finished stage."""
+    progress = {
+        "steps": trainer.state.global_step,
+        "rows_per_step": rows_per_step(trainer.args),
+        "seed": trainer.recipe.seed,
+        "curriculum": curriculum_state(trainer.stage.objective, progress=1.0),
+    }
+    return {"kind": stage_name, "state": progress, "data": facts_of(record), "left_out": trainer.left_out.kinds()}
+
+
+def load_to_train(start: Path, stage: Stage) -> tuple[DiffVLForConditionalGeneration, torch.dtype]:
+    """The model in the dtypes that training wants, and the one that its checkpoint has."""
+    own_dtype = checkpoint.saved_dtype(start)
+    # Frozen parts stay in their own dtype under bf16 autocast; fp16 does not mix with it.
+    keeps_dtype = precision(stage) == "bf16" and own_dtype != torch.float16
+    return checkpoint.load_checkpoint(start, dtype=None if keeps_dtype else torch.float32)[0], own_dtype
+
+
+def _tell_left_out(stage_name: StageName, left_out: dict[str, int], directory: Path) -> None:
+    if left_out:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.items())
+        listed = directory / LEFT_OUT_FILE
+        log.warning("%s: records left out: %s; listed in %s", stage_name, kinds, listed)
+
+
+# --- fitting a model to a stage and back ---------------------------------------------------------------------------------
+
+
+def fit_to_stage(model: DiffVLForConditionalGeneration, stage: Stage, seed: int) -> None:
+    """Records the objective in the configuration, chooses the attention implementation, wraps adapters, attaches the mask row,
+    freezes the rest. In place.
+
+    Args:
+        seed: of fresh adapters, which must be the same in every process and in every run of a recipe.
+    """
+    objective = stage.objective
+    if objective.kind == "ar":
+        model.config.set_decoding("ar", block_size=1, context="causal", grid="response", target="shift")
+    else:
+        model.config.set_decoding("blocks", objective.block_size, objective.context, objective.grid, objective.target)
+    choose(model.language_model, stage.attention, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if stage.lora is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            add_adapters(model, stage.lora, family_of(model.config.text_config.model_type).lora_targets)
+    if "mask_row" in stage.trainable:
+        attach_mask_row(model)
+    freeze_others(model, stage)
+    if stage.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+
+
+def unfit(model: DiffVLForConditionalGeneration, stage: Stage, dtype: torch.dtype) -> None:
+    """Undoes `fit_to_stage` for saving: adapters merged, mask row folded in, the checkpoint's dtype again. In place."""
+    if "mask_row" in stage.trainable:
+        fold_mask_row(model)
+    merge_adapters(model)
+    torch.nn.Module.to(model, dtype=dtype)
+    model.config.dtype = dtype
+
+
+def longest_trainable(text_config: Any, objective: Objective) -> int | None:
+    """Tokens that a sample may have under an objective; None where the trunk's configuration names no limit.
+
+    Raises:
+        ConfigError: if a block is longer than the trunk's context.
+    """
+    context = getattr(text_config, "max_position_embeddings", None)
+    if objective.kind == "ar":
+        return context
+    largest = objective.largest_block
+    if context is not None and largest > context:
+        name = "block_size" if largest == objective.block_size else "block_curriculum"
+        told = f"objective.{name} has blocks of {largest} tokens, but this trunk's context has {context} positions: set it lower"
+        raise ConfigError(told)
+    sizes = {objective.block_size, *objective.block_curriculum.values()}
+    limits = [longest_sample(context, size, objective.grid) for size in sizes]
+    return None if context is None else min(limit for limit in limits if limit is not None)
+
+
+def build_trainer(
+    model: DiffVLForConditionalGeneration,
+    processor: DiffVLProcessor,
+    data: StageData,
+    recipe: Recipe,
+    stage_name: StageName,
+    work: Path,
+) -> StageTrainer:
+    """The trainer of a stage, writing its checkpoints under `work`."""
+    stage = recipe.stages[stage_name]
+    pad = processor.tokenizer.pad_token_id
+    left_out = LeftOut(work / LEFT_OUT_FILE, stage.data, (data.train, data.held_out), process_state().is_main_process)
+    trainer = StageTrainer(
+        recipe,
+        stage,
+        left_out,
+        model=model,
+        args=training_arguments(stage, recipe.seed, work / CHECKPOINTS, len(data.train)),
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
+        data_collator=partial(collate, pad_token_id=pad if pad is not None else model.config.stop_token_ids[0]),
+        callbacks=[LogAtCheckpoints(), MetricsLog(work / "metrics.jsonl", stage_name)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        # Folding the mask row and merging adapters need whole parameters; sharded ones are not gathered yet.
+        raise UsageError("sharded training (FSDP, DeepSpeed) is not supported yet: launch with plain data parallelism")
+    return trainer

@@ -1,0 +1,368 @@
+"""The command line: which flags there are, what is imported for help, what reaches the package, and how it ends."""
+
+import dataclasses
+import inspect
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_args
+
+import pytest
+import typer.main
+
+from diffvl.cli import decode as cli_decode
+from diffvl.cli import main as cli
+from diffvl.config import recipe as config
+from diffvl.decode.answer import DecodeSettings
+from diffvl.demo import shapes
+from diffvl.errors import CheckpointError
+from diffvl.hub import request_diffvl, sampling_diffvl
+
+ENVIRONMENT = {"PYTHONPATH": str(Path(cli.__file__).parents[2]), "COLUMNS": "120"}  # of a process that finds diffvl's source
+VERBS = [
+    "bench decode",
+    "bench objective",
+    "bench train",
+    "chat",
+    "convert",
+    "doctor",
+    "evaluate",
+    "generate",
+    "models",
+    "recipes",
+    "shapes",
+]
+
+DECODING = {
+    *("--max-new-tokens", "--steps", "--mode", "--strategy", "--threshold", "--entropy-budget", "--temperature", "--top-k"),
+    *("--top-p", "--seed", "--stop", "--repetition-stop", "--compile"),
+}
+
+FLAGS = {
+    "": {"--version"},
+    "convert": {
+        *("MODEL", "--stage", "--recipe", "--data", "--from", "--out", "--lora", "--set", "--resume", "--dry-run"),
+        *("--accept-changed-data", "--trust-remote-code"),
+    },
+    "generate": {"DIR", "--image", "--prompt", "--batch", "--batch-size", "--stream", "--watch", "--json", *DECODING},
+    "chat": {"DIR", *DECODING},
+    "evaluate": {"DIR", "--data", "--limit", "--json"},
+    "bench decode": {
+        *("DIR", "--data", "--sweep", "--limit", "--steps", "--batch", "--max-new-tokens", "--repeats", "--device", "--layers"),
+        *("--hidden", "--block-size", "--context", "--seed", "--quick", "--compile", "--no-compile", "--json"),
+    },
+    "bench modes": {"DIR", "--data", "--limit", "--max-new-tokens", "--device", "--json"},
+    "bench objective": {"--samples", "--seed", "--json"},
+    "bench train": {
+        *("--shapes", "--repeats", "--device", "--layers", "--hidden", "--block-size", "--context", "--seed", "--quick"),
+        *("--profile", "--scaling", "--no-scaling", "--json"),
+    },
+    "doctor": {"MODEL", "--all", "--out", "--json", "--trust-remote-code"},
+    "models": set(),
+    "recipes": set(),
+    "shapes": {"OUT", "--align", "--train", "--test", "--seed"},
+}
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs `diffvl WORDS` in this process; returns (exit code, stdout, stderr)."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # Typer replaces it
+
+    def call(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["diffvl", *words])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        assert isinstance(stop.value.code, int)
+        return stop.value.code, captured.out, captured.err
+
+    return call
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, name: str, **contents: Any) -> None:
+    """Puts a module with these contents where the command will import `name` from."""
+    module = ModuleType(name)
+    vars(module).update(contents)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Stands for a class of the package that takes named values only."""
+
+    values: dict[str, Any]
+
+    @classmethod
+    def make(cls, **values: Any) -> "Settings":
+        return cls(values)
+
+
+# --- flags and help ------------------------------------------------------------------------------------------------------
+
+
+def test_no_flag_appears_or_disappears_unnoticed():
+    """A hyperparameter has no flag: it is a key of the recipe, for `--set`."""
+    root: Any = typer.main.get_command(cli.app)
+
+    def names(command: Any) -> set[str]:
+        found = {word for parameter in command.params for word in [*parameter.opts, *parameter.secondary_opts]}
+        arguments = {parameter.name: parameter.metavar for parameter in command.params if parameter.param_type_name == "argument"}
+        return {arguments.get(word, word) for word in found}
+
+    def commands(group: Any, before: str = "") -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for verb, command in group.commands.items():
+            found |= commands(command, f"{before}{verb} ") if hasattr(command, "commands") else {before + verb: command}
+        return found
+
+    assert {"": names(root)} | {verb: names(command) for verb, command in commands(root).items()} == FLAGS
+
+
+def test_choices_are_those_of_the_package():
+    assert get_args(cli_decode.Strategy) == sampling_diffvl.STRATEGIES and get_args(cli_decode.Mode) == request_diffvl.MODES
+    fields = {field.name: field.default for field in dataclasses.fields(DecodeSettings)}
+    assert set(cli_decode.SETTINGS) == set(fields)
+    for verb in (cli_decode.generate, cli_decode.chat):
+        defaults = {name: given.default for name, given in inspect.signature(verb).parameters.items() if name in fields}
+        assert defaults == {**fields, "stop": None}
+    assert {cli_decode.STATIC, cli_decode.DYNAMIC, cli_decode.ENTROPY} < set(sampling_diffvl.STRATEGIES)
+    assert get_args(config.StageName) == config.STAGES
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_has_an_example(verb: str, run):
+    code, out, _ = run(*verb.split(), "--help")
+    assert code == 0
+    assert f"Example:  diffvl {verb}" in out if verb else all(verb.split()[0] in out for verb in VERBS)
+
+
+def test_help_and_version_load_neither_torch_nor_transformers_and_answer_at_once():
+    program = (
+        "import sys\n"
+        "from diffvl.cli.main import main\n"
+        "for words in (['--help'], ['--version'], *([*verb.split(), '--help'] for verb in sys.argv[1:])):\n"
+        "    sys.argv = ['diffvl', *words]\n"
+        "    try: main()\n"
+        "    except SystemExit as stop: assert stop.code == 0, words\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", program, *VERBS], capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    seconds = time.perf_counter() - start
+    assert done.returncode == 0, done.stderr
+    assert f"diffvl {config.VERSION}\n" in done.stdout
+    assert seconds < 1 * (2 + len(VERBS)), "less than a second each"
+
+
+# --- how a command ends --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["nonsense"],
+        ["convert", "--lr", "1"],
+        ["convert", "--stage", "pretrain"],
+        ["generate", "--prompt", "x"],
+        ["generate", "dir", "--prompt", "x", "--strategy", "random"],
+        ["generate", "dir", "--prompt", "x", "--mode", "beam"],
+        ["generate", "dir", "--prompt", "x", "--temperature", "1", "--top-k", "0"],
+        ["generate", "dir", "--prompt", "x", "--temperature", "1", "--top-p", "1.1"],
+        ["generate", "dir", "--prompt", "x", "--repetition-stop", "1"],
+        ["generate", "dir", "--batch", "x.jsonl", "--batch-size", "0"],
+        ["chat"],
+        ["chat", "dir", "--prompt", "x"],
+        ["generate", "dir", "--prompt", "x", "--steps", "0"],
+        ["generate", "dir", "--prompt", "x", "--temperature", "-1"],
+        ["evaluate", "dir", "--data", "x.json", "--limit", "0"],
+        ["shapes", "dir", "--train", "0"],
+        ["bench", "objective", "--samples", "1"],
+    ],
+)
+def test_words_that_do_not_fit_end_with_code_2(words: list[str], run):
+    code, out, err = run(*words)
+    assert (code, out) == (2, "") and "Error" in err and "Traceback" not in err
+
+
+STATIC = "--strategy low_confidence_static"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("", "give --prompt TEXT, or --batch FILE.jsonl with many"),
+        ("--prompt x --batch f.jsonl", "give --prompt TEXT, or --batch FILE.jsonl with many, not both"),
+        ("--batch f.jsonl --stream", "--stream has no effect with --batch, which prints a JSON line for each answer"),
+        ("--batch f.jsonl --watch", "--watch has no effect with --batch, which prints a JSON line for each answer"),
+        ("--batch f.jsonl --image a.png", "--image has no effect with --batch: name the pictures in its file"),
+        ("--prompt x --batch-size 4", "--batch-size has no effect with a single --prompt"),
+        ("--prompt x --stream --json", "--json has no effect with --stream, which prints text as it comes"),
+        ("--prompt x --watch --stream", "--stream has no effect with --watch, which draws the answer itself"),
+        ("--prompt x --watch --json", "--json has no effect with --watch, which draws the answer itself"),
+        ("--prompt x --watch --mode ar", "--watch has no effect with --mode ar: it settles no blocks"),
+        ("--prompt x --watch --mode speculative", "--watch has no effect with --mode speculative: it settles no blocks"),
+    ],
+)
+def test_words_of_generate_that_exclude_each_other(words: str, says: str, run):
+    assert run("generate", "dir", *words.split()) == (2, "", f"error: {says}\n")
+
+
+@pytest.mark.parametrize("verb", ["generate dir --prompt x", "chat dir"])
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--threshold 0.9", f"--threshold 0.9 has no effect with {STATIC}: add --strategy low_confidence_dynamic, or leave"),
+        ("--entropy-budget 0.1", f"--entropy-budget 0.1 has no effect with {STATIC}: add --strategy entropy, or leave"),
+        (
+            "--strategy entropy --threshold 0.9",
+            "--threshold 0.9 has no effect with --strategy entropy: add --strategy low_confid",
+        ),
+        ("--mode ar --steps 2", "--steps has no effect with --mode ar, which decodes token by token"),
+        (f"--mode ar {STATIC}", "--strategy has no effect with --mode ar, which decodes token by token"),
+        ("--mode ar --threshold 0.9", "--threshold 0.9 has no effect with --mode ar: leave it out"),
+        (
+            "--mode speculative --strategy entropy",
+            "--strategy has no effect with --mode speculative, which keeps what its AR log",
+        ),
+        (
+            "--mode speculative --temperature 1",
+            "--temperature 1.0 has no effect with --mode speculative, which is greedy: leave it",
+        ),
+        ("--top-k 5", "--top-k has no effect with temperature 0, which takes the likeliest token: add --temperature"),
+        ("--top-p 0.5 --temperature 0", "--top-p has no effect with temperature 0, which takes the likeliest token: add --temp"),
+        ("--seed 0", "--seed has no effect with temperature 0, which takes the likeliest token: add --temperature"),
+        ("--stop=", "--stop '' is in every text: name a text that ends the answer"),
+    ],
+)
+def test_a_setting_without_effect_is_an_error(verb: str, words: str, says: str, run, monkeypatch: pytest.MonkeyPatch):
+    """Told before anything is loaded."""
+    monkeypatch.setitem(sys.modules, "diffvl.decode.answer", None)
+    code, out, err = run(*verb.split(), *words.split())
+    assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith(f"error: {says}")
+
+
+def test_a_user_mistake_is_one_message_and_code_2(run, monkeypatch: pytest.MonkeyPatch):
+    def convert(request: Settings) -> Path:
+        raise CheckpointError("dir/[bold]x[/bold].json: no config.json here")
+
+    pretend(monkeypatch, "diffvl.conversion.run", ConvertRequest=Settings.make, convert=convert)
+    assert run("convert", "dir") == (2, "", "error: dir/[bold]x[/bold].json: no config.json here\n")
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [("MODEL", ["caf\udce9"]), *((flag, ["m", flag, "caf\udce9"]) for flag in ("--data", "--from", "--out", "--recipe"))],
+)
+def test_a_name_that_is_no_text_is_refused_before_anything(flag: str, words: list[str], run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "diffvl.conversion.run", None)
+    says = f"error: {flag} 'caf\\udce9' is not valid UTF-8, and the files of a run must name it: rename it\n"
+    assert run("convert", *words) == (2, "", says)
+
+
+def test_our_own_mistake_keeps_its_traceback(run, monkeypatch: pytest.MonkeyPatch):
+    def convert(request: Settings) -> Path:
+        raise ZeroDivisionError("a bug")
+
+    pretend(monkeypatch, "diffvl.conversion.run", ConvertRequest=Settings.make, convert=convert)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        run("convert", "dir")
+
+
+@pytest.mark.parametrize(
+    ("words", "again"),
+    [
+        (["convert", "m", "--out", "a b"], "interrupted. To continue: diffvl convert m --out 'a b' --resume\n"),
+        (["convert", "m", "--resume"], "interrupted. To continue: diffvl convert m --resume\n"),
+    ],
+)
+def test_an_interrupted_conversion_says_how_to_continue(words, again, run, monkeypatch: pytest.MonkeyPatch):
+    def convert(request: Settings) -> Path:
+        raise KeyboardInterrupt
+
+    pretend(monkeypatch, "diffvl.conversion.run", ConvertRequest=Settings.make, convert=convert)
+    assert run(*words) == (130, "", again)
+
+
+# --- what reaches the package ----------------------------------------------------------------------------------------------
+
+
+def test_convert_passes_every_flag_on(run, monkeypatch: pytest.MonkeyPatch):
+    seen: list[dict[str, Any]] = []
+
+    def convert(request: Settings) -> Path:
+        seen.append(request.values)
+        return Path("runs/x/align")
+
+    pretend(monkeypatch, "diffvl.conversion.run", ConvertRequest=Settings.make, convert=convert)
+    words = (
+        "--stage align --recipe demo --data d.json --from f --out o --lora --set a.b=1 --set c=x=y --resume "
+        "--accept-changed-data --trust-remote-code"
+    )
+    assert run("convert", "m", *words.split()) == (0, "", "")
+    assert run("convert", "--dry-run") == (0, "", "")
+    assert seen[0] == {
+        "model": "m",
+        "stage": "align",
+        "recipe": "demo",
+        "data": Path("d.json"),
+        "start": Path("f"),
+        "out": Path("o"),
+        "lora": True,
+        "assignments": ("a.b=1", "c=x=y"),
+        "resume": True,
+        "accept_changed_data": True,
+        "dry_run": False,
+        "trust_remote_code": True,
+    }
+    nothing = dict.fromkeys(("model", "stage", "recipe", "data", "start", "out"))
+    no_flags = dict.fromkeys(("lora", "resume", "accept_changed_data", "trust_remote_code"), False)
+    assert seen[1] == nothing | no_flags | {"assignments": (), "dry_run": True}
+
+
+def test_evaluate_prints_a_table_or_json(run, monkeypatch: pytest.MonkeyPatch):
+    figures = {"masked_accuracy": 0.25, "records": 3, "model": "dir"}
+    seen: list[Any] = []
+
+    def evaluate_directory(directory: Path, data: Path, limit: int | None, settings: Settings) -> dict[str, float | int | str]:
+        seen.append((directory, data, limit, settings.values))
+        return figures
+
+    pretend(monkeypatch, "diffvl.decode.answer", DecodeSettings=Settings.make)
+    pretend(monkeypatch, "diffvl.evaluation.evaluate", evaluate_directory=evaluate_directory)
+    code, out, _ = run("evaluate", "dir", "--data", "d.json")
+    assert code == 0 and all(word in out for word in ("masked_accuracy", "0.2500", "records", "3"))
+    assert json.loads(run("evaluate", "dir", "--data", "d.json", "--limit", "3", "--json")[1]) == figures
+    assert seen == [(Path("dir"), Path("d.json"), None, {}), (Path("dir"), Path("d.json"), 3, {})]
+
+
+# --- lists ---------------------------------------------------------------------------------------------------------------
+
+
+def test_models_and_recipes_are_listed_whole_however_narrow_the_terminal(run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    lines = run("models")[1].splitlines()
+    row = next(line for line in lines if "qwen2.5-7b" in line)
+    assert [cell.strip() for cell in row.strip("│").split("│")] == [
+        "qwen2.5-7b",
+        "Qwen/Qwen2.5-7B-Instruct",
+        "qwen2",
+        "google/siglip2-so400m-patch14-384",
+        "llava",
+    ]
+    assert any("mistral" in line and "sliding window" in line for line in lines)
+    listed = run("recipes")[1]
+    assert "DiffusionVL's two stages as published" in next(line for line in listed.splitlines() if "llava" in line)
+
+
+def test_shapes_writes_the_picture_set_and_names_its_files(run, tmp_path: Path):
+    out = tmp_path / "data"
+    code, printed, _ = run("shapes", str(out), "--align", "2", "--train", "3", "--test", "1", "--seed", "5")
+    assert code == 0
+    assert printed.split() == [str(out / f"{split}.json") for split in shapes.SPLITS]
+    assert [len(json.loads(Path(file).read_text(encoding="utf-8"))) for file in printed.split()] == [2, 3, 1]

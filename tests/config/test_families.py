@@ -1,0 +1,228 @@
+"""Every YAML in convert/ and recipes/ is a test case; names are found; unsupported architectures are refused in words."""
+
+import re
+from pathlib import Path
+
+import pytest
+import transformers
+
+from diffvl.config.families import (
+    ALL_LINEAR,
+    Family,
+    all_families,
+    check_supported,
+    family_of,
+    find_recipe,
+    named_checkpoint,
+    presets,
+    recipe_names,
+    suggest,
+)
+from diffvl.config.recipe import BetaNoise, BlockDiffusionObjective, Recipe
+from diffvl.config.resolve import parse, read_yaml, resolve
+from diffvl.errors import ConfigError, UnsupportedModelError
+
+FAMILY_FILES = sorted(presets("convert").iterdir())
+RECIPE_FILES = sorted(presets("recipes").iterdir())
+TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 64}
+
+
+def recipe(name: str) -> Recipe:
+    return resolve(read_yaml(find_recipe(name)), [], name)
+
+
+def diffusion(name: str) -> BlockDiffusionObjective:
+    objective = recipe(name).stages["diffuse"].objective
+    assert isinstance(objective, BlockDiffusionObjective)
+    return objective
+
+
+# --- families ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", FAMILY_FILES, ids=lambda file: file.name)
+def test_family_file(file: Path):
+    family = parse(Family, read_yaml(file), str(file))
+    assert file.name == f"{family.model_type}.yaml"
+    assert family.model_type in transformers.CONFIG_MAPPING
+    assert "\n" not in family.note and 0 < len(family.note) <= 110
+    assert {entry.recipe for entry in family.checkpoints.values()} <= set(recipe_names())
+    assert all(re.fullmatch(r"[\w-]+/[\w.-]+", entry.repo) for entry in family.checkpoints.values())
+
+
+@pytest.mark.parametrize("file", FAMILY_FILES, ids=lambda file: file.name)
+def test_lora_targets_are_the_linear_layers_of_the_trunk(file: Path):
+    """All projections of attention and MLP, and nothing else: checked against the modules of a tiny model."""
+    family = family_of(file.stem)
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 64} if file.stem == "gpt2" else TINY | {"head_dim": 8}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(file.stem, **sizes, pad_token_id=0))
+    projections = {
+        name for name, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D") and name != "lm_head"
+    }
+    matched = {name for name, _ in model.named_modules() if re.fullmatch(family.lora_targets, name)}
+    assert matched == projections and len(matched) >= 8
+
+
+def test_families_and_their_agreed_tokens():
+    names = ["gemma2", "gpt2", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe"]
+    assert [family.model_type for family in all_families()] == names
+    for model_type in ("qwen2", "qwen3", "qwen3_moe"):
+        family = family_of(model_type)
+        assert (family.mask_token.text, family.mask_token.id, family.image_token) == ("<|MASK|>", 151669, "<|image_pad|>")
+
+
+def test_an_unknown_model_type_gets_the_generic_family():
+    family = family_of("olmo2")
+    assert (family.model_type, family.lora_targets, family.checkpoints) == ("olmo2", ALL_LINEAR, {})
+    assert family.mask_token.id is None
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"model_type": "x", "mask": "m"}, "mask: unknown key"),
+        ({"model_type": "x", "checkpoints": {"x-1b": {"hub": "a/b"}}}, "checkpoints.x-1b.repo: Field required"),
+        ({}, "model_type: Field required"),
+    ],
+)
+def test_a_wrong_family_file_is_explained(tree: dict, words: str):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        parse(Family, tree, "x.yaml")
+
+
+# --- names ---------------------------------------------------------------------------------------------------------------
+
+QWEN25 = {name: f"Qwen/Qwen2.5-{name.upper()}-Instruct" for name in ("0.5b", "1.5b", "3b", "7b")}
+QWEN3 = {name: f"Qwen/Qwen3-{name.upper()}" for name in ("0.6b", "1.7b", "4b", "8b")}
+NAMED = {
+    **{f"qwen2.5-{name}": ("qwen2", repo) for name, repo in QWEN25.items()},
+    **{f"qwen3-{name}": ("qwen3", repo) for name, repo in QWEN3.items()},
+    "qwen3-30b-a3b": ("qwen3_moe", "Qwen/Qwen3-30B-A3B"),
+    "smollm2-135m": ("llama", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+}
+
+
+def test_the_named_checkpoints():
+    listed = [name for family in all_families() for name in family.checkpoints]
+    assert sorted(listed) == sorted(NAMED), "a name may stand in one family only"
+    for name, (model_type, repo) in NAMED.items():
+        found = named_checkpoint(name)
+        assert found is not None and (found[0], found[1].repo, found[1].revision) == (model_type, repo, "main")
+        expected = ("facebook/dinov2-small", "demo") if name == "smollm2-135m" else ("google/siglip2-so400m-patch14-384", "llava")
+        assert (found[1].vision_tower, found[1].recipe) == expected
+
+
+def test_names_ignore_case_and_a_near_miss_is_suggested():
+    assert named_checkpoint("Qwen2.5-7B") == named_checkpoint("qwen2.5-7b") is not None
+    assert named_checkpoint("qwen25-7b") is None
+    assert suggest("qwen25-7b")[0] == "qwen2.5-7b"
+    assert suggest("completely-else") == []
+
+
+# --- recipes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", RECIPE_FILES, ids=lambda file: file.name)
+def test_recipe_file(file: Path):
+    resolve(read_yaml(file), [], str(file))
+    lines = file.read_text(encoding="utf-8").splitlines()
+    assert file.suffix == ".yaml" and len(lines) <= 60
+    assert re.fullmatch(r"# \S.*\.", lines[0]), "the first line says what the recipe does: `diffvl recipes` prints it"
+    head = [line for line in lines if line.startswith("# ")]
+    assert [key for key in ("command", "hardware", "expected") if any(line.startswith(f"# {key}:") for line in head)] == [
+        "command",
+        "hardware",
+        "expected",
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name != "demo"])
+def test_a_recipe_names_no_data(name: str):
+    """The demo alone runs on data that diffvl draws itself."""
+    assert all(stage.data.train is None and stage.data.eval is None for stage in recipe(name).stages.values())
+
+
+def test_recipe_names_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert recipe_names() == ["ar-control", "demo", "emoji", "llava", "lora", "sdar-vl"]
+    own = tmp_path / "own.yaml"
+    own.write_text("stages: {}\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe("own.yaml") == Path("own.yaml")
+    assert find_recipe("demo").name == "demo.yaml"
+    with pytest.raises(
+        ConfigError, match=r"--recipe 'dmo': neither a file nor a known recipe\. Known: ar-control, demo, emoji, llava"
+    ):
+        find_recipe("dmo")
+
+
+def test_llava_is_the_published_recipe():
+    stages = recipe("llava").stages
+    align, diffuse, objective = stages["align"], stages["diffuse"], diffusion("llava")
+    assert list(stages) == ["align", "diffuse"]
+    assert (align.objective.kind, align.trainable, align.epochs) == ("ar", {"connector": 1e-3}, 1)
+    assert diffuse.trainable == {"trunk": 1e-5, "connector": 1e-5, "mask_row": 1e-5, "tower": 2e-6}
+    assert [stage.batch_size * stage.accumulation * 8 for stage in (align, diffuse)] == [128, 256], "on one node of 8 GPUs"
+    for stage in (align, diffuse):
+        assert (stage.optim.schedule, stage.optim.warmup_ratio, stage.optim.max_grad_norm) == ("cosine", 0.03, 1.0)
+    assert (objective.block_size, objective.context, objective.grid, objective.target) == (8, "block", "absolute", "same")
+    assert objective.weight == "1/t"
+    assert objective.noise.model_dump() == {"schedule": "uniform", "t_min": 1e-3, "t_max": 1.0, "draws": "independent"}
+
+
+def test_sdar_vl_has_the_curriculum_and_the_effective_weight():
+    objective = diffusion("sdar-vl")
+    assert (objective.block_size, objective.weight) == (4, "effective")
+    noise = objective.noise
+    assert isinstance(noise, BetaNoise)
+    assert (noise.mean_start, noise.mean_end, noise.concentration_start, noise.concentration_end) == (0.5, 0.7, 4, 25)
+
+
+def test_lora_is_llava_with_adapters_and_causal_context():
+    stage, objective = recipe("lora").stages["diffuse"], diffusion("lora")
+    assert stage.lora is not None and "mask_row" in stage.trainable and "connector" in stage.trainable
+    assert objective == diffusion("llava").model_copy(update={"context": "causal"})
+
+
+def test_the_ar_control_differs_from_the_emoji_recipe_by_its_objective_alone():
+    emoji, control = recipe("emoji"), recipe("ar-control")
+    assert control.seed == emoji.seed
+    trainable = {part: rate for part, rate in emoji.stages["diffuse"].trainable.items() if part != "mask_row"}
+    expected = emoji.stages["diffuse"].model_copy(
+        update={"objective": control.stages["diffuse"].objective, "trainable": trainable}
+    )
+    assert control.stages["diffuse"] == expected
+    assert control.stages["diffuse"].objective.kind == "ar"
+
+
+# --- unsupported architectures -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", [file.stem for file in FAMILY_FILES])
+def test_every_listed_family_is_supported(model_type: str):
+    check_supported(transformers.AutoConfig.for_model(model_type))
+
+
+def test_an_unlisted_family_and_all_maskable_layer_types_are_supported():
+    check_supported(transformers.AutoConfig.for_model("olmo2"))
+    check_supported(transformers.AutoConfig.for_model("qwen3", **TINY, layer_types=["full_attention", "sliding_attention"]))
+
+
+REFUSED = {
+    "mamba": ("mamba", {"hidden_size": 16, "num_hidden_layers": 2}, "mamba has layers of type linear_attention"),
+    "qwen3_next": ("qwen3_next", TINY, "qwen3_next has layers of type linear_attention"),
+    "recurrent": ("rwkv", {"hidden_size": 16, "num_hidden_layers": 2}, "rwkv is recurrent: its state goes from token to token"),
+    "conv layer": ("lfm2", TINY | {"layer_types": ["conv", "full_attention"]}, "lfm2 has layers of type conv"),
+    "alibi": ("bloom", {"hidden_size": 16, "n_layer": 2, "n_head": 2}, "bloom takes no position_ids"),
+    "no decoder": ("t5", {"d_model": 16, "num_layers": 2}, "t5 is no causal language model that transformers"),
+    "vision": ("vit", {"hidden_size": 16}, "vit is no causal language model"),
+    "vlm": ("qwen2_5_vl", {}, r"qwen2_5_vl is a vision-language model .* This version converts language models"),
+    "no head": ("qwen2", TINY | {"architectures": ["Qwen2Model"]}, "holds a Qwen2Model, which has no causal language-model head"),
+    "masked lm": ("bert", {"architectures": ["BertForMaskedLM"]}, "holds a BertForMaskedLM, which has no causal"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_masks_cannot_steer_is_refused_with_its_reason(case: str):
+    model_type, settings, words = REFUSED[case]
+    with pytest.raises(UnsupportedModelError, match=words):
+        check_supported(transformers.AutoConfig.for_model(model_type, **settings))

@@ -1,0 +1,131 @@
+"""The start of a run: its data is read and measured once and by one process, its model is loaded once."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import datasets.config
+import pytest
+import tiny_runs
+from helpers import QUIET
+from tiny_runs import record, stage, succeed, write_data, write_recipe
+
+from diffvl.cli import main as cli
+from diffvl.config.recipe import Data
+from diffvl.conversion.samples import SHOWN
+from diffvl.data import lengths
+from diffvl.data.loader import load_data
+from diffvl.decode import answer as decode
+from diffvl.evaluation.evaluate import held_out_answers
+from diffvl.store import checkpoint
+from diffvl.train import launch as processes
+
+
+@pytest.fixture(scope="session")
+def run(
+    tmp_path_factory: pytest.TempPathFactory, source: Callable[[str], Path], tower: Path, shapes: dict[str, Path]
+) -> tiny_runs.Run:
+    return tiny_runs.finished_run(tmp_path_factory, source, tower, shapes)
+
+
+@pytest.mark.parametrize("holdout", [0, 1])
+def test_a_stage_loads_its_model_and_measures_its_data_once(
+    holdout: int, source: Callable[[str], Path], tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    loaded: list[str] = []
+    measured: list[int] = []
+    load, measure = checkpoint.load_checkpoint, lengths._measure
+    monkeypatch.setattr(checkpoint, "load_checkpoint", lambda path, **named: (loaded.append(path.name), load(path, **named))[1])
+    monkeypatch.setattr(decode, "load_checkpoint", lambda path: pytest.fail(f"{path} loaded to answer"))
+    monkeypatch.setattr(lengths, "_measure", lambda *arguments: (measured.append(arguments[-1]), measure(*arguments))[1])
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    packed = {"data": {"holdout": holdout, "row_length": 400}, "batch_size": 1}
+    files = [write_data(tmp_path, *[record(answer=answer)] * 5, name=f"{answer}.json") for answer in ("Red.", "Blue.")]
+    stages = {name: stage(name, file, **packed) for name, file in zip(("align", "diffuse"), files, strict=True)}
+    recipe = write_recipe(tmp_path / "recipe.yaml", tower, **stages)
+    succeed("convert", source("llama"), "--recipe", recipe, "--out", tmp_path / "out")
+    assert [name for name in loaded if not name.endswith(checkpoint.PARTIAL)] == ["prepared", "align"] and len(measured) == 10
+    samples = (tmp_path / "out" / "diffuse" / "samples.jsonl").read_text(encoding="utf-8")
+    assert len(samples.splitlines()) == holdout
+
+
+@pytest.mark.parametrize(("name", "when", "start"), [("align", "after", "align"), ("diffuse", "before", "align")])
+def test_the_model_in_memory_answers_as_its_checkpoint_does(
+    name: str, when: str, start: str, run: tiny_runs.Run, shapes: dict[str, Path]
+):
+    decoder = decode.load_for_decoding(run.root / start)
+    file = shapes["align" if name == "align" else "train"]
+    data = Data(train=str(file), holdout=1, max_length=tiny_runs.MAX_LENGTH)
+    held_out = load_data(data, decoder.processor, None).held_out
+    assert held_out is not None
+    (fresh,) = held_out_answers(decoder, held_out, data, SHOWN, QUIET)
+    (told,) = map(json.loads, (run.root / name / "samples.jsonl").read_text(encoding="utf-8").splitlines())
+    assert told[when] == fresh["answer"] and told["question"] == fresh["question"]
+
+
+def test_barriers_are_patient(monkeypatch: pytest.MonkeyPatch):
+    """Longer than NCCL's own 10 minutes, which reading, preparing, answering and saving exceed."""
+    given: dict[str, Any] = {}
+
+    class State:
+        num_processes = 1
+
+        def __init__(self, **named: Any) -> None:
+            given.update(named)
+
+    monkeypatch.setattr(processes, "PartialState", State)
+    processes.process_state()
+    assert given["timeout"] >= timedelta(hours=2)
+
+
+# --- two processes ---------------------------------------------------------------------------------------------------------
+
+
+def on_two_processes(*words: object) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of each process of a command (gloo)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    meeting |= {"PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    program = [sys.executable, "-m", "diffvl.cli.main", *map(str, words)]
+    started = [
+        subprocess.Popen(
+            program,
+            env={**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [one.communicate(timeout=400) for one in started]
+    finally:
+        for one in started:
+            one.kill()
+            one.wait()
+    return [(one.returncode, out, err) for one, (out, err) in zip(started, said, strict=True)]
+
+
+def test_a_command_on_two_processes(source: Callable[[str], Path], tower: Path, tmp_path: Path):
+    """One reads, measures, prepares and answers, the other waits; a mistake that one finds ends both."""
+    file = write_data(tmp_path, *[record()] * 5)
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", tower, diffuse=stage("diffuse", file, data={"holdout": 1, "row_length": 400}, batch_size=1)
+    )
+    words = ("convert", source("llama"), "--recipe", recipe, "--out", tmp_path / "out")
+    bad = write_data(tmp_path, record(), record(answer=""), name="bad.json")
+    ended = on_two_processes(*words, "--data", bad)
+    assert [code for code, _, _ in ended] == [2, 2]
+    assert all("bad.json:3: turn 2: empty answer" in err and "Traceback" not in err for _, _, err in ended)
+    assert not (tmp_path / "out").exists()
+    ended = on_two_processes(*words)
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert ended[1][1] == "" and len((tmp_path / "out" / "diffuse" / "samples.jsonl").read_text().splitlines()) == 1

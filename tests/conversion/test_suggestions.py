@@ -1,0 +1,98 @@
+"""What the program suggests to type: pasted into a shell it is the command that was meant, whatever stands in paths and texts."""
+
+import io
+import json
+import shlex
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from shell_words import QUESTIONS, typed
+from tiny_runs import command
+
+from diffvl.cli import main as cli
+from diffvl.conversion import run as convert
+from diffvl.errors import UsageError
+from diffvl.terminal.console import console
+
+NASTY = "it's [x] $(touch y)\x1b é"
+
+
+def next_lines(directory: Path, stages: tuple[str, ...]) -> list[list[str]]:
+    """The words of every `next:` line that a conversion ends with, as bash takes them."""
+    out = console(file=io.StringIO())
+    plan: Any = SimpleNamespace(stages=stages, recipe=SimpleNamespace(stages=("align", "diffuse")))
+    convert._say_next(directory, plan, out)
+    assert isinstance(out.file, io.StringIO)
+    lines = [line.removeprefix("next: ") for line in out.file.getvalue().splitlines() if line.startswith("next: ")]
+    return [["diffvl", *(word.decode() for word in typed(line.replace("diffvl", "program", 1)))] for line in lines]
+
+
+@pytest.mark.parametrize("question", QUESTIONS, ids=ascii)
+def test_what_a_conversion_ends_with(question: str, tmp_path: Path):
+    directory, image = tmp_path / NASTY, "pictures/a b's [x].png"
+    directory.mkdir()
+    sample = {"image": image, "question": question, "truth": "x", "before": "y", "after": "z"}
+    (directory / "samples.jsonl").write_text(json.dumps(sample) + "\n", encoding="utf-8")
+    assert next_lines(directory, ("align",)) == [
+        ["diffvl", "convert", "--from", str(directory), "--stage", "diffuse", "--data", "FILE"],
+        ["diffvl", "generate", str(directory), "--image", image, "--prompt", question],
+        ["diffvl", "evaluate", str(directory), "--data", "FILE"],
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == [NASTY]
+
+
+def test_a_run_without_held_out_pictures(tmp_path: Path):
+    (tmp_path / "samples.jsonl").touch()
+    ask = ["diffvl", "generate", str(tmp_path), "--image", "FILE", "--prompt", "What does the picture show?"]
+    assert next_lines(tmp_path, ("diffuse",))[0] == ask
+
+
+@pytest.mark.parametrize("question", QUESTIONS, ids=ascii)
+def test_the_command_takes_what_was_suggested(question: str, monkeypatch: pytest.MonkeyPatch):
+    """A leading dash does not make an option of it."""
+    seen: list[Any] = []
+
+    def ask(prompt: str, images: list[Path]) -> None:
+        seen.append((prompt, images))
+        raise UsageError("enough")
+
+    pretended = ModuleType("diffvl.decode.answer")
+    vars(pretended).update(ask=ask, DecodeSettings=SimpleNamespace, load_for_decoding=None)
+    monkeypatch.setitem(sys.modules, "diffvl.decode.answer", pretended)
+    ended = command("generate", "./-x/diffuse", "--image", "./-a.png", "--prompt", question)
+    assert (ended.code, ended.err) == (2, "error: enough\n") and seen == [(question, [Path("-a.png")])]
+
+
+@pytest.mark.parametrize("stop", ["convert", "from", "converted"])
+def test_messages_quote_the_paths_in_what_they_suggest(stop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "it's [x] $(touch y)"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "diffvl" if stop == "from" else "llama"}), encoding="utf-8")
+    if stop == "convert":
+        words, suggested = ["convert", folder, "--stage", "diffuse"], ["convert", str(folder), "--stage", "align"]
+    elif stop == "from":
+        words, suggested = ["convert", folder], ["convert", "--from", str(folder), "--stage", "diffuse"]
+    else:
+        words, suggested = ["generate", folder, "--prompt", "x"], ["convert", str(folder)]
+    monkeypatch.chdir(tmp_path)
+    ended = command(*words)
+    assert ended.code == 2, ended.err
+    message = " ".join(ended.err.split())
+    assert message.endswith(shlex.join(["diffvl", *suggested])), message
+    assert (f"runs/{folder.name}/align" if stop == "convert" else str(folder)) in ended.err, "elsewhere a path stands as it is"
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def app() -> None:
+        raise SystemExit(cli.INTERRUPTED)
+
+    words = ["convert", "m", "--out", NASTY, "--set", "stages.align.steps=2"]
+    monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr(sys, "argv", ["diffvl", *words])
+    with pytest.raises(SystemExit):
+        cli.main()
+    said = capsys.readouterr().err.strip().removeprefix("interrupted. To continue: diffvl")
+    assert [word.decode() for word in typed(f"program {said}")] == [*words, "--resume"]

@@ -1,0 +1,226 @@
+"""Invariant 4 of DESIGN.md section 5: what training computes for a block is what decoding computes, and a batch changes nothing.
+
+Training's logits are taken from `block_diffusion` itself, through a spy in the place of the model; decoding's from
+`BlockDecoder`, with its cache, on the prompt as the processor renders it for decoding.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import Loaded
+from helpers import CONTEXTS, GRIDS, TARGETS, batch, objective, picture
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from diffvl.data.chat import Sample
+from diffvl.demo.standins import TRUNKS
+from diffvl.hub.decoder_diffvl import BlockDecoder
+from diffvl.hub.layout_diffvl import block_index, noisy_stream
+from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
+from diffvl.hub.processing_diffvl import DiffVLProcessor
+from diffvl.objective.losses import Draw, block_diffusion, corrupt
+
+SETTINGS = list(itertools.product(CONTEXTS, GRIDS, TARGETS))
+CHAT: list[dict[str, Any]] = [
+    {"role": "user", "content": [{"type": "text", "text": "Now?"}, {"type": "image", "image": picture()}]},
+    {"role": "assistant", "content": "A red circle and, to the right, 2 blue stars."},
+    {"role": "user", "content": "What else?"},
+    {"role": "assistant", "content": "Nothing else is in this picture, of that I am sure, and I have looked twice."},
+]
+OTHER: list[dict[str, Any]] = [
+    {"role": "user", "content": "A longer question, without any picture, so that the other sample of the batch is padded. " * 2},
+    {"role": "assistant", "content": "Yes."},
+]
+
+
+class Spy:
+    """Stands for the model in `block_diffusion` and keeps the logits that it was asked for."""
+
+    def __init__(self, model: DiffVLForConditionalGeneration) -> None:
+        self.model, self.logits = model, torch.empty(0)
+
+    def __call__(self, **arguments: Any) -> CausalLMOutputWithPast:
+        judge = arguments.pop("row_map")
+        output = self.model(**arguments)
+        self.logits = output.logits
+        output.logits = judge(self.logits, slice(0, len(self.logits)))
+        return output
+
+
+def training_sample(processor: DiffVLProcessor, messages: list[dict[str, Any]], index: int) -> Sample:
+    encoding = processor.encode_chat(messages)
+    pictures = [
+        part["image"] for turn in messages if isinstance(turn["content"], list) for part in turn["content"] if "image" in part
+    ]
+    pixels = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"] if pictures else None
+    return Sample(encoding.ids, encoding.answer, pixels, index)
+
+
+@torch.no_grad()
+def compare(
+    loaded: Loaded, block_size: int, context: str, grid: str, target: str, trained: tuple[int, ...] = (1, 2)
+) -> list[bool]:
+    """Holds every block of the trained answers (the first, the second) against decoding; returns, per answer, whether its first
+    block shows a picture."""
+    model, processor = loaded
+    model.config.set_decoding("blocks", block_size, context, grid, target)
+    noise = {"schedule": "uniform", "t_min": 0.4, "t_max": 0.9}
+    settings = objective(block_size=block_size, context=context, grid=grid, target=target, noise=noise)
+    first = training_sample(processor, CHAT, 5)
+    first = replace(first, answer=[mark if mark in (0, *trained) else -mark for mark in first.answer])
+    both = batch([first, training_sample(processor, OTHER, 6)])
+    draw = Draw(seed=1, step=0, progress=0.0)
+    # 1. Training: logits of the masked tokens, by the place that the stream gives them.
+    spy = Spy(model)
+    block_diffusion(spy, model.config, both, settings, draw)
+    block = block_index(both["answer_index"], block_size, grid)
+    stream = noisy_stream(both["answer_index"], block, block_size, grid)
+    masked = corrupt(stream, settings, draw, both["sample"])[0].masked
+    logits_of = dict(zip(map(tuple, masked.nonzero().tolist()), spy.logits, strict=True))
+    # 2. Decoding: the same blocks, opened in the same state.
+    truth = both["input_ids"].gather(1, stream.source)[0]
+    shows_picture, compared = [], 0
+    for turn in (2 * number - 1 for number in trained):
+        inputs = processor.apply_chat_template(CHAT[:turn], tokenize=True, add_generation_prompt=True)
+        decoder = BlockDecoder(
+            model, inputs["input_ids"], inputs["attention_mask"].bool(), inputs["answer_index"], inputs["pixel_values"]
+        )
+        decoder.prefill()
+        of_answer = (both["answer_index"].gather(1, stream.source)[0] == (turn + 1) // 2) & stream.valid[0]
+        blocks = stream.block[0][of_answer].unique().tolist()
+        assert len(blocks) > 1
+        for number, index in enumerate(blocks):
+            decoder.open_block()
+            places = ((stream.block[0] == index) & stream.valid[0]).nonzero()[:, 0]
+            size = len(places)
+            assert decoder.position_BD[0, decoder.valid_BD[0]].tolist() == stream.position[0, places].tolist()
+            assert decoder.open_BD[0, :size].tolist() == stream.eligible[0, places].tolist()
+            prompt = ~decoder.open_BD[0, :size]
+            assert torch.equal(decoder.ids_BD[0, :size][prompt], truth[places][prompt])
+            if number == 0:
+                shows_picture.append(bool((decoder.image_BD >= 0).any()))
+            decoder.ids_BD[0, :size] = truth[places].masked_fill(masked[0, places], model.config.mask_token_id)
+            logits = decoder.block_logits()[0]
+            for offset, place in enumerate(places.tolist()):
+                if masked[0, place]:
+                    expected = logits_of[0, place]
+                    torch.testing.assert_close(logits[offset], expected, rtol=1e-4, atol=1e-4)
+                    compared += 1
+            decoder.ids_BD[0, :size] = truth[places]
+            decoder.commit()
+    assert compared == int(masked[0].sum()) > 20
+    return shows_picture
+
+
+@pytest.mark.parametrize(("context", "grid", "target"), SETTINGS)
+@pytest.mark.parametrize("model_type", TRUNKS)
+def test_training_logits_are_decoding_logits(
+    model_type: str, context: str, grid: str, target: str, loaded: Callable[[str], Loaded]
+):
+    compare(loaded(model_type), 4, context, grid, target)
+
+
+@pytest.mark.parametrize("trained", [(1,), (2,)])
+@pytest.mark.parametrize(("context", "grid", "target"), SETTINGS)
+def test_and_where_one_answer_is_not_trained_on(
+    context: str, grid: str, target: str, trained: tuple[int, ...], loaded: Callable[[str], Loaded]
+):
+    """Nothing but the trained answer is predicted, and its logits are decoding's, for which the other is an earlier answer."""
+    compare(loaded("llama"), 4, context, grid, target, trained)
+
+
+@pytest.mark.parametrize("block_size", [24, 48])
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("model_type", TRUNKS)
+def test_and_with_a_picture_inside_the_first_block(
+    model_type: str, context: str, target: str, block_size: int, loaded: Callable[[str], Loaded]
+):
+    """24: a picture cut by the start of the block in which the answer begins. 48: that block is the first of all, nothing is
+    in the cache. Both turns share grid cells."""
+    assert compare(loaded(model_type), block_size, context, "absolute", target) == [True, False]
+
+
+# --- a batch of prompts ------------------------------------------------------------------------------------------------------
+
+PROMPTS = [
+    [CHAT[0]],
+    [*OTHER, {"role": "user", "content": "Sure?"}],
+    CHAT[:3],
+    [{"role": "user", "content": "Hi"}],
+]
+
+
+def run_blocks(loaded: Loaded, prompts: list[list[dict[str, Any]]], fill: torch.Tensor) -> list[torch.Tensor]:
+    """Logits of three blocks, each committed with the tokens `fill` (one row a prompt) before the next."""
+    model, processor = loaded
+    inputs = processor.apply_chat_template(prompts, tokenize=True, add_generation_prompt=True)
+    decoder = BlockDecoder(
+        model, inputs["input_ids"], inputs["attention_mask"].bool(), inputs["answer_index"], inputs.get("pixel_values")
+    )
+    decoder.prefill()
+    logits = []
+    for _ in range(3):
+        decoder.open_block()
+        logits.append(decoder.block_logits().masked_fill(~decoder.open_BD[..., None], 0.0))
+        decoder.ids_BD = torch.where(decoder.open_BD, fill[:, None], decoder.ids_BD)
+        decoder.commit()
+    return logits
+
+
+@pytest.mark.parametrize(("context", "grid", "target"), [SETTINGS[0], SETTINGS[3], SETTINGS[5], SETTINGS[6]])
+@pytest.mark.parametrize("model_type", TRUNKS)
+@torch.no_grad()
+def test_a_batch_is_each_prompt_alone(model_type: str, context: str, grid: str, target: str, loaded: Callable[[str], Loaded]):
+    model, processor = loaded(model_type)
+    model.config.set_decoding("blocks", 4, context, grid, target)
+    fill = torch.arange(40, 40 + len(PROMPTS))
+    together = run_blocks((model, processor), PROMPTS, fill)
+    for row, prompt in enumerate(PROMPTS):
+        alone = run_blocks((model, processor), [prompt], fill[row : row + 1])
+        for one, several in zip(alone, together, strict=True):
+            torch.testing.assert_close(several[row], one[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", TRUNKS)
+def test_generated_tokens_do_not_depend_on_the_batch(model_type: str, loaded: Callable[[str], Loaded]):
+    """Padded left or right, in a batch or alone, with and without stops inside: the same answers."""
+    model, processor = loaded(model_type)
+    model.config.set_decoding("blocks", 4, "block", "absolute", "same")
+    length = 10
+    inputs = processor.apply_chat_template(PROMPTS, tokenize=True, add_generation_prompt=True)
+    sequences = model.generate(**inputs, max_new_tokens=length, denoising_steps=2)
+    assert isinstance(sequences, torch.Tensor)
+    answers = sequences[:, inputs["input_ids"].shape[1] :]
+    for row, prompt in enumerate(PROMPTS):
+        one = processor.apply_chat_template(prompt, tokenize=True, add_generation_prompt=True)
+        alone = model.generate(**one, max_new_tokens=length, denoising_steps=2)
+        assert isinstance(alone, torch.Tensor)
+        given = alone[0, one["input_ids"].shape[1] :].tolist()
+        assert answers[row, : len(given)].tolist() == given
+    order = torch.argsort(1 - inputs["attention_mask"], dim=1, stable=True)
+    right = {name: inputs[name].gather(1, order) for name in ("input_ids", "attention_mask", "answer_index")}
+    padded_right = model.generate(**right, pixel_values=inputs["pixel_values"], max_new_tokens=length, denoising_steps=2)
+    assert isinstance(padded_right, torch.Tensor)
+    assert torch.equal(padded_right[:, inputs["input_ids"].shape[1] :], answers)
+
+
+@torch.no_grad()
+def test_marks_of_earlier_answers_matter(loaded: Callable[[str], Loaded]):
+    """Without `answer_index` the blocks of a prompt with earlier answers would be others than in training."""
+    model, processor = loaded("llama")
+    model.config.set_decoding("blocks", 4, "block", "absolute", "same")
+    inputs = processor.apply_chat_template(PROMPTS, tokenize=True, add_generation_prompt=True)
+    assert inputs["answer_index"].amax(1).tolist() == [0, 1, 1, 0]
+    unmarked = {**inputs, "answer_index": torch.zeros_like(inputs["answer_index"])}
+    logits = []
+    for given in (inputs, unmarked):
+        arguments = (given["input_ids"], given["attention_mask"].bool(), given["answer_index"], given["pixel_values"])
+        decoder = BlockDecoder(model, *arguments)
+        decoder.prefill()
+        decoder.open_block()
+        logits.append(decoder.block_logits().masked_fill(~decoder.open_BD[..., None], 0.0))
+    assert ((logits[0] - logits[1]).abs().amax((1, 2)) > 1e-4).tolist() == [False, True, True, False]

@@ -1,0 +1,94 @@
+"""What several tests need: hand-made batches, settings, and comparisons. No fixtures here; those stand in conftest.py.
+
+Shapes: B batch, L clean length, S side of a picture in pixels.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+
+from diffvl.config.recipe import BlockDiffusionObjective, Recipe
+from diffvl.config.resolve import resolve
+from diffvl.data.chat import Sample
+from diffvl.data.collate import Batch, collate
+from diffvl.demo import standins
+from diffvl.hub.configuration_diffvl import DiffVLConfig
+from diffvl.store.metrics import read_json_lines
+
+QUIET = Console(quiet=True)
+CONTEXTS = ("block", "causal")
+GRIDS = ("absolute", "response")
+TARGETS = ("same", "shift")
+ORDINARY = 250  # token ids below stand for single bytes in every stand-in tokenizer
+
+
+def objective(**settings: Any) -> BlockDiffusionObjective:
+    return BlockDiffusionObjective.model_validate({"block_size": 4, **settings})
+
+
+def sample(config: DiffVLConfig, lengths: Sequence[int], index: int = 0, picture: bool = False) -> Sample:
+    """Random tokens: `lengths` are those of prompt, answer, prompt, answer ...; a picture stands inside the first prompt, and
+    its tokens are counted in that prompt's length. Every answer ends with the stop token."""
+    generator = torch.Generator().manual_seed(1000 + index)
+    ids: list[int] = []
+    answer: list[int] = []
+    for number, length in enumerate(lengths):
+        ids += torch.randint(0, ORDINARY, (length,), generator=generator).tolist()
+        answer += [(number + 1) // 2 if number % 2 else 0] * length
+        if number % 2:
+            ids[-1] = config.stop_token_ids[0]
+    pixel_values = None
+    if picture:
+        ids[2 : 2 + config.image_tokens] = [config.image_token_id] * config.image_tokens
+        assert lengths[0] >= 2 + config.image_tokens
+        pixel_values = torch.randn(1, 3, standins.IMAGE_SIZE, standins.IMAGE_SIZE, generator=generator)
+    return Sample(ids, answer, pixel_values, index)
+
+
+def batch(samples: Sequence[Sample]) -> Batch:
+    """One sample a row."""
+    return collate([[one] for one in samples], pad_token_id=0)  # type: ignore[return-value]
+
+
+def picture(seed: int = 0) -> Image.Image:
+    """A small picture of random colours; different seeds give different pictures."""
+    generator = torch.Generator().manual_seed(seed)
+    colours = torch.randint(0, 256, (4, 4, 3), generator=generator, dtype=torch.uint8).numpy()
+    return Image.fromarray(colours).resize((40, 40), Image.Resampling.NEAREST)
+
+
+def stage_recipe(data: Path, holdout: int = 0, row_length: int | None = None, **stage: Any) -> Recipe:
+    """A recipe with one stage, `diffuse`, in fp32: 4 steps of 2 samples unless `stage` says otherwise."""
+    settings = {
+        "objective": {"kind": "block_diffusion", "block_size": 4},
+        "trainable": {"trunk": 1e-3, "connector": 1e-3, "mask_row": 1e-3},
+        "data": {"train": str(data), "holdout": holdout, "max_length": 512, "row_length": row_length},
+        "steps": 4,
+        "batch_size": 2,
+        "precision": "fp32",
+        **stage,
+    }
+    return resolve({"stages": {"diffuse": settings}}, [], "test")
+
+
+def text_only(path: Path, count: int) -> Path:
+    """A data file of records without pictures."""
+    turns = [{"from": "human", "value": "Say it."}, {"from": "gpt", "value": "It."}]
+    path.write_text(json.dumps([{"conversations": turns} for _ in range(count)]), encoding="utf-8")
+    return path
+
+
+def metrics(directory: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, without what a clock measured."""
+    lines = read_json_lines(directory / "metrics.jsonl")
+    return [{key: value for key, value in line.items() if key not in ("seconds", "tokens_per_second")} for line in lines]
+
+
+def weights_of(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")

@@ -1,0 +1,98 @@
+"""Whole runs of `train`: in one process, ended by a crash, and in two processes."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import QUIET, metrics
+from transformers import TrainerCallback
+
+from diffvl.config.recipe import Recipe
+from diffvl.config.resolve import dump
+from diffvl.store.checkpoint import partial
+from diffvl.train import loop as trainer
+from diffvl.train import stage as training
+
+BETA = {"kind": "block_diffusion", "block_size": 4, "weight": "effective", "noise": {"schedule": "beta", "draws": "stratified"}}
+
+
+class Crash(Exception):
+    """What stops a run here in the place of a kill."""
+
+
+class CrashAfter(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise Crash
+
+
+def run(start: Path, recipe: Recipe, directory: Path, resume: bool = False) -> Path:
+    return training.train(start, recipe, "diffuse", directory, resume, QUIET)
+
+
+def crash(start: Path, recipe: Recipe, directory: Path, step: int, resume: bool, patch: pytest.MonkeyPatch) -> None:
+    """A run that dies right after an optimiser step, before that step can be saved."""
+    build = training.build_trainer
+
+    def build_with_crash(*arguments: Any) -> trainer.StageTrainer:
+        built = build(*arguments)
+        built.add_callback(CrashAfter(step))
+        return built
+
+    with patch.context() as inner, pytest.raises(Crash):
+        inner.setattr(training, "build_trainer", build_with_crash)
+        run(start, recipe, directory, resume)
+
+
+def run_two(start: Path, recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl of a run on two processes (gloo)."""
+    ended = two_processes(start, recipe, folder)
+    assert [code for code, _ in ended] == [0, 0], "\n".join(said for _, said in ended)
+    return metrics(partial(folder / "run"))
+
+
+def two_processes(start: Path, recipe: Recipe, folder: Path) -> list[tuple[int, str]]:
+    """(exit code, what it said) of each of the two processes of a run."""
+    (folder / "recipe.yaml").write_text(dump(recipe))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free.getsockname()[1]),
+            "WORLD_SIZE": "2",
+            "OMP_NUM_THREADS": "1",
+        }
+    words = [sys.executable, Path(__file__).with_name("train_process.py"), start, folder / "recipe.yaml", folder / "run"]
+    processes = [
+        subprocess.Popen(
+            words,
+            env={**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=400)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+
+
+def require_same_steps(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [1, 2, 3]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+        for key in ("epoch", "learning_rate", "mask_ratio", "masked_accuracy"):
+            assert one[key] == other[key], key
