@@ -1,4 +1,4 @@
-"""Where randomness comes from: a seed, the optimiser step and the sample, and nothing else."""
+"""Where randomness comes from: a seed, the optimiser step and the sample (or the process), and nothing else."""
 
 import hashlib
 
@@ -7,5 +7,13 @@ import torch
 
 def sample_generator(seed: int, step: int, sample: int) -> torch.Generator:
     """A CPU generator for one sample in one optimiser step. Its seed is a hash, so that neighbours do not correlate."""
-    digest = hashlib.sha256(f"{seed}/{step}/{sample}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
+    return torch.Generator().manual_seed(_hashed(f"{seed}/{step}/{sample}"))
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Sets the generators that a model's own dropout draws from, at the beginning of a step in one process."""
+    torch.manual_seed(_hashed(f"dropout/{seed}/{step}/{rank}"))
+
+
+def _hashed(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") % 2**63

@@ -14,7 +14,7 @@ import tiny_runs
 import torch
 from tiny_runs import Workshop, copy, cut, record, refused, the_message, tree, workshop, write_data
 
-from diffvl.train.loop import StepSampler
+from diffvl.train.order import StepOrder
 
 
 @pytest.fixture(autouse=True)
@@ -158,7 +158,7 @@ class Interrupted:
 def interrupt(convert: Workshop, folder: Path, workers: int, **more: object) -> Interrupted:
     """A set too large to look at beforehand (check_images=0), read by so many loader processes, with a bad
     picture in the fifth of six steps."""
-    fifth = list(StepSampler(rows=6, per_step=1, seed=0, steps_done=lambda: 0))[4]
+    fifth = StepOrder(rows=6, batch_size=1, accumulation=1, seed=0).micro_batches(4)[0][0]
     file = write_data(folder, *(record(image="bad.png" if number == fifth else "good.png") for number in range(6)))
     (folder / "bad.png").write_text("I am no picture", encoding="utf-8")
     settings = {"data.workers": workers, "data.check_images": 0, "save_every": 1, "batch_size": 1, "steps": 6, **more}
@@ -205,7 +205,7 @@ def test_a_training_checkpoint_with_a_file_cut_short(convert: Workshop, tmp_path
     interrupted = interrupt(convert, tmp_path, workers=0)
     folder = interrupted.out / "align.partial" / "checkpoints"
     last = folder / "checkpoint-4"
-    for name in ("model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"):
+    for name in ("__0_0.distcp", ".metadata", "state.json"):
         spare = (last / name).read_bytes()
         cut(last / name)
         says = [f"{last / name}: damaged or cut short", f"remove {last}, and --resume goes on from the checkpoint before it"]

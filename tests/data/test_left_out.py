@@ -18,7 +18,7 @@ from diffvl.config.resolve import resolve
 from diffvl.errors import DataError
 from diffvl.store.checkpoint import partial
 from diffvl.store.metrics import read_json_lines
-from diffvl.train import loop as trainer
+from diffvl.train import loop
 
 NUM = 10
 PICTURES, LONG = (2, 7), 5  # numbers, from 0, of the records with a damaged picture, and of one that is too long
@@ -66,14 +66,14 @@ def test_what_is_left_out_is_counted_and_listed(whole: Path):
 def test_the_others_are_learnt_as_if_nothing_were_missing(whole: Path, prepared: Callable[[str], Path], tmp_path: Path):
     """Each sample in its own step with its own noise: what a mended file changes in a step is what it adds to it."""
     seen: list[tuple[int, list[int]]] = []
-    loss_of = trainer.loss_of
+    loss_of = loop.loss_of
 
     def spy(*arguments: Any) -> Any:
         seen.append((arguments[-1].step, arguments[2]["sample"].tolist()))
         return loss_of(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "loss_of", spy)
+        patch.setattr(loop, "loss_of", spy)
         run(prepared("llama"), recipe_of(data_file(tmp_path), 8, 1), tmp_path / "bad")
         steps, seen[:] = dict(seen), []
         file = write_data(tmp_path, *[record(answer="Red. " * (number + 1)) for number in range(NUM)])

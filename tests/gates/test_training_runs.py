@@ -15,7 +15,7 @@ from training_runs import BETA, crash, require_same_steps, run, run_two
 from diffvl.config.recipe import Recipe
 from diffvl.demo.standins import TRUNKS
 from diffvl.store.checkpoint import partial
-from diffvl.train import loop as trainer
+from diffvl.train import loop
 from diffvl.train import stage as training
 
 # --- 5. resume = uninterrupted ----------------------------------------------------------------------------------------------
@@ -128,13 +128,13 @@ def test_noise_is_drawn_by_optimiser_steps(
     prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Step and progress of a draw count optimiser steps of the whole stage, not micro-steps and not those of an epoch."""
-    draws, loss_of = [], trainer.loss_of
+    draws, loss_of = [], loop.loss_of
 
     def spy(*arguments: Any) -> Any:
         draws.append(arguments[-1])
         return loss_of(*arguments)
 
-    monkeypatch.setattr(trainer, "loss_of", spy)
+    monkeypatch.setattr(loop, "loss_of", spy)
     recipe = stage_recipe(shapes["train"], objective=BETA, steps=4, batch_size=1, accumulation=2)
     run(prepared("llama"), recipe, tmp_path / "run")
     assert [(draw.seed, draw.step, draw.progress) for draw in draws[::2]] == [(0, step, step / 4) for step in range(4)]

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models
 
 from diffvl.errors import CheckpointError, DiskError
 from diffvl.store.files import NO_ROOM, PARTIAL, Writing, no_room, replace_text, share
-from diffvl.train.loop import StageTrainer
+from diffvl.train import checkpoints
 from diffvl.train.progress import MetricsLog
 
 
@@ -131,17 +131,17 @@ def test_a_stage_on_a_full_disk_goes_on_from_its_last_checkpoint(
     words = ("convert", source("llama"), "--recipe", recipe, "--out")
     succeed(*words, tmp_path / "whole")
     room = [1 << 40, 1000]
-    original = StageTrainer._save_checkpoint
+    original = checkpoints.save
 
     def save(*arguments: object) -> None:
         with files_up_to(room.pop(0)):
             original(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(StageTrainer, "_save_checkpoint", save)
+    monkeypatch.setattr(checkpoints, "save", save)
     refused(*words, tmp_path / "out", says=["cannot be written: the file is larger than", "with --resume"])
     work = tmp_path / "out" / f"align{PARTIAL}"
     assert [path.name for path in (work / "checkpoints").glob("*") if path.is_dir() and path.name != "runs"] == ["checkpoint-2"]
-    monkeypatch.setattr(StageTrainer, "_save_checkpoint", original)
+    monkeypatch.setattr(checkpoints, "save", original)
     succeed(*words, tmp_path / "out", "--resume")
     names = [tmp_path / name / "align" / "model.safetensors" for name in ("whole", "out")]
     assert names[0].read_bytes() == names[1].read_bytes()

@@ -5,6 +5,7 @@ named place in the code (`MOMENTS`), the n-th file operation, or a time after tr
 outside the child. What children do comes back through a pipe, so that it is known up to the very moment of the kill.
 """
 
+import itertools
 import json
 import os
 import select
@@ -24,8 +25,7 @@ from transformers import modeling_utils
 from diffvl.cli import main as cli
 from diffvl.conversion import run as convert
 from diffvl.store import checkpoint
-from diffvl.train import loop as trainer
-from diffvl.train import stage as train
+from diffvl.train import checkpoints, loop
 
 Tell = Callable[[str, object], None]
 
@@ -98,26 +98,26 @@ def die() -> None:
 
 def in_a_step() -> None:
     """In the fourth step, the last of which a checkpoint knows being the second."""
-    whole = train.StageTrainer.compute_loss
+    whole = loop.loss_of
 
-    def compute_loss(self: Any, *arguments: Any, **named: Any) -> Any:
-        if self.state.global_step == 3:
+    def loss_of(*arguments: Any) -> Any:
+        if arguments[-1].step == 3:
             die()
-        return whole(self, *arguments, **named)
+        return whole(*arguments)
 
-    train.StageTrainer.compute_loss = compute_loss
+    loop.loss_of = loss_of
 
 
 def while_a_checkpoint_is_written() -> None:
-    """The second checkpoint has its weights, and neither optimiser nor random state nor name."""
-    whole = train.StageTrainer._save
+    """The second checkpoint has its tensors, and neither state nor name."""
+    whole, saves = checkpoints.sharded.save, itertools.count(1)
 
-    def save(self: Any, *arguments: Any, **named: Any) -> None:
-        whole(self, *arguments, **named)
-        if self.state.global_step == 4:
+    def save(*arguments: Any, **named: Any) -> Any:
+        whole(*arguments, **named)
+        if next(saves) == 2:
             die()
 
-    train.StageTrainer._save = save
+    checkpoints.sharded.save = save  # type: ignore[assignment]
 
 
 def at_a_rename(name: str, before: bool) -> Callable[[], None]:
@@ -185,9 +185,13 @@ class Operations:
 
     def install(self) -> None:
         sys.addaudithook(self._hear)
-        # These write without Python's knowing.
-        for module, name, place in ((trainer, "save_file", 1), (modeling_utils, "safe_save_file", 1), (torch, "save", 1)):
-            setattr(module, name, self._writing_tensors(getattr(module, name), place))
+        # This one writes without Python's knowing.
+        modeling_utils.safe_save_file = self._writing_tensors(modeling_utils.safe_save_file, lambda named: Path(named[1]))
+        checkpoints.sharded.save = self._writing_tensors(checkpoints.sharded.save, lambda _: self._tensors_of_a_checkpoint())
+
+    def _tensors_of_a_checkpoint(self) -> Path:
+        (file,) = Path(self._folder).glob(f"*/checkpoints/{checkpoints.STAGING}/{checkpoints.TENSORS}")
+        return file
 
     def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.training or (event not in RENAMING and not (event == "open" and arguments[2] & WRITING)):
@@ -197,11 +201,11 @@ class Operations:
         if inside and self._counted(f"{event} {arguments[0]}"):
             die()
 
-    def _writing_tensors(self, write: Callable[..., Any], place: int) -> Callable[..., Any]:
+    def _writing_tensors(self, write: Callable[..., Any], written_file: Callable[[tuple[Any, ...]], Path]) -> Callable[..., Any]:
         def written(*arguments: Any, **named: Any) -> None:
             write(*arguments, **named)
-            if self.training and self._counted(f"tensors {arguments[place]}"):
-                file = Path(arguments[place])
+            file = written_file(arguments)
+            if self.training and self._counted(f"tensors {file}"):
                 os.truncate(file, int(file.stat().st_size * self._part))
                 die()
 
@@ -220,28 +224,27 @@ class Operations:
 
 def tell_what_happens(tell: Tell, operations: Operations) -> None:
     """Lets the run tell when training and each step begin, and when a checkpoint is begun and done."""
-    whole_train, whole_loss = train.StageTrainer.train, train.StageTrainer.compute_loss
-    whole_save = train.StageTrainer._save_checkpoint
+    whole_run, whole_loss, whole_save = loop.Loop.run, loop.loss_of, checkpoints.save
 
-    def train_and_tell(self: Any, *arguments: Any, **named: Any) -> Any:
+    def run_and_tell(self: Any, *arguments: Any) -> None:
         tell("training", "")
         operations.training = True
-        return whole_train(self, *arguments, **named)
+        whole_run(self, *arguments)
 
-    def compute_loss(self: Any, *arguments: Any, **named: Any) -> Any:
-        tell("step", self.state.global_step)
-        return whole_loss(self, *arguments, **named)
+    def loss_of(*arguments: Any) -> Any:
+        tell("step", arguments[-1].step)
+        return whole_loss(*arguments)
 
-    def save(self: Any, *arguments: Any) -> None:
+    def save(*arguments: Any) -> None:
         tell("saving", "")
         operations.saving = True
-        whole_save(self, *arguments)
+        whole_save(*arguments)
         operations.saving = False
-        tell("saved", self.state.global_step)
+        tell("saved", arguments[3]["step"])
 
-    train.StageTrainer.train = train_and_tell
-    train.StageTrainer.compute_loss = compute_loss
-    train.StageTrainer._save_checkpoint = save  # type: ignore[method-assign]
+    loop.Loop.run = run_and_tell  # type: ignore[method-assign]
+    loop.loss_of = loss_of
+    checkpoints.save = save
 
 
 def run(words: list[str], folder: str, moment: Moment, pipe: int) -> None:

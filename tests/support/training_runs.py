@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 from helpers import QUIET, metrics
-from transformers import TrainerCallback
 
 from diffvl.config.recipe import Recipe
 from diffvl.config.resolve import dump
 from diffvl.store.checkpoint import partial
-from diffvl.train import loop as trainer
+from diffvl.train import loop
 from diffvl.train import stage as training
 
 BETA = {"kind": "block_diffusion", "block_size": 4, "weight": "effective", "noise": {"schedule": "beta", "draws": "stratified"}}
@@ -24,30 +23,22 @@ class Crash(Exception):
     """What stops a run here in the place of a kill."""
 
 
-class CrashAfter(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise Crash
-
-
 def run(start: Path, recipe: Recipe, directory: Path, resume: bool = False) -> Path:
     return training.train(start, recipe, "diffuse", directory, resume, QUIET)
 
 
 def crash(start: Path, recipe: Recipe, directory: Path, step: int, resume: bool, patch: pytest.MonkeyPatch) -> None:
     """A run that dies right after an optimiser step, before that step can be saved."""
-    build = training.build_trainer
+    whole = loop.Loop._train_step
 
-    def build_with_crash(*arguments: Any) -> trainer.StageTrainer:
-        built = build(*arguments)
-        built.add_callback(CrashAfter(step))
-        return built
+    def train_step(self: Any, *arguments: Any) -> float:
+        norm = whole(self, *arguments)
+        if self.step + 1 == step:
+            raise Crash
+        return norm
 
     with patch.context() as inner, pytest.raises(Crash):
-        inner.setattr(training, "build_trainer", build_with_crash)
+        inner.setattr(loop.Loop, "_train_step", train_step)
         run(start, recipe, directory, resume)
 
 

@@ -8,18 +8,14 @@ from pathlib import Path
 
 import datasets
 import pytest
-import torch
 import transformers
 from rich.console import Console
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from diffvl.errors import CheckpointError
 from diffvl.store.files import replace_text
 from diffvl.store.metrics import measures_of, read_json_lines
 from diffvl.terminal.bars import duration, number, quiet_libraries, spinner_or_line, track
-from diffvl.train.progress import MetricsLog, TrainingProgress
-
-CONTROL = TrainerControl()
+from diffvl.train.progress import MetricsLog, TrainingProgress, Watchers
 
 
 class Clock:
@@ -32,11 +28,6 @@ class Clock:
         return self.now
 
 
-@pytest.fixture
-def arguments(tmp_path: Path) -> TrainingArguments:
-    return TrainingArguments(output_dir=str(tmp_path / "unused"), use_cpu=True, report_to=[])
-
-
 def plain() -> tuple[Console, io.StringIO]:
     file = io.StringIO()
     return Console(file=file, width=40), file
@@ -45,10 +36,6 @@ def plain() -> tuple[Console, io.StringIO]:
 def terminal() -> tuple[Console, io.StringIO]:
     file = io.StringIO()
     return Console(file=file, width=100, force_terminal=True, force_interactive=True), file
-
-
-def state(step: int, total: int = 100, main: bool = True) -> TrainerState:
-    return TrainerState(global_step=step, max_steps=total, is_world_process_zero=main)
 
 
 # --- plain lines and spinners --------------------------------------------------------------------------------------------
@@ -94,63 +81,62 @@ def test_track_on_a_terminal_counts() -> None:
 # --- TrainingProgress ----------------------------------------------------------------------------------------------------
 
 
-def test_plain_training_lines_start_at_the_resumed_step(arguments: TrainingArguments) -> None:
+def test_plain_training_lines_start_at_the_resumed_step() -> None:
     (console, file), clock = plain(), Clock()
     progress = TrainingProgress(console, "diffuse", every=10, clock=clock)
-    now = state(40, 46)
-    progress.on_train_begin(arguments, now, CONTROL)
+    progress.begin(40, 46)
     for step in range(41, 47):
         clock.now += 4
-        now.global_step = step
-        progress.on_step_end(arguments, now, CONTROL)
-        logs = {"loss": 2.0 + step / 1000, "mask_ratio": 0.523, "tokens_per_second": 512.4, "learning_rate": 1e-4}
-        progress.on_log(arguments, now, CONTROL, logs=logs)
-    progress.on_train_end(arguments, now, CONTROL)
-    # The figures are those logged last, before the step shown; the speed is that of this process: 4 s a step, not 24 s / 46.
+        progress.log(step, {"loss": 2.0 + step / 1000, "mask_ratio": 0.523, "tokens_per_second": 512.4, "learning_rate": 1e-4})
+        progress.step(step)
+    progress.end(46)
+    # The speed is that of this process: 4 s a step, not 24 s / 46.
     assert file.getvalue().splitlines() == [
         "diffuse: 46 steps, going on after step 40",
-        "diffuse: step 43/46  loss 2.042  mask 0.52  512 tok/s  0:00:12 left",
-        "diffuse: step 46/46  loss 2.045  mask 0.52  512 tok/s  took 0:00:24",
+        "diffuse: step 43/46  loss 2.043  mask 0.52  512 tok/s  0:00:12 left",
+        "diffuse: step 46/46  loss 2.046  mask 0.52  512 tok/s  took 0:00:24",
     ]
     assert "\x1b" not in file.getvalue()
 
 
-def test_evaluation_is_said_at_once_without_the_trainers_timings(arguments: TrainingArguments) -> None:
+def test_evaluation_is_said_at_once() -> None:
     console, file = plain()
     progress = TrainingProgress(console, "align")
-    progress.on_train_begin(arguments, state(0), CONTROL)
-    logs = {"eval_next_token_loss": 1.23456, "eval_tokens": 8120, "eval_runtime": 3.0, "eval_steps_per_second": 2.0, "epoch": 0.5}
-    progress.on_log(arguments, state(50), CONTROL, logs=logs)
+    progress.begin(0, 100)
+    logs = {"eval_next_token_loss": 1.23456, "eval_tokens": 8120, "epoch": 0.5}
+    progress.log(50, logs)
     assert file.getvalue().splitlines() == ["align: 100 steps", "align: held out, step 50: next token loss 1.235, tokens 8,120"]
 
 
-def test_other_processes_show_nothing(arguments: TrainingArguments) -> None:
-    for console, file in (plain(), terminal()):
-        progress = TrainingProgress(console, "diffuse", every=0)
-        progress.on_train_begin(arguments, state(0, main=False), CONTROL)
-        progress.on_log(arguments, state(1, main=False), CONTROL, logs={"eval_loss": 1.0})
-        progress.on_step_end(arguments, state(1, main=False), CONTROL)
-        progress.on_train_end(arguments, state(100, main=False), CONTROL)
-        assert file.getvalue() == ""
+def test_other_processes_show_and_write_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for is_main in (False, True):
+        console, file = plain()
+        watchers = Watchers(TrainingProgress(console, "diffuse", every=0), MetricsLog(path, "diffuse"), is_main)
+        watchers.begin(0, 100)
+        watchers.log(1, {"eval_loss": 1.0})
+        watchers.step(1)
+        watchers.end(100)
+        assert bool(file.getvalue()) == path.exists() == is_main
 
 
-def test_bar_on_a_terminal_starts_at_the_resumed_step(arguments: TrainingArguments) -> None:
+def test_bar_on_a_terminal_starts_at_the_resumed_step() -> None:
     console, file = terminal()
     with TrainingProgress(console, "diffuse") as progress:
-        progress.on_train_begin(arguments, state(40), CONTROL)
-        progress.on_log(arguments, state(41), CONTROL, logs={"loss": 2.5, "mask_ratio": 0.5, "tokens_per_second": 99.0})
-        progress.on_step_end(arguments, state(41), CONTROL)
+        progress.begin(40, 100)
+        progress.log(41, {"loss": 2.5, "mask_ratio": 0.5, "tokens_per_second": 99.0})
+        progress.step(41)
         list(track(console, range(2), 2, "evaluating"))  # a second bar while the first is shown
-        progress.on_train_end(arguments, state(100), CONTROL)
+        progress.end(100)
     shown = file.getvalue()
     assert " 40/100" in shown and "2/2" in shown and "100/100" in shown
     assert "loss 2.500 mask 0.50 99 tok/s" in shown and "  0/100" not in shown
 
 
-def test_bar_is_closed_by_an_exception(arguments: TrainingArguments) -> None:
+def test_bar_is_closed_by_an_exception() -> None:
     console, file = terminal()
     with pytest.raises(KeyboardInterrupt), TrainingProgress(console, "diffuse") as progress:
-        progress.on_train_begin(arguments, state(0), CONTROL)
+        progress.begin(0, 100)
         raise KeyboardInterrupt
     assert file.getvalue().rindex("\x1b[?25h") > file.getvalue().rindex("\x1b[?25l")
     progress.close()
@@ -176,83 +162,45 @@ def test_quiet_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- MetricsLog ----------------------------------------------------------------------------------------------------------
 
 
-def test_metrics_lines_without_the_trainers_summary(tmp_path: Path, arguments: TrainingArguments) -> None:
+def test_metrics_lines(tmp_path: Path) -> None:
     path, clock = tmp_path / "metrics.jsonl", Clock()
     log = MetricsLog(path, "diffuse", clock=clock)
-    log.on_train_begin(arguments, state(0), CONTROL)
+    log.begin(0)
     clock.now += 2.5
-    log.on_log(arguments, state(1), CONTROL, logs={"loss": 2.1, "grad_norm": float("nan"), "epoch": 0.5})
+    log.log(1, {"loss": 2.1, "grad_norm": float("nan"), "epoch": 0.5})
     assert path.read_text().endswith("\n")  # on disk before the next step
-    log.on_log(arguments, state(1), CONTROL, logs={"eval_masked_loss": 1.9, "eval_runtime": 3.0, "eval_samples_per_second": 1.0})
-    summary = {"train_runtime": 9.0, "train_samples_per_second": 1.0, "train_steps_per_second": 1.0, "total_flos": 0.0}
-    log.on_log(arguments, state(2), CONTROL, logs={**summary, "train_loss": 2.0, "epoch": 1.0})
-    log.on_log(arguments, state(2, main=False), CONTROL, logs={"loss": 1.0})
+    log.log(1, {"eval_masked_loss": 1.9})
     assert read_json_lines(path) == [
         {"stage": "diffuse", "step": 1, "loss": 2.1, "grad_norm": None, "epoch": 0.5, "seconds": 2.5},
         {"stage": "diffuse", "step": 1, "eval_masked_loss": 1.9, "seconds": 2.5},
     ]
 
 
-def test_resume_drops_later_steps_and_the_line_that_a_kill_cut_short(tmp_path: Path, arguments: TrainingArguments) -> None:
+def test_resume_drops_later_steps_and_the_line_that_a_kill_cut_short(tmp_path: Path) -> None:
     path, clock = tmp_path / "metrics.jsonl", Clock()
     lines = [json.dumps({"stage": "diffuse", "step": step, "loss": float(step), "seconds": step * 10.0}) for step in range(1, 8)]
     path.write_text("\n".join(lines) + '\n{"stage": "diffuse", "st')
-    MetricsLog(path, "diffuse").on_train_begin(arguments, state(4, main=False), CONTROL)
-    assert len(path.read_text().splitlines()) == 8, "only the main process may write"
     log = MetricsLog(path, "diffuse", clock=clock)
-    log.on_train_begin(arguments, state(4), CONTROL)
+    log.begin(4)
     clock.now += 3
-    log.on_log(arguments, state(5), CONTROL, logs={"loss": 55.0})
+    log.log(5, {"loss": 55.0})
     written = read_json_lines(path)
     assert [(line["step"], line["loss"]) for line in written] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, 55.0)]
     assert written[-1]["seconds"] == 43.0  # goes on from step 4
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path, arguments: TrainingArguments) -> None:
+def test_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for loss in (3.0, 3.5):  # the second start evaluates step 0 again
         log = MetricsLog(path, "diffuse")
-        log.on_train_begin(arguments, state(0), CONTROL)
-        log.on_log(arguments, state(0), CONTROL, logs={"eval_masked_loss": loss})
-        log.on_log(arguments, state(1), CONTROL, logs={"loss": loss})
+        log.begin(0)
+        log.log(0, {"eval_masked_loss": loss})
+        log.log(1, {"loss": loss})
     assert [(line["step"], line.get("loss"), line.get("eval_masked_loss")) for line in read_json_lines(path)] == [
         (0, None, 3.5),
         (1, 3.5, None),
     ]
-
-
-def test_callbacks_in_a_real_trainer_with_a_resume(tmp_path: Path) -> None:
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = torch.nn.Linear(2, 1)
-
-        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {"loss": self.linear(x).square().mean()}
-
-    def train(total: int, resume: str | None) -> str:
-        file = io.StringIO()
-        args = TrainingArguments(
-            output_dir=str(tmp_path), max_steps=total, save_steps=2, logging_steps=1, use_cpu=True, report_to=[],
-            disable_tqdm=True, dataloader_pin_memory=False, per_device_train_batch_size=2, lr_scheduler_type="constant",
-        )  # fmt: skip
-        rows = [{"x": torch.full((2,), float(i))} for i in range(8)]
-        trainer = Trainer(model=Model(), args=args, train_dataset=rows)  # pyright: ignore[reportArgumentType]
-        trainer.remove_callback(transformers.PrinterCallback)
-        trainer.add_callback(MetricsLog(tmp_path / "metrics.jsonl", "align"))
-        with TrainingProgress(Console(file=file), "align") as progress:
-            trainer.add_callback(progress)
-            trainer.train(resume_from_checkpoint=resume)
-        return file.getvalue()
-
-    first = train(3, None)
-    assert first.startswith("align: 3 steps\nalign: step 3/3  loss ") and "took" in first
-    assert [line["step"] for line in read_json_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
-    assert "align: 5 steps, going on after step 2\n" in train(5, str(tmp_path / "checkpoint-2"))
-    lines = read_json_lines(tmp_path / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
-    assert all({"loss", "learning_rate", "grad_norm"} <= line.keys() for line in lines)
 
 
 # --- reading back --------------------------------------------------------------------------------------------------------

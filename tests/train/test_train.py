@@ -18,7 +18,7 @@ from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.objective.losses import Draw, loss_of, measured_sums
 from diffvl.store.checkpoint import load_checkpoint, saved_dtype, write_checkpoint
 from diffvl.train import stage as training
-from diffvl.train.loop import StepSampler
+from diffvl.train.order import StepOrder
 
 
 def test_a_connector_stage_takes_batches_without_pictures(prepared: Callable[[str], Path], tmp_path: Path):
@@ -31,14 +31,24 @@ def test_a_connector_stage_takes_batches_without_pictures(prepared: Callable[[st
     assert len(losses) == 2 and all(loss > 0 for loss in losses)
 
 
-def test_the_sampler_reads_its_epoch_off_the_steps_done():
-    """On a resume nobody tells a sampler inside a shard which epoch it is."""
+@pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (1, 4), (2, 2), (4, 1)])
+def test_a_step_has_the_same_rows_however_it_is_cut(processes: int, accumulation: int):
+    """Ten rows in steps of four: an epoch is a permutation, its last step is filled up from its beginning."""
 
-    def epoch(steps: int) -> list[int]:
-        return list(StepSampler(rows=10, per_step=2, seed=0, steps_done=lambda: steps))
+    def rows_of(step: int) -> list[list[int]]:
+        cut = {"batch_size": 4 // (processes * accumulation), "accumulation": accumulation, "processes": processes}
+        dealt = [StepOrder(rows=10, seed=3, rank=rank, **cut).micro_batches(step) for rank in range(processes)]
+        return [dealt[rank][number] for number in range(accumulation) for rank in range(processes)]
 
-    assert epoch(0) == epoch(4) and epoch(5) == epoch(9)
-    assert epoch(0) != epoch(5) and sorted(epoch(0)) == sorted(epoch(5)) == list(range(10))
+    whole = StepOrder(rows=10, batch_size=4, accumulation=1, seed=3)
+    assert whole.steps_per_epoch == 3 and [whole.epoch_after(step) for step in (1, 3, 4)] == [1 / 3, 1.0, 4 / 3]
+    epochs = []
+    for epoch in range(2):
+        steps = [sum(rows_of(3 * epoch + step), []) for step in range(3)]
+        assert steps == [whole.micro_batches(3 * epoch + step)[0] for step in range(3)]
+        epochs.append(sum(steps, []))
+        assert sorted(epochs[-1][:10]) == list(range(10)) and epochs[-1][10:] == epochs[-1][:2]
+    assert epochs[0] != epochs[1]
 
 
 @pytest.mark.parametrize("kind", ["ar", "block_diffusion"])

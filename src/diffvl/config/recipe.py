@@ -13,6 +13,7 @@ VERSION = "0.1.0"  # of diffvl; pyproject.toml reads it here
 
 Part = Literal["tower", "connector", "trunk", "mask_row"]
 StageName = Literal["align", "diffuse"]
+Tracker = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 STAGES: tuple[StageName, ...] = ("align", "diffuse")
 MAX_SKIPPED = 0.01  # of a file's records, where data.on_error is skip
 
@@ -367,6 +368,9 @@ class Recipe(Section):
 
     model: str | None = Field(default=None, description="a name from `diffvl models`, a hub id, a directory or a .gguf file")
     seed: int = Field(default=0, ge=0, lt=2**31)
+    trackers: list[Tracker] | None = Field(
+        default=None, description="where figures go besides metrics.jsonl; default: tensorboard if it is installed"
+    )
     prepare: Prepare = Prepare()
     stages: dict[StageName, Stage]
 

@@ -6,7 +6,6 @@ Directories under the run's root: `prepared`, `align`, `diffuse`; each appears u
 import copy
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,9 @@ from diffvl.store.published import load_config
 from diffvl.terminal import console as terminal
 from diffvl.terminal.bars import quiet_libraries, spinner_or_line
 from diffvl.terminal.console import say, shell_line
+from diffvl.train import checkpoints
+from diffvl.train.accelerator import precision, require_trackers
 from diffvl.train.launch import agreed, main_first, main_only, process_state
-from diffvl.train.loop import CHECKPOINTS, STAGING, precision
 from diffvl.train.stage import longest_trainable, train
 
 DEFAULT_RECIPE = "llava"
@@ -84,6 +84,7 @@ def convert(request: ConvertRequest) -> Path:
     plan = agreed(lambda: make_plan(request, console))
     describe(plan, console)
     agreed(lambda: _check_targets(plan, request.resume))
+    agreed(lambda: require_trackers(plan.recipe.trackers))
     main_first(lambda: _check_data(plan, request.accept_changed_data, console))
     if request.dry_run:
         say(console, "dry run: nothing was written")
@@ -315,22 +316,9 @@ def _finish(directory: Path, console: Console) -> None:
 
 def _tidy(directory: Path) -> None:
     """Removes from a finished directory what only an unfinished one needs; a kill may have come between its name and this."""
-    _drop_checkpoints(directory)
+    checkpoints.drop(directory)
     for name in (BEFORE_FILE, DATA_FILE, DIGESTS_FILE):
         (directory / name).unlink(missing_ok=True)
-
-
-def _drop_checkpoints(directory: Path) -> None:
-    """Removes what only a resume needs (the optimiser's state is larger than the model); tensorboard's files stay."""
-    folder = directory / CHECKPOINTS
-    if not folder.is_dir():
-        return
-    for path in (*folder.glob("checkpoint-*"), *folder.glob(STAGING)):
-        shutil.rmtree(path)
-    if any(folder.iterdir()):
-        folder.rename(directory / "tensorboard")
-    else:
-        folder.rmdir()
 
 
 # --- telling -------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import shutil
-import zipfile
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoConfig, GenerationConfig
 
 from diffvl.config.recipe import Recipe, StageName
@@ -207,22 +206,6 @@ def _told(directory: Path, load: Callable[[], T]) -> T:
         raise CheckpointError(
             f"{directory}: the checkpoint cannot be read, a file is damaged or missing ({reason}); copy it or make it again"
         ) from error
-
-
-def require_whole(folder: Path) -> None:
-    """Raises CheckpointError if a file of a training checkpoint was cut short; without it the one before can be resumed."""
-    for path in sorted(folder.iterdir()):
-        try:
-            if path.suffix == ".safetensors":
-                with safe_open(path, "pt"):
-                    pass
-            elif path.suffix == ".json":
-                json.loads(path.read_text(encoding="utf-8"))
-            elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
-                raise ValueError("not a whole archive")
-        except (SafetensorError, ValueError) as error:
-            advice = f"remove {folder}, and --resume goes on from the checkpoint before it"
-            raise CheckpointError(f"{path}: damaged or cut short ({error}); {advice}") from error
 
 
 def saved_dtype(directory: Path) -> torch.dtype:

@@ -1,353 +1,289 @@
-"""transformers' Trainer with our loss, parameter groups, sampling order and form of checkpoints; nothing else is replaced.
+"""The training loop of a stage, over accelerate's `Accelerator`. Read it from `run` downwards, as a step happens:
 
-A checkpoint during a stage holds only what trains, is written beside and renamed, and records where its curricula stood.
+    batches -> draw -> loss -> backward -> clip -> step -> schedule -> log -> evaluate -> save
+
+What a step does follows from the recipe, the data and the number of the step. So a resume needs weights, optimiser and that
+number. What one process could find out alone (a bad record, a loss that is not finite) is agreed on by all before anyone stops.
 """
 
-import json
-import shutil
-import sys
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations.integration_utils import is_tensorboard_available
-from transformers.trainer_utils import rotate_checkpoints
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from transformers import get_scheduler
 
-from diffvl.config.recipe import Recipe, Stage
-from diffvl.data.collate import NO_SAMPLE, PROBLEMS, is_filler
+from diffvl.config.recipe import Stage
+from diffvl.data.collate import IGNORED, NO_SAMPLE, PROBLEMS, is_filler
 from diffvl.data.left_out import LeftOut
-from diffvl.data.loader import SampleDataset, batches_of, num_workers
+from diffvl.data.loader import StageData, batches_of, num_workers
 from diffvl.data.problems import Problem
-from diffvl.dtypes import has_bf16
-from diffvl.errors import CheckpointError, DiskError, TrainingError
+from diffvl.errors import CheckpointError, TrainingError
 from diffvl.objective.losses import Draw, LossOutput, curriculum_state, loss_of, measure, measured_sums, rates, scores
-from diffvl.seeding import sample_generator
-from diffvl.store import checkpoint
-from diffvl.store.files import Writing, share
+from diffvl.seeding import seed_dropout
 from diffvl.store.weights import not_finite
-from diffvl.train.launch import PATIENCE, agreed, gathered, local_processes
+from diffvl.train import checkpoints
+from diffvl.train.launch import agreed, gathered, local_processes
+from diffvl.train.order import BatchesOfSteps, StepOrder
 from diffvl.train.parts import parameter_groups
+from diffvl.train.progress import Watchers
 
-CHECKPOINTS = "checkpoints"
-TRAINABLE_FILE = "model.safetensors"
-CURRICULUM_FILE = "curriculum.json"
-STAGING = "saving"  # under CHECKPOINTS: a checkpoint that has no name yet
 SHOWN_RECORDS = 5  # of a step that went wrong
 
 
-class StepSampler(Sampler[int]):
-    """Epochs as permutations seeded by (seed, epoch). An epoch's last step is filled from its beginning: every step has the
-    same rows, however it is cut into micro-steps and processes (left alone, each process count fills it differently)."""
+@dataclass
+class Counted:
+    """What has been counted since the last log line."""
 
-    def __init__(self, rows: int, per_step: int, seed: int, steps_done: Callable[[], int]) -> None:
-        """`steps_done` gives the optimiser steps done, from which the epoch follows. (The loader's `set_epoch` does not reach a
-        sampler inside a shard of a resumed epoch.)"""
-        self.rows, self.per_step, self.seed, self.steps_done = rows, per_step, seed, steps_done
-        self.length = -(-rows // per_step) * per_step
+    steps: int = 0
+    loss: Any = 0.0
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    tokens: int = 0
+    since: float = field(default_factory=time.monotonic)
 
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[int]:
-        epoch = self.steps_done() // (self.length // self.per_step)
-        order = torch.randperm(self.rows, generator=sample_generator(self.seed, epoch, sample=-1)).tolist()
-        return (order[place % self.rows] for place in range(self.length))
+    def add(self, output: LossOutput) -> None:
+        for name, value in output.sums.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        self.tokens += output.tokens
 
 
-class StageTrainer(Trainer):
-    """transformers' Trainer with our loss, parameter groups and checkpoint form."""
+class Loop:
+    """A stage's training. `step` counts the optimiser steps that are done, of `steps`; it and `counted` are all that moves,
+    beside weights, optimiser and schedule."""
 
-    model: Any
-    data_collator: Any
+    def __init__(
+        self,
+        model: Any,
+        stage: Stage,
+        seed: int,
+        data: StageData,
+        collate: Callable[..., dict[str, Any]],
+        left_out: LeftOut,
+        accelerator: Accelerator,
+        watchers: Watchers,
+    ) -> None:
+        self.stage, self.seed, self.data, self.collate, self.left_out = stage, seed, data, collate, left_out
+        self.accelerator, self.watchers = accelerator, watchers
+        self.order = StepOrder(
+            len(data.train), stage.batch_size, stage.accumulation, seed, accelerator.num_processes, accelerator.process_index
+        )
+        self.steps = stage.steps or math.ceil((stage.epochs or 1.0) * self.order.steps_per_epoch)
+        self.model, self.config = model, model.config
+        self.wrapped = accelerator.prepare(model)
+        # Fused: one kernel per tensor, and no temporaries as large as the model.
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(model, stage), betas=(stage.optim.beta1, stage.optim.beta2), eps=stage.optim.epsilon, fused=True
+        )
+        name = {"constant": "constant_with_warmup"}.get(stage.optim.schedule, stage.optim.schedule)
+        self.schedule = get_scheduler(name, self.optimizer, math.ceil(stage.optim.warmup_ratio * self.steps), self.steps)
+        self.step = 0
+        self.counted = Counted()
 
-    def __init__(self, recipe: Recipe, stage: Stage, left_out: LeftOut, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.recipe, self.stage, self.left_out = recipe, stage, left_out
-        self.same_data = True  # as the run began with
-        # `num_items_in_batch` then counts the labels (answer tokens) of the whole optimiser step, over all processes.
-        self.model_accepts_loss_kwargs = True
-        self.loss_is_scaled_for_ga = True
-        self._sums: dict[str, torch.Tensor] = {}
-        self._tokens = 0
-        self._since = time.monotonic()
-        self._step_samples: list[torch.Tensor] = []
-        self._bad_loss: TrainingError | None = None
-        self._resumed_from: Path | None = None
+    # --- from the first step to the last ---------------------------------------------------------------------------------
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> StepSampler:
-        rows: SampleDataset = self.train_dataset  # type: ignore[assignment]
-        return StepSampler(len(rows), rows_per_step(self.args), self.recipe.seed, lambda: self.state.global_step)
-
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        samples, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        problems = [problem for batch in samples for problem in batch.pop(PROBLEMS, ())]
-        self._step_samples = [batch["sample"] for batch in samples]
-        self._leave_out(problems, sum(not is_filler(batch) for batch in samples), self.state.global_step + 1)
-        return samples, count
-
-    def _leave_out(self, problems: list[Problem], used: int, step: int) -> None:
-        """Takes note of the records that could not be used. All processes learn of all of them, so that they stop together.
+    def run(self, run_dir: Path, last: Path | None, same_data: bool) -> None:
+        """Trains to the last step, from a checkpoint if there is one.
 
         Args:
-            used: batches in which a record could.
+            run_dir: where checkpoints go. last: the one to go on from. same_data: whether the data is what the run began with.
+        Raises:
+            TrainingError, DataError, DiskError: in all processes; the last checkpoint stays.
         """
-        of_all = self._over_processes([float(len(problems)), float(used)]) if self.args.world_size > 1 else [len(problems), used]
-        if of_all[0]:
-            self.left_out.add(gathered(problems), int(of_all[1]), step)
+        if last is not None:
+            self._resume(last, same_data)
+        self.left_out.begin(self.step)
+        self.watchers.begin(self.step, self.steps)
+        if last is None and self.stage.eval_every is not None:
+            self._log_evaluation()
+        batches = iter(self._loader())
+        while self.step < self.steps:
+            norm = self._train_step([next(batches) for _ in range(self.stage.accumulation)])
+            self.step += 1
+            is_last = self.step == self.steps
+            saves = is_last or self.step % self.stage.save_every == 0
+            # A line at every checkpoint, so that no average of a line reaches over one: those of a resumed run stay the same.
+            if saves or self.step % self.stage.log_every == 0:
+                self._log(norm)
+            if self.stage.eval_every is not None and (is_last or self.step % self.stage.eval_every == 0):
+                self._log_evaluation()
+            if saves:
+                state = {**self._curriculum(), "schedule": self.schedule.state_dict()}
+                checkpoints.save(run_dir, self.wrapped, self.optimizer, state, self.stage.keep_checkpoints)
+            self.watchers.step(self.step)
+        self.watchers.end(self.step)
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> torch.Tensor:
-        """The stage's objective on one micro-batch, over the answer tokens of the whole step."""
-        step = self.state.global_step
-        draw = Draw(self.recipe.seed, step, self._progress())
-        # The wrapped model's forward runs under autocast by itself; here too, so that masks are made in its type.
-        with self.accelerator.autocast():
-            output = loss_of(model, self.model.config, inputs, self.stage.objective, draw)
-        if is_filler(inputs):
-            return 0.0 * output.loss
-        if not torch.isfinite(output.loss):
-            self._bad_loss = self._bad_loss or self._not_finite("loss", output.loss, [inputs["sample"]])
-            if self.args.world_size == 1:  # others would wait for this process's gradients: it stops with them, before the step
-                raise self._bad_loss
-        self._count(output)
-        return output.loss * self.accelerator.num_processes / num_items_in_batch
+    def _loader(self) -> Iterable[dict[str, Any]]:
+        samples, data = self.data.train, self.stage.data
+        return DataLoader(
+            samples,
+            batch_sampler=BatchesOfSteps(self.order, self.step, self.steps),  # type: ignore[arg-type]
+            num_workers=num_workers(data, len(samples), local_processes()),
+            collate_fn=self.collate,
+            pin_memory=torch.cuda.is_available(),
+        )
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The norm; one that is not finite stops the run before the step spoils every weight, and a checkpoint with them."""
-        norm = torch.as_tensor(super()._get_grad_norm(model, grad_norm))
-        bad = self._bad_loss
+    # --- one step --------------------------------------------------------------------------------------------------------
+
+    def _train_step(self, batches: list[dict[str, Any]]) -> float:
+        """One optimiser step on this process's micro-batches; returns the norm of the gradient before clipping."""
+        answer_tokens = self._agree_on(batches)
+        draw = Draw(self.seed, self.step, self.step / self.steps)
+        seed_dropout(self.seed, self.step, self.accelerator.process_index)
+        self.wrapped.train()
+        losses: list[torch.Tensor] = []
+        for number, batch in enumerate(batches, start=1):
+            inputs = self._on_device(batch)
+            waits = nullcontext() if number == len(batches) else self.accelerator.no_sync(self.wrapped)
+            with waits:
+                # The wrapped model's forward runs under autocast by itself; here too, so that masks are made in its type.
+                with self.accelerator.autocast():
+                    output = loss_of(self.wrapped, self.config, inputs, self.stage.objective, draw)  # type: ignore[arg-type]
+                if is_filler(inputs):
+                    loss = 0.0 * output.loss
+                else:
+                    loss = output.loss * self.accelerator.num_processes / answer_tokens
+                    self.counted.add(output)
+                self.accelerator.backward(loss)
+            losses.append(loss.detach())
+        norm: Any = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.stage.optim.max_grad_norm)
+        self._require_finite(losses, torch.as_tensor(norm), [batch["sample"] for batch in batches])
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        self.counted.steps += 1
+        for loss in losses:
+            self.counted.loss = self.counted.loss + loss
+        return float(norm)
+
+    def _agree_on(self, batches: list[dict[str, Any]]) -> torch.Tensor:
+        """The answer tokens of the step in all processes, by which its loss is normalised; records that could not be used are
+        noted, by all of them alike."""
+        problems = [problem for batch in batches for problem in batch.pop(PROBLEMS, ())]
+        used = sum(not is_filler(batch) for batch in batches)
+        tokens = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+        all_tokens, all_problems, all_used = self._summed([tokens, len(problems), used])
+        self._leave_out(problems, bool(all_problems), int(all_used), self.step + 1)
+        return torch.tensor(all_tokens, dtype=torch.float32, device=self.accelerator.device)
+
+    def _leave_out(self, problems: list[Problem], any_: bool, used: int, step: int) -> None:
+        if any_:
+            self.left_out.add(gathered(problems), used, step)
+
+    def _on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
+
+    def _summed(self, values: list[float]) -> list[float]:
+        """Each value over all processes."""
+        if self.accelerator.num_processes == 1:
+            return values
+        device = self.accelerator.device
+        summed: Any = self.accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=device), reduction="sum")
+        return summed.tolist()
+
+    def _require_finite(self, losses: list[torch.Tensor], norm: torch.Tensor, samples: list[torch.Tensor]) -> None:
+        """Raises TrainingError in all processes before a step that would spoil every weight, and a checkpoint with them."""
+        bad = None
+        for loss, of_batch in zip(losses, samples, strict=True):
+            if bad is None and not torch.isfinite(loss):
+                bad = self._not_finite("loss", loss, [of_batch])
         if bad is None and not torch.isfinite(norm):
-            bad = self._not_finite("norm of the gradient", norm, self._step_samples)
+            bad = self._not_finite("norm of the gradient", norm, samples)
         # Any process's bad loss has reached the norm of all; an infinite one with finite gradients is its own affair.
-        if self.args.world_size > 1 and not self._over_processes([float(bad is not None)])[0]:
-            return norm
-        agreed(partial(_raise, bad))
-        return norm
+        if self._summed([float(bad is not None)])[0]:
+            agreed(partial(_raise, bad))
 
     def _not_finite(self, what: str, value: torch.Tensor, samples: list[torch.Tensor]) -> TrainingError:
         """Names the step as metrics.jsonl counts it, and the weight that is to blame; where none is, the samples by their index,
         and some of them by file and line."""
+        told = f"step {self.step + 1}: the {what} is {value.item()}"
         if spoilt := not_finite(self.model):
             return TrainingError(
-                f"step {self.state.global_step + 1}: the {what} is {value.item()}, and so is a weight: {spoilt}. The records are "
-                "not to blame: begin again from a sound checkpoint under another --out"
+                f"{told}, and so is a weight: {spoilt}. The records are not to blame: begin again from a sound checkpoint under "
+                "another --out"
             )
-        rows: SampleDataset = self.train_dataset  # type: ignore[assignment]
         ids = [index for index in torch.cat(samples).tolist() if index != NO_SAMPLE]
-        places = [rows.records[index].source for index in ids[:SHOWN_RECORDS]]
+        places = [self.data.train.records[index].source for index in ids[:SHOWN_RECORDS]]
         return TrainingError(
-            f"step {self.state.global_step + 1}: the {what} is {value.item()} on samples {ids} ({', '.join(places)}"
-            f"{' ...' if len(ids) > len(places) else ''}); the last good checkpoint is kept, and --resume goes on from it. If it "
-            "happens again, look at these records, or begin again with a lower learning rate under another --out"
+            f"{told} on samples {ids} ({', '.join(places)}{' ...' if len(ids) > len(places) else ''}); the last good checkpoint "
+            "is kept, and --resume goes on from it. If it happens again, look at these records, or begin again with a lower "
+            "learning rate under another --out"
         )
 
-    def _progress(self, before: int = 0) -> float:
-        """Optimiser steps done / steps of the stage, what curricula go by; so many steps before now."""
-        return (self.state.global_step - before) / max(self.state.max_steps, 1)
+    # --- what is told ----------------------------------------------------------------------------------------------------
 
-    def _count(self, output: LossOutput) -> None:
-        for name, value in output.sums.items():
-            self._sums[name] = self._sums.get(name, 0) + value.detach()
-        self._tokens += output.tokens
-
-    def _over_processes(self, values: list[float]) -> list[float]:
-        """Sums each value over all processes."""
-        summed: Any = self.accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=self.args.device), reduction="sum")
-        return summed.tolist()
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            settings = self.stage.optim
-            # Fused: one kernel per tensor, and no temporaries as large as the model.
-            self.optimizer = torch.optim.AdamW(
-                parameter_groups(model or self.model, self.stage),
-                betas=(settings.beta1, settings.beta2),
-                eps=settings.epsilon,
-                fused=True,
-            )
-        return self.optimizer
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds what was counted since the last line: mask ratio, accuracy, tokens per second."""
-        if "loss" in logs:
-            # By the objective's names: a process of which every record was left out has counted nothing.
-            names = measured_sums(self.stage.objective)
-            totals = self._over_processes([*(float(self._sums.get(name, 0.0)) for name in names), float(self._tokens)])
-            logs.update(rates(dict(zip(names, totals[:-1], strict=True))))
-            logs["tokens_per_second"] = totals[-1] / max(time.monotonic() - self._since, 1e-9)
-            # Where the curricula stood in the step that is reported, which is counted already.
-            logs.update(curriculum_state(self.stage.objective, self._progress(before=1)))
-            logs["learning_rate"] = max(group["lr"] for group in self.optimizer.param_groups)
-            if self.left_out:
-                logs["left_out"] = len(self.left_out)
-            # Not by an evaluation's line, which comes in between.
-            self._sums, self._tokens, self._since = {}, 0, time.monotonic()
-        super().log(logs, start_time)
+    def _log(self, norm: float) -> None:
+        """A line about the steps since the last one. Where curricula stood: in the last of them."""
+        counted, self.counted = self.counted, Counted()
+        loss: Any = self.accelerator.gather(torch.as_tensor(counted.loss, device=self.accelerator.device).reshape(1))
+        # By the objective's names: a process of which every record was left out has counted nothing.
+        names = measured_sums(self.stage.objective)
+        *sums, tokens = self._summed([*(float(counted.sums.get(name, 0.0)) for name in names), float(counted.tokens)])
+        line = {
+            "loss": loss.mean().item() / counted.steps,
+            "grad_norm": norm,
+            "learning_rate": max(group["lr"] for group in self.optimizer.param_groups),
+            **rates(dict(zip(names, sums, strict=True))),
+            "tokens_per_second": tokens / max(time.monotonic() - counted.since, 1e-9),
+            **curriculum_state(self.stage.objective, (self.step - 1) / self.steps),
+        }
+        if self.left_out:
+            line["left_out"] = len(self.left_out)
+        self._tell(line)
 
     @torch.no_grad()
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """The fixed held-out measure (`objective.measure`), shared among processes."""
-        held_out: SampleDataset = self.eval_dataset  # type: ignore[assignment]
+    def _log_evaluation(self) -> None:
+        """A line about the held-out records (`objective.measure`), which the processes share among them."""
+        held_out = self.data.held_out
+        assert held_out is not None
         count = min(len(held_out), self.stage.eval_limit)
-        places = range(self.args.process_index, count, self.args.world_size)
+        places = list(range(self.accelerator.process_index, count, self.accelerator.num_processes))
         problems: list[Problem] = []
-        batches = batches_of(held_out, list(places), self.args.per_device_train_batch_size, self.data_collator, problems)
+        batches = batches_of(held_out, places, self.stage.batch_size, self.collate, problems)
         self.model.eval()
-        with self.compute_loss_context_manager(), self.accelerator.autocast():
-            sums = measure(self.model, self.model.config, map(self._prepare_inputs, batches), self.stage.objective)
-        self._leave_out(problems, 0, self.state.global_step)
+        with self.accelerator.autocast():
+            sums = measure(self.model, self.config, map(self._on_device, batches), self.stage.objective)
+        self._leave_out(problems, bool(self._summed([len(problems)])[0]), 0, self.step)
         # A process without a share of the records adds zeros: all of them must join in the sum.
         names = measured_sums(self.stage.objective)
-        totals = self._over_processes([float(sums.get(name, 0.0)) for name in names])
-        metrics = {f"{metric_key_prefix}_{key}": value for key, value in scores(dict(zip(names, totals, strict=True))).items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        totals = self._summed([float(sums.get(name, 0.0)) for name in names])
+        self._tell({f"eval_{key}": value for key, value in scores(dict(zip(names, totals, strict=True))).items()})
 
-    def _init_training_state(self, *arguments: Any, **named: Any) -> tuple[int, int]:
-        """The epoch to go on with; behind the last one where all steps are done already (the run was killed after its last
-        checkpoint), because the loop would take one step more."""
-        epoch, batches = super()._init_training_state(*arguments, **named)
-        if self._resumed_from is not None and self.same_data:
-            self._require_same_curriculum(self._resumed_from / CURRICULUM_FILE)
-        self.left_out.begin(self.state.global_step)
-        return (sys.maxsize, 0) if self.state.global_step >= self.state.max_steps else (epoch, batches)
+    def _tell(self, line: dict[str, float]) -> None:
+        epoch = self.order.epoch_after(self.step) if self.step else 0
+        self.watchers.log(self.step, {**line, "epoch": epoch})
+        self.accelerator.log(line, step=self.step)
 
-    # Checkpoints hold what trains; the rest is bit-identical in the directory that the stage started from.
+    # --- going on --------------------------------------------------------------------------------------------------------
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        if self.args.should_save:
-            folder = Path(output_dir or str(self.args.output_dir))
-            folder.mkdir(parents=True, exist_ok=True)
-            values = state_dict or {name: parameter.detach() for name, parameter in self.model.named_parameters()}
-            trainable = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-            kept = {name: value.contiguous() for name, value in values.items() if name in trainable}
-            with Writing(folder):
-                save_file(kept, folder / TRAINABLE_FILE, metadata={"format": "pt"})
-                share(folder)
+    def _resume(self, last: Path, same_data: bool) -> None:
+        """Takes up a checkpoint.
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self._resumed_from = Path(resume_from_checkpoint)
-        saved = load_file(self._resumed_from / TRAINABLE_FILE)
-        trainable = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        if saved.keys() != trainable.keys():
-            odd = sorted(saved.keys() ^ trainable.keys())
-            raise CheckpointError(f"{resume_from_checkpoint}: holds other parameters than this stage trains: {odd[:5]}")
-        with torch.no_grad():
-            for name, parameter in trainable.items():
-                parameter.copy_(saved[name])
+        Raises:
+            CheckpointError: the curricula would jump, with another number of steps or other data.
+        """
+        state = checkpoints.load(last, self.wrapped, self.optimizer)
+        schedule = state.pop("schedule")
+        self.step = state["step"]
+        if same_data and state != self._curriculum():
+            raise CheckpointError(
+                f"{last / checkpoints.STATE_FILE}: the curriculum stood at {state}, this run would go on at "
+                f"{self._curriculum()}; resume with the settings and the data that the run began with"
+            )
+        self.schedule.load_state_dict(schedule)
+        for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
 
     def _curriculum(self) -> dict[str, float]:
-        state = curriculum_state(self.stage.objective, self._progress())
-        return {"step": self.state.global_step, "steps": self.state.max_steps, **state}
-
-    def _require_same_curriculum(self, file: Path) -> None:
-        """Raises CheckpointError unless the curricula go on where the checkpoint left them: with another number of steps, or
-        other data, they would jump."""
-        saved = checkpoint.read_json(file)
-        if saved != self._curriculum():
-            raise CheckpointError(
-                f"{file}: the curriculum stood at {saved}, this run would go on at {self._curriculum()}; resume with the "
-                "settings and the data that the run began with"
-            )
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Writes into a staging folder and renames, so that every folder named checkpoint-N is whole."""
-        run_dir = Path(str(self.args.output_dir))
-        staging = run_dir / STAGING
-        if self.args.should_save and staging.exists():
-            shutil.rmtree(staging)
-        self.accelerator.wait_for_everyone()
-        self._staging = staging
-        try:
-            with Writing(run_dir):
-                super()._save_checkpoint(model, trial)
-        except DiskError:
-            shutil.rmtree(staging, ignore_errors=True)  # the room that it takes may be what is needed to go on
-            raise
-        finally:
-            del self._staging
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            name = f"checkpoint-{self.state.global_step}"
-            checkpoint.replace_text(staging / name / CURRICULUM_FILE, json.dumps(self._curriculum()))
-            checkpoint.sync(staging / name)
-            if not (run_dir / name).exists():
-                (staging / name).rename(run_dir / name)
-            shutil.rmtree(staging)
-            rotate_checkpoints(output_dir=str(run_dir), save_total_limit=self.stage.keep_checkpoints, use_mtime=False)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(getattr(self, "_staging", None) or super()._get_output_dir(trial))
+        return {"step": self.step, "steps": self.steps, **curriculum_state(self.stage.objective, self.step / self.steps)}
 
 
 def _raise(error: TrainingError | None) -> None:
     if error is not None:
         raise error
-
-
-class LogAtCheckpoints(TrainerCallback):
-    """A log line at every checkpoint, that of the last step among them. So no average of a log line reaches over a checkpoint
-    (those of a resumed run are those of an uninterrupted one), and a run shorter than `log_every` has a line too."""
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if control.should_save:
-            control.should_log = True
-
-
-def training_arguments(stage: Stage, seed: int, output_dir: Path, samples: int) -> TrainingArguments:
-    """A stage's settings in the Trainer's words, for so many samples."""
-    optim = stage.optim
-    return TrainingArguments(
-        output_dir=str(output_dir),
-        # max_steps, where it is positive, goes before the epochs.
-        max_steps=stage.steps or -1,
-        num_train_epochs=stage.epochs or 1.0,
-        per_device_train_batch_size=stage.batch_size,
-        gradient_accumulation_steps=stage.accumulation,
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(optim.schedule, optim.schedule),
-        warmup_steps=optim.warmup_ratio,
-        max_grad_norm=optim.max_grad_norm,
-        bf16=precision(stage) == "bf16",
-        use_cpu=not torch.cuda.is_available(),
-        logging_steps=stage.log_every,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=stage.save_every,
-        eval_strategy="no" if stage.eval_every is None else "steps",
-        eval_steps=stage.eval_every,
-        seed=seed,
-        data_seed=seed,
-        dataloader_num_workers=num_workers(stage.data, samples, local_processes()),
-        ddp_timeout=int(PATIENCE.total_seconds()),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        report_to=["tensorboard"] if is_tensorboard_available() else [],
-        ddp_find_unused_parameters=True,
-    )
-
-
-def precision(stage: Stage) -> str:
-    """`auto` resolved: bf16 where the machine computes it fast, fp32 elsewhere."""
-    if stage.precision != "auto":
-        return stage.precision
-    return "bf16" if has_bf16() else "fp32"
-
-
-def rows_per_step(arguments: TrainingArguments) -> int:
-    return arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-
-
-def newest_checkpoint(work: Path) -> Path | None:
-    """The checkpoint with the highest step; every one that has its name is whole, unless something else damaged it."""
-    found = (work / CHECKPOINTS).glob("checkpoint-*")
-    newest = max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
-    if newest is not None:
-        checkpoint.require_whole(newest)
-    return newest

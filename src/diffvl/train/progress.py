@@ -19,27 +19,17 @@ from rich.progress import (
     TextColumn,
 )
 from rich.table import Column
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from diffvl.store.files import replace_text
 from diffvl.store.metrics import finite, read_json_lines
 from diffvl.terminal.bars import PLAIN_EVERY, duration, number
 from diffvl.terminal.console import say
 
-# What the trainer adds to its logs about itself. Its speeds count from the last resume and would contradict `seconds`.
-_SUMMARY_KEYS = {"total_flos", "train_loss", "train_tokens_per_second", "num_input_tokens_seen"}
-_SUMMARY_ENDINGS = ("_runtime", "_samples_per_second", "_steps_per_second")
 
+class TrainingProgress:
+    """Step, loss, mask ratio, speed and time left of one stage.
 
-class TrainingProgress(TrainerCallback):
-    """Step, loss, mask ratio, speed and time left of one stage, shown by the main process only.
-
-    It is a context manager as well: a run that ends by an exception must give the terminal its cursor back, and the trainer
-    need not call any callback then.
-
-        with TrainingProgress(console, "diffuse") as progress:
-            trainer.add_callback(progress)
-            trainer.train()
+    It is a context manager: a run that ends by an exception must give the terminal its cursor back.
     """
 
     def __init__(
@@ -50,7 +40,8 @@ class TrainingProgress(TrainerCallback):
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._logs: dict[str, Any] = {}
-        self._first_step, self._began, self._said, self._said_step = 0, 0.0, 0.0, -1
+        self._first_step = self._steps = 0
+        self._began, self._said, self._said_step = 0.0, 0.0, -1
 
     def __enter__(self) -> "TrainingProgress":
         return self
@@ -64,14 +55,13 @@ class TrainingProgress(TrainerCallback):
             self._bar.stop()
             self._bar = None
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        self._first_step = state.global_step
+    def begin(self, step: int, steps: int) -> None:
+        """Training begins when `step` of `steps` are done."""
+        self._first_step, self._steps = step, steps
         self._began = self._said = self._clock()
         if not self._console.is_interactive:
-            resumed = f", going on after step {state.global_step}" if state.global_step else ""
-            say(self._console, f"{self._stage}: {state.max_steps} steps{resumed}")
+            resumed = f", going on after step {step}" if step else ""
+            say(self._console, f"{self._stage}: {steps} steps{resumed}")
             return
         self._bar = Progress(
             TextColumn("{task.description}", markup=False, style="bold"),
@@ -81,56 +71,46 @@ class TrainingProgress(TrainerCallback):
             console=self._console,
             expand=True,
         )
-        self._task = self._bar.add_task(self._stage, total=state.max_steps, completed=state.global_step, measures="")
+        self._task = self._bar.add_task(self._stage, total=steps, completed=step, measures="")
         self._bar.start()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not state.is_world_process_zero or logs is None:
-            return
-        evaluation = {key: value for key, value in logs.items() if key.startswith("eval_") and not _is_summary(key)}
+    def log(self, step: int, line: dict[str, Any]) -> None:
+        """What was measured up to a step; figures of held-out records are told at once."""
+        evaluation = {key: value for key, value in line.items() if key.startswith("eval_")}
         if evaluation:
             words = [f"{key.removeprefix('eval_').replace('_', ' ')} {number(value)}" for key, value in evaluation.items()]
-            say(self._console, f"{self._stage}: held out, step {state.global_step}: " + ", ".join(words))
-        self._logs.update(logs)
-        self._show(state)
+            say(self._console, f"{self._stage}: held out, step {step}: " + ", ".join(words))
+        self._logs.update(line)
+        self._show(step)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        self._show(state)
+    def step(self, step: int) -> None:
+        """A step is done."""
+        self._show(step)
         if self._bar is None and self._clock() - self._said >= self._every:
-            self._say_step(state)
+            self._say_step(step)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        self._show(state)
+    def end(self, step: int) -> None:
+        """Training is over."""
+        self._show(step)
         if self._bar is None:
-            self._say_step(state)
+            self._say_step(step)
         self.close()
 
-    def _show(self, state: TrainerState) -> None:
+    def _show(self, step: int) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, completed=state.global_step, measures=" ".join(self._measures(state)))
+            self._bar.update(self._task, completed=step, measures=" ".join(self._measures(step)))
 
-    def _say_step(self, state: TrainerState) -> None:
-        if self._said_step == state.global_step:
+    def _say_step(self, step: int) -> None:
+        if self._said_step == step:
             return
-        self._said, self._said_step = self._clock(), state.global_step
-        say(self._console, f"{self._stage}: step {state.global_step}/{state.max_steps}  " + "  ".join(self._measures(state)))
+        self._said, self._said_step = self._clock(), step
+        say(self._console, f"{self._stage}: step {step}/{self._steps}  " + "  ".join(self._measures(step)))
 
-    def _measures(self, state: TrainerState) -> list[str]:
+    def _measures(self, step: int) -> list[str]:
         """The latest logged figures in words, and the time left (or, at the end, the time taken)."""
         names = {"loss": "loss {:.3f}", "mask_ratio": "mask {:.2f}", "tokens_per_second": "{:.0f} tok/s"}
         words = [form.format(self._logs[key]) for key, form in names.items() if isinstance(self._logs.get(key), (int, float))]
-        done, left = state.global_step - self._first_step, state.max_steps - state.global_step
+        done, left = step - self._first_step, self._steps - step
         elapsed = self._clock() - self._began
         if left <= 0:
             words.append(f"took {duration(elapsed)}")
@@ -139,43 +119,54 @@ class TrainingProgress(TrainerCallback):
         return words
 
 
-class MetricsLog(TrainerCallback):
-    """Appends every log of the trainer to a JSON-lines file, so that after any number of resumes each step stands there once."""
+class MetricsLog:
+    """Appends what was measured to `metrics.jsonl`, one line a log; after a resume without what was lost."""
 
-    def __init__(self, path: Path, stage: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, path: Path, stage: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._path, self._stage, self._clock = path, stage, clock
         self._began = clock()
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Drops the lines past the step that training goes on from: they belong to steps which are about to be run again."""
-        if not state.is_world_process_zero:
-            return
+    def begin(self, step: int) -> None:
+        """Keeps the lines up to the step that training goes on from: later ones belong to steps which are run again."""
         kept = []
         if self._path.exists():
             # A run killed before its first checkpoint starts again from step 0, and evaluates there again.
-            if state.global_step > 0:
-                kept = [line for line in read_json_lines(self._path) if line.get("step", 0) <= state.global_step]
+            if step > 0:
+                kept = [line for line in read_json_lines(self._path) if line.get("step", 0) <= step]
             replace_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         # `seconds` goes on from the last kept line: time spent on lost steps and between two runs is not counted.
         self._began = self._clock() - max((line.get("seconds", 0.0) for line in kept), default=0.0)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not state.is_world_process_zero or logs is None:
-            return
-        measured = {key: finite(value) for key, value in logs.items() if not _is_summary(key)}
-        if not measured.keys() - {"epoch"}:
-            return
-        line = {"stage": self._stage, "step": state.global_step, **measured, "seconds": round(self._clock() - self._began, 3)}
+    def log(self, step: int, line: dict[str, Any]) -> None:
+        """Appends a line; values that are not finite are written as null."""
+        measured = {key: finite(value) for key, value in line.items()}
+        text = json.dumps(
+            {"stage": self._stage, "step": step, **measured, "seconds": round(self._clock() - self._began, 3)}, allow_nan=False
+        )
         with self._path.open("a", encoding="utf-8") as file:  # opened per line: what is logged survives a kill
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+            file.write(text + "\n")
 
 
-def _is_summary(key: str) -> bool:
-    return key in _SUMMARY_KEYS or (key.startswith(("train_", "eval_")) and key.endswith(_SUMMARY_ENDINGS))
+class Watchers:
+    """Who is told of a stage's steps: the bar and the file, in the main process; elsewhere nobody."""
+
+    def __init__(self, progress: TrainingProgress, metrics: MetricsLog, is_main_process: bool) -> None:
+        self._progress, self._metrics, self._tells = progress, metrics, is_main_process
+
+    def begin(self, step: int, steps: int) -> None:
+        if self._tells:
+            self._metrics.begin(step)
+            self._progress.begin(step, steps)
+
+    def log(self, step: int, line: dict[str, Any]) -> None:
+        if self._tells:
+            self._metrics.log(step, line)
+            self._progress.log(step, line)
+
+    def step(self, step: int) -> None:
+        if self._tells:
+            self._progress.step(step)
+
+    def end(self, step: int) -> None:
+        if self._tells:
+            self._progress.end(step)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PrinterCallback
 
 from diffvl.attention.choose import choose
 from diffvl.config.families import family_of
@@ -24,25 +23,21 @@ from diffvl.data.collate import collate
 from diffvl.data.fingerprint import FileRecord, data_record, facts_of, is_same_data, write_data_record
 from diffvl.data.left_out import LEFT_OUT_FILE, LeftOut
 from diffvl.data.loader import SampleDataset, StageData, load_data, longest_sample
-from diffvl.errors import ConfigError, UsageError
+from diffvl.errors import ConfigError
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.objective.losses import curriculum_state
 from diffvl.store import checkpoint
 from diffvl.store.files import Writing
+from diffvl.store.metrics import METRICS_FILE
+from diffvl.train import checkpoints
+from diffvl.train.accelerator import make_accelerator, precision
+from diffvl.train.checkpoints import CHECKPOINTS
 from diffvl.train.launch import main_first, main_only, process_state
-from diffvl.train.loop import (
-    CHECKPOINTS,
-    LogAtCheckpoints,
-    StageTrainer,
-    newest_checkpoint,
-    precision,
-    rows_per_step,
-    training_arguments,
-)
+from diffvl.train.loop import Loop
 from diffvl.train.lora import add_adapters, merge_adapters
 from diffvl.train.parts import attach_mask_row, fold_mask_row, freeze_others
-from diffvl.train.progress import MetricsLog, TrainingProgress
+from diffvl.train.progress import MetricsLog, TrainingProgress, Watchers
 
 log = logging.getLogger(__name__)
 
@@ -95,25 +90,28 @@ def train(
         data = replace(data, train=data.train.packed(stage.data.row_length, recipe.seed))
     attention = str(model.language_model.config._attn_implementation)
     fit_to_stage(model, stage, recipe.seed)
-    trainer = build_trainer(model, processor, data, recipe, stage_name, work)
-    trainer.same_data = same_data
-    last = newest_checkpoint(work) if resume else None
-    trainer.args.eval_on_start = stage.eval_every is not None and last is None
+    last = checkpoints.newest(work) if resume else None
+    accelerator = make_accelerator(stage, recipe.trackers, work)
+    left_out = LeftOut(work / LEFT_OUT_FILE, stage.data, (data.train, data.held_out), accelerator.is_main_process)
+    pad = processor.tokenizer.pad_token_id
+    batches = partial(collate, pad_token_id=pad if pad is not None else model.config.stop_token_ids[0])
     with TrainingProgress(console, stage_name) as progress_bar, Writing(work):
-        trainer.add_callback(progress_bar)
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        metrics = MetricsLog(work / METRICS_FILE, stage_name)
+        watchers = Watchers(progress_bar, metrics, accelerator.is_main_process)
+        loop = Loop(model, stage, recipe.seed, data, batches, left_out, accelerator, watchers)
+        loop.run(work / CHECKPOINTS, last, same_data)
+    accelerator.end_training()
     # Back to the model that was read: no autocast around its forward, and attention as decoding knows it.
-    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    accelerator.unwrap_model(loop.wrapped, keep_fp32_wrapper=False)
     unfit(model, stage, own_dtype)
     if model.language_model.config._attn_implementation != attention:
         model.language_model.set_attn_implementation(attention)
     if process_state().is_main_process:
         checkpoint.write_checkpoint(model, processor, work)
-        checkpoint.write_state(work, recipe, {"parents": [str(start)], **_state_of(trainer, stage_name, record)})
-        _tell_left_out(stage_name, trainer.left_out.kinds(), directory)
-    # The optimiser's state is as large as two models, and the trainer's objects hold each other.
-    trainer.accelerator.free_memory()
-    del trainer
+        checkpoint.write_state(work, recipe, {"parents": [str(start)], **_state_of(loop, stage_name, record)})
+        _tell_left_out(stage_name, left_out.kinds(), directory)
+    accelerator.free_memory()
+    del loop  # the optimiser's state is as large as two models
     gc.collect()
     main_only(lambda: onlooker and onlooker.after(model, processor, held_out))
     return work
@@ -127,15 +125,15 @@ def _begin(work: Path, recipe: Recipe, record: dict[str, FileRecord], look: Call
     checkpoint.replace_text(work / checkpoint.RECIPE_FILE, dump(recipe))
 
 
-def _state_of(trainer: StageTrainer, stage_name: StageName, record: dict[str, FileRecord]) -> dict[str, Any]:
+def _state_of(loop: Loop, stage_name: StageName, record: dict[str, FileRecord]) -> dict[str, Any]:
     """What `diffvl.json` says of a finished stage."""
     progress = {
-        "steps": trainer.state.global_step,
-        "rows_per_step": rows_per_step(trainer.args),
-        "seed": trainer.recipe.seed,
-        "curriculum": curriculum_state(trainer.stage.objective, progress=1.0),
+        "steps": loop.step,
+        "rows_per_step": loop.order.rows_per_step,
+        "seed": loop.seed,
+        "curriculum": curriculum_state(loop.stage.objective, progress=1.0),
     }
-    return {"kind": stage_name, "state": progress, "data": facts_of(record), "left_out": trainer.left_out.kinds()}
+    return {"kind": stage_name, "state": progress, "data": facts_of(record), "left_out": loop.left_out.kinds()}
 
 
 def load_to_train(start: Path, stage: Stage) -> tuple[DiffVLForConditionalGeneration, torch.dtype]:
@@ -206,33 +204,3 @@ def longest_trainable(text_config: Any, objective: Objective) -> int | None:
     sizes = {objective.block_size, *objective.block_curriculum.values()}
     limits = [longest_sample(context, size, objective.grid) for size in sizes]
     return None if context is None else min(limit for limit in limits if limit is not None)
-
-
-def build_trainer(
-    model: DiffVLForConditionalGeneration,
-    processor: DiffVLProcessor,
-    data: StageData,
-    recipe: Recipe,
-    stage_name: StageName,
-    work: Path,
-) -> StageTrainer:
-    """The trainer of a stage, writing its checkpoints under `work`."""
-    stage = recipe.stages[stage_name]
-    pad = processor.tokenizer.pad_token_id
-    left_out = LeftOut(work / LEFT_OUT_FILE, stage.data, (data.train, data.held_out), process_state().is_main_process)
-    trainer = StageTrainer(
-        recipe,
-        stage,
-        left_out,
-        model=model,
-        args=training_arguments(stage, recipe.seed, work / CHECKPOINTS, len(data.train)),
-        train_dataset=data.train,
-        eval_dataset=data.held_out,
-        data_collator=partial(collate, pad_token_id=pad if pad is not None else model.config.stop_token_ids[0]),
-        callbacks=[LogAtCheckpoints(), MetricsLog(work / "metrics.jsonl", stage_name)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        # Folding the mask row and merging adapters need whole parameters; sharded ones are not gathered yet.
-        raise UsageError("sharded training (FSDP, DeepSpeed) is not supported yet: launch with plain data parallelism")
-    return trainer

@@ -1,0 +1,147 @@
+"""Checkpoints inside a stage: what trains, its optimiser, and where schedule and curricula stand.
+
+One form for every way to train, through torch.distributed.checkpoint: each process writes its share. A checkpoint is written into
+a staging folder and renamed, so that every folder named checkpoint-N is whole. What is frozen is not in it: that is bit-identical
+in the directory that the stage started from. Randomness is not in it either: it is a function of seed and step.
+"""
+
+import json
+import pickle
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import checkpoint as sharded
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from diffvl.errors import CheckpointError, DiskError
+from diffvl.store.files import Writing, read_json, replace_text, sync
+from diffvl.train.launch import main_only
+
+CHECKPOINTS = "checkpoints"
+STAGING = "saving"  # under CHECKPOINTS: a checkpoint that has no name yet
+STATE_FILE = "state.json"
+TENSORS = "*.distcp"
+INDEX = ".metadata"  # which tensor stands where in these files
+
+_TRAINED = StateDictOptions(ignore_frozen_params=True)
+
+
+def save(run_dir: Path, model: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> None:
+    """Writes `checkpoint-STEP` and removes all but the `keep` newest. All processes call it.
+
+    Args:
+        run_dir: the folder of the stage's checkpoints. state: for JSON; `step` gives the name.
+    Raises:
+        DiskError: the disk takes no more; the checkpoints that were there stay.
+    """
+    staging, final = run_dir / STAGING, run_dir / f"checkpoint-{state['step']}"
+    main_only(lambda: _empty(staging))
+    weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
+    try:
+        with Writing(run_dir):
+            writer = sharded.FileSystemWriter(staging, sync_files=False)  # `sync` does it, for all files and names
+            with _one_process_is_meant():
+                sharded.save({"model": weights, "optimizer": moments}, storage_writer=writer)
+        main_only(lambda: _name(staging, final, state, keep))
+    except DiskError:
+        shutil.rmtree(staging, ignore_errors=True)  # the room that it takes may be what is needed to go on
+        raise
+
+
+def _empty(staging: Path) -> None:
+    if staging.exists():  # left by a run that was killed
+        shutil.rmtree(staging)
+    staging.mkdir(parents=True)
+
+
+def _name(staging: Path, final: Path, state: dict[str, Any], keep: int) -> None:
+    replace_text(staging / STATE_FILE, json.dumps(state))
+    sync(staging)
+    staging.rename(final)
+    for old in all_of(final.parent)[:-keep]:
+        shutil.rmtree(old)
+
+
+def load(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Puts a checkpoint's tensors into model and optimiser, in place; returns its state. All processes call it.
+
+    Raises:
+        CheckpointError: it holds other parameters than this stage trains.
+    """
+    weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
+    tensors = {"model": weights, "optimizer": moments}
+    reader = sharded.FileSystemReader(folder)
+    stored = set(reader.read_metadata().state_dict_metadata)
+    _require_names(folder, stored, weights)
+    with _one_process_is_meant():
+        sharded.load(tensors, storage_reader=reader, planner=sharded.DefaultLoadPlanner(allow_partial_load=True))
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=tensors["model"],
+        optim_state_dict=tensors["optimizer"],
+        options=StateDictOptions(ignore_frozen_params=True, strict=False),
+    )
+    # A parameter without a gradient so far has no moments in the file, and none again: torch has made some up for it.
+    for name, parameter in model.named_parameters():
+        if not any(f"optimizer.state.{name.removeprefix('module.')}.{moment}" in stored for moment in ("step", "exp_avg")):
+            optimizer.state.pop(parameter, None)
+    return read_json(folder / STATE_FILE)
+
+
+def _require_names(folder: Path, stored: set[str], weights: dict[str, Any]) -> None:
+    saved = {name.removeprefix("model.") for name in stored if name.startswith("model.")}
+    if odd := sorted(saved ^ weights.keys()):
+        raise CheckpointError(f"{folder}: holds other parameters than this stage trains: {odd[:5]}")
+
+
+def all_of(run_dir: Path) -> list[Path]:
+    """The checkpoints in a folder, the newest last."""
+    return sorted(run_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
+
+
+def newest(work: Path) -> Path | None:
+    """The checkpoint of an unfinished stage with the highest step; every one that has its name is whole, unless something else
+    damaged it. Raises CheckpointError then."""
+    found = all_of(work / CHECKPOINTS)
+    if not found:
+        return None
+    require_whole(found[-1])
+    return found[-1]
+
+
+def require_whole(folder: Path) -> None:
+    """Raises CheckpointError if a file is missing or was cut short; without this checkpoint the one before can be resumed."""
+    advice = f"remove {folder}, and --resume goes on from the checkpoint before it"
+    path = folder / STATE_FILE
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+        path = folder / INDEX
+        stored = sharded.FileSystemReader(folder).read_metadata().storage_data or {}
+        ends: dict[str, int] = {}
+        for place in stored.values():
+            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+        for name, end in ends.items():
+            path = folder / name
+            if (size := path.stat().st_size) < end:
+                raise ValueError(f"{size} bytes where {end} are expected")
+    except (OSError, ValueError, EOFError, AttributeError, ImportError, IndexError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path}: damaged or cut short ({error}); {advice}") from error
+
+
+def drop(directory: Path) -> None:
+    """Removes a stage's checkpoints, which only a resume needs: the optimiser's state is larger than the model."""
+    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+
+
+@contextmanager
+def _one_process_is_meant() -> Iterator[None]:
+    """Without a process group torch asks whether one process is meant, each time."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
