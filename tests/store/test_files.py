@@ -152,14 +152,14 @@ def test_a_log_that_does_not_fit_is_one_message(
 ):
     """metrics.jsonl is written line by line, outside of any checkpoint."""
     recipe = write_recipe(tmp_path / "recipe.yaml", tower, align=stage("align", shapes["align"]))
-    original = MetricsLog.on_log
+    original = MetricsLog.log
 
-    def on_log(*arguments: Any, **named: Any) -> None:
+    def log(*arguments: Any, **named: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(MetricsLog, "on_log", on_log)
+    monkeypatch.setattr(MetricsLog, "log", log)
     words = ("convert", source("llama"), "--recipe", recipe, "--out", tmp_path / "out")
     refused(*words, says=[f"align{PARTIAL} cannot be written: no space is left on the device"])
     assert (tmp_path / "out" / "prepared").is_dir() and not (tmp_path / "out" / "align").exists()
-    monkeypatch.setattr(MetricsLog, "on_log", original)
+    monkeypatch.setattr(MetricsLog, "log", original)
     succeed(*words, "--resume")

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import IO, Any, TypedDict
 
 import torch
+from torch.distributed.checkpoint import state_dict_saver
 from transformers import modeling_utils
 
 from diffvl.cli import main as cli
@@ -110,14 +111,14 @@ def in_a_step() -> None:
 
 def while_a_checkpoint_is_written() -> None:
     """The second checkpoint has its tensors, and neither state nor name."""
-    whole, saves = checkpoints.sharded.save, itertools.count(1)
+    whole, saves = state_dict_saver.save, itertools.count(1)
 
     def save(*arguments: Any, **named: Any) -> Any:
         whole(*arguments, **named)
         if next(saves) == 2:
             die()
 
-    checkpoints.sharded.save = save  # type: ignore[assignment]
+    state_dict_saver.save = save  # type: ignore[assignment]
 
 
 def at_a_rename(name: str, before: bool) -> Callable[[], None]:
@@ -186,8 +187,9 @@ class Operations:
     def install(self) -> None:
         sys.addaudithook(self._hear)
         # This one writes without Python's knowing.
-        modeling_utils.safe_save_file = self._writing_tensors(modeling_utils.safe_save_file, lambda named: Path(named[1]))
-        checkpoints.sharded.save = self._writing_tensors(checkpoints.sharded.save, lambda _: self._tensors_of_a_checkpoint())
+        modules: Any = modeling_utils
+        modules.safe_save_file = self._writing_tensors(modules.safe_save_file, lambda given: Path(given[1]))
+        state_dict_saver.save = self._writing_tensors(state_dict_saver.save, lambda _: self._tensors_of_a_checkpoint())
 
     def _tensors_of_a_checkpoint(self) -> Path:
         (file,) = Path(self._folder).glob(f"*/checkpoints/{checkpoints.STAGING}/{checkpoints.TENSORS}")

@@ -1,6 +1,7 @@
 """The `Accelerator` of a stage: devices, precision, data parallelism and trackers."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ def precision(stage: Stage) -> str:
     return "bf16" if has_bf16() else "fp32"
 
 
-def make_accelerator(stage: Stage, trackers: list[str] | None, work: Path) -> Accelerator:
+def make_accelerator(stage: Stage, trackers: Sequence[str] | None, work: Path) -> Accelerator:
     """The accelerator of one stage.
 
     Args:
@@ -52,7 +53,7 @@ def make_accelerator(stage: Stage, trackers: list[str] | None, work: Path) -> Ac
     return accelerator
 
 
-def require_trackers(named: list[str] | None) -> list[str]:
+def require_trackers(named: Sequence[str] | None) -> Sequence[str]:
     """The trackers to use. Raises ConfigError if a named one is not installed."""
     installed = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
     if named is None:

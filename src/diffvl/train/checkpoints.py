@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import checkpoint as sharded
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from diffvl.errors import CheckpointError, DiskError
@@ -44,9 +46,9 @@ def save(run_dir: Path, model: Any, optimizer: torch.optim.Optimizer, state: dic
     weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
     try:
         with Writing(run_dir):
-            writer = sharded.FileSystemWriter(staging, sync_files=False)  # `sync` does it, for all files and names
+            writer = FileSystemWriter(staging, sync_files=False)  # `sync` does it, for all files and names
             with _one_process_is_meant():
-                sharded.save({"model": weights, "optimizer": moments}, storage_writer=writer)
+                state_dict_saver.save({"model": weights, "optimizer": moments}, storage_writer=writer)
         main_only(lambda: _name(staging, final, state, keep))
     except DiskError:
         shutil.rmtree(staging, ignore_errors=True)  # the room that it takes may be what is needed to go on
@@ -75,11 +77,11 @@ def load(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str
     """
     weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
     tensors = {"model": weights, "optimizer": moments}
-    reader = sharded.FileSystemReader(folder)
+    reader = FileSystemReader(folder)
     stored = set(reader.read_metadata().state_dict_metadata)
     _require_names(folder, stored, weights)
     with _one_process_is_meant():
-        sharded.load(tensors, storage_reader=reader, planner=sharded.DefaultLoadPlanner(allow_partial_load=True))
+        state_dict_loader.load(tensors, storage_reader=reader, planner=DefaultLoadPlanner(allow_partial_load=True))
     set_state_dict(
         model,
         optimizer,
@@ -122,7 +124,7 @@ def require_whole(folder: Path) -> None:
     try:
         json.loads(path.read_text(encoding="utf-8"))
         path = folder / INDEX
-        stored = sharded.FileSystemReader(folder).read_metadata().storage_data or {}
+        stored = FileSystemReader(folder).read_metadata().storage_data or {}
         ends: dict[str, int] = {}
         for place in stored.values():
             ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
