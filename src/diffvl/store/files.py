@@ -42,9 +42,6 @@ def no_room(error: BaseException | None) -> str | None:
                 return reason
         if "PytorchStreamWriter failed writing" in words or ("inline_container.cc" in words and "unexpected pos" in words):
             return "it could not be written to its end; most often no space is left"
-        for fault, _ in getattr(error, "failures", {}).values():  # of torch.distributed.checkpoint: by process
-            if reason := no_room(fault):
-                return reason
         error = error.__cause__  # what an error was made from; not what was handled when it came (__context__)
     return None
 

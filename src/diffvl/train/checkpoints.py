@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -47,7 +48,7 @@ def save(run_dir: Path, model: Any, optimizer: torch.optim.Optimizer, state: dic
     try:
         with Writing(run_dir):
             writer = FileSystemWriter(staging, sync_files=False)  # `sync` does it, for all files and names
-            with _one_process_is_meant():
+            with _plain_errors():
                 state_dict_saver.save({"model": weights, "optimizer": moments}, storage_writer=writer)
         main_only(lambda: _name(staging, final, state, keep))
     except DiskError:
@@ -80,7 +81,7 @@ def load(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str
     reader = FileSystemReader(folder)
     stored = set(reader.read_metadata().state_dict_metadata)
     _require_names(folder, stored, weights)
-    with _one_process_is_meant():
+    with _plain_errors():
         state_dict_loader.load(tensors, storage_reader=reader, planner=DefaultLoadPlanner(allow_partial_load=True))
     set_state_dict(
         model,
@@ -104,7 +105,12 @@ def _require_names(folder: Path, stored: set[str], weights: dict[str, Any]) -> N
 
 def all_of(run_dir: Path) -> list[Path]:
     """The checkpoints in a folder, the newest last."""
-    return sorted(run_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
+    return sorted(run_dir.glob("checkpoint-*"), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The optimiser steps that were done when a checkpoint was made, which its name says."""
+    return int(folder.name.rsplit("-", 1)[1])
 
 
 def newest(work: Path) -> Path | None:
@@ -142,8 +148,12 @@ def drop(directory: Path) -> None:
 
 
 @contextmanager
-def _one_process_is_meant() -> Iterator[None]:
-    """Without a process group torch asks whether one process is meant, each time."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield
+def _plain_errors() -> Iterator[None]:
+    """In the block torch's checkpoints raise what went wrong itself. (Theirs is no `Exception`, and holds that of each process.)
+    Without a process group torch asks whether one process is meant, each time: it is."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+            yield
+    except CheckpointException as error:
+        raise next(fault for fault, _ in error.failures.values()) from None

@@ -270,7 +270,7 @@ class Loop:
         """
         state = checkpoints.load(last, self.wrapped, self.optimizer)
         schedule = state.pop("schedule")
-        self.step = state["step"]
+        self.step = checkpoints.step_of(last)
         if same_data and state != self._curriculum():
             raise CheckpointError(
                 f"{last / checkpoints.STATE_FILE}: the curriculum stood at {state}, this run would go on at "
