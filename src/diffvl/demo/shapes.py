@@ -4,8 +4,10 @@ A scene is a 2 x 2 grid of cells with one to four objects in it; its content is 
 place inside the cell vary from picture to picture and are no part of the content.
 
 `align` shows one object a picture and asks what it is and where: names, which a connector learns in front of a frozen trunk.
-`train` has whole scenes: captions, which say something of every cell and so teach most for their tokens, and conversations of
-several questions about one picture, which share its tokens. `test` asks one question a scene, in equal shares of `KINDS`.
+`train` has whole scenes, each with a few questions about it. Answers to counting and colour questions look first: they describe
+the picture and end in the answer proper, so that what has to be found stands in the text before it is used. After a description
+the conversation goes on with more such questions, which need no second look: cheap tokens that teach the last step. `test` asks
+one question a scene, in equal shares of `KINDS`.
 
 Invariant: contents never cross the split. A hash of the content alone, independent of the seed and of the sizes asked for,
 says whether a content belongs to `test` or to `align` and `train`; so two sets of different seeds do not cross either.
@@ -35,18 +37,20 @@ KINDS = ("counting", "position", "colour", "caption")
 CELLS = ("top left", "top right", "bottom left", "bottom right")  # reading order
 COLOURS = {"red": (220, 30, 40), "green": (30, 160, 60), "blue": (40, 80, 230), "yellow": (255, 205, 0)}
 SHAPES = ("circle", "square", "triangle", "star")
-NUMBERS = ("Zero", "One", "Two", "Three", "Four")
+NUMBERS = ("zero", "one", "two", "three", "four")
 
 # per cell, in reading order: None or (colour, shape)
 Content = tuple[tuple[str, str] | None, ...]
 
-_FORMAT = 2  # raise it when the same request gives other bytes
+_FORMAT = 3  # raise it when the same request gives other bytes
 _NUM_FOLDS = 5
 _TEST_FOLD = 2  # with a fair share of the few one-object contents in it
 _NAME_SHARE = 0.6  # of the align records; the others ask about a cell
-_CAPTION_SHARE = 0.5  # of the train records; the others are conversations
-_NUM_ASKED = 4  # questions of a conversation, at most
+_FIRST_SHARES = (0.35, 0.15, 0.25, 0.25)  # of `KINDS` among the first questions of the train records
+_NUM_MORE = 2  # questions after a description, at most
+_MORE_COUNTING = 0.75  # of these, the share of counting questions: their last step takes longest to learn
 _TOTAL_SHARE = 0.5  # of the counting questions: all shapes, not those of a colour
+_MOST_SHARE = 0.5  # of the questions for the shapes of a colour: the colour that comes most often
 _EMPTY_SHARE = 0.25  # of the position questions: an empty cell, if there is one
 _CELL = 56  # pixels
 _BACKGROUND = (240, 240, 240)
@@ -191,16 +195,21 @@ def _draw_records(split: str, size: int, rng: random.Random) -> Iterator[tuple[C
         elif split == "align":
             turns = [_ask_name(content) if rng.random() < _NAME_SHARE else _ask_position(content, rng)]
         else:
-            turns = [_ask_caption(content)] if rng.random() < _CAPTION_SHARE else _conversation_about(content, rng)
+            turns = _conversation_about(content, rng)
         yield content, turns, extra
 
 
 def _conversation_about(content: Content, rng: random.Random) -> list[tuple[str, str]]:
-    """Different questions in any order, so that each kind often comes before the answers that would give its own away."""
-    kinds = ["counting", "counting", "position", "position"] + (["colour"] if _unique_shapes(content) else [])
-    rng.shuffle(kinds)
-    asked = dict(ask(kind, content, rng) for kind in kinds)  # the same question once
-    return list(asked.items())[:_NUM_ASKED]
+    """A question of any kind and, after a description, more about it; questions about a cell come two by two."""
+    reasoned = ["counting"] + (["colour"] if _unique_shapes(content) else [])
+    (first,) = rng.choices(KINDS, weights=_FIRST_SHARES)
+    if first == "position":
+        return list(dict(ask(first, content, rng) for _ in range(2)).items())  # the same question once
+    turns = dict([ask(first if first in ("caption", *reasoned) else "counting", content, rng)])
+    for _ in range(_NUM_MORE):
+        question, answer = ask(reasoned[0] if rng.random() < _MORE_COUNTING else reasoned[-1], content, rng)
+        turns.setdefault(question, answer.removeprefix(f"{_describe(content)} "))
+    return list(turns.items())
 
 
 def describe_objects(content: Content) -> list[dict[str, str]]:
@@ -218,25 +227,30 @@ def ask(kind: str, content: Content, rng: random.Random) -> tuple[str, str]:
 
 def _ask_name(content: Content) -> tuple[str, str]:
     ((cell, thing),) = [(cell, thing) for cell, thing in zip(CELLS, content, strict=True) if thing is not None]
-    return "What is in the picture?", f"{_name(thing).capitalize()} at the {cell}."
+    return "What is in the picture?", _shown(cell, thing)
 
 
 def _ask_count(content: Content, rng: random.Random) -> tuple[str, str]:
     things = [thing for thing in content if thing is not None]
     if rng.random() < _TOTAL_SHARE:
-        return "How many shapes are there?", f"{NUMBERS[len(things)]}."
-    # First the number, then a colour that has it: most colours of a scene come once, and "One." would be right too often.
+        return "How many shapes are there?", f"{_describe(content)} Shapes: {NUMBERS[len(things)]}."
+    # First the number, then a colour that has it: most colours of a scene come once, and "one" would be right too often.
     counts = {colour: sum(thing[0] == colour for thing in things) for colour in COLOURS}
-    count = rng.choice(sorted(set(counts.values())))
+    count = max(counts.values()) if rng.random() < _MOST_SHARE else rng.choice(sorted(set(counts.values())))
     colour = rng.choice([colour for colour in COLOURS if counts[colour] == count])
-    return f"How many {colour} shapes are there?", f"{NUMBERS[count]}."
+    return f"How many {colour} shapes are there?", f"{_describe(content)} {colour.capitalize()}: {NUMBERS[count]}."
 
 
 def _ask_position(content: Content, rng: random.Random) -> tuple[str, str]:
     full = [number for number, thing in enumerate(content) if thing is not None]
     empty = [number for number, thing in enumerate(content) if thing is None]
     cell = rng.choice(empty) if empty and rng.random() < _EMPTY_SHARE else rng.choice(full)
-    return f"What is at the {CELLS[cell]}?", f"{_name(content[cell]).capitalize()}."
+    return f"What is at the {CELLS[cell]}?", _shown(CELLS[cell], content[cell])
+
+
+def _shown(cell: str, thing: tuple[str, str] | None) -> str:
+    """Place first, as in a description: what is learnt there holds here."""
+    return f"{cell.capitalize()} {_name(thing)}."
 
 
 def _name(thing: tuple[str, str] | None) -> str:
@@ -245,13 +259,16 @@ def _name(thing: tuple[str, str] | None) -> str:
 
 def _ask_colour(content: Content, rng: random.Random) -> tuple[str, str]:
     colour, shape = rng.choice(_unique_shapes(content))
-    return f"What colour is the {shape}?", f"{colour.capitalize()}."
+    return f"What colour is the {shape}?", f"{_describe(content)} The {shape} is {colour}."
 
 
 def _ask_caption(content: Content) -> tuple[str, str]:
-    """Every cell in reading order, its place first: a model that writes from left to right then knows where it has to look."""
+    return "Describe the picture.", _describe(content)
+
+
+def _describe(content: Content) -> str:
     parts = [f"{cell} {_name(thing)}" for cell, thing in zip(CELLS, content, strict=True)]
-    return "Describe the picture.", f"{', '.join(parts).capitalize()}."
+    return f"{', '.join(parts).capitalize()}."
 
 
 def _unique_shapes(content: Content) -> list[tuple[str, str]]:
