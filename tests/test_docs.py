@@ -68,6 +68,12 @@ def test_every_function_on_a_page_exists(name: str):
         assert set(names) <= defined_in(SOURCE / room / f"{module}.py"), found["name"]
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_make_target_on_a_page_exists(page: Path):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    assert set(re.findall(r"^make ([a-z-]+)", page.read_text(encoding="utf-8"), flags=re.MULTILINE)) <= targets
+
+
 def test_nothing_cites_what_is_outside_of_the_repository():
     """A reader has these files and no others."""
     texts = [file for file in [*PAGES, *CODE, ROOT / "Makefile", ROOT / "pyproject.toml"] if file != Path(__file__)]
