@@ -1,4 +1,4 @@
-"""Mistakes that a user can correct. The command line prints the message alone and exits with `EXIT_CODE`.
+"""Mistakes that a user can mend. The command line prints the message alone and exits with `EXIT_CODE`.
 
 A message says what is wrong, where (file and line, or key path), what was expected, and what to do.
 """

@@ -4,8 +4,8 @@ CPU.
 A training row has two kinds of empty area: what lies after a token, and the noisy blocks of others. A dense mask computes
 both and then throws them away, and holds one value for each pair of tokens. Here the mask is a `BlockMask` of torch's
 FlexAttention, built from the bounds of each tile's rows (no tensor of T x T), and only tiles that can hold an allowed pair are
-computed. Which pairs are allowed inside a tile is `layout_diffvl.attends`, the one rule. tests/attention/test_attention.py
-proves block masks and results against the dense form.
+computed. Which pairs are allowed inside a tile is `layout_diffvl.attends`, the one rule. tests/test_attention.py proves
+block masks and results against the dense form.
 
 Shapes: B batch, T tokens, H heads, QT and KT tiles along queries and keys.
 """

@@ -4,7 +4,7 @@ FlexAttention has no backward on a CPU, and a dense mask computes everything tha
 into groups, and each group looks at its keys in parts that need no mask where all is allowed: the clean stream of a sample is one
 call of the causal kernel, plus the few keys behind the diagonal that a block shows its own tokens. The parts of a group are
 joined by their log-sum-exps: the softmax over all keys is the parts' own, weighted (FlashAttention, arXiv 2205.14135, section
-3.1). tests/attention/test_attention.py holds values and gradients against dense attention.
+3.1). tests/test_attention.py holds values and gradients against dense attention.
 
 Shapes: B batch, H heads, T tokens, Q queries of a group, K keys of a part, QT and KT tiles, n tiles of a band, w their width.
 """

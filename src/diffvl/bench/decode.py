@@ -203,8 +203,8 @@ def prove_same_tokens(model: Any, alone: Sequence[Prompts], steps: Sequence[int]
                     f"ours and the published loop do not give the same tokens here ({count} steps, greedy, fp32): from token "
                     f"{place} on, ours {own[place : place + 8]}, published {theirs[place : place + 8]}. Figures of their speed "
                     "would compare different work and are not printed. With another --seed (or other data) it may have been a "
-                    "tie between two tokens; if it is not, it is a fault of diffvl: run tests/bench/test_published_decoder.py "
-                    "and report it"
+                    "tie between two tokens; if it is not, it is a fault of diffvl: run tests/test_published_decoder.py and "
+                    "report it"
                 )
             compared += len(own)
             seen |= set(own)

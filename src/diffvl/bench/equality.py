@@ -41,7 +41,7 @@ def prove_equal(objective: BlockDiffusionObjective, device: torch.device, seed: 
             f"ours and the published form do not train the same thing here (fp32, {device.type}): relative difference of the "
             f"loss {worst['loss']:.2g} (allowed {LOSS_TOLERANCE:.0e}), of the gradient {worst['gradient']:.2g} (allowed "
             f"{GRADIENT_TOLERANCE:.0e}). Figures of their speed would mean nothing and are not printed. This is a fault of "
-            "diffvl or of the installed torch: run tests/bench/test_bench_train.py and report it"
+            "diffvl or of the installed torch: run tests/test_bench_train.py and report it"
         )
     return worst
 

@@ -4,7 +4,7 @@ What SDAR (arXiv 2510.06303), SDAR-VL and DiffusionVL (arXiv 2512.15713) do in t
 by one block-causal pass whose logits are thrown away; each block is read again at every denoising step with `store_kv=False`
 (the cache and the block's keys are joined anew in every layer) and once more with `store_kv=True`; the head runs on all D
 positions, in fp32; which tokens settle is decided row by row. The model is driven through its public call contract alone
-(forward's named arguments), so any checkpoint that keeps the contract could stand here.
+(DESIGN section 6), so any checkpoint that keeps the contract could stand here.
 
 It departs from those files where they cannot give the same tokens as a right decoder: the quota of a step is counted over the
 masks of the block, as LLaDA does (SDAR counts over D, which is the same for a block without prompt tokens); a tie between

@@ -40,7 +40,7 @@ def is_forgiven(problem: Problem, data: Data) -> bool:
 
 
 def advice_on(problems: Sequence[Problem], in_training: bool = False) -> str:
-    """What to do, other than to correct the records, where a run stops at these problems."""
+    """What to do, other than to mend the records, where a run stops at these problems."""
     lines = []
     if any(problem.kind == TOO_LONG for problem in problems):
         found = " (data.check_lengths=true finds all of them before training)" if in_training else ""
@@ -54,7 +54,7 @@ def over_budget(count: int, total: int, data: Data) -> str:
     """What to say where more records are wrong than may be skipped."""
     return (
         f"{count} of {total} records cannot be used ({count / total:.2%}), more than data.max_skipped={data.max_skipped:g} "
-        "lets pass: fix them or raise it"
+        "lets pass: mend them or raise it"
     )
 
 

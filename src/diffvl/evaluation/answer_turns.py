@@ -17,7 +17,7 @@ def questions(records: Iterable[Record]) -> Iterator[tuple[Record, int]]:
 
 def answer_turns(record: Record) -> Iterator[int]:
     """The turns of a record that are answers to be trained on; at least one. An answer that is not (a draft that a later turn
-    corrects, say) is no truth to be asked for."""
+    mends, say) is no truth to be asked for."""
     return (turn for turn, spoken in enumerate(record.turns) if spoken.role == "assistant" and spoken.trained)
 
 

@@ -106,7 +106,7 @@ class ChatEncoder:
         rendered, spans = self.template.spans(turns, add_generation_prompt)
         if rendered.count(self.image_token) != sum(text.count(self.image_token) for _, text in turns):
             raise ChatTemplateError(
-                f"the chat template changes {self.image_token!r}, which stands for a picture, or writes one of its own; fix it"
+                f"the chat template changes {self.image_token!r}, which stands for a picture, or writes one of its own; mend it"
             )
         return self.mark(rendered, spans)
 

@@ -29,10 +29,7 @@ class DiffVLConfig(PreTrainedConfig):
         vocabulary_size: tokens of the tokenizer; rows beyond are padding and never predicted.
         stop_token_ids: ids that end an answer.
         decoding: "blocks", or "ar" for a model that has only seen the next-token objective.
-        block_size: tokens of a block.
-        context: what a clean token sees: "block", its block and all before it, or "causal", what stands before it.
-        grid: where blocks begin: "absolute", at token 0, or "response", at the start of each answer.
-        target: the position that predicts token i: "same", i, or "shift", i - 1.
+        block_size, context, grid, target: DESIGN section 4.
     """
 
     model_type = "diffvl"

@@ -2,10 +2,11 @@
 
 A finished block is not stored by a forward of its own. It waits, and the first denoising step of the next block takes it along:
 one forward over [finished block | masks] stores the former and predicts the latter. So d denoising steps per block cost d
-forwards. The attention of every forward comes from the same `Layout` rule as in training.
+forwards. The attention of every forward comes from the same `Layout` rule as in training: tests/test_invariant_decoding.py
+holds the two against each other.
 
 What decides about shapes (how many tokens are masked, whether anything is hidden) is counted here in Python's numbers, so that a
-denoising step never waits for the device.
+denoising step never waits for the device: tests/hub/test_static.py.
 
 Shapes: B batch, L prompt length, D block size, P waiting tokens, Q = P + D, M masked tokens, V vocabulary.
 """

@@ -2,8 +2,9 @@
 
 A sample is a clean stream (the chat text) and a noisy stream (the blocks that hold answer tokens, with the position ids of
 their clean counterparts; an answer that is not to be trained on stands in the clean stream only). Every token is one row of
-`Layout`; the attention rule is written once, in `Layout.allowed` (BD3-LM, arXiv 2503.09573, section 3). The leak it guards
-against: a noisy token must never see the clean copy of its own block, nor anything later.
+`Layout`; the attention rule is written once, in `Layout.allowed` (BD3-LM, arXiv 2503.09573, section 3; DESIGN section 4). The
+leak it guards against: a noisy token must never see the clean copy of its own block, nor anything later.
+tests/test_invariants.py rebuilds that bug and catches it.
 
 Shapes: B batch, L clean length, R noisy length, T = all tokens of a row, Q queries. Bool masks: True = may be attended.
 """

@@ -242,7 +242,7 @@ class ChatTemplate:
         if found < 0 or (text[start:found].strip() and content not in written):
             raise ChatTemplateError(
                 f"the chat template changes answer {number}: of {_short(content)} it writes {_short(written.strip())}; an answer "
-                "is trained as it stands in the chat: leave out what the template takes away, or fix the template"
+                "is trained as it stands in the chat: leave out what the template takes away, or mend the template"
             )
         if text[start:found].strip():
             raise ChatTemplateError(

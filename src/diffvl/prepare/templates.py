@@ -79,9 +79,9 @@ def stop_token(tokenizer: Any) -> str:
         text = ChatTemplate(tokenizer, "").render(turns, add_generation_prompt=False)
     except (ChatTemplateError, *FAULTS) as error:
         words = str(error.__cause__ or error)
-        raise UnsupportedModelError(f"{name}: its chat template refuses a question with an answer ({words}); fix it") from error
+        raise UnsupportedModelError(f"{name}: its chat template refuses a question with an answer ({words}); mend it") from error
     if answer not in text:
-        raise UnsupportedModelError(f"{name}: its chat template leaves the answer out, or writes another; fix it")
+        raise UnsupportedModelError(f"{name}: its chat template leaves the answer out, or writes another; mend it")
     rest = tokenizer(text[text.rindex(answer) + len(answer) :], add_special_tokens=False)["input_ids"]
     special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
     for token in rest:
