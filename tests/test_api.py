@@ -149,10 +149,10 @@ def test_generate_without_an_image(loaded_model: Any):
     ("words", "kind", "says"),
     [
         ({"max_new_token": 3}, UsageError, "no setting of decoding is called max_new_token; there are: .*max_new_tokens"),
-        ({"mode": "beam"}, UsageError, "mode is 'beam', expected one of blocks"),
-        ({"max_new_tokens": 0}, UsageError, "max_new_tokens"),
-        ({"images": "none.png"}, DataError, "images: picture none.png does not exist"),
-        ({"images": ["none.png"]}, DataError, "images: picture none.png does not exist"),
+        ({"mode": "beam"}, UsageError, "beam"),
+        ({"max_new_tokens": 0}, UsageError, "max.new.tokens"),
+        ({"images": "none.png"}, DataError, "images: .*none.png does not exist"),
+        ({"images": ["none.png"]}, DataError, "images: .*none.png does not exist"),
         ({"max_new_tokens": 10**9}, UsageError, "do not fit the context"),
     ],
 )
