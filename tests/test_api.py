@@ -19,7 +19,9 @@ from tiny_runs import record, stage, succeed, write_data, write_recipe
 import diffvl
 from diffvl.conversion import run as conversion
 from diffvl.conversion.run import ConvertRequest
+from diffvl.decode.answer import DecodeSettings
 from diffvl.errors import CheckpointError, ConfigError, DataError, DiffvlError, UsageError
+from diffvl.evaluation import evaluate as evaluation
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -167,7 +169,9 @@ def test_load_refuses_what_is_no_checkpoint(tmp_path: Path, source: Callable[[st
             diffvl.load(directory)
 
 
-def test_evaluate_gives_the_figures_of_the_command(checkpoint: Path, shapes: dict[str, Path]):
-    ours = diffvl.evaluate(checkpoint, shapes["test"], limit=1)
-    told = json.loads(succeed("evaluate", checkpoint, "--data", shapes["test"], "--limit", 1, "--json").out)
-    assert ours == told
+def test_evaluate_asks_for_what_the_command_asks_for(monkeypatch: pytest.MonkeyPatch):
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(evaluation, "evaluate_directory", lambda *given: asked.append(given) or {"exact_match": 1.0})
+    assert diffvl.evaluate("dir", "test.json", limit=1) == {"exact_match": 1.0}
+    assert succeed("evaluate", "dir", "--data", "test.json", "--limit", 1, "--json").out == '{"exact_match": 1.0}\n'
+    assert asked[0] == asked[1] == (Path("dir"), Path("test.json"), 1, DecodeSettings())
