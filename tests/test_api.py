@@ -163,6 +163,11 @@ def test_a_mistake_is_a_diffvl_error(words: dict[str, Any], kind: type[DiffvlErr
         diffvl.generate(loaded_model, "Hi", **words)
 
 
+def test_generate_asks_for_a_loaded_checkpoint(checkpoint: Path):
+    with pytest.raises(UsageError, match="what diffvl.load gives"):
+        diffvl.generate(str(checkpoint), "Hi")  # type: ignore[arg-type]
+
+
 def test_load_refuses_what_is_no_checkpoint(tmp_path: Path, source: Callable[[str], Path]):
     for directory in (tmp_path / "none", tmp_path, source("llama")):
         with pytest.raises(CheckpointError):
