@@ -64,7 +64,7 @@ def test_what_is_left_out_is_counted_and_listed(whole: Path):
 
 
 def test_the_others_are_learnt_as_if_nothing_were_missing(whole: Path, prepared: Callable[[str], Path], tmp_path: Path):
-    """Each sample in its own step with its own noise: what a mended file changes in a step is what it adds to it."""
+    """Each sample in its own step with its own noise: what a corrected file changes in a step is what it adds to it."""
     seen: list[tuple[int, list[int]]] = []
     loss_of = loop.loss_of
 

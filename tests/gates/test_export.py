@@ -1,5 +1,5 @@
-"""Invariant 7 of DESIGN.md section 5: an exported directory loads in a process without diffvl, where SDAR-VL's calling
-sequence gives what our decoder gives, and `generate` answers.
+"""Export without diffvl: an exported directory loads in a process where diffvl is not installed. There SDAR-VL's calling sequence
+gives what our decoder gives, and `generate` answers.
 """
 
 import json

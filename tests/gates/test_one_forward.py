@@ -1,7 +1,6 @@
-"""The invariants of DESIGN.md section 5 that concern one forward: AR parity, no leak, layout equivalence.
+"""The invariants of one forward (docs/architecture.md, "What always holds"): AR parity, no leak, layout equivalence.
 
-Train = decode is in test_train_is_decode.py, training runs are in training_runs.py, export in
-test_export.py.
+Train = decode is in test_train_is_decode.py, whole training runs are in test_training_runs.py, export is in test_export.py.
 """
 
 from collections.abc import Callable
@@ -227,7 +226,8 @@ def test_packed_documents_are_isolated(model_type: str, context: str, loaded: Ca
 
 
 # --- 3. layout equivalence -------------------------------------------------------------------------------------------------
-# Here nothing comes from Layout: blocks, rows, mask and loss are written out again, token by token, from DESIGN section 4.
+# Here nothing comes from Layout: blocks, rows, mask and loss are written out again, token by token, from the rule in
+# docs/architecture.md.
 
 
 @dataclass(frozen=True)

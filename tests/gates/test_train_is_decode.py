@@ -1,4 +1,4 @@
-"""Invariant 4 of DESIGN.md section 5: what training computes for a block is what decoding computes, and a batch changes nothing.
+"""Train = decode: what training computes for a block is what decoding computes, and a batch changes nothing.
 
 Training's logits are taken from `block_diffusion` itself, through a spy in the place of the model; decoding's from
 `BlockDecoder`, with its cache, on the prompt as the processor renders it for decoding.

@@ -1,5 +1,5 @@
-"""Invariants 5 and 6 of DESIGN.md section 5, on whole runs of `train`: a resume changes nothing, how a step is cut into
-micro-steps and processes changes nothing, and what is frozen stays frozen.
+"""The invariants of whole runs of `train`: a resume changes nothing, how a step is cut into micro-steps and processes changes
+nothing, and what is frozen stays frozen.
 """
 
 from collections.abc import Callable

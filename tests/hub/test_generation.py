@@ -1,6 +1,6 @@
 """Decoding with a model that says what a script tells it: which tokens settle, how many forwards it takes, where it ends.
 
-Train = decode and batches of real models are in tests/test_train_is_decode.py.
+Train = decode and batches of real models are in tests/gates/test_train_is_decode.py.
 """
 
 import re

@@ -213,7 +213,7 @@ def _resolve(request: ConvertRequest, tree: dict[str, Any], stages: tuple[StageN
         raise ConfigError("--set model=... has no effect: name the checkpoint as MODEL")
     assignments = []
     if request.data is not None:
-        assignments += [f"stages.{name}.data.train={json.dumps(str(request.data))}" for name in stages]
+        assignments += [f"stages.{name}.data.train={json.dumps(str(request.data), ensure_ascii=False)}" for name in stages]
     if request.lora:
         if "diffuse" not in stages:
             raise UsageError("--lora has no effect: the diffuse stage is not run")
