@@ -100,7 +100,8 @@ def train(
         watchers = Watchers(progress_bar, metrics, accelerator.is_main_process)
         loop = Loop(model, stage, recipe.seed, data, batches, left_out, accelerator, watchers)
         loop.run(work / CHECKPOINTS, last, same_data)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:  # `end_training` would also end the process group, which a later stage needs
+        tracker.finish()
     # Back to the model that was read: no autocast around its forward, and attention as decoding knows it.
     accelerator.unwrap_model(loop.wrapped, keep_fp32_wrapper=False)
     unfit(model, stage, own_dtype)
