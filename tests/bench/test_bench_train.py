@@ -20,7 +20,7 @@ from diffvl.bench.equality import CHECKED_TRUNK, prove_same_training
 from diffvl.bench.random_model import TrunkSize, build_model, resize
 from diffvl.bench.scaling import exponent, straight_line
 from diffvl.bench.tables import NOT_MEASURED, forms_table
-from diffvl.bench.timing import WARM_UP, StepTiming, Timer, schedule, spread, time_forms, warmed_up
+from diffvl.bench.timing import WARM_UP, StepTiming, Timer, schedule, schedule_with_warm_up, spread, time_forms
 from diffvl.bench.training_forms import (
     FORMS,
     Shape,
@@ -179,7 +179,7 @@ def test_every_round_begins_with_another_form():
     assert [form for number, form in plan if number == 1] == ["b", "c", "a"]
     assert [plan[3 * number][1] for number in range(4)] == ["a", "b", "c", "a"]
     assert all(sorted(form for at, form in plan if at == number) == ["a", "b", "c"] for number in range(4))
-    assert warmed_up(["a", "b", "c"], 4) == [*((WARM_UP, form) for form in "abc"), *plan]
+    assert schedule_with_warm_up(["a", "b", "c"], 4) == [*((WARM_UP, form) for form in "abc"), *plan]
 
 
 def test_median_and_spread():

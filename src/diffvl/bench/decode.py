@@ -115,9 +115,9 @@ def refuse_idle_arguments(request: DecodeBench) -> None:
         if request.data is not None:
             raise UsageError("--data has no effect without DIR: random weights read no questions. Name a checkpoint")
         return
-    given = {"--layers": request.layers, "--hidden": request.hidden, "--block-size": request.block_size}
-    given |= {"--context": request.context, "--seed": request.seed or None, "--quick": request.quick or None}
-    idle = [name for name, value in given.items() if value is not None]
+    values = {"--layers": request.layers, "--hidden": request.hidden, "--block-size": request.block_size}
+    values |= {"--context": request.context, "--seed": request.seed or None, "--quick": request.quick or None}
+    idle = [name for name, value in values.items() if value is not None]
     if idle:
         raise UsageError(f"{', '.join(idle)} with DIR: the checkpoint has its own sizes. Leave it out, or leave out DIR")
 

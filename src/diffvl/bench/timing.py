@@ -36,17 +36,17 @@ def schedule(names: Sequence[str], rounds: int) -> list[tuple[int, str]]:
     return [(number, names[(place + number) % len(names)]) for number in range(rounds) for place in range(len(names))]
 
 
-def warmed_up(names: Sequence[str], rounds: int) -> list[tuple[int, str]]:
+def schedule_with_warm_up(names: Sequence[str], rounds: int) -> list[tuple[int, str]]:
     """Lists (round, name): every name in a WARM_UP round, then the `schedule`."""
     return [(WARM_UP, name) for name in names] + schedule(names, rounds)
 
 
 def spread(seconds: Sequence[float]) -> float:
-    """From the fastest to the slowest round, as a part of the median."""
+    """Measures from the fastest to the slowest round, as a part of the median."""
     return (max(seconds) - min(seconds)) / statistics.median(seconds)
 
 
-def _timed(work: Callable[[], T], device: torch.device) -> tuple[float, T]:
+def _time_call(work: Callable[[], T], device: torch.device) -> tuple[float, T]:
     """Runs the work to its end on the device; returns its seconds and its result."""
     synchronize(device)
     start = time.perf_counter()
@@ -99,7 +99,7 @@ def time_forms(model: Any, sample: TrainingSample, forms: Sequence[str], timer: 
     losses: dict[str, float] = {}
     attention: dict[str, str] = {}
     memory: dict[str, tuple[int | None, int | None]] = {}
-    plan, draws = warmed_up(forms, timer.rounds), timer.draws
+    plan, draws = schedule_with_warm_up(forms, timer.rounds), timer.draws
     for number, form in track(timer.console, plan, len(plan), text):
         is_first = number == WARM_UP
         attention[form] = choose_attention(model, form)
@@ -124,7 +124,7 @@ def _time_step(model: Any, step: Step, device: torch.device) -> tuple[float, flo
         loss.backward()
         return loss
 
-    seconds, loss = _timed(forward_and_backward, device)
+    seconds, loss = _time_call(forward_and_backward, device)
     return seconds, float(loss.detach())
 
 
@@ -184,14 +184,14 @@ def time_cases(
     """Decodes the groups of prompts with every case."""
     by_name = {case.name: case for case in cases}
     timings = {case: DecodeTiming([], [], []) for case in cases}
-    plan = warmed_up(list(by_name), rounds)
+    plan = schedule_with_warm_up(list(by_name), rounds)
     for number, name in track(console, plan, len(plan), f"batch {len(groups[0].ids)}"):
         case = by_name[name]
         if number == WARM_UP:
             _warm_up(model, groups, case, device)
             continue
         first = [time_first(model, prompts, case, device) for prompts in groups]
-        whole = [_timed(partial(case.run, model, prompts), device) for prompts in groups]
+        whole = [_time_call(partial(case.run, model, prompts), device) for prompts in groups]
         timings[case].first_seconds.append(statistics.fmean(first))
         timings[case].seconds.append(sum(seconds for seconds, _ in whole))
         timings[case].decoded[:] = [decoded for _, decoded in whole]
