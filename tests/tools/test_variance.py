@@ -237,7 +237,10 @@ def test_the_study_and_its_tables(small: None):
     assert exactly[1][0][:5] == ("untrained", "4", "uniform", "effective", f"{first.noise_to_signal:.3f}")
 
 
-def test_the_program_prints_one_json_object_or_tables(small: None, capsys: pytest.CaptureFixture[str]):
+def test_the_program_prints_one_json_object_or_tables(
+    small: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sampled, "BATCH", 64)
     program.main(["--samples", "128", "--json"])
     report = json.loads(capsys.readouterr().out)
     assert list(report) == ["machine", "settings", "exact", "sampled"]

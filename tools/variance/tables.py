@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from diffvl.bench.tables import Table
-from tools.variance.study import ANSWER, ExactFigures, SampledFigures, Study
+from tools.variance.study import ExactFigures, SampledFigures, Study
 
 SHORT = {"synchronous": "sync", "independent": "async", "stratified": "strat", "complementary": "compl"}
 
@@ -15,7 +15,8 @@ def tables(study: Study) -> list[Table]:
     facts = {
         "machine": f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB; {machine['date']}",
         "software": f"torch {machine['torch']}, transformers {machine['transformers']}",
-        "run": f"answers of {ANSWER} tokens, {settings['samples']} gradients for each sampled figure, seed {settings['seed']}",
+        "run": f"answers of {settings['answer_tokens']} tokens, {settings['samples']} gradients for each sampled figure, "
+        f"seed {settings['seed']}",
         "sync ... compl": "trace of the covariance over squared norm of the mean; of the gradient, or of the loss if it says so",
         "scale, cosine": "mean gradient against the bound's: length along it, and angle; async, then complementary",
         "masked, empty": "share of the answer masked in a forward, share of blocks without a mask; async",
