@@ -1,4 +1,5 @@
-"""`diffvl bench decode`: no figure without a proof, right sums, and what it prints. The loop itself: test_published_decoder.py.
+"""`diffvl bench decode` and `diffvl bench modes`: no figure without a proof, right sums, and what they print. The published loop
+itself: test_published_decoder.py.
 
 Nothing here looks at a clock: times enter as made-up numbers, or not at all.
 """
@@ -18,18 +19,22 @@ from tiny_runs import refused, succeed
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from diffvl.bench import decode, published_decoder
-from diffvl.bench.answered import Scored
-from diffvl.bench.bandwidth import streamed_bytes
-from diffvl.bench.decode import Case, Timed, add_ratios, cases, equality, in_fp32, prove_same_tokens, row
-from diffvl.bench.decode_bars import DecodeVerdict, decode_verdicts
-from diffvl.bench.decode_request import DecodeBench, numbers
-from diffvl.bench.decoders import DECODERS, NEVER, Decoded, Prompts, ar_generate, blocks_and_steps, ours
-from diffvl.bench.forms import build_model
-from diffvl.bench.sweep import THRESHOLDS, sweep_row
+from diffvl.bench.answers import THRESHOLDS, ScoredAnswer
+from diffvl.bench.answers import make_row as answers_row
+from diffvl.bench.comparison import DecodeRow
+from diffvl.bench.decode import DecodeBench, decode_cases, equal_share, make_row, parse_numbers, streamed_bytes, with_ratios
+from diffvl.bench.decoders import DECODERS, NEVER, Case, Decoded, Prompts, ar_generate, blocks_and_steps, ours
+from diffvl.bench.equality import in_fp32, prove_same_tokens
+from diffvl.bench.random_model import build_model
+from diffvl.bench.timing import DecodeTiming, time_first
 from diffvl.decode.answer import Answer
 from diffvl.errors import TrainingError
 
-Row = dict[str, Any]
+KEYS = {
+    *("decoder", "steps", "compiled", "block_size", "batch", "forwards_per_token", "tokens_per_second", "first_token_seconds"),
+    *("tokens", "forwards", "prefill_forwards", "forward_seconds", "seconds", "spread", "ratio_to_ar", "ratio_to_published"),
+}
+IN_BLOCKS = {"blocks", "steps_due"}  # keys of decoders that decode in blocks
 
 
 # --- the proof -------------------------------------------------------------------------------------------------------------
@@ -41,8 +46,8 @@ def test_decoders_that_disagree_give_no_figures(monkeypatch: pytest.MonkeyPatch)
     model, prompts = tiny()
     with pytest.raises(TrainingError, match=r"do not give the same tokens here \(4 steps, greedy, fp32\)"):
         prove_same_tokens(model, [prompts], [4])
-    said = ["ours and the published loop do not give the same tokens"]
-    refused("bench", "decode", "--quick", "--json", "--device", "cpu", says=said)
+    message = "ours and the published loop do not give the same tokens"
+    refused("bench", "decode", "--quick", "--json", "--device", "cpu", says=[message])
 
 
 def test_the_proof_counts_what_it_compared():
@@ -82,7 +87,7 @@ def test_ar_is_the_trunks_own_generate_without_a_stop():
     assert ar_generate(model, prompts, 1, lambda: calls.append(None)).tokens == 3 and len(calls) == 1
 
 
-def test_ar_sees_pictures_and_its_stops(loaded: Callable[[str], Loaded]):
+def test_ar_sees_images_and_its_stops(loaded: Callable[[str], Loaded]):
     model, _ = both = loaded("llama")
     model.config.set_decoding("blocks", 4, "causal", "response", "same")
     prompts = prompts_of(both, [chat("What?", True), chat("A longer question?"), chat("And?", True)], 6, frozenset({NEVER}))
@@ -127,97 +132,74 @@ def test_steps_that_are_due():
 # --- sums ------------------------------------------------------------------------------------------------------------------
 
 
-def made_up(decoder: str, steps: int, batch: int, speed: float, **more: Any) -> Row:
-    common = {"block_size": 1 if decoder == "ar_generate" else 8, "tokens_per_second": speed, "forward_seconds": 0.006}
-    common |= {"prefill_forwards": int(decoder == "published")}
-    if decoder != "ar_generate":
-        extra = 9 if decoder == "published" else 0
-        common |= {"blocks": 8, "steps_due": 8 * steps, "forwards": 8 * steps + extra}
-    return {"decoder": decoder, "steps": steps, "batch": batch, "compiled": False, **common, **more}
+def made_up(decoder: str, steps: int, batch: int, speed: float, compiled: bool = False) -> DecodeRow:
+    return DecodeRow(
+        decoder=decoder,
+        steps=steps,
+        compiled=compiled,
+        block_size=8,
+        batch=batch,
+        forwards_per_token=1.0,
+        tokens_per_second=speed,
+        first_token_seconds=0.1,
+        tokens=64,
+        forwards=64,
+        prefill_forwards=0,
+        forward_seconds=None,
+        seconds=[1.0],
+        spread=0.0,
+        ratio_to_ar=None,
+        ratio_to_published=None,
+    )
 
 
 def test_a_row_is_medians_and_sums():
     model, prompts = tiny(batch=2, tokens=16)
     groups = [prompts, prompts]
     decoded = Decoded([[1] * 16, [2] * 10], forwards=9, prefills=1)
-    timed = Timed([decoded, decoded], [4.0, 2.0, 3.0], [0.5, 0.4, 9.0])
-    found = row(Case("ours", 4), groups, timed, model.config)
-    assert found["tokens"] == 52 and found["tokens_per_second"] == pytest.approx(52 / 3)
-    assert found["forwards_per_token"] == pytest.approx(16 * 2 / 52)
-    assert found["first_token_seconds"] == 0.5 and found["spread"] == pytest.approx(2 / 3)
-    assert found["forward_seconds"] == pytest.approx((3 - 2 * 0.5) / (18 - 2 - 2))
-    assert (found["blocks"], found["steps_due"]) == (4, 16)
-    ar = row(Case("ar_generate", 1), groups, timed, model.config)
-    assert (ar["steps"], ar["block_size"]) == (1, 1) and "steps_due" not in ar
+    timing = DecodeTiming([decoded, decoded], [4.0, 2.0, 3.0], [0.5, 0.4, 9.0])
+    timings = {Case("ours", 4): timing, Case("ar_generate", 1): timing}
+    row = make_row(Case("ours", 4), groups, timings, model.config)
+    assert row.tokens == 52 and row.tokens_per_second == pytest.approx(52 / 3)
+    assert row.forwards_per_token == pytest.approx(16 * 2 / 52)
+    assert row.first_token_seconds == 0.5 and row.spread == pytest.approx(2 / 3)
+    assert row.forward_seconds == pytest.approx((3 - 2 * 0.5) / (18 - 2 - 2))
+    assert (row.blocks, row.steps_due) == (4, 16) and set(row.json) == KEYS | IN_BLOCKS
+    ar = make_row(Case("ar_generate", 1), groups, timings, model.config)
+    assert (ar.steps, ar.block_size) == (1, 1) and set(ar.json) == KEYS
 
 
 def test_ratios_are_to_ar_at_the_same_batch_and_to_published_alone():
     rows = [made_up("ar_generate", 1, 1, 20.0), made_up("published", 4, 1, 10.0), made_up("ours", 4, 1, 15.0)]
     rows += [made_up("ar_generate", 1, 8, 80.0), made_up("ours", 4, 8, 60.0), made_up("ours", 2, 8, 90.0)]
-    add_ratios(rows)
-    assert [one["ratio_to_ar"] for one in rows] == [1.0, 0.5, 0.75, 1.0, 0.75, 1.125]
-    assert [one["ratio_to_published"] for one in rows] == [None, 1.0, 1.5, None, 6.0, None]
+    rows = with_ratios(rows)
+    assert [row.ratio_to_ar for row in rows] == [1.0, 0.5, 0.75, 1.0, 0.75, 1.125]
+    assert [row.ratio_to_published for row in rows] == [None, 1.0, 1.5, None, 6.0, None]
+    alone = with_ratios([made_up("ours", 4, 8, 60.0)])
+    assert (alone[0].ratio_to_ar, alone[0].ratio_to_published) == (None, None)
 
 
-def test_bars_of_a_cpu():
-    speeds = {8: (10.0, 10.0), 4: (18.0, 20.0), 2: (30.0, 32.0)}
-    rows = [made_up("ar_generate", 1, 1, 25.0)]
-    for steps, (other, own) in speeds.items():
-        rows += [made_up("published", steps, 1, other), made_up("ours", steps, 1, own)]
-    rows += [made_up("ours", 8, 8, 17.9), made_up("ours", 4, 8, 36.0)]
-    found = {verdict.text: verdict for verdict in decode_verdicts(rows, "cpu", 0.004)}
-    assert [(verdict.value, verdict.met) for text, verdict in found.items() if "ours / published" in text] == [
-        (1.0, True),
-        (pytest.approx(20 / 18), True),
-        (pytest.approx(32 / 30), False),
-    ]
-    gains = [(verdict.value, verdict.met) for text, verdict in found.items() if "batch 8 / batch 1" in text]
-    assert gains == [(pytest.approx(1.79), False), (1.8, True), (None, None)]
-    assert found["forwards, ours, 4 steps, batch 1, 8 blocks"] == DecodeVerdict(
-        "forwards, ours, 4 steps, batch 1, 8 blocks", "=", 32, 32
-    )
-    assert found["forwards, published, 4 steps, batch 1, 8 blocks"].value == 40
-    assert not any("ar_generate" in text for text in found)
-
-
-def test_bars_of_cuda():
-    rows = [made_up("ar_generate", 1, 1, 100.0), made_up("published", 4, 1, 100.0), made_up("ours", 4, 1, 160.0)]
-    verdicts = decode_verdicts(rows, "cuda", 0.004)[2:]
-    assert [(verdict.relation, verdict.limit, verdict.value, verdict.met) for verdict in verdicts] == [
-        (">=", 1.5, 1.6, True),
-        (">=", 2.0, 1.6, False),
-        ("<=", 1.5, pytest.approx(1.5), True),
-    ]
-
-
-def test_on_cuda_ours_is_measured_compiled_and_ar_as_it_comes():
-    rows = [made_up("ar_generate", 1, 1, 100.0), made_up("published", 4, 1, 100.0), made_up("ours", 4, 1, 110.0)]
-    rows += [made_up("ar_generate", 1, 1, 190.0, compiled=True)]
-    rows += [made_up("ours", 4, 1, 250.0, compiled=True, forward_seconds=0.005)]
-    found = {verdict.text: verdict.value for verdict in decode_verdicts(rows, "cuda", 0.004)}
-    assert found["tokens/s, ours / ar_generate, 4 steps, batch 1"] == 2.5
-    assert found["time per forward, ours / weight streaming, 4 steps, batch 1"] == 1.25
-    assert "forwards, ours compiled, 4 steps, batch 1, 8 blocks" in found
-    assert {verdict.value for verdict in decode_verdicts(rows, "cpu", 1.0) if "4 steps, batch 1" in verdict.text} == {40, 32, 1.1}
-    add_ratios(rows)
-    assert [one["ratio_to_ar"] for one in rows] == [1.0, 1.0, 1.1, 1.9, 2.5]
+def test_a_compiled_row_is_compared_with_the_plain_ones():
+    rows = [made_up("ar_generate", 1, 1, 190.0, compiled=True), made_up("ar_generate", 1, 1, 100.0)]
+    rows += [made_up("published", 4, 1, 100.0), made_up("ours", 4, 1, 110.0), made_up("ours", 4, 1, 250.0, compiled=True)]
+    rows = with_ratios(rows)
+    assert [row.ratio_to_ar for row in rows] == [1.9, 1.0, 1.0, 1.1, 2.5]
+    assert [row.ratio_to_published for row in rows] == [None, None, 1.0, 1.1, 2.5]
 
 
 def test_compiled_tokens_are_compared_place_by_place():
-    def timed(*answers: list[int]) -> Timed:
-        return Timed([Decoded([answer], 4, 0) for answer in answers], [1.0], [0.5])
+    def timing(*answers: list[int]) -> DecodeTiming:
+        return DecodeTiming([Decoded([answer], 4, 0) for answer in answers], [1.0], [0.5])
 
-    plain, compiled = Case("ours", 4), Case("ours", 4, compiled=True)
-    both = {plain: timed([1, 2, 3, 4], [5, 6]), compiled: timed([1, 2, 9, 4], [5])}
-    assert equality(plain, both) == {} and equality(compiled, both) == {"equal_to_plain": 4 / 6}
+    assert equal_share(timing([1, 2, 9, 4], [5]), timing([1, 2, 3, 4], [5, 6])) == 4 / 6
 
 
 def test_what_is_compiled():
     """At batch 1, and not the published loop, which has no fixed shapes."""
-    chosen = cases((4, 2), 1, True)
+    chosen = decode_cases((4, 2), 1, True)
     assert [case.name for case in chosen if case.compiled] == ["ar_generate 1 compiled", "ours 4 compiled", "ours 2 compiled"]
-    assert [case for case in chosen if not case.compiled] == cases((4, 2), 1, False)
-    assert not any(case.compiled for case in cases((4, 2), 8, True))
+    assert [case for case in chosen if not case.compiled] == decode_cases((4, 2), 1, False)
+    assert not any(case.compiled for case in decode_cases((4, 2), 8, True))
 
 
 @pytest.mark.slow
@@ -233,16 +215,6 @@ def test_compiled_forms_are_measured():
     ]
 
 
-def test_a_forward_too_many_is_not_met_and_other_block_sizes_have_no_bar_of_speed():
-    rows = [made_up("published", 4, 1, 10.0), made_up("ours", 4, 1, 20.0, forwards=33)]
-    met = {verdict.text: verdict.met for verdict in decode_verdicts(rows, "cpu", 1.0)}
-    assert met["forwards, ours, 4 steps, batch 1, 8 blocks"] is False
-    assert met["tokens/s, ours / published, 4 steps, batch 1"] is True
-    other = [one | {"block_size": 4} for one in rows]
-    assert {verdict.met for verdict in decode_verdicts(other, "cpu", 1.0) if "tokens/s" in verdict.text} == {None}
-    assert decode_verdicts([], "cuda", 1.0) and not any(verdict.met for verdict in decode_verdicts([], "cuda", 1.0))
-
-
 def test_streamed_weights_count_an_embedding_only_where_the_head_shares_it():
     sizes: Any = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40}
     for tied in (True, False):
@@ -256,9 +228,14 @@ def test_a_sweep_row_sums_over_answers():
     def given(tokens: int, forwards: int, seconds: float) -> Answer:
         return Answer("", tokens, forwards, tokens / forwards, seconds / 2, seconds / 2, seconds + 5)
 
-    found = sweep_row(0.9, [Scored(given(6, 3, 2.0), True, 1.0), Scored(given(10, 5, 6.0), False, 0.5)])
-    assert (found["tokens_per_forward"], found["tokens_per_second"]) == (2.0, 2.0)
-    assert (found["exact_match"], found["edit_similarity"], found["answers"]) == (0.5, 0.75, 2)
+    scored = [ScoredAnswer(given(6, 3, 2.0), True, 1.0), ScoredAnswer(given(10, 5, 6.0), False, 0.5)]
+    row = answers_row(scored, threshold=0.9)
+    assert (row.tokens_per_forward, row.tokens_per_second) == (2.0, 2.0)
+    assert (row.exact_match, row.edit_similarity, row.answers) == (0.5, 0.75, 2)
+    sums = {"tokens_per_forward", "tokens_per_second", "exact_match", "edit_similarity"}
+    sums |= {"answers", "tokens", "forwards", "seconds"}
+    assert set(row.json) == {"threshold"} | sums
+    assert set(answers_row(scored, mode="ar").json) == {"mode"} | sums
 
 
 # --- the command -----------------------------------------------------------------------------------------------------------
@@ -285,12 +262,15 @@ def test_a_quick_run_prints_one_json_object_and_nothing_else(context: str):
     ]
     for one in report["rows"]:
         assert one["tokens_per_second"] == pytest.approx(16 * one["batch"] / (sum(one["seconds"]) / 2))
+        assert set(one) == KEYS | (IN_BLOCKS if one["decoder"] != "ar_generate" else set())
         assert one["first_token_seconds"] > 0 and len(one["seconds"]) == 2
         extra = {"ar_generate": 0, "published": 1, "ours": 0}[one["decoder"]]
         assert one["forwards_per_token"] == (one["steps"] + extra) / one["block_size"]
+        if one["decoder"] != "ar_generate":
+            forwards = one["steps_due"] + extra * one["blocks"]
+            assert one["forwards"] - one["prefill_forwards"] == forwards == (one["steps"] + extra) * 2
     assert [one["ratio_to_published"] is None for one in report["rows"]] == [one["steps"] == 1 for one in report["rows"]]
-    assert "forwards, ours, 4 steps, batch 1, 2 blocks  = 8  8  met" in done.err
-    assert "tokens/s, ours, batch 8 / batch 1, 4 steps  >= 1.80  -  not measured" in done.err
+    assert "met" not in done.err, "targets of the project are no part of the figures (tools/targets.py)"
 
 
 def test_a_checkpoint_is_measured_on_its_questions_with_its_own_stops(
@@ -370,18 +350,18 @@ def test_checkpoints_that_cannot_be_compared_are_refused(prepared: Callable[[str
 
 
 def test_numbers():
-    assert numbers("--steps", "8, 4,2", ()) == (8, 4, 2)
-    assert numbers("--steps", None, [3]) == (3,)
+    assert parse_numbers("--steps", "8, 4,2", ()) == (8, 4, 2)
+    assert parse_numbers("--steps", None, [3]) == (3,)
     assert set(DECODERS) == {"ar_generate", "published", "ours"}
 
 
 def test_rounds():
     """Fewer at larger batches, and few for a checkpoint, which has several prompts."""
-    rounds = [decode.repeats_of(DecodeBench(), CPU, batch) for batch in (1, 2, 8, 32)]
+    rounds = [decode.num_rounds(DecodeBench(), CPU, batch) for batch in (1, 2, 8, 32)]
     assert rounds == [5, 3, 3, 1]
-    assert decode.repeats_of(DecodeBench(directory=Path("x")), CPU, 1) == 2
-    assert decode.repeats_of(DecodeBench(quick=True), CPU, 1) == 1
-    assert decode.repeats_of(DecodeBench(repeats=4, quick=True), CPU, 8) == 4
+    assert decode.num_rounds(DecodeBench(directory=Path("x")), CPU, 1) == 2
+    assert decode.num_rounds(DecodeBench(quick=True), CPU, 1) == 1
+    assert decode.num_rounds(DecodeBench(repeats=4, quick=True), CPU, 8) == 4
 
 
 @pytest.mark.parametrize("decoder", list(DECODERS))
@@ -390,6 +370,6 @@ def test_the_time_to_the_first_token_is_that_of_one_prediction(decoder: str):
     model, prompts = tiny("causal")
     forwards: list[None] = []
     hook = model.language_model.register_forward_pre_hook(lambda *_: forwards.append(None))
-    assert decode.time_first(model, prompts, Case(decoder, 4), CPU) > 0
+    assert time_first(model, prompts, Case(decoder, 4), CPU) > 0
     hook.remove()
     assert len(forwards) == (1 if decoder == "ar_generate" else 2)

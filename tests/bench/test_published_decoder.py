@@ -23,12 +23,12 @@ FAMILIES = ("llama", "qwen2", "qwen3", "gemma2")  # gemma2: sliding windows, sho
 def test_the_published_loop_and_ours_give_the_same_tokens(
     model_type: str, context: str, grid: str, loaded: Callable[[str], Loaded]
 ):
-    """With a picture, prompts that end anywhere in a block, every number of steps, and an answer cut inside a block."""
+    """With an image, prompts that end anywhere in a block, every number of steps, and an answer cut inside a block."""
     model, _ = both = loaded(model_type)
     model.config.set_decoding("blocks", 4, context, grid, "same")
     seen: set[int] = set()
-    for text, picture_too in (("Is there a circle in it, or a star?", True), ("What?!", False)):
-        prompts = prompts_of(both, [chat(text, picture_too)], 10, frozenset({NEVER}))
+    for text, has_image in (("Is there a circle in it, or a star?", True), ("What?!", False)):
+        prompts = prompts_of(both, [chat(text, has_image)], 10, frozenset({NEVER}))
         for steps in (4, 3, 2, 1):
             theirs, own = published(model, prompts, steps), ours(model, prompts, steps)
             assert own.answers == theirs.answers
@@ -55,13 +55,13 @@ def test_both_end_an_answer_at_its_stop(loaded: Callable[[str], Loaded]):
     )
 
 
-def test_a_picture_in_the_block_that_the_answer_shares_is_refused(loaded: Callable[[str], Loaded]):
+def test_an_image_in_the_block_that_the_answer_shares_is_refused(loaded: Callable[[str], Loaded]):
     model, _ = both = loaded("llama")
     prompts = prompts_of(both, [chat("?", True)], 8)
     model.config.set_decoding("blocks", prompts.ids.shape[1] - 1, "block", "absolute", "same")
     published(model, prompts, 1)
     model.config.set_decoding("blocks", prompts.ids.shape[1] + 1, "block", "absolute", "same")
-    with pytest.raises(UsageError, match="a picture stands in the last .* tokens of the prompt"):
+    with pytest.raises(UsageError, match="an image stands in the last .* tokens of the prompt"):
         published(model, prompts, 2)
 
 

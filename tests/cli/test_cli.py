@@ -25,7 +25,6 @@ from diffvl.hub import request_diffvl, sampling_diffvl
 ENVIRONMENT = {"PYTHONPATH": str(Path(cli.__file__).parents[2]), "COLUMNS": "120"}  # of a process that finds diffvl's source
 VERBS = [
     "bench decode",
-    "bench objective",
     "bench train",
     "chat",
     "convert",
@@ -56,7 +55,6 @@ FLAGS = {
         *("--hidden", "--block-size", "--context", "--seed", "--quick", "--compile", "--no-compile", "--json"),
     },
     "bench modes": {"DIR", "--data", "--limit", "--max-new-tokens", "--device", "--json"},
-    "bench objective": {"--samples", "--seed", "--json"},
     "bench train": {
         *("--shapes", "--repeats", "--device", "--layers", "--hidden", "--block-size", "--context", "--seed", "--quick"),
         *("--profile", "--scaling", "--no-scaling", "--json"),
@@ -182,7 +180,6 @@ def test_help_and_version_load_neither_torch_nor_transformers_and_answer_at_once
         ["generate", "dir", "--prompt", "x", "--temperature", "-1"],
         ["evaluate", "dir", "--data", "x.json", "--limit", "0"],
         ["shapes", "dir", "--train", "0"],
-        ["bench", "objective", "--samples", "1"],
     ],
 )
 def test_words_that_do_not_fit_end_with_code_2(words: list[str], run):

@@ -7,8 +7,8 @@ from conftest import Loaded
 from helpers import picture
 
 from diffvl.bench.decoders import Prompts
-from diffvl.bench.forms import TrunkSize
-from diffvl.bench.subject import random_subject
+from diffvl.bench.random_model import TrunkSize
+from diffvl.bench.workload import random_workload
 
 CPU = torch.device("cpu")
 TINY = TrunkSize(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=128, vocabulary=512)
@@ -27,5 +27,5 @@ def prompts_of(loaded: Loaded, chats: list[list[dict[str, Any]]], limit: int, st
 
 
 def tiny(context: str = "block", batch: int = 1, tokens: int = 16) -> tuple[Any, Prompts]:
-    subject = random_subject(TINY, 8, context, batch, tokens, CPU, torch.float32, seed=0)
-    return subject.model, subject.prompts
+    workload = random_workload(TINY, 8, context, batch, tokens, CPU, torch.float32, seed=0)
+    return workload.model, workload.prompts

@@ -1,7 +1,7 @@
 """The three decoders that `diffvl bench decode` compares: the same weights, the same prompts, greedy.
 
-`ar_generate` is transformers' own `generate` on the trunk, called directly; `published` the block loop of
-`published_decoder`; `ours` the `generate` of the checkpoint, called as anybody would. What a picture costs (tower, connector)
+`ar_generate` is transformers' own `generate` on the trunk, called directly; `published` is the block loop of
+`published_decoder`; `ours` is the `generate` of the checkpoint, called as any user does. What an image costs (tower, connector)
 is part of all three.
 
 Shapes: B batch, L longest prompt, D block size.
@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 
-from diffvl.bench.published_decoder import answer_start, decode_published
+from diffvl.bench.published_decoder import answer_start, cut_at_stop, decode_published
 from diffvl.decode.answer import COMPILED
 from diffvl.hub.run_diffvl import BlockGenerationOutput
 from diffvl.hub.static_diffvl import many_forms
 
-NEVER = -1  # stands in the place of a stop token where nothing may end an answer but its limit
+NEVER = -1  # in place of a stop token, where only the limit may end an answer
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """ids [B, L], padded left; valid bool [B, L]; pixel_values of all pictures in reading order; limit: most tokens of an answer;
+    """ids [B, L], padded left; valid bool [B, L]; pixel_values of all images in reading order; limit: most tokens of an answer;
     stops: ids that end one, `{NEVER}` for none."""
 
     ids: torch.Tensor
@@ -41,13 +41,13 @@ class Prompts:
         return Prompts(self.ids, self.valid, self.pixel_values, limit, self.stops)
 
     def part(self, begin: int, end: int, config: Any) -> "Prompts":
-        """Some of them, with their pictures and no more padding than they need."""
-        pictures = (self.ids == config.image_token_id).logical_and(self.valid).sum(1).div(config.image_tokens).long().tolist()
+        """Takes some of them, with their images and no more padding than they need."""
+        num_images = (self.ids == config.image_token_id).logical_and(self.valid).sum(1).div(config.image_tokens).long().tolist()
         before = self.ids.shape[1] - max(self.lengths[begin:end])
         pixels = self.pixel_values
         if pixels is not None:
-            first = sum(pictures[:begin])
-            pixels = pixels[first : first + sum(pictures[begin:end])] if any(pictures[begin:end]) else None
+            first = sum(num_images[:begin])
+            pixels = pixels[first : first + sum(num_images[begin:end])] if any(num_images[begin:end]) else None
         return Prompts(self.ids[begin:end, before:], self.valid[begin:end, before:], pixels, self.limit, self.stops)
 
 
@@ -68,41 +68,42 @@ OnFirst = Callable[[], None]
 
 
 def ar_generate(model: Any, prompts: Prompts, steps: int, on_first: OnFirst | None = None, compiled: bool = False) -> Decoded:
-    """transformers' `generate` on the trunk, one token a forward; with `on_first` one token in all. compiled: with its own static
-    cache and compiled forward."""
+    """Decodes with transformers' `generate` on the trunk, one token a forward; with `on_first` one token in all. compiled: with
+    its own static cache and compiled forward."""
     trunk = model.language_model
-    # Out of the vocabulary and yet an id: "no stop token" cannot be said otherwise, because the trunk's own would be taken.
+    # An id outside the vocabulary: without one, `generate` would take the trunk's own stop token.
     never = trunk.get_output_embeddings().weight.shape[0]
     stops = [never] if prompts.stops == {NEVER} else sorted(prompts.stops)
     if prompts.pixel_values is None:
-        given, seen = {"input_ids": prompts.ids}, prompts.ids.shape[1]
+        inputs, begin = {"input_ids": prompts.ids}, prompts.ids.shape[1]
     else:
-        given, seen = {"inputs_embeds": model.embed(prompts.ids, prompts.pixel_values, None)}, 0
+        inputs, begin = {"inputs_embeds": model.embed(prompts.ids, prompts.pixel_values, None)}, 0
     with many_forms() if compiled else nullcontext():
         sequences = trunk.generate(
-            **given,
+            **inputs,
             attention_mask=prompts.valid.long(),
             max_new_tokens=1 if on_first is not None else prompts.limit,
             do_sample=False,
             eos_token_id=stops,
             pad_token_id=0 if prompts.stops == {NEVER} else stops[0],
             **(COMPILED if compiled else {}),
-        )[:, seen:]
-    answers = [cut(row, prompts.stops) for row in sequences.tolist()]
+        )[:, begin:]
+    answers = [cut_at_stop(tokens, prompts.stops) for tokens in sequences.tolist()]
     if on_first is not None:
         on_first()
     return Decoded(answers, sequences.shape[1], 0)
 
 
 def published(model: Any, prompts: Prompts, steps: int, on_first: OnFirst | None = None, compiled: bool = False) -> Decoded:
-    """The published block loop, for one prompt; it joins its cache anew in every step, and has no compiled form."""
+    """Decodes with the published block loop, one prompt; it joins its cache anew in every step, and has no compiled form."""
     assert len(prompts.ids) == 1 and not compiled
-    found = decode_published(model, prompts.ids, prompts.pixel_values, steps, prompts.limit, prompts.stops, on_first)
-    return Decoded([found.tokens], found.prefills + found.denoising + found.commits, found.prefills)
+    result = decode_published(model, prompts.ids, prompts.pixel_values, steps, prompts.limit, prompts.stops, on_first)
+    return Decoded([result.tokens], result.prefills + result.denoising + result.commits, result.prefills)
 
 
 def ours(model: Any, prompts: Prompts, steps: int, on_first: OnFirst | None = None, compiled: bool = False) -> Decoded:
-    """`generate` of the checkpoint; `on_first` is called after every step. compiled: as with `diffvl generate --compile`."""
+    """Decodes with `generate` of the checkpoint; `on_first` is called after every step. compiled: as with `diffvl generate
+    --compile`."""
     output = model.generate(
         prompts.ids,
         pixel_values=prompts.pixel_values,
@@ -118,9 +119,9 @@ def ours(model: Any, prompts: Prompts, steps: int, on_first: OnFirst | None = No
         **(COMPILED if compiled else {}),
     )
     assert isinstance(output, BlockGenerationOutput) and output.sequences is not None and output.forwards is not None
-    answers = [cut(row, prompts.stops) for row in output.sequences[:, prompts.ids.shape[1] :].tolist()]
-    alone = model.config.context == "causal" and any(answer_start(model.config, length) for length in prompts.lengths)
-    return Decoded(answers, output.forwards, int(alone))
+    answers = [cut_at_stop(tokens, prompts.stops) for tokens in output.sequences[:, prompts.ids.shape[1] :].tolist()]
+    has_prefill = model.config.context == "causal" and any(answer_start(model.config, length) for length in prompts.lengths)
+    return Decoded(answers, output.forwards, int(has_prefill))
 
 
 DECODERS: dict[str, Callable[..., Decoded]] = {
@@ -130,15 +131,26 @@ DECODERS: dict[str, Callable[..., Decoded]] = {
 }
 
 
-def cut(tokens: Sequence[int], stops: frozenset[int]) -> list[int]:
-    """An answer up to and including its first stop token."""
-    stop = next((place for place, token in enumerate(tokens) if token in stops), len(tokens) - 1)
-    return list(tokens[: stop + 1])
+@dataclass(frozen=True)
+class Case:
+    """One decoder at one number of steps. AR is a block of 1 in 1 step."""
+
+    decoder: str
+    steps: int
+    compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.decoder} {self.steps}" + (" compiled" if self.compiled else "")
+
+    def run(self, model: Any, prompts: Prompts, on_first: OnFirst | None = None) -> Decoded:
+        """Decodes the prompts."""
+        return DECODERS[self.decoder](model, prompts, self.steps, on_first, self.compiled)
 
 
 def blocks_and_steps(config: Any, lengths: Sequence[int], tokens: Sequence[int], steps: int) -> tuple[int, int]:
-    """How many blocks a batch with prompts and answers of these lengths decodes, and how many denoising steps these are due: no
-    block takes more steps than it has masks, and the samples of a batch go through their blocks together."""
+    """Counts the blocks that a batch with prompts and answers of these lengths decodes, and the denoising steps that these take:
+    no block takes more steps than it has masks, and the samples of a batch go through their blocks together."""
     size = config.block_size
     due: list[int] = []
     for length, answer in zip(lengths, tokens, strict=True):

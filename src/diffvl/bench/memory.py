@@ -38,7 +38,7 @@ class MemoryMeter:
     works: bool
 
     def start(self) -> int | None:
-        """Frees what nobody holds, sets the peak back, and gives the bytes in use now."""
+        """Frees what nobody holds, sets the peak back, and returns the bytes in use now."""
         release(self.device)
         if not self.works:
             return None
@@ -50,7 +50,7 @@ class MemoryMeter:
         return status_bytes("VmRSS")
 
     def peak(self) -> int | None:
-        """The most bytes in use since `start`."""
+        """Returns the most bytes in use since `start`."""
         if not self.works:
             return None
         if self.device.type == "cuda":
@@ -59,8 +59,8 @@ class MemoryMeter:
         return status_bytes("VmHWM")
 
 
-def meter_of(device: torch.device) -> MemoryMeter:
-    """The meter of a device; one that does not work here says why in its `method`."""
+def memory_meter(device: torch.device) -> MemoryMeter:
+    """Makes the meter of a device; one that does not work here says why in its `method`."""
     if device.type == "cuda":
         return MemoryMeter(device, CUDA_METHOD, works=True)
     if platform.system() != "Linux":
@@ -82,7 +82,7 @@ def release(device: torch.device) -> None:
 
 
 def set_mapping_limit(size: int) -> None:
-    """Blocks of `size` bytes and more get pages of their own, which leave the process when they are freed. Other allocators
+    """Gives blocks of `size` bytes and more pages of their own, which leave the process when they are freed. Other allocators
     than glibc's are left as they are."""
     if has_glibc():
         libc = ctypes.CDLL(None)
@@ -91,12 +91,12 @@ def set_mapping_limit(size: int) -> None:
 
 
 def has_glibc() -> bool:
-    """Whether memory comes from glibc."""
+    """Says whether memory comes from glibc."""
     return platform.libc_ver()[0] == "glibc"
 
 
 def status_bytes(name: str) -> int:
-    """A size from /proc/self/status, in bytes."""
+    """Reads a size from /proc/self/status, in bytes."""
     for line in STATUS.read_text(encoding="ascii", errors="replace").splitlines():
         key, _, value = line.partition(":")
         if key == name:

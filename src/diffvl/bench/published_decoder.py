@@ -3,8 +3,8 @@
 What SDAR (arXiv 2510.06303), SDAR-VL and DiffusionVL (arXiv 2512.15713) do in their `generate`: the prompt's whole blocks go in
 by one block-causal pass whose logits are thrown away; each block is read again at every denoising step with `store_kv=False`
 (the cache and the block's keys are joined anew in every layer) and once more with `store_kv=True`; the head runs on all D
-positions, in fp32; which tokens settle is decided row by row. The model is driven through its public call contract alone
-(DESIGN section 6), so any checkpoint that keeps the contract could stand here.
+positions, in fp32; which tokens settle is decided sample by sample. The model is called through the named arguments of its
+`forward` alone, so any checkpoint that has them could stand here.
 
 It departs from those files where they cannot give the same tokens as a right decoder: the quota of a step is counted over the
 masks of the block, as LLaDA does (SDAR counts over D, which is the same for a block without prompt tokens); a tie between
@@ -14,7 +14,7 @@ and the attention among clean tokens are those of the checkpoint.
 Shapes: P prompt length, T prompt and blocks, D block size, V vocabulary. Batch size is 1.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,7 @@ def decode_published(
         limit: most tokens of the answer. stops: ids that end it.
         on_first: called when the first tokens have settled.
     Raises:
-        UsageError: if a picture reaches into the block that the prompt shares with the answer; the loop cannot take one there.
+        UsageError: if an image reaches into the block that the prompt shares with the answer; the loop cannot take one there.
     """
     config = model.config
     size, mask_id = config.block_size, config.mask_token_id
@@ -70,8 +70,8 @@ def decode_published(
     total = start + -(-(length + limit - start) // size) * size
     if bool((prompt_ids[:, start:] == config.image_token_id).any()):
         raise UsageError(
-            f"a picture stands in the last {length - start} tokens of the prompt, in the block where the answer begins; the "
-            "published loop encodes pictures in the prefill only. Take data whose pictures stand before their question"
+            f"an image stands in the last {length - start} tokens of the prompt, in the block where the answer begins; the "
+            "published loop encodes images in the prefill only. Take data whose images stand before their question"
         )
     forbidden_V = never_predicted(config, model.get_output_embeddings().weight.shape[0], prompt_ids.device)
     clean_TT = clean_mask(config, start, total, prompt_ids.device)
@@ -83,8 +83,8 @@ def decode_published(
 
     # 1. The prompt's whole blocks, with logits for all of them.
     if start > 0:
-        pictures = {} if pixel_values is None else {"pixel_values": pixel_values}
-        _forward(model, ids_T[:, :start], clean_TT[:, :start, :start], position_T[:, :start], cache, True, **pictures)
+        images = {} if pixel_values is None else {"pixel_values": pixel_values}
+        _forward(model, ids_T[:, :start], clean_TT[:, :start, :start], position_T[:, :start], cache, True, **images)
         prefills = 1
     # 2. Block by block.
     begin = start
@@ -110,17 +110,22 @@ def decode_published(
         if any(token in stops for token in ids_T[0, length:end].tolist()):
             break
     tokens = ids_T[0, length:begin].tolist()[:limit]
+    return Published(cut_at_stop(tokens, stops), denoising, commits, prefills)
+
+
+def cut_at_stop(tokens: Sequence[int], stops: frozenset[int]) -> list[int]:
+    """Returns an answer up to and including its first stop token."""
     stop = next((place for place, token in enumerate(tokens) if token in stops), len(tokens) - 1)
-    return Published(tokens[: stop + 1], denoising, commits, prefills)
+    return list(tokens[: stop + 1])
 
 
 def answer_start(config: Any, length: int) -> int:
-    """Where the first decoded block begins in a prompt without earlier answers."""
+    """Returns where the first decoded block begins in a prompt without earlier answers."""
     return length if config.grid == "response" else length // config.block_size * config.block_size
 
 
 def clean_mask(config: Any, start: int, total: int, device: torch.device) -> torch.Tensor:
-    """Who sees whom among clean tokens, [1, T, T] with 1 = attend."""
+    """Says which clean token sees which, [1, T, T] with 1 = attend."""
     index = torch.arange(total, device=device)
     if config.context == "causal":
         return torch.ones(total, total, device=device).tril()[None]
@@ -131,12 +136,12 @@ def clean_mask(config: Any, start: int, total: int, device: torch.device) -> tor
 
 
 def quota(masks: int, steps: int, step: int) -> int:
-    """Tokens that settle in a step of a block with so many masks; the remainder goes to the first steps."""
+    """Counts the tokens that settle in a step, of a block with this many masks; the remainder goes to the first steps."""
     return masks // steps + (step < masks % steps)
 
 
 def settle(logits: torch.Tensor, block_D: torch.Tensor, masked_D: torch.Tensor, count: int) -> torch.Tensor:
-    """The block with its most confident predictions written in, row by row."""
+    """Writes the most confident predictions into the block, sample by sample."""
     confidence, ids = logits.softmax(-1).max(-1)
     confidence = torch.where(masked_D, confidence, -torch.inf)
     transfer = torch.zeros_like(masked_D)
@@ -155,9 +160,9 @@ def _forward(
     position: torch.Tensor,
     cache: DynamicCache,
     store_kv: bool,
-    **pictures: torch.Tensor,
+    **images: torch.Tensor,
 ) -> torch.Tensor:
-    """Logits of all positions."""
+    """Runs one forward; returns the logits of all positions."""
     return model(
         input_ids=ids,
         attention_mask=mask,
@@ -165,5 +170,5 @@ def _forward(
         past_key_values=cache,
         use_cache=True,
         store_kv=store_kv,
-        **pictures,
+        **images,
     ).logits

@@ -1,22 +1,22 @@
-"""The words of `diffvl bench`: flags -> one measurement -> tables, or one JSON object on stdout with the bars on stderr.
+"""The commands of `diffvl bench`: flags -> one comparison -> tables, or one JSON object.
 
-As in `cli.py`, torch and transformers are imported inside commands only.
+Torch and transformers are imported inside commands only.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from diffvl.cli.output import print_json, print_line, print_table
-from diffvl.terminal.console import complain, console
+from diffvl.terminal.console import console
 
 Device = Literal["auto", "cpu", "cuda"]
 Context = Literal["block", "causal"]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of every random draw.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
-bench = typer.Typer(help="Measure the core of this package on this machine.", no_args_is_help=True)
+bench = typer.Typer(help="Measure speed on this machine: training, decoding, a converted model.", no_args_is_help=True)
 
 
 @bench.command("train", epilog="Example:  diffvl bench train --json > bench.json")
@@ -32,13 +32,13 @@ def bench_train(
     context: Annotated[Context, typer.Option(help="Attention among clean tokens.")] = "block",
     seed: Seed = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, to see that it runs; the figures mean nothing.")] = False,
-    profile: Annotated[bool, typer.Option("--profile", help="Name the kernels that a step of ours goes to.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Name the kernels that take the time of a step of ours.")] = False,
     scaling: Annotated[bool, typer.Option(help="Fit how time grows with sample and answer.")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Compare a training step of this package with AR finetuning and with block diffusion as published."""
-    from diffvl.bench.tables import bar_lines, tables
-    from diffvl.bench.train import TrainBench, compare
+    from diffvl.bench.tables import train_tables
+    from diffvl.bench.train import TrainBench, compare_training
     from diffvl.terminal.bars import quiet_libraries
 
     quiet_libraries()
@@ -55,14 +55,8 @@ def bench_train(
         profile=profile,
         scaling=scaling,
     )
-    report = compare(request, console(stderr=True))
-    if as_json:
-        for line in bar_lines(report.verdicts):
-            complain(line)
-        print_json(report.json)
-    else:
-        for headings, rows in tables(report.machine, report.rows, report.fits, report.verdicts):
-            print_table(headings, rows)
+    comparison = compare_training(request, console(stderr=True))
+    _print(comparison.json if as_json else train_tables(comparison))
 
 
 @bench.command(
@@ -92,10 +86,9 @@ def bench_decode(
     as_json: AsJson = False,
 ) -> None:
     """Compare decoding with transformers' AR generate and with the block loop as published."""
-    from diffvl.bench.decode import compare_decoders
-    from diffvl.bench.decode_request import DecodeBench, sweep_request
-    from diffvl.bench.decode_tables import decode_bar_lines, decode_tables, sweep_tables
-    from diffvl.bench.sweep import sweep as run_sweep
+    from diffvl.bench.answers import sweep_request, sweep_thresholds
+    from diffvl.bench.decode import DecodeBench, compare_decoders
+    from diffvl.bench.tables import decode_tables, sweep_tables
     from diffvl.terminal.bars import quiet_libraries
 
     quiet_libraries()
@@ -115,21 +108,12 @@ def bench_decode(
         quick=quick,
         compile=compile,
     )
-    bars = []
     if sweep or limit is not None:
-        figures = run_sweep(sweep_request(request, sweep, limit), console(stderr=True))
-        shown = sweep_tables(figures["machine"], figures["rows"])
+        swept = sweep_thresholds(sweep_request(request, sweep, limit), console(stderr=True))
+        _print(swept.json if as_json else sweep_tables(swept))
     else:
-        report = compare_decoders(request, console(stderr=True))
-        figures, shown = report.json, decode_tables(report.machine, report.rows, report.verdicts)
-        bars = decode_bar_lines(report.verdicts)
-    if as_json:
-        for line in bars:
-            complain(line)
-        print_json(figures)
-    else:
-        for headings, rows in shown:
-            print_table(headings, rows)
+        comparison = compare_decoders(request, console(stderr=True))
+        _print(comparison.json if as_json else decode_tables(comparison))
 
 
 @bench.command("modes", epilog="Example:  diffvl bench modes runs/demo/diffuse --data test.json --limit 12")
@@ -142,32 +126,21 @@ def bench_modes(
     as_json: AsJson = False,
 ) -> None:
     """Compare a converted model in blocks with its own token-by-token decoding, on the same questions."""
-    from diffvl.bench.answered import AnswersBench
-    from diffvl.bench.modes import compare_modes, modes_line
+    from diffvl.bench.answers import AnswersBench, compare_modes, modes_line
     from diffvl.terminal.bars import quiet_libraries
 
     quiet_libraries()
-    report = compare_modes(AnswersBench(directory, data, limit, max_new_tokens, device), console(stderr=True))
+    comparison = compare_modes(AnswersBench(directory, data, limit, max_new_tokens, device), console(stderr=True))
     if as_json:
-        print_json(report)
+        print_json(comparison.json)
     else:
-        print_line(modes_line(report))
+        print_line(modes_line(comparison))
 
 
-@bench.command("objective", epilog="Example:  diffvl bench objective --json > variance.json")
-def bench_objective(
-    samples: Annotated[int, typer.Option(min=128, help="Gradients drawn for each sampled figure.", metavar="N")] = 384,
-    seed: Seed = 0,
-    as_json: AsJson = False,
-) -> None:
-    """Measure variance and bias of the gradient under each way to draw noise and weigh tokens."""
-    from diffvl.bench.objective import measure_objective, tables
-    from diffvl.terminal.bars import quiet_libraries
-
-    quiet_libraries()
-    report = measure_objective(samples, seed, console(stderr=True))
-    if as_json:
-        print_json(report)
+def _print(figures: dict[str, Any] | list[tuple[list[str], list[tuple[str, ...]]]]) -> None:
+    """Prints one JSON object, or tables."""
+    if isinstance(figures, dict):
+        print_json(figures)
     else:
-        for headings, rows in tables(report):
+        for headings, rows in figures:
             print_table(headings, rows)

@@ -1,7 +1,7 @@
-"""What `diffvl bench decode` decodes: a model with random weights and random prompts, or a checkpoint and its questions.
+"""What `diffvl bench decode` decodes: a model with random weights and random prompts, or a checkpoint and questions.
 
-Random weights measure the engine: nothing may end an answer but its limit, so every decoder makes the same tokens at a fixed
-number per step. A trained checkpoint measures the whole, with its own stops.
+Random weights measure the engine: only its limit ends an answer, so every decoder makes the same tokens at a fixed number per
+step. A trained checkpoint measures the whole, with its own stops.
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from diffvl.bench.decoders import NEVER, Prompts
-from diffvl.bench.forms import NUM_SPECIAL, STOP_TOKEN, TrunkSize, build_model
 from diffvl.bench.published_decoder import require_same_target
+from diffvl.bench.random_model import NUM_SPECIAL, STOP_TOKEN, TrunkSize, build_model
 from diffvl.config.recipe import Data
 from diffvl.data.records import iterate_records
 from diffvl.decode.answer import Decoder, context_length, encode, load_for_decoding
@@ -21,7 +21,7 @@ from diffvl.errors import UsageError
 from diffvl.evaluation.answer_turns import answer_turns, chat_before
 from diffvl.evaluation.reading import reading_of
 
-# Tokens of the prompts of a batch, over and over; the first is that of batch 1.
+# Tokens of the prompts of a batch, repeated for larger ones; the first is that of batch 1.
 PROMPT_LENGTHS = (96, 64, 128, 80, 112, 72, 120, 88)
 PROMPTS = (
     "Describe a harbour at sunrise.",
@@ -35,25 +35,25 @@ WEIGHT_GAIN = 2.0
 
 
 @dataclass(frozen=True)
-class Subject:
-    """prompts: as many as the largest batch, and no fewer than `asked`, which is how many are decoded at any batch size. name: of
-    the model, in words."""
+class Workload:
+    """A model and its prompts. prompts: as many as the largest batch, and no fewer than `num_decoded`, which is how many are
+    decoded at any batch size that is smaller. name: of the model, in words."""
 
     model: Any
     prompts: Prompts
-    asked: int
+    num_decoded: int
     name: str
 
     def groups(self, batch: int) -> list[Prompts]:
-        """The prompts as batches of this size: as many as hold what is asked, or one."""
-        count = max(self.asked // batch, 1)
+        """Splits the prompts into batches of this size: as many as hold `num_decoded` prompts, or one."""
+        count = max(self.num_decoded // batch, 1)
         return [self.prompts.part(place * batch, (place + 1) * batch, self.model.config) for place in range(count)]
 
 
-def random_subject(
+def random_workload(
     size: TrunkSize, block_size: int, context: str, batch: int, tokens: int, device: torch.device, dtype: torch.dtype, seed: int
-) -> Subject:
-    """Random weights and prompts of whole blocks, so that every block is full of masks; absolute grid, target same."""
+) -> Workload:
+    """Draws weights, and prompts of whole blocks, so that every block is full of masks; absolute grid, target same."""
     model = build_model(size, device, dtype, seed, std=WEIGHT_GAIN / size.hidden**0.5).eval()
     model.config.set_decoding("blocks", block_size, context, "absolute", "same")
     lengths = [max(length // block_size, 1) * block_size for length in islice(cycle(PROMPT_LENGTHS), batch)]
@@ -63,11 +63,13 @@ def random_subject(
     prompts = Prompts(ids.to(device), valid.to(device), None, tokens, frozenset({NEVER}))
     sizes = f"hidden {size.hidden}, layers {size.layers}, heads {size.heads}, kv heads {size.kv_heads}, "
     sizes += f"intermediate {size.intermediate}, vocabulary {size.vocabulary}"
-    return Subject(model, prompts, 1, f"random weights, llama-like, {sizes}, tied")
+    return Workload(model, prompts, 1, f"random weights, llama-like, {sizes}, tied")
 
 
-def trained_subject(directory: Path, data: Path | None, batch: int, asked: int, tokens: int, device: torch.device) -> Subject:
-    """A checkpoint with the first questions of the file (or a few of this module's), repeated where more are needed.
+def checkpoint_workload(
+    directory: Path, data: Path | None, batch: int, num_decoded: int, tokens: int, device: torch.device
+) -> Workload:
+    """Loads a checkpoint and the first questions of the file (or a few of this module's), repeated where more are needed.
 
     Raises:
         CheckpointError, DataError: if directory or file are not what they should be.
@@ -76,7 +78,7 @@ def trained_subject(directory: Path, data: Path | None, batch: int, asked: int, 
     decoder = load_block_decoder(directory, device)
     config = decoder.model.config
     require_same_target(config)
-    count = max(batch, asked)
+    count = max(batch, num_decoded)
     chats = [[{"role": "user", "content": text}] for text in PROMPTS]
     if data is not None:
         chats = first_questions(data, count, reading_of(directory, data))
@@ -89,11 +91,11 @@ def trained_subject(directory: Path, data: Path | None, batch: int, asked: int, 
         )
     valid = inputs["attention_mask"].bool()
     prompts = Prompts(inputs["input_ids"], valid, inputs.get("pixel_values"), tokens, frozenset(config.stop_token_ids))
-    return Subject(decoder.model, prompts, asked, f"{directory} ({config.text_config.model_type})")
+    return Workload(decoder.model, prompts, num_decoded, f"{directory} ({config.text_config.model_type})")
 
 
 def load_block_decoder(directory: Path, device: torch.device) -> Decoder:
-    """Raises UsageError for a checkpoint that has only seen the next-token objective."""
+    """Loads a checkpoint. Raises UsageError for one that has only seen the next-token objective."""
     decoder = load_for_decoding(directory)
     if decoder.model.config.decoding != "blocks":
         raise UsageError(
@@ -105,6 +107,6 @@ def load_block_decoder(directory: Path, device: torch.device) -> Decoder:
 
 
 def first_questions(data: Path, count: int, reading: Data) -> list[list[dict[str, Any]]]:
-    """The first question of each of the first records; no others are read."""
-    chosen = islice(iterate_records(data, reading.image_folder, reading.unpaired_turns), count)
-    return [chat_before(record, next(answer_turns(record))) for record in chosen]
+    """Reads the first question of each of the first records, and nothing after them."""
+    records = islice(iterate_records(data, reading.image_folder, reading.unpaired_turns), count)
+    return [chat_before(record, next(answer_turns(record))) for record in records]

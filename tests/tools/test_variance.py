@@ -1,4 +1,4 @@
-"""`diffvl bench objective`: that its exact figures are what drawing gives, that the sampled ones are gradients, and what it says.
+"""`python -m tools.variance`: its exact figures are what drawing gives, the sampled ones are gradients, and what it prints.
 
 Shapes: D block size, B blocks, P parameters.
 """
@@ -12,12 +12,14 @@ import pytest
 import torch
 from helpers import QUIET
 
-from diffvl.bench import exact, objective, sampled
 from diffvl.config.recipe import BlockDiffusionObjective, UniformNoise
 from diffvl.objective.losses import Draw, block_diffusion
 from diffvl.objective.noise import mask_ratios, masked_tokens
 from diffvl.objective.weights import block_weights
 from diffvl.seeding import sample_generator
+from tools.variance import __main__ as program
+from tools.variance import exact, sampled, study
+from tools.variance.tables import tables
 
 D, B = 4, 4
 SEED = 4
@@ -73,7 +75,7 @@ def test_enumerated_sums_are_those_of_autograd(table: torch.Tensor):
 
 
 def drawn(table: torch.Tensor, draws: str, weight: str, samples: int = 6000) -> torch.Tensor:
-    """The sum over a sample's blocks as noise.py and loss.py draw and weigh it, [samples, P + 1]."""
+    """The sum over a sample's blocks as noise.py and weights.py draw and weigh it, [samples, P + 1]."""
     noise = UniformNoise(t_min=0.05, t_max=0.95, draws="independent" if draws == "complementary" else draws)  # type: ignore[arg-type]
     t = torch.cat([mask_ratios(noise, torch.arange(B), B, 0.0, sample_generator(1, 0, number)) for number in range(samples)])
     p_R, everywhere = t.repeat_interleave(D), torch.ones(samples * B * D, dtype=torch.bool)
@@ -99,25 +101,25 @@ def test_figures_of_several_answers_are_sums():
     parts = [
         exact.Enumerated(4, *(value[i : i + 1] for value in (answers.total, answers.square, answers.cross))) for i in range(3)
     ]
-    for draws in objective.DRAWS:
-        law = exact.estimate(t_T, 4, draws, "1/t" if draws != "complementary" else "effective")
-        signals = [float((torch.einsum("n,abnp->ap", law.mean.mean(0), part.total) ** 2).sum()) for part in parts]
-        noises = [exact.exact(part, law).noise_to_signal * signal for part, signal in zip(parts, signals, strict=True)]
-        assert exact.exact(answers, law).noise_to_signal == pytest.approx(sum(noises) / sum(signals), rel=1e-9)
+    for draws in study.DRAWS:
+        weights = exact.estimator(t_T, 4, draws, "1/t" if draws != "complementary" else "effective")
+        signals = [float((torch.einsum("n,abnp->ap", weights.mean.mean(0), part.total) ** 2).sum()) for part in parts]
+        noises = [exact.moments(part, weights).noise_to_signal * signal for part, signal in zip(parts, signals, strict=True)]
+        assert exact.moments(answers, weights).noise_to_signal == pytest.approx(sum(noises) / sum(signals), rel=1e-9)
 
 
-@pytest.mark.parametrize("weight", objective.WEIGHTS)
-@pytest.mark.parametrize("draws", objective.DRAWS)
+@pytest.mark.parametrize("weight", study.WEIGHTS)
+@pytest.mark.parametrize("draws", study.DRAWS)
 def test_exact_variance_is_that_of_drawn_estimates(draws: str, weight: str, table: torch.Tensor):
     """Of gradient and loss; within 4 standard errors of the variance, over 24 batches."""
     t_T = exact.quantiles(UniformNoise(t_min=0.05, t_max=0.95, draws="stratified"), 0.0)
-    law = exact.estimate(t_T, D, draws, weight)
+    weights = exact.estimator(t_T, D, draws, weight)
     estimates = drawn(table, draws, weight)
     for masks, values in zip(
         exact.enumerate_masks("fitted", D, 1, B * D, SEED), (estimates[:, :-1], estimates[:, -1:]), strict=True
     ):
-        found = exact.exact(masks, law)
-        mean = (law.mean.mean(0)[None, :, None] * masks.total[0]).sum((0, 1))
+        found = exact.moments(masks, weights)
+        mean = (weights.mean.mean(0)[None, :, None] * masks.total[0]).sum((0, 1))
         batches = values.view(24, -1, values.shape[1]).var(1).sum(1)
         error = float(batches.std() / math.sqrt(24))
         assert abs(float(batches.mean()) - found.noise_to_signal * float(mean @ mean)) < 4 * error
@@ -128,13 +130,13 @@ def test_exact_bias_is_known_where_it_is_known():
     """1/t under uniform noise is the bound's; effective falls short by D / (D + 1); none has another direction."""
     t_T = exact.quantiles(UniformNoise(t_min=1e-6, draws="stratified"), 0.0)
     gradient, _ = exact.enumerate_masks("fitted", 8, 3, 64, 0)
-    found = {weight: exact.exact(gradient, exact.estimate(t_T, 8, "independent", weight)) for weight in objective.WEIGHTS}
+    found = {weight: exact.moments(gradient, exact.estimator(t_T, 8, "independent", weight)) for weight in study.WEIGHTS}
     assert (found["1/t"].scale, found["1/t"].cosine) == pytest.approx((1.0, 1.0), abs=1e-3)
     assert (found["effective"].scale, found["effective"].cosine) == pytest.approx((8 / 9, 1.0), abs=1e-3)
     assert found["none"].cosine < 0.97
-    law = exact.estimate(t_T, 8, "independent", "none")
-    assert (law.masked_share, law.blocks_without_mask) == pytest.approx((1 / 2, 1 / 9), abs=1e-4)
-    both = exact.estimate(t_T, 8, "complementary", "none")
+    weights = exact.estimator(t_T, 8, "independent", "none")
+    assert (weights.masked_share, weights.blocks_without_mask) == pytest.approx((1 / 2, 1 / 9), abs=1e-4)
+    both = exact.estimator(t_T, 8, "complementary", "none")
     assert (both.masked_share, both.blocks_without_mask) == (1.0, 0.0)
 
 
@@ -145,16 +147,16 @@ def settings(**others: Any) -> BlockDiffusionObjective:
     return BlockDiffusionObjective.model_validate({"block_size": 4, "grid": "response", "weight": "effective", **others})
 
 
-def test_gradients_of_rows_are_those_of_one_row_at_a_time(monkeypatch: pytest.MonkeyPatch):
-    """Two answers in batches of three rows each."""
-    monkeypatch.setattr(sampled, "ROWS", 6)
+def test_gradients_of_a_batch_are_those_of_one_sample_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    """Two answers, each three times in a batch."""
+    monkeypatch.setattr(sampled, "BATCH", 6)
     texts, model = sampled.Texts(12, 0), sampled.random_trunk(0)
-    answers = [texts.one(), texts.one()]
+    answers = [texts.sample(), texts.sample()]
     together = sampled.sample_gradients(model, answers, settings(), 0.0, 7, 2)
     names = [name for name, _ in model.language_model.named_parameters() if ".layers." in name and "proj" in name]
     weights = [model.language_model.get_parameter(name) for name in sorted(names)]
     sums, squares, masked = torch.zeros_like(together.sums), torch.zeros_like(together.squares), 0
-    batch: dict[str, Any] = {**sampled.in_rows([answer for answer in answers for _ in range(3)])}
+    batch: dict[str, Any] = {**sampled.batch_of([answer for answer in answers for _ in range(3)])}
     for step, row in itertools.product(range(2), range(6)):
         alone: Any = {name: value[row : row + 1] for name, value in batch.items()} | {"row": torch.tensor([0])}
         output = block_diffusion(model, model.config, alone, settings(), Draw(7, step, 0.0))
@@ -183,52 +185,75 @@ def test_figures_of_known_gradients():
 
 def test_figures_against_the_bound(monkeypatch: pytest.MonkeyPatch):
     """The reference falls short of the bound by D / (D + 1), here of (4, 0); what is drawn has mean (2, 2), without scatter."""
-    monkeypatch.setattr(objective, "ANSWER", 16)
+    monkeypatch.setattr(study, "ANSWER", 16)
 
     def still(mean: list[float]) -> sampled.Gradients:
         sums = 10 * torch.tensor([[mean, mean]], dtype=torch.float64)
         squares = torch.full((1, 2), 10 * sum(x * x for x in mean), dtype=torch.float64)
         return sampled.Gradients(sums, squares, draws=10, masked=8.0, tokens=96.0)
 
-    figures = objective._figures(still([2.0, 2.0]), still([4.0 * 8 / 9, 0.0]), block_size=8)
+    case = study.Case("fitted", 8, "uniform", "effective", "independent")
+    figures = study.against_bound(case, still([2.0, 2.0]), still([4.0 * 8 / 9, 0.0]))
     expected = {"scale": 0.5, "cosine": 0.5**0.5, "masked_share": 0.5, "tokens_per_forward": 96, "noise_to_signal": 0.0}
-    assert {name: figures[name] for name in expected} == pytest.approx(expected, abs=1e-9)
+    assert {name: getattr(figures, name) for name in expected} == pytest.approx(expected, abs=1e-9)
 
 
 def test_texts_can_be_learned_and_fitting_learns(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sampled, "FIT_STEPS", 40)
     texts, model = sampled.Texts(16, 3), sampled.random_trunk(3)
-    ids = texts.one().ids
+    ids = texts.sample().ids
     successors = {int(token): int(follower) for token, follower in enumerate(texts.successor)}
-    follows = sum(successors[one] == other for one, other in itertools.pairwise(ids + texts.one().ids))
+    follows = sum(successors[one] == other for one, other in itertools.pairwise(ids + texts.sample().ids))
     assert follows > 0.6 * 2 * len(ids) and max(ids) < sampled.TRUNK.vocabulary - 2
     assert sampled.fit(model, texts, [settings()]) < 0.9 * math.log(sampled.TRUNK.vocabulary - 2)
 
 
-# --- the command -----------------------------------------------------------------------------------------------------------
+# --- the program -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_report_and_its_tables(monkeypatch: pytest.MonkeyPatch):
-    """On sizes at which the figures mean nothing."""
-    monkeypatch.setattr(objective, "ANSWER", 16)
-    monkeypatch.setattr(objective, "BLOCK_SIZES", (4, 8))
-    monkeypatch.setattr(objective, "WEIGHTS", ("effective",))
-    monkeypatch.setattr(
-        objective, "SCHEDULES", {"uniform": objective.SCHEDULES["uniform"], "beta end": objective.SCHEDULES["beta end"]}
-    )
-    monkeypatch.setattr(sampled, "ROWS", 8)
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes at which the figures mean nothing."""
+    monkeypatch.setattr(study, "ANSWER", 16)
+    monkeypatch.setattr(study, "BLOCK_SIZES", (4, 8))
+    monkeypatch.setattr(study, "WEIGHTS", ("effective",))
+    monkeypatch.setattr(study, "SCHEDULES", {name: study.SCHEDULES[name] for name in ("uniform", "beta end")})
+    monkeypatch.setattr(sampled, "BATCH", 8)
     monkeypatch.setattr(sampled, "FIT_STEPS", 2)
+
+
+def test_the_study_and_its_tables(small: None):
     threads = torch.get_num_threads()
-    report = objective.measure_objective(17, 0, QUIET)
+    found = study.measure_objectives(17, 0, QUIET)
     assert torch.get_num_threads() == threads
-    assert json.loads(json.dumps(report)) == report
-    assert report["settings"]["samples"] == 16
-    assert len(report["exact"]) == 2 * 2 * 2 * 4 and len(report["sampled"]) == 4 + 4 + 2 * 4
-    sized = {row["block_size"] for row in report["exact"]}
-    assert sized == {4, 8}
-    machine, exactly, drawn_rows = objective.tables(report)
-    assert [len(exactly[1]), len(drawn_rows[1])] == [8, 4]
-    for headings, lines in (machine, exactly, drawn_rows):
+    assert found.settings["samples"] == 16
+    assert len(found.exact) == 2 * 2 * 2 * 4 and len(found.sampled) == 4 + 4 + 2 * 4
+    assert {figures.block_size for figures in found.exact} == {4, 8}
+    machine, exactly, drawn_lines = tables(found)
+    assert [len(exactly[1]), len(drawn_lines[1])] == [8, 4]
+    for headings, lines in (machine, exactly, drawn_lines):
         assert all(len(line) == len(headings) for line in lines)
-    first = next(row for row in report["exact"] if row["draws"] == "synchronous")
-    assert exactly[1][0][:5] == ("untrained", "4", "uniform", "effective", f"{first['noise_to_signal']:.3f}")
+    first = next(figures for figures in found.exact if figures.draws == "synchronous")
+    assert exactly[1][0][:5] == ("untrained", "4", "uniform", "effective", f"{first.noise_to_signal:.3f}")
+
+
+def test_the_program_prints_one_json_object_or_tables(
+    small: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sampled, "BATCH", 64)
+    program.main(["--samples", "128", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert list(report) == ["machine", "settings", "exact", "sampled"]
+    keys = {"model", "block_size", "schedule", "weight", "draws", "noise_to_signal", "scale", "cosine", "masked_share"}
+    assert set(report["exact"][0]) == keys | {"loss_noise_to_signal", "blocks_without_mask"}
+    assert set(report["sampled"][0]) == keys | {"standard_error", "tokens_per_forward"}
+    program.main(["--samples", "128"])
+    out = capsys.readouterr().out
+    assert "loss strat" in out and " ± " in out
+
+
+@pytest.mark.parametrize("samples", ["127", "1", "x"])
+def test_too_few_samples_for_a_standard_error_are_refused(samples: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        program.main(["--samples", samples])
+    assert stop.value.code == 2 and "expected a whole number from 128 on" in capsys.readouterr().err
