@@ -143,7 +143,7 @@ def _row(rows: Sequence[Row], decoder: str, batch: int, steps: int | None, compi
 
 def check_report(report: Any) -> list[Target]:
     """Chooses the targets by what was measured. Raises ValueError for a report that there are none for."""
-    rows = report.get("rows") if isinstance(report, dict) else None
+    rows: list[Row] = report.get("rows", []) if isinstance(report, dict) else []
     first, machine = (rows[0], report["machine"]) if rows else ({}, {})
     if "form" in first:
         return train_targets(rows, machine["device"])
