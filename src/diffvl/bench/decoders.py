@@ -16,8 +16,8 @@ import torch
 
 from diffvl.bench.published_decoder import answer_start, decode_published
 from diffvl.decode.answer import COMPILED
-from diffvl.hub.run_diffvl import BlockGenerationOutput
-from diffvl.hub.static_diffvl import many_forms
+from diffvl.hub.answers_diffvl import BlockGenerationOutput
+from diffvl.hub.cache_diffvl import many_forms
 
 NEVER = -1  # stands in the place of a stop token where nothing may end an answer but its limit
 

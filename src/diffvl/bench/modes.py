@@ -10,7 +10,7 @@ from rich.console import Console
 
 from diffvl.bench import machine
 from diffvl.bench.answered import AnswersBench, answer_all, described, load_questions, totals
-from diffvl.decode.answer import DecodeSettings
+from diffvl.hub.settings_diffvl import DecodeSettings
 
 THRESHOLD = 0.9
 
@@ -24,7 +24,7 @@ def compare_modes(request: AnswersBench, console: Console) -> dict[str, Any]:
     load_before = round(machine.load(), 2)
     decoder, asked = load_questions(request)
     ways = {
-        "blocks": DecodeSettings(max_new_tokens=request.new_tokens, strategy="low_confidence_dynamic", threshold=THRESHOLD),
+        "blocks": DecodeSettings(max_new_tokens=request.new_tokens, remasking="low_confidence_dynamic", threshold=THRESHOLD),
         "ar": DecodeSettings(max_new_tokens=request.new_tokens, mode="ar"),
     }
     rows = [{"mode": name, **totals(found)} for name, found in answer_all(decoder, asked, ways, console).items()]

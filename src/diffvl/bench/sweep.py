@@ -10,7 +10,7 @@ from rich.console import Console
 
 from diffvl.bench import machine
 from diffvl.bench.answered import AnswersBench, Scored, answer_all, described, load_questions, totals
-from diffvl.decode.answer import DecodeSettings
+from diffvl.hub.settings_diffvl import DecodeSettings
 
 THRESHOLDS = (1.0, 0.95, 0.9, 0.8, 0.6)
 
@@ -20,7 +20,7 @@ def sweep(request: AnswersBench, console: Console) -> dict[str, Any]:
     load_before = round(machine.load(), 2)
     decoder, asked = load_questions(request)
     ways = {
-        str(threshold): DecodeSettings(max_new_tokens=request.new_tokens, strategy="low_confidence_dynamic", threshold=threshold)
+        str(threshold): DecodeSettings(max_new_tokens=request.new_tokens, remasking="low_confidence_dynamic", threshold=threshold)
         for threshold in THRESHOLDS
     }
     scored = answer_all(decoder, asked, ways, console)
