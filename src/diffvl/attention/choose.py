@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from diffvl.attention.cpu import CPU_TILE, TILED
 from diffvl.errors import ConfigError
-from diffvl.hub.layout_diffvl import Layout, attends, attention_masks, clean_layout, for_layers, rope_ids
+from diffvl.hub.layout_diffvl import Layout, attends, attention_masks, clean_layout, for_layers
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def _try_tiles(trunk: PreTrainedModel) -> None:
     masks = training_masks(trunk.config.get_text_config(decoder=True), layout, torch.float32)
     with torch.random.fork_rng(devices=[]):
         # In training mode, where a model may want dropout of its attention.
-        trunk.train()(input_ids=ids, attention_mask=masks, position_ids=rope_ids(layout.position), use_cache=False)
+        trunk.train()(input_ids=ids, attention_mask=masks, position_ids=layout.position, use_cache=False)
     trunk.train(training)
 
 

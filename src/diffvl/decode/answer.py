@@ -1,7 +1,7 @@
 """DiffVL directory + images + prompt -> answer, in blocks (or token by token, where the weights know only that).
 
 Settings become arguments of the model's own `generate` here and nowhere else; what a checkpoint cannot do with them is refused
-before anything is decoded, in the words of the command line.
+before anything is decoded, in the terms of the command line.
 """
 
 import time

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from diffvl.doctor.streams import GRID_OF, Streams, Token, forward, plain_forward, text, text_config, tokens_of, vocabulary
 from diffvl.doctor.tiny_copy import FIRST_ORDINARY
 from diffvl.hub.cache_diffvl import BlockCache
-from diffvl.hub.layout_diffvl import Layout, attention_masks, block_kernels, clean_layout, rope_ids
+from diffvl.hub.layout_diffvl import Layout, attention_masks, block_kernels, clean_layout
 from diffvl.hub.modeling_diffvl import mapped_rows
 from diffvl.prepare.proof import TOLERANCE, largest, native_logits, smallest, spread
 
@@ -164,7 +164,7 @@ def _cached(two: Streams, cache: BlockCache, past: torch.Tensor, fresh: torch.Te
         output = two.trunk(
             input_ids=two.ids[:1, fresh],
             attention_mask=attention_masks(text_config(two.trunk), layout, queries, torch.float32, sees_all=store is False),
-            position_ids=rope_ids(layout.position)[:, queries],
+            position_ids=layout.position[:, queries],
             past_key_values=cache,
             use_cache=True,
         )
@@ -178,9 +178,7 @@ def _embeddings_error(two: Streams) -> float:
     masks = attention_masks(text_config(two.trunk), two.layout, slice(None), torch.float32)
 
     def run(embeds: torch.Tensor) -> torch.Tensor:
-        output = two.trunk(
-            inputs_embeds=embeds, attention_mask=masks, position_ids=rope_ids(two.layout.position), use_cache=False
-        )
+        output = two.trunk(inputs_embeds=embeds, attention_mask=masks, position_ids=two.layout.position, use_cache=False)
         return output.logits.float()
 
     embeds = two.trunk.get_input_embeddings()(two.ids)

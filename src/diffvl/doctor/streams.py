@@ -14,16 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from diffvl.doctor.tiny_copy import FIRST_ORDINARY
-from diffvl.hub.layout_diffvl import (
-    Layout,
-    NoisyStream,
-    attention_masks,
-    block_index,
-    clean_layout,
-    for_layers,
-    noisy_stream,
-    rope_ids,
-)
+from diffvl.hub.layout_diffvl import Layout, NoisyStream, attention_masks, block_index, clean_layout, for_layers, noisy_stream
 from diffvl.objective.losses import noisy_layout
 from diffvl.prepare.proof import PROBE_BLOCK
 
@@ -98,7 +89,7 @@ class Streams:
 def forward(trunk: PreTrainedModel, ids: torch.Tensor, layout: Layout, **more: Any) -> Any:
     """One pass as training does it: explicit masks and positions, no cache."""
     masks = attention_masks(text_config(trunk), layout, slice(None), torch.float32)
-    return trunk(input_ids=ids, attention_mask=masks, position_ids=rope_ids(layout.position), use_cache=False, **more)
+    return trunk(input_ids=ids, attention_mask=masks, position_ids=layout.position, use_cache=False, **more)
 
 
 def text_config(trunk: PreTrainedModel) -> Any:

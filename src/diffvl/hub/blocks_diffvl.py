@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .cache_diffvl import BlockCache
-from .layout_diffvl import Layout, block_end, block_index, rope_ids, segment_start
+from .layout_diffvl import Layout, block_end, block_index, image_rows, rope_ids, segment_start
 
 
 @dataclass
@@ -155,7 +155,7 @@ class Counts:
     """What the shapes of later forwards depend on, as Python's numbers.
 
     has_empty: whether a prompt has no tokens. image_tokens: of all prompts. longest_start: tokens before the first open block,
-    of the sample that has most. is_ragged: whether other samples have fewer. The rest is said of the first open block; see
+    of the sample that has most. is_ragged: whether other samples have fewer. The rest is about the first open block; see
     OpenBlock.
     """
 
@@ -199,8 +199,7 @@ class Prompt:
         starts = segment_start(answers, config.grid).gather(1, at_end)
         end_B = block_end(at_end, starts, config.block_size, config.grid)[:, 0]
         is_image = (ids == config.image_token_id) & (index < lengths[:, None])
-        image_index = torch.where(is_image, is_image.flatten().long().cumsum(0).view_as(is_image) - 1, -1)
-        return cls(ids, block, image_index, lengths, block_of_answer[:, 0], (block < block_of_answer).sum(1), end_B)
+        return cls(ids, block, image_rows(is_image), lengths, block_of_answer[:, 0], (block < block_of_answer).sum(1), end_B)
 
     def counted(self, block_size: int) -> Counts:
         """Brings to Python what shapes depend on, by waiting for the device once."""
@@ -302,7 +301,7 @@ class Prefix:
         return int((block[0, :count] < block[0, count - 1]).sum()) if any(goes_on) else count
 
     def shows(self, pixel_values: torch.Tensor | None) -> bool:
-        """Whether the images of a prompt begin with these: others could stand behind the same placeholders."""
+        """Whether the images of a prompt begin with these: the same placeholders could show others."""
         seen = self.pixel_values
         if seen is None:
             return True

@@ -28,7 +28,7 @@ from .settings_diffvl import DecodeSettings
 
 FIRST_CAPACITY = 256  # tokens
 SMALLEST = 256  # tokens of the smallest static cache; larger ones have a power of two
-MOST_ROOM = 8  # a static cache so many times larger than what is needed is given up for a smaller one
+MOST_ROOM = 8  # how many times larger than needed a static cache may be before a smaller one takes its place
 # Compiled forms of one function that torch keeps before it gives up: two for each batch size and capacity.
 MOST_FORMS = 64
 
@@ -224,7 +224,7 @@ class StaticTrunk:
 
 
 def static_trunk(model: Any, batch: int, tokens: int, compile_config: CompileConfig | None) -> StaticTrunk:
-    """The model's static trunk, empty, for a batch of so many samples and at least so many tokens each.
+    """The model's static trunk, empty, for a batch of `batch` samples with at least `tokens` tokens each.
 
     Raises:
         ValueError: see require_static.

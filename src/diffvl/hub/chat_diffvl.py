@@ -134,7 +134,7 @@ class ChatEncoder:
 
     @cached_property
     def generation_prompt(self) -> str:
-        """What the template writes before an answer; empty where it cannot be told from the question."""
+        """What the template writes before an answer; empty where it cannot be distinguished from the question."""
         asked = [("user", "?")]
         before, prompt = (self.template.render(asked, flag) for flag in (False, True))
         return prompt[len(before) :] if prompt.startswith(before) else ""
@@ -242,7 +242,7 @@ class ChatEncoder:
             for token in self.tokenizer.added_tokens_decoder.values()
             if token.content.strip() and (token.special or token.content == stop or token.content in written)
         ]
-        own = (self.image_token, self.tokenizer.mask_token)  # told in words of their own
+        own = (self.image_token, self.tokenizer.mask_token)  # these have messages of their own
         control = sorted({token for token in control if token not in own}, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, control)) or "(?!)")
 

@@ -201,7 +201,7 @@ class BlockDecoder:
         return logits[:of_stored], logits[of_stored:]
 
     def _has_fixed_shape(self, piece: Piece, stored: int, stores_block: bool) -> bool:
-        """Whether a forward is one of those that a static trunk is compiled for: [masks], [finished block], or both; behind
+        """Whether a forward is one of those that a static trunk is compiled for: [masks], [finished block], or both; after
         something that is committed."""
         size, read = self.config.block_size, piece.ids.shape[1] - stored
         in_shape = read in (0, size) and stored in (0, size) and stores_block

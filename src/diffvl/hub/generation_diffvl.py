@@ -55,8 +55,8 @@ class BlockGeneration:
                 DenoisingStep.
             prefix: the `prefix` of the output of an earlier turn of the conversation; what the prompt shares with it is not
                 computed again. For one prompt and mode "blocks".
-            arguments: the fields of `DecodeSettings`, by name; one that is left out is taken from `generation_config`, then from
-                the model's own. In words:
+            arguments: what follows, by name, which are the fields of `DecodeSettings`; one that is left out is taken from
+                `generation_config`, then from the model's own.
 
             max_new_tokens: default 128; or max_length, which counts the prompt.
             mode: "blocks"; "speculative" (blocks drafted by denoising, kept as far as the weights' own causal logits agree: the
@@ -68,7 +68,7 @@ class BlockGeneration:
             seed: of the sampling generator.
             eos_token_id, pad_token_id: default: the checkpoint's.
             stop_strings: texts that end an answer, with `tokenizer`; repetition_stop: ends an answer whose tail repeats any unit
-                so many times.
+                that many times.
             cache_implementation, compile_config, disable_compile: as in transformers. "static" decodes in fixed shapes, with the
                 trunk compiled on a GPU (elsewhere with a `compile_config`); see cache_diffvl. Default: "dynamic".
             return_dict_in_generate: True returns a BlockGenerationOutput.
@@ -110,7 +110,7 @@ class BlockGeneration:
     def _static_trunk_for(self, settings: DecodeSettings, input_ids: torch.Tensor) -> StaticTrunk | None:
         if not settings.is_static or settings.mode != "blocks":
             return None
-        # Whole blocks, those that are begun at either end, and the masks after the last.
+        # Whole blocks, one that is cut at either end, and the masks after the last.
         tokens = input_ids.shape[1] + settings.max_new_tokens + 3 * self.config.block_size
         return static_trunk(self, len(input_ids), tokens, settings.compile_config)
 

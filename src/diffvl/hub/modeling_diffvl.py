@@ -30,7 +30,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .cache_diffvl import ReadingCache
 from .configuration_diffvl import DiffVLConfig
 from .generation_diffvl import BlockGeneration
-from .layout_diffvl import Layout, attention_masks, clean_layout, rope_ids
+from .layout_diffvl import Layout, attention_masks, clean_layout, image_rows, rope_ids
 from .settings_diffvl import refuse_videos
 
 CHUNK_LOGITS = 2**25  # values of a chunk's logits: 128 MiB in fp32
@@ -154,7 +154,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
                 raise ValueError(
                     f"{len(image_features)} images give {len(features)} image tokens, the text has {int(is_image.sum())}"
                 )
-            image_index = torch.where(is_image, is_image.flatten().long().cumsum(0).view_as(input_ids) - 1, -1)
+            image_index = image_rows(is_image)
         spliced = features[image_index.clamp_min(0)].to(embeds.dtype)
         return torch.where((image_index >= 0)[..., None], spliced, embeds)
 

@@ -44,7 +44,7 @@ class DecodeSettings:
     mode: str = _setting("blocks", "Blocks; blocks checked by the weights' own AR logits; or token by token.", choices=MODES)
     remasking: str = _setting(
         "low_confidence_static",
-        "Per step, fill in: so many of the surest; all sure ones; from the left; all within a budget.",
+        "Which tokens a step fills in: the surest; all above a threshold; from the left; all within a budget.",
         choices=STRATEGIES,
     )
     threshold: float | None = _setting(
@@ -52,11 +52,11 @@ class DecodeSettings:
     )
     entropy_budget: float | None = _setting(None, f"Nats that entropy may spend in a step. Default: {DEFAULT_BUDGET}.", least=0)
     temperature: float = _setting(0.0, "0 takes the likeliest token.")
-    top_k: int | None = _setting(None, "Sample among so many likeliest tokens.", least=0)
-    top_p: float | None = _setting(None, "Sample among the likeliest tokens of so much probability.", least=0, most=1)
+    top_k: int | None = _setting(None, "Sample among this many of the likeliest tokens.", least=0)
+    top_p: float | None = _setting(None, "Sample among the likeliest tokens with this much probability.", least=0, most=1)
     seed: int = _setting(0, "Seed of every random draw.")
     stop_strings: tuple[str, ...] = _setting((), "A text that ends the answer, and stays in it; repeatable.")
-    repetition_stop: int | None = _setting(None, "End an answer that says the same so many times in a row.", least=2)
+    repetition_stop: int | None = _setting(None, "End an answer that says the same this many times in a row.", least=2)
     do_sample: bool | None = None
     cache_implementation: str = "dynamic"
     compile_config: Any = None
@@ -305,7 +305,7 @@ def _sampling(arguments: Arguments) -> dict[str, Any]:
 
 
 def _ends(arguments: Arguments, config: Any) -> dict[str, Any]:
-    """What ends an answer, and what stands behind one. A configured padding that is no token (-1: never) is not taken: no
+    """What ends an answer, and what stands after one. A configured padding that is no token (-1: never) is not taken: no
     tokenizer and no embedding would take it."""
     stops, strings = arguments.get("eos_token_id"), arguments.get("stop_strings")
     pad, configured = arguments.by_caller("pad_token_id"), arguments.configured("pad_token_id")

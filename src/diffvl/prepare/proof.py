@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from diffvl.errors import UnsupportedModelError
-from diffvl.hub.layout_diffvl import Layout, attention_masks, rope_ids
+from diffvl.hub.layout_diffvl import Layout, attention_masks
 
 PROBE_LENGTH = 24
 PROBE_BLOCK = 4
@@ -94,4 +94,4 @@ def _noisy_pass(trunk: PreTrainedModel, ids: torch.Tensor, mask_id: int, last_no
     if last_noisy is not None:
         block[0, -1] = last_noisy
     masks = attention_masks(trunk.config, layout, slice(None), torch.float32)
-    return trunk(input_ids=torch.cat([ids, block], 1), attention_mask=masks, position_ids=rope_ids(position)).logits.float()
+    return trunk(input_ids=torch.cat([ids, block], 1), attention_mask=masks, position_ids=position).logits.float()
