@@ -11,7 +11,7 @@ import torch
 from diffvl.bench.forms import Shape, Step, TrunkSize, Work, build_model, choose_attention, make_work, ours, published
 from diffvl.config.recipe import BlockDiffusionObjective
 from diffvl.errors import TrainingError
-from diffvl.hub.answers_diffvl import never_predicted
+from diffvl.hub.configuration_diffvl import never_predicted
 from diffvl.objective.losses import Draw
 from diffvl.prepare.proof import largest
 

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import Field, fields
 from inspect import Parameter
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, cast, get_type_hints
 
 import typer
 
@@ -46,9 +46,9 @@ def flags() -> list[Parameter]:
 
 
 def _parameter(setting: Field[Any], kind: Any) -> Parameter:
-    about, default = setting.metadata, setting.default
+    about, default, literal = setting.metadata, setting.default, cast(Any, Literal)
     if about["choices"]:
-        kind = Literal[about["choices"]]
+        kind = literal[about["choices"]]
     elif isinstance(default, tuple):  # a repeatable flag
         kind, default = list[str] | None, None
     option = typer.Option(

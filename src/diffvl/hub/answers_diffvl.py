@@ -13,6 +13,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from transformers.utils.generic import ModelOutput
 
 from .blocks_diffvl import Prefix
+from .configuration_diffvl import never_predicted
 from .decoder_diffvl import BlockDecoder
 from .settings_diffvl import DecodeSettings
 
@@ -22,13 +23,6 @@ LEAVE_AT = 0.25
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------------
-
-
-def never_predicted(config: Any, vocabulary: int, device: torch.device) -> torch.Tensor:
-    """bool [V]: the mask token, the image token and the table's padding rows."""
-    forbidden = torch.arange(vocabulary, device=device) >= config.vocabulary_size
-    forbidden[[config.mask_token_id, config.image_token_id]] = True
-    return forbidden
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria
 
-from .answers_diffvl import BatchAnswers, Picker, never_predicted, quota, settled
+from .answers_diffvl import BatchAnswers, Picker, quota, settled
 from .blocks_diffvl import OpenBlock, Piece, Places, clean
 from .cache_diffvl import on_every_device
+from .configuration_diffvl import never_predicted
 from .decoder_diffvl import BlockDecoder
 from .layout_diffvl import rope_ids
 from .settings_diffvl import DecodeSettings

@@ -1,10 +1,12 @@
 """Configuration of a DiffVL model: a stock text trunk, a stock vision tower, and what block diffusion adds.
 
-Everything the decoder must share with training stands here: block size, context, grid, target, mask token.
+Everything the decoder must share with training stands here: block size, context, grid, target, mask token,
+and what is never predicted.
 """
 
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 CHOICES = {
@@ -90,6 +92,13 @@ class DiffVLConfig(PreTrainedConfig):
         """Tokens that one image takes in the text."""
         side = self.image_size // self.vision_config.patch_size // self.shuffle_factor
         return side * side
+
+
+def never_predicted(config: Any, vocabulary: int, device: torch.device) -> torch.Tensor:
+    """bool [V]: the mask token, the image token and the table's padding rows."""
+    forbidden = torch.arange(vocabulary, device=device) >= config.vocabulary_size
+    forbidden[[config.mask_token_id, config.image_token_id]] = True
+    return forbidden
 
 
 def _sub_config(config: dict[str, Any] | PreTrainedConfig | None) -> Any:

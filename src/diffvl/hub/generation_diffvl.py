@@ -55,23 +55,8 @@ class BlockGeneration:
                 DenoisingStep.
             prefix: the `prefix` of the output of an earlier turn of the conversation; what the prompt shares with it is not
                 computed again. For one prompt and mode "blocks".
-            arguments: what follows, by name, which are the fields of `DecodeSettings`; one that is left out is taken from
-                `generation_config`, then from the model's own.
-
-            max_new_tokens: default 128; or max_length, which counts the prompt.
-            mode: "blocks"; "speculative" (blocks drafted by denoising, kept as far as the weights' own causal logits agree: the
-                greedy AR answer in fewer forwards, for checkpoints with context "causal"); "ar" (transformers' own generate on
-                the trunk, token by token).
-            denoising_steps: forwards per block, 1 to D; default D (in drafts: 1).
-            remasking, threshold, entropy_budget: see `answers_diffvl.settled`; the threshold is 0.9 by default.
-            do_sample, temperature, top_k, top_p: as in transformers. Without any, or at temperature 0, decoding is greedy.
-            seed: of the sampling generator.
-            eos_token_id, pad_token_id: default: the checkpoint's.
-            stop_strings: texts that end an answer, with `tokenizer`; repetition_stop: ends an answer whose tail repeats any unit
-                that many times.
-            cache_implementation, compile_config, disable_compile: as in transformers. "static" decodes in fixed shapes, with the
-                trunk compiled on a GPU (elsewhere with a `compile_config`); see cache_diffvl. Default: "dynamic".
-            return_dict_in_generate: True returns a BlockGenerationOutput.
+            arguments: the fields of `DecodeSettings` by name, and max_length, which counts the prompt. One that is left out, or
+                None, is taken from `generation_config`, then from the model's own.
         Returns:
             [B, L + new] prompts and answers, or a BlockGenerationOutput.
         Raises:

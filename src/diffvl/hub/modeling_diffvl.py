@@ -213,6 +213,20 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
             cache = DynamicCache()
         elif cache is not None and not store_kv:
             cache = ReadingCache(cache)
+        logits = self._logits(embeds, masks, position_ids, cache, logits_rows, row_map)
+        kept = past_key_values if past_key_values is not None else (cache if use_cache else None)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=kept)
+
+    def _logits(
+        self,
+        embeds: torch.Tensor,
+        masks: Any,
+        position_ids: torch.Tensor,
+        cache: Cache | None,
+        rows: torch.Tensor | None,
+        row_map: Callable[[torch.Tensor, slice], torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """The trunk's logits, or what `row_map` makes of them; see `forward`."""
         trunk_pass = partial(
             self.language_model,
             inputs_embeds=embeds,
@@ -221,14 +235,11 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
             past_key_values=cache,
             use_cache=cache is not None,
         )
-        if row_map is None:
-            with self._head_on(logits_rows):
-                output = trunk_pass()
-            logits = output.logits if logits_rows is None else output.logits[0]
-        else:
-            logits = mapped_rows(self.language_model, trunk_pass, _flat_rows(logits_rows), row_map)
-        kept = past_key_values if past_key_values is not None else (cache if use_cache else None)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=kept)
+        if row_map is not None:
+            return mapped_rows(self.language_model, trunk_pass, _flat_rows(rows), row_map)
+        with self._head_on(rows):
+            logits = trunk_pass().logits
+        return logits if rows is None else logits[0]
 
     def _masks(
         self, mask: Any, position_ids: torch.Tensor | None, shape: torch.Size, past: int, embeds: torch.Tensor

@@ -34,9 +34,20 @@ def _setting(default: Any, about: str, least: float | None = None, most: float |
 class DecodeSettings:
     """How to decode. Every field is an argument of `generate`; None leaves the choice to the checkpoint or to other settings.
 
-    do_sample: None samples at temperatures above 0. cache_implementation, compile_config, disable_compile: as in transformers;
-    "static" decodes in fixed shapes, with the trunk compiled on a GPU (elsewhere with a `compile_config`). eos_token_id: the
-    tokens that end an answer and stay in it. tokenizer: decodes for `stop_strings`.
+    max_new_tokens: tokens of the longest answer.
+    denoising_steps: forwards per block, 1 to the block size; by default that size, and 1 for drafts.
+    mode: "blocks"; "speculative" (blocks drafted by denoising, kept as far as the weights' own causal logits agree: the greedy AR
+        answer in fewer forwards, for checkpoints with context "causal"); "ar" (transformers' own generate on the trunk, token by
+        token).
+    remasking, threshold, entropy_budget: which tokens settle in a step; see `answers_diffvl.settled`.
+    do_sample, temperature, top_k, top_p: as in transformers. Without any, or at temperature 0, decoding is greedy.
+    seed: of the sampling generator.
+    stop_strings: texts that end an answer, with the `tokenizer` that decodes it. repetition_stop: an answer in which any unit
+        stands this many times in a row is cut after the first.
+    eos_token_id: tokens that end an answer and stay in it. pad_token_id: what stands after an answer. Default: the checkpoint's.
+    cache_implementation, compile_config, disable_compile: as in transformers. "static" decodes in fixed shapes, with the trunk
+        compiled on a GPU (elsewhere with a `compile_config`); see cache_diffvl.
+    return_dict_in_generate: True returns a BlockGenerationOutput.
     """
 
     max_new_tokens: int = _setting(128, "Longest answer.", least=1)

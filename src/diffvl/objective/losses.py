@@ -18,8 +18,7 @@ import torch
 from diffvl.attention.choose import FLEX, bucket, training_masks
 from diffvl.config.recipe import ArObjective, BlockDiffusionObjective, Objective, UniformNoise
 from diffvl.data.collate import Batch
-from diffvl.hub.answers_diffvl import never_predicted
-from diffvl.hub.configuration_diffvl import DiffVLConfig
+from diffvl.hub.configuration_diffvl import DiffVLConfig, never_predicted
 from diffvl.hub.layout_diffvl import Layout, NoisyStream, block_index, clean_layout, noisy_stream, rope_ids
 from diffvl.objective.noise import mask_probabilities, mask_ratios, masked_tokens, noise_state
 from diffvl.objective.packing import Packed, pack
