@@ -21,7 +21,7 @@ from diffvl.data.images import open_picture
 from diffvl.data.loader import longest_sample
 from diffvl.data.markers import IMAGE_MARKER, count_markers, pieces_between
 from diffvl.data.questions import Question, summary
-from diffvl.decode.flags import SETTINGS, flag
+from diffvl.decode.flags import flag
 from diffvl.dtypes import has_bf16
 from diffvl.errors import CheckpointError, DataError, UsageError
 from diffvl.hub.answers_diffvl import BlockGenerationOutput, OnStep
@@ -222,17 +222,14 @@ def decode(
     mask = model.config.mask_token_id
     if settings.is_static and settings.mode == "blocks":
         _require_static(model.language_model)
+    arguments = settings.arguments() | {"tokenizer": tokenizer, "return_dict_in_generate": True}
+    if settings.is_static and settings.compile_config is None and not settings.disable_compile:
+        arguments |= COMPILED
+    # The one token that an answer never holds: what is before it is the answer, however it ended.
+    arguments["pad_token_id"] = mask
+    watched = {"streamer": watcher.streamer, "on_step": watcher.on_step}
     with _compile_errors_in_words(model):
-        output = model.generate(
-            **inputs.to(model.device),
-            **_arguments(settings),
-            tokenizer=tokenizer,
-            streamer=watcher.streamer,
-            on_step=watcher.on_step,
-            prefix=prefix,
-            pad_token_id=mask,  # the one token that an answer never holds: what is before it is the answer, however it ended
-            return_dict_in_generate=True,
-        )
+        output = model.generate(**inputs.to(model.device), **arguments, **watched, prefix=prefix)
     assert isinstance(output, BlockGenerationOutput) and output.sequences is not None and output.forwards is not None
     assert output.prefill_seconds is not None and output.decode_seconds is not None
     seconds = time.monotonic() - start
@@ -242,10 +239,6 @@ def decode(
         figures = (output.forwards, len(ids) / output.forwards, output.prefill_seconds, output.decode_seconds, seconds)
         answers.append(Answer(text_of(tokenizer, ids, settings.stop_strings), len(ids), *figures))
     return answers, output
-
-
-def _arguments(settings: DecodeSettings) -> dict[str, Any]:
-    return {name: getattr(settings, name) for name in SETTINGS} | (COMPILED if settings.is_static else {})
 
 
 def _require_static(trunk: Any) -> None:

@@ -91,6 +91,11 @@ class DecodeSettings:
         """Whether a step settles exactly its quota, so that nobody has to look how many tokens it settled."""
         return self.remasking in ("low_confidence_static", "sequential")
 
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `generate` that ask for these settings, whatever a GenerationConfig says."""
+        values = {one.name: (getattr(self, one.name), one) for one in fields(self)}
+        return {name: value for name, (value, one) in values.items() if "about" in one.metadata or value != one.default}
+
     def check(self, given: Collection[str] = (), spell: Spelling = keyword) -> None:
         """Checks everything that no checkpoint is needed for.
 
