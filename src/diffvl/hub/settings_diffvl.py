@@ -92,7 +92,7 @@ class DecodeSettings:
         return self.remasking in ("low_confidence_static", "sequential")
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments of `generate` that ask for these settings, whatever a GenerationConfig says."""
+        """The arguments of `generate` that ask for these settings."""
         values = {one.name: (getattr(self, one.name), one) for one in fields(self)}
         return {name: value for name, (value, one) in values.items() if "about" in one.metadata or value != one.default}
 
