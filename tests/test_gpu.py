@@ -14,7 +14,7 @@ from training_runs import run
 
 from diffvl.attention.choose import FLEX, choose
 from diffvl.hub import generation_diffvl
-from diffvl.hub.run_diffvl import BlockGenerationOutput
+from diffvl.hub.answers_diffvl import BlockGenerationOutput
 from diffvl.objective.losses import Draw, block_diffusion
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]  # compilers warn about themselves

@@ -1,7 +1,6 @@
 """The command line: which flags there are, what is imported for help, what reaches the package, and how it ends."""
 
 import dataclasses
-import inspect
 import json
 import subprocess
 import sys
@@ -14,13 +13,12 @@ from typing import Any, get_args
 import pytest
 import typer.main
 
-from diffvl.cli import decode as cli_decode
 from diffvl.cli import main as cli
 from diffvl.config import recipe as config
-from diffvl.decode.answer import DecodeSettings
+from diffvl.decode.flags import SETTINGS, flag
 from diffvl.demo import shapes
 from diffvl.errors import CheckpointError
-from diffvl.hub import request_diffvl, sampling_diffvl
+from diffvl.hub.settings_diffvl import DecodeSettings
 
 ENVIRONMENT = {"PYTHONPATH": str(Path(cli.__file__).parents[2]), "COLUMNS": "120"}  # of a process that finds diffvl's source
 VERBS = [
@@ -121,14 +119,22 @@ def test_no_flag_appears_or_disappears_unnoticed():
     assert {"": names(root)} | {verb: names(command) for verb, command in commands(root).items()} == FLAGS
 
 
-def test_choices_are_those_of_the_package():
-    assert get_args(cli_decode.Strategy) == sampling_diffvl.STRATEGIES and get_args(cli_decode.Mode) == request_diffvl.MODES
-    fields = {field.name: field.default for field in dataclasses.fields(DecodeSettings)}
-    assert set(cli_decode.SETTINGS) == set(fields)
-    for verb in (cli_decode.generate, cli_decode.chat):
-        defaults = {name: given.default for name, given in inspect.signature(verb).parameters.items() if name in fields}
-        assert defaults == {**fields, "stop": None}
-    assert {cli_decode.STATIC, cli_decode.DYNAMIC, cli_decode.ENTROPY} < set(sampling_diffvl.STRATEGIES)
+def test_the_flags_of_decoding_are_its_settings():
+    """Their defaults, choices and bounds too. Without flags: what a command gives `generate` by itself."""
+    root: Any = typer.main.get_command(cli.app)
+    fields = {field.name: field for field in dataclasses.fields(DecodeSettings)}
+    without = {"do_sample", "cache_implementation", "compile_config", "disable_compile"}
+    without |= {"eos_token_id", "pad_token_id", "tokenizer", "return_dict_in_generate"}
+    assert set(SETTINGS) == set(fields) - without
+    for verb in ("generate", "chat"):
+        found = {parameter.name: parameter for parameter in root.commands[verb].params}
+        for name in SETTINGS:
+            parameter, about = found[name], fields[name].metadata
+            assert parameter.opts == [flag(name)] and parameter.help.startswith(about["about"])
+            assert parameter.default == (None if fields[name].default == () else fields[name].default)
+            assert tuple(getattr(parameter.type, "choices", ())) == tuple(about["choices"])
+            if about["least"]:
+                assert (parameter.type.min, parameter.type.max) == (about["least"], about["most"])
     assert get_args(config.StageName) == config.STAGES
 
 
@@ -197,7 +203,7 @@ STATIC = "--strategy low_confidence_static"
         ("--prompt x --batch f.jsonl", "give --prompt TEXT, or --batch FILE.jsonl with many, not both"),
         ("--batch f.jsonl --stream", "--stream has no effect with --batch, which prints a JSON line for each answer"),
         ("--batch f.jsonl --watch", "--watch has no effect with --batch, which prints a JSON line for each answer"),
-        ("--batch f.jsonl --image a.png", "--image has no effect with --batch: name the pictures in its file"),
+        ("--batch f.jsonl --image a.png", "--image has no effect with --batch: name the images in its file"),
         ("--prompt x --batch-size 4", "--batch-size has no effect with a single --prompt"),
         ("--prompt x --stream --json", "--json has no effect with --stream, which prints text as it comes"),
         ("--prompt x --watch --stream", "--stream has no effect with --watch, which draws the answer itself"),
@@ -326,16 +332,17 @@ def test_evaluate_prints_a_table_or_json(run, monkeypatch: pytest.MonkeyPatch):
     figures = {"masked_accuracy": 0.25, "records": 3, "model": "dir"}
     seen: list[Any] = []
 
-    def evaluate_directory(directory: Path, data: Path, limit: int | None, settings: Settings) -> dict[str, float | int | str]:
-        seen.append((directory, data, limit, settings.values))
+    def evaluate_directory(
+        directory: Path, data: Path, limit: int | None, settings: DecodeSettings
+    ) -> dict[str, float | int | str]:
+        seen.append((directory, data, limit, settings))
         return figures
 
-    pretend(monkeypatch, "diffvl.decode.answer", DecodeSettings=Settings.make)
     pretend(monkeypatch, "diffvl.evaluation.evaluate", evaluate_directory=evaluate_directory)
     code, out, _ = run("evaluate", "dir", "--data", "d.json")
     assert code == 0 and all(word in out for word in ("masked_accuracy", "0.2500", "records", "3"))
     assert json.loads(run("evaluate", "dir", "--data", "d.json", "--limit", "3", "--json")[1]) == figures
-    assert seen == [(Path("dir"), Path("d.json"), None, {}), (Path("dir"), Path("d.json"), 3, {})]
+    assert seen == [(Path("dir"), Path("d.json"), None, DecodeSettings()), (Path("dir"), Path("d.json"), 3, DecodeSettings())]
 
 
 # --- lists ---------------------------------------------------------------------------------------------------------------

@@ -299,7 +299,7 @@ def good_picture(tmp_path: Path) -> Path:
         (["--image", "none.png"], "--image: picture none.png does not exist"),
         (["--image", "."], "--image: picture . cannot be read"),
         (["--image", "text.png"], "--image: picture text.png cannot be read (cannot identify image file"),
-        (["--image", "good.png", "--prompt", "<image><image>"], "the prompt has 2 <image> markers, 1 pictures were given"),
+        (["--image", "good.png", "--prompt", "<image><image>"], "the prompt has 2 <image> markers, 1 images were given"),
     ],
 )
 def test_generate(words: list[str], says: str, run: tiny_runs.Run, good_picture: Path):

@@ -131,7 +131,7 @@ def test_a_diffvl_directory_as_model(run: tiny_runs.Run, convert: Workshop):
             "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
             "{% if loop.last or m['role'] == 'user' %}<|im_end|>{% endif %}\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-            "does not write '<|im_end|>' behind answer 1, 'answer 1': it writes",
+            "does not write '<|im_end|>' after answer 1, 'answer 1': it writes",
         ),
     ],
     ids=["none", "no stop", "not prefix-stable", "broken", "wrong type", "no answer", "no stop before a question"],

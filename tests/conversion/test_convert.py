@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from diffvl.config.families import find_recipe, recipe_names
 from diffvl.config.recipe import Recipe
 from diffvl.config.resolve import dump, read_yaml, resolve
-from diffvl.decode.answer import DecodeSettings, answer, load_for_decoding
+from diffvl.decode.answer import answer, load_for_decoding
 from diffvl.demo import standins
+from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.prepare.assemble import Source, prepare
 from diffvl.store.checkpoint import HUB_FILES
 

@@ -60,7 +60,7 @@ def test_the_command_takes_what_was_suggested(question: str, monkeypatch: pytest
         raise UsageError("enough")
 
     pretended = ModuleType("diffvl.decode.answer")
-    vars(pretended).update(ask=ask, DecodeSettings=SimpleNamespace, load_for_decoding=None)
+    vars(pretended).update(ask=ask, load_for_decoding=None)
     monkeypatch.setitem(sys.modules, "diffvl.decode.answer", pretended)
     ended = command("generate", "./-x/diffuse", "--image", "./-a.png", "--prompt", question)
     assert (ended.code, ended.err) == (2, "error: enough\n") and seen == [(question, [Path("-a.png")])]

@@ -18,8 +18,9 @@ from helpers import picture
 from tiny_runs import Ended, command, refused
 
 from diffvl.decode import chat
-from diffvl.decode.answer import Decoder, DecodeSettings, answer_chats, load_for_decoding
+from diffvl.decode.answer import Decoder, answer_chats, load_for_decoding
 from diffvl.decode.chat import Chat, converse, meant_path
+from diffvl.hub.settings_diffvl import DecodeSettings
 
 TOKENS = 10
 
@@ -86,7 +87,7 @@ def said(text: str) -> dict[str, Any]:
 # --- turns ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, {"steps": 2}, {"mode": "speculative"}, {"mode": "ar"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"denoising_steps": 2}, {"mode": "speculative"}, {"mode": "ar"}], ids=str)
 def test_an_answer_has_the_history_and_a_prefix_changes_nothing(settings: dict[str, Any], decoder: Decoder, image: Path):
     listener = Listener(decoder, **settings)
     seen = picture(3)
@@ -112,7 +113,7 @@ def test_an_answer_has_the_history_and_a_prefix_changes_nothing(settings: dict[s
 
 
 def test_stats_are_those_of_the_turns(decoder: Decoder):
-    listener = Listener(decoder, steps=2)
+    listener = Listener(decoder, denoising_steps=2)
     assert listener.take("/stats") == "no answers yet\n"
     listener.take("Hi")
     listener.take("And then?")
@@ -142,7 +143,7 @@ def test_a_message_may_say_where_its_pictures_stand(decoder: Decoder, image: Pat
     listener.take(f"/image {image}")
     listener.take(f"/image {image}")
     listener.take("Only one <image>?")
-    assert listener.complaints == ["the prompt has 1 <image> markers, 2 pictures were given"]
+    assert listener.complaints == ["the prompt has 1 <image> markers, 2 images were given"]
     between: dict[str, Any] = {"role": "user", "content": []}
     for text in ("Is ", " like ", "?"):
         between["content"] += [{"type": "text", "text": text}, {"type": "image", "image": picture(3)}]
@@ -175,7 +176,7 @@ def test_a_path_that_is_not_there_is_told_without_its_quotes(decoder: Decoder, t
             assert listener.complaints[-1] == f"/image: picture {tmp_path}/no ne.png does not exist"
     for typed in ("''", '""', "~nobody-here/x.png", "x" * 5000 + ".png"):
         listener.take(f"/image {typed}")
-    assert len(listener.complaints) == 8 and listener.chat.pictures == []
+    assert len(listener.complaints) == 8 and listener.chat.images == []
 
 
 # --- what does not work ---------------------------------------------------------------------------------------------------
@@ -196,8 +197,8 @@ def test_mistakes_are_told_and_the_chat_goes_on(checkpoint: Path, image: Path, t
     assert ended.code == 0
     told = ended.err.splitlines()
     assert [line.partition(": ")[0] for line in told[:4]] == ["/image", "/image", "/image", "/foo"]
-    assert "name a picture's file" in told[0] and "none.png does not exist" in told[1] and "text.png cannot be read" in told[2]
-    assert told[3] == "/foo: no such order; /help lists them" and told[4] == "/reset takes nothing behind it"
+    assert "name an image's file" in told[0] and "none.png does not exist" in told[1] and "text.png cannot be read" in told[2]
+    assert told[3] == "/foo: no such command; /help lists them" and told[4] == "/reset takes nothing after it"
     assert "'<|MASK|>', which stands for a token not known yet" in told[5] and "not valid UTF-8 text" in told[6]
     assert len(told) == len(wrong)
     assert ended.out == scripted(checkpoint, "Why?\n").out != "\n"
@@ -232,7 +233,7 @@ def test_a_history_that_fills_the_context(decoder: Decoder):
     assert len(listener.complaints) == 2
     listener.take("/reset")
     listener.take("long " * 200)
-    assert listener.complaints[-1].endswith("and the context 512: shorten it, or forget its pictures with /reset")
+    assert listener.complaints[-1].endswith("and the context 512: shorten it, or forget its images with /reset")
 
 
 def test_settings_are_refused_before_the_first_line(checkpoint: Path):
@@ -280,7 +281,7 @@ def test_ctrl_c_before_anything_was_said_forgets_the_message(decoder: Decoder, i
             patch.setattr(chat, name, interrupted)
             assert listener.take("Go on.") == ""
     assert listener.complaints == ["interrupted: the message is forgotten"] * 2
-    assert listener.chat.history == before and len(listener.chat.pictures) == 1
+    assert listener.chat.history == before and len(listener.chat.images) == 1
     assert listener.take("Why?") == expected(decoder, [*before, parts("\nWhy?", picture(3))]) + "\n"
 
 
@@ -331,9 +332,9 @@ def test_at_a_terminal(checkpoint: Path):
     running = subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True)
     os.close(theirs)
     try:
-        assert "/help lists the orders, Ctrl-D ends" in read_until(ours, "you> ")
+        assert "/help lists the commands, Ctrl-D ends" in read_until(ours, "you> ")
         os.write(ours, b"/help\n")
-        assert "forget the conversation and its pictures" in read_until(ours, "you> ")
+        assert "forget the conversation and its images" in read_until(ours, "you> ")
         os.write(ours, b"Tell me.\n")
         if read_until(ours, "Tell me.\r\n").endswith("\n"):
             os.read(ours, 1)  # the answer has begun

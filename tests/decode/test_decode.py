@@ -18,8 +18,8 @@ from transformers import CompileConfig
 
 from diffvl.cli import main as cli
 from diffvl.decode import answer as decode
-from diffvl.decode.answer import Decoder, DecodeSettings, TextPieces, answer_chats, text_of
-from diffvl.hub.request_diffvl import MODES
+from diffvl.decode.answer import Decoder, TextPieces, answer_chats, text_of
+from diffvl.hub.settings_diffvl import MODES, DecodeSettings
 
 MODE_WORDS = [("--mode", mode) for mode in MODES]
 PROMPTS = ["Now?", "A longer question, with nothing to see. " * 2, "Hi", "What is it?", "Why?"]
@@ -120,7 +120,7 @@ def test_tokens_of_an_answer_are_its_own(mode: str, loaded: Callable[[str], Load
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     free = answer_chats(decoder, chats, DecodeSettings(max_new_tokens=16, mode=mode))
     stop, repeats = ("M", 2) if mode == "blocks" else ("nin", 4)
-    settings = DecodeSettings(max_new_tokens=16, mode=mode, stop=(stop,), repetition_stop=repeats)
+    settings = DecodeSettings(max_new_tokens=16, mode=mode, stop_strings=(stop,), repetition_stop=repeats)
     together = answer_chats(decoder, chats, settings)
     alone = [answer_chats(decoder, [chat], settings)[0] for chat in chats]
     assert [(one.text, one.tokens) for one in together] == [(one.text, one.tokens) for one in alone]
@@ -250,7 +250,7 @@ GOOD = {"prompt": "Hi"}
     ({"prompt": "Hi", "image": "https://example.org/a.png"}, "ask.jsonl:2: a picture is a file, not a URL: https://example.org/a.png"),
     ({"prompt": "Hi", "image": "none.png"}, "none.png does not exist (relative paths start at the file's folder)"),
     ({"prompt": "Hi", "image": "text.png"}, "text.png cannot be read (cannot identify image file"),
-    ({"prompt": "<image>"}, "ask.jsonl:2: the prompt has 1 <image> markers, 0 pictures were given"),
+    ({"prompt": "<image>"}, "ask.jsonl:2: the prompt has 1 <image> markers, 0 images were given"),
     ({"prompt": "Hi <|MASK|>"}, "ask.jsonl:2: the text holds '<|MASK|>', which stands for a token not known yet"),
     ('{"prompt": "\\ud800"}', "ask.jsonl:2: the prompt is not valid UTF-8 text (character 1, '\\ud800')"),
     ({"prompt": "Hi " * 400}, "new ones do not fit the context of 512: shorten the prompt or lower --max-new-tokens"),
@@ -280,7 +280,7 @@ def test_several_bad_lines_are_told_at_once(checkpoint: Path, tmp_path: Path):
     (("--steps", 5), "--steps is 5, expected 1 to the block size, 4: a block has no more tokens"),
     (("--image", "none.png"), "--image: picture none.png does not exist"),
     (("--max-new-tokens", 510), "and 510 new ones do not fit the context of 512: shorten the prompt or lower --max-new-tokens"),
-    (("--image", "seen.png", "--prompt", "<image><image>"), "the prompt has 2 <image> markers, 1 pictures were given"),
+    (("--image", "seen.png", "--prompt", "<image><image>"), "the prompt has 2 <image> markers, 1 images were given"),
     (("--temperature", "inf"), "temperature is inf, expected 0 (the likeliest token) or 0.0001 to 10000"),
     (("--temperature", 1e-40), "temperature is 1e-40, expected 0 (the likeliest token) or 0.0001 to 10000"),
     (("--mode", "speculative", "--compile"), "--compile has no effect with --mode speculative"),

@@ -13,9 +13,10 @@ from conftest import Loaded
 from rich.console import Console
 from tiny_runs import Ended, command, refused, succeed
 
-from diffvl.decode.answer import Answer, Decoder, DecodeSettings, Watcher, answer_chats
+from diffvl.decode.answer import Answer, Decoder, Watcher, answer_chats
 from diffvl.decode.watch import PLACEHOLDER, BlockWatch, colour_of
-from diffvl.hub.run_diffvl import DenoisingStep
+from diffvl.hub.answers_diffvl import DenoisingStep
+from diffvl.hub.settings_diffvl import DecodeSettings
 
 MASK = 999
 CHAT = [[{"role": "user", "content": "Tell me more."}]]
@@ -147,7 +148,7 @@ def test_a_long_answer_shows_its_end_and_at_last_the_whole():
 def test_what_is_drawn_is_what_is_decoded(context: str, grid: str, loaded: Callable[[str], Loaded]):
     model, processor = loaded("qwen3")
     model.config.set_decoding("blocks", BLOCK, context, grid, "same")
-    settings = DecodeSettings(max_new_tokens=11, steps=2)
+    settings = DecodeSettings(max_new_tokens=11, denoising_steps=2)
     plain = answer_chats(Decoder(model, processor), CHAT, settings)[0]
     console, clock = screen(), Clock()
     seen: list[list[int | None]] = []

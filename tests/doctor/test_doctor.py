@@ -70,7 +70,7 @@ def test_the_chat_template_is_looked_at(source: Callable[[str], Path], tmp_path:
     )
     verdict = examine(str(model))
     assert (verdict.answer, verdict.kind, verdict.attention_holds) == ("not supported", "chat template", True)
-    assert "does not write '<|im_end|>' behind answer 1" in verdict.reason
+    assert "does not write '<|im_end|>' after answer 1" in verdict.reason
     for name in ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json"):
         (model / name).unlink()
     verdict = examine(str(model))

@@ -4,9 +4,11 @@ gives what our decoder gives, and `generate` answers.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +89,7 @@ def test_the_calling_sequence_answers_as_generate_does(model_type: str, visited:
 def test_what_that_caller_may_leave_out_and_load(model_type: str, visited: dict[str, tuple[dict[str, Any], torch.Tensor]]):
     facts, _ = visited[model_type]
     assert facts["refusals"] == [
-        f"video is not supported: {name} must be None; give single frames as pictures"
+        f"video is not supported: {name} must be None; give single frames as images"
         for _ in ("forward", "generate")
         for name in ("pixel_values_videos", "image_sizes_videos")
     ]
@@ -113,11 +115,10 @@ def test_the_calling_sequence_gives_our_decoders_logits(
     tail = length % BLOCK
     assert facts["tokens"][:tail] == inputs["input_ids"][0, length - tail :].tolist()
     for number in range(3):
-        decoder.open_block()
         block = slice(number * BLOCK, (number + 1) * BLOCK)
-        masked = decoder.open_BD[0]
+        masked = decoder.block.open_BD[0]
         torch.testing.assert_close(decoder.block_logits()[0, masked], logits[block][masked], rtol=1e-4, atol=5e-5)
-        decoder.ids_BD = torch.tensor([facts["tokens"][block]])
+        decoder.block = replace(decoder.block, ids_BD=torch.tensor([facts["tokens"][block]]))
         decoder.commit()
     # And `generate` with as many steps as the sequence had settles the same tokens.
     answer = model.generate(**inputs, max_new_tokens=3 * BLOCK - tail, denoising_steps=1)
@@ -127,10 +128,22 @@ def test_the_calling_sequence_gives_our_decoders_logits(
 
 
 def test_remote_code_is_the_code_that_trains(exported: dict[str, Path]):
-    """Byte for byte, and it names no module that only diffvl has."""
+    """All of it, byte for byte; and it names no module that only diffvl has."""
     source = Path(modeling_diffvl.__file__).parent
-    assert sorted(HUB_FILES) == sorted(path.name for path in source.glob("*_diffvl.py"))
+    modules = {path.name for path in source.glob("*.py")} - {"__init__.py"}
+    assert set(HUB_FILES) == modules == {path.name for path in exported["llama"].glob("*.py")}
     for name in HUB_FILES:
         copied = (exported["llama"] / name).read_bytes()
         assert copied == (source / name).read_bytes()
         assert b"from diffvl" not in copied and b"import diffvl" not in copied
+
+
+@pytest.mark.parametrize("name", HUB_FILES)
+def test_remote_code_cites_nothing_that_is_not_beside_it(name: str):
+    """No document, no test and no module of the repository: who reads the file has the exported directory alone."""
+    text = (Path(modeling_diffvl.__file__).parent / name).read_text(encoding="utf-8")
+    cited = re.findall(
+        r"[\w./*-]+\.(?:py|md|yaml|toml)\b|\b(?:DESIGN|README|STYLE_GUIDE|CONTRIBUTING)\b|\b(?:tests|docs|hub)[/.]\w+", text
+    )
+    modules = set(re.findall(r"\b(\w+_diffvl)\b", text))
+    assert not cited and {f"{module}.py" for module in modules} <= set(HUB_FILES)

@@ -93,23 +93,23 @@ def compare(
         blocks = stream.block[0][of_answer].unique().tolist()
         assert len(blocks) > 1
         for number, index in enumerate(blocks):
-            decoder.open_block()
+            opened = decoder.block
             places = ((stream.block[0] == index) & stream.valid[0]).nonzero()[:, 0]
             size = len(places)
-            assert decoder.position_BD[0, decoder.valid_BD[0]].tolist() == stream.position[0, places].tolist()
-            assert decoder.open_BD[0, :size].tolist() == stream.eligible[0, places].tolist()
-            prompt = ~decoder.open_BD[0, :size]
-            assert torch.equal(decoder.ids_BD[0, :size][prompt], truth[places][prompt])
+            assert opened.position_BD[0, opened.valid_BD[0]].tolist() == stream.position[0, places].tolist()
+            assert opened.open_BD[0, :size].tolist() == stream.eligible[0, places].tolist()
+            prompt = ~opened.open_BD[0, :size]
+            assert torch.equal(opened.ids_BD[0, :size][prompt], truth[places][prompt])
             if number == 0:
-                shows_picture.append(bool((decoder.image_BD >= 0).any()))
-            decoder.ids_BD[0, :size] = truth[places].masked_fill(masked[0, places], model.config.mask_token_id)
+                shows_picture.append(bool((opened.image_index_BD >= 0).any()))
+            opened.ids_BD[0, :size] = truth[places].masked_fill(masked[0, places], model.config.mask_token_id)
             logits = decoder.block_logits()[0]
             for offset, place in enumerate(places.tolist()):
                 if masked[0, place]:
                     expected = logits_of[0, place]
                     torch.testing.assert_close(logits[offset], expected, rtol=1e-4, atol=1e-4)
                     compared += 1
-            decoder.ids_BD[0, :size] = truth[places]
+            opened.ids_BD[0, :size] = truth[places]
             decoder.commit()
     assert compared == int(masked[0].sum()) > 20
     return shows_picture
@@ -164,9 +164,9 @@ def run_blocks(loaded: Loaded, prompts: list[list[dict[str, Any]]], fill: torch.
     decoder.prefill()
     logits = []
     for _ in range(3):
-        decoder.open_block()
-        logits.append(decoder.block_logits().masked_fill(~decoder.open_BD[..., None], 0.0))
-        decoder.ids_BD = torch.where(decoder.open_BD, fill[:, None], decoder.ids_BD)
+        opened = decoder.block
+        logits.append(decoder.block_logits().masked_fill(~opened.open_BD[..., None], 0.0))
+        decoder.block = replace(opened, ids_BD=torch.where(opened.open_BD, fill[:, None], opened.ids_BD))
         decoder.commit()
     return logits
 
@@ -221,6 +221,5 @@ def test_marks_of_earlier_answers_matter(loaded: Callable[[str], Loaded]):
         arguments = (given["input_ids"], given["attention_mask"].bool(), given["answer_index"], given["pixel_values"])
         decoder = BlockDecoder(model, *arguments)
         decoder.prefill()
-        decoder.open_block()
-        logits.append(decoder.block_logits().masked_fill(~decoder.open_BD[..., None], 0.0))
+        logits.append(decoder.block_logits().masked_fill(~decoder.block.open_BD[..., None], 0.0))
     assert ((logits[0] - logits[1]).abs().amax((1, 2)) > 1e-4).tolist() == [False, True, True, False]

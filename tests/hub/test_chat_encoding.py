@@ -193,7 +193,7 @@ def test_which_added_tokens_a_text_may_hold():
 @pytest.mark.parametrize(
     ("message", "says"),
     [
-        ({"role": "user", "content": "an <image>"}, "holds '<image>', which stands for a picture: give pictures as parts"),
+        ({"role": "user", "content": "an <image>"}, "holds '<image>', which stands for an image: give images as parts"),
         ({"role": "user", "content": [{"type": "text", "text": "<im"}, {"type": "text", "text": "age>"}]}, "holds '<image>'"),
         ({"role": "user", "content": "\udcff"}, "not valid Unicode"),
         ({"role": "user", "content": None}, "has NoneType as its content; expected text or parts"),
@@ -210,7 +210,7 @@ def test_which_added_tokens_a_text_may_hold():
         ({"role": "user", "content": [{"type": "text"}]}, "a text part has NoneType as its text"),
         ({"role": "user", "content": [{"type": "text", "text": "Hi", "image": "a.png"}]}, "a text part has 'image'"),
         ({"role": "user", "content": [{"type": "image", "image": "a", "path": "b"}]}, "carries 'image' and 'path'; expected one"),
-        ({"role": "user", "content": [{"type": "image", "img": "a"}]}, "a picture part has 'img', which would be left out"),
+        ({"role": "user", "content": [{"type": "image", "img": "a"}]}, "an image part has 'img', which would be left out"),
     ],
 )
 def test_messages_that_say_more_than_is_used(message: dict[str, Any], says: str):

@@ -12,12 +12,11 @@ from helpers import CONTEXTS, GRIDS, TARGETS, picture
 from transformers import TextIteratorStreamer
 
 from diffvl.demo.standins import TRUNKS
-from diffvl.hub import speculation_diffvl
+from diffvl.hub import autoregressive_diffvl
+from diffvl.hub.answers_diffvl import DenoisingStep, certain, cut
+from diffvl.hub.blocks_diffvl import Places
 from diffvl.hub.decoder_diffvl import BlockDecoder
-from diffvl.hub.pieces_diffvl import Places
-from diffvl.hub.run_diffvl import DenoisingStep
-from diffvl.hub.sampling_diffvl import STRATEGIES
-from diffvl.hub.stopping_diffvl import Stopping
+from diffvl.hub.settings_diffvl import STRATEGIES, DecodeSettings
 
 # --- a batch is its prompts -----------------------------------------------------------------------------------------------------
 
@@ -247,18 +246,18 @@ def test_agreeing_drafts_save_forwards(loaded: Callable[[str], Loaded], monkeypa
     model.config.set_decoding("blocks", 4, "causal", "response", "same")
     settings: dict[str, Any] = {"max_new_tokens": 20, "eos_token_id": -1}
     truth = answers(loaded("llama"), [CHATS[3]], mode="ar", **settings)[0]
-    draft = speculation_diffvl._draft
+    draft = autoregressive_diffvl._draft
 
     def forwards(right: bool) -> int:
-        def told(decoder: Any, known: Any, masked: torch.Tensor, steps: int, pick: Any) -> torch.Tensor:
-            ids = draft(decoder, known, masked, steps, pick)
-            place = (decoder.position_BD - decoder.prompt_length[:, None]).clamp(0, len(truth) - 1)
+        def told(decoder: BlockDecoder, known: Any, masked: torch.Tensor, *given: Any) -> torch.Tensor:
+            ids = draft(decoder, known, masked, *given)
+            place = (decoder.block.position_BD - decoder.prompt.length_B[:, None]).clamp(0, len(truth) - 1)
             other = torch.tensor(truth)[place]
             first = masked & (masked.long().cumsum(1) == 1)
             return torch.where(masked & ~first, other if right else (other + 1) % 200, ids)
 
         with monkeypatch.context() as patch:
-            patch.setattr(speculation_diffvl, "_draft", told)
+            patch.setattr(autoregressive_diffvl, "_draft", told)
             output = generated(loaded("llama"), [CHATS[3]], mode="speculative", **settings)
         assert output.sequences is not None and output.sequences[0].tolist() == truth and output.forwards is not None
         return output.forwards
@@ -296,7 +295,8 @@ def test_stop_strings_and_repetitions(loaded: Callable[[str], Loaded]):
 ])  # fmt: skip
 def test_a_loop_is_cut_after_its_first_round(answer: list[int], repeats: int, kept: list[int] | None):
     grown = list(answer)
-    assert Stopping(frozenset({99}), 50, repeats=repeats).cut(grown, 0) == (kept is not None)
+    settings = DecodeSettings(eos_token_id=frozenset({99}), max_new_tokens=50, repetition_stop=repeats)
+    assert cut(grown, 0, settings) == (kept is not None)
     assert grown == (answer if kept is None else kept)
 
 
@@ -309,19 +309,20 @@ def test_a_loop_behind_another_end_is_none(portion: int):
         def decode(self, ids: list[int], **_: Any) -> str:
             return "".join(map(str, ids))
 
-    def cut(answer: list[int], **settings: Any) -> list[int]:
-        stopping, grown = Stopping(**{"tokens": frozenset({99}), "limit": 50, "repeats": 3, **settings}), []
+    def kept(answer: list[int], **changed: Any) -> list[int]:
+        common: dict[str, Any] = {"eos_token_id": frozenset({99}), "max_new_tokens": 50, "repetition_stop": 3}
+        settings, grown = DecodeSettings(**{**common, **changed}), list[int]()
         for start in range(0, len(answer), portion):
             seen = len(grown)
             grown += answer[start : start + portion]
-            if stopping.cut(grown, seen):
+            if cut(grown, seen, settings):
                 break
         return grown
 
-    assert cut(loop, limit=5) == [1, 2, 1, 2, 1]
-    assert cut([1, 2, 1, 2, 99, 1, 2], tokens=frozenset({99})) == [1, 2, 1, 2, 99]
-    assert cut(loop, strings=("1212",), tokenizer=Digits()) == [1, 2, 1, 2]
-    assert cut(loop) == [1, 2]
+    assert kept(loop, max_new_tokens=5) == [1, 2, 1, 2, 1]
+    assert kept([1, 2, 1, 2, 99, 1, 2]) == [1, 2, 1, 2, 99]
+    assert kept(loop, stop_strings=("1212",), tokenizer=Digits()) == [1, 2, 1, 2]
+    assert kept(loop) == [1, 2]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -329,17 +330,17 @@ def test_a_loop_takes_nothing_away_that_was_certain(seed: int):
     """Random answers over two tokens, which run into loops all the time."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 2, (60,), generator=generator).tolist()
-    stopping = Stopping(frozenset({99}), 60, repeats=3)
+    settings = DecodeSettings(eos_token_id=frozenset({99}), max_new_tokens=60, repetition_stop=3)
     grown: list[int] = []
-    certain, shown = 0, []
+    count, shown = 0, []
     for token in tokens:
         grown.append(token)
-        if stopping.cut(grown, len(grown) - 1):
+        if cut(grown, len(grown) - 1, settings):
             break
-        assert stopping.certain(grown) >= certain
-        certain = stopping.certain(grown)
-        shown = grown[:certain]
-    assert len(grown) < 60 and grown[:certain] == shown and certain <= len(grown)
+        assert certain(grown, settings) >= count
+        count = certain(grown, settings)
+        shown = grown[:count]
+    assert len(grown) < 60 and grown[:count] == shown and count <= len(grown)
 
 
 class Collected:

@@ -15,10 +15,10 @@ from conftest import Loaded
 from helpers import ORDINARY
 from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, GenerationConfig
 
+from diffvl.hub.answers_diffvl import BlockGenerationOutput, settled
 from diffvl.hub.cache_diffvl import ReadingCache
 from diffvl.hub.generation_diffvl import BlockGeneration
-from diffvl.hub.run_diffvl import BlockGenerationOutput
-from diffvl.hub.sampling_diffvl import Remasking, remasking_of, settled
+from diffvl.hub.settings_diffvl import DecodeSettings
 
 MASK, IMAGE, STOP, PAD, VOCABULARY, ROWS = 30, 31, 29, 28, 32, 36
 
@@ -29,7 +29,7 @@ class Scripted(BlockGeneration):
 
     def __init__(self, script: list[int], height: list[float] | None = None, **settings: Any) -> None:
         common = {"mask_token_id": MASK, "image_token_id": IMAGE, "vocabulary_size": VOCABULARY, "image_tokens": 2}
-        decoding = {"block_size": 4, "grid": "absolute", "context": "block", "target": "same"}
+        decoding = {"decoding": "blocks", "block_size": 4, "grid": "absolute", "context": "block", "target": "same"}
         self.config = SimpleNamespace(**common, stop_token_ids=[STOP], **{**decoding, **settings})
         self.generation_config = GenerationConfig(pad_token_id=PAD)
         trunk_config = SimpleNamespace(_attn_implementation="sdpa", sliding_window=None)
@@ -75,11 +75,11 @@ def endless(**settings: Any) -> Scripted:
 
 
 def picked(confidence: list[float], masked: list[int], quota: int, threshold: float | None = None, **more: Any) -> list[int]:
-    """`more`: strategy and what belongs to it; entropies are one minus the confidence."""
-    strategy = "low_confidence_static" if threshold is None else "low_confidence_dynamic"
-    rule = Remasking(4, **{"strategy": strategy, "threshold": threshold, **more})
+    """`more`: remasking and what belongs to it; entropies are one minus the confidence."""
+    remasking = "low_confidence_static" if threshold is None else "low_confidence_dynamic"
+    settings = DecodeSettings(**{"remasking": remasking, "threshold": threshold, **more})
     score = torch.tensor([confidence])
-    chosen = settled(rule, torch.tensor([quota]), torch.tensor([masked]).bool(), score, 1 - score)
+    chosen = settled(settings, torch.tensor([quota]), torch.tensor([masked]).bool(), score, 1 - score)
     return chosen[0].nonzero()[:, 0].tolist()
 
 
@@ -105,24 +105,24 @@ def test_dynamic_takes_all_that_are_sure():
 
 
 def test_sequential_goes_from_the_left():
-    assert picked([0.1, 0.9, 0.5, 0.7], [1, 1, 1, 1], 2, strategy="sequential") == [0, 1]
-    assert picked([0.1, 0.9, 0.5, 0.7], [0, 0, 1, 1], 1, strategy="sequential") == [2]
+    assert picked([0.1, 0.9, 0.5, 0.7], [1, 1, 1, 1], 2, remasking="sequential") == [0, 1]
+    assert picked([0.1, 0.9, 0.5, 0.7], [0, 0, 1, 1], 1, remasking="sequential") == [2]
 
 
 def test_entropy_spends_its_budget_on_the_least_uncertain():
     """Entropies 0.9, 0.1, 0.5, 0.3."""
     confidence = [0.1, 0.9, 0.5, 0.7]
     for budget, expected in ((0.0, [1]), (0.1, [1]), (0.41, [1, 3]), (0.91, [1, 2, 3]), (5.0, [0, 1, 2, 3])):
-        assert picked(confidence, [1, 1, 1, 1], 1, strategy="entropy", entropy_budget=budget) == expected
-    assert picked(confidence, [1, 1, 1, 1], 3, strategy="entropy", entropy_budget=0.0) == [1, 2, 3], "the quota at least"
-    assert picked(confidence, [1, 0, 1, 0], 0, strategy="entropy", entropy_budget=0.6) == [2]
-    assert picked(confidence, [0, 0, 0, 0], 0, strategy="entropy", entropy_budget=9.0) == []
+        assert picked(confidence, [1, 1, 1, 1], 1, remasking="entropy", entropy_budget=budget) == expected
+    assert picked(confidence, [1, 1, 1, 1], 3, remasking="entropy", entropy_budget=0.0) == [1, 2, 3], "the quota at least"
+    assert picked(confidence, [1, 0, 1, 0], 0, remasking="entropy", entropy_budget=0.6) == [2]
+    assert picked(confidence, [0, 0, 0, 0], 0, remasking="entropy", entropy_budget=9.0) == []
 
 
 def test_rows_settle_apart():
     confidence = torch.tensor([[0.9, 0.1, 0.8], [0.1, 0.95, 0.2]])
     masked = torch.tensor([[True, True, True], [True, False, True]])
-    chosen = settled(Remasking(4), torch.tensor([1, 2]), masked, confidence, confidence)
+    chosen = settled(DecodeSettings(), torch.tensor([1, 2]), masked, confidence, confidence)
     assert chosen.tolist() == [[True, False, False], [True, False, True]]
 
 
@@ -256,7 +256,7 @@ def test_sampling_repeats_by_seed():
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_the_words_of_transformers_mean_what_they_mean_there():
+def test_the_arguments_of_transformers_mean_what_they_mean_there():
     def draw(**settings: Any) -> list[int]:
         return endless().answer([0], max_new_tokens=24, seed=1, **settings)
 
@@ -268,7 +268,7 @@ def test_the_words_of_transformers_mean_what_they_mean_there():
     assert draw(eos_token_id=stop) == draw(eos_token_id=[stop]) == draw()[: draw().index(stop) + 1]
 
 
-def test_words_are_taken_from_the_nearest_that_says_them():
+def test_arguments_are_taken_from_the_nearest_that_says_them():
     model = endless()
     model.generation_config = GenerationConfig(eos_token_id=9, pad_token_id=PAD, max_length=30, denoising_steps=2)
     prompt = [0, 1, 2, 3]
@@ -288,7 +288,7 @@ def test_words_are_taken_from_the_nearest_that_says_them():
         model.answer(prompt)
 
 
-def test_words_that_say_what_happens_anyway_are_taken():
+def test_arguments_that_say_what_happens_anyway_are_taken():
     neutral = {"logits_processor": None, "stopping_criteria": [], "num_return_sequences": 1, "repetition_penalty": 1.0}
     neutral |= {"synced_gpus": False, "output_scores": False, "top_p": 1.0, "top_k": 0, "temperature": 1.0, "do_sample": False}
     assert endless().answer([0, 1], max_new_tokens=9, **neutral) == endless().answer([0, 1], max_new_tokens=9)
@@ -302,23 +302,29 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"denoising_steps": 0}, "denoising_steps is 0, expected 1 to the block size, 4"),
     ({"denoising_steps": 5}, "denoising_steps is 5, expected 1 to the block size, 4"),
     ({"remasking": "random"}, "remasking is 'random', expected one of low_confidence_static, low_confidence_dynamic, sequential"),
-    ({"threshold": 0.5}, "threshold has no effect with low_confidence_static: use remasking='low_confidence_dynamic'"),
+    (
+        {"threshold": 0.5},
+        "threshold=0.5 has no effect with remasking='low_confidence_static': add remasking='low_confidence_dynamic', or",
+    ),
     ({"threshold": 1.5, "remasking": "low_confidence_dynamic"}, "threshold is 1.5, expected 0 to 1"),
     ({"temperature": -1.0}, "temperature is -1.0, expected 0 (the likeliest token) or 0.0001 to 10000"),
     ({"max_new_tokens": 0}, "max_new_tokens is 0, expected 1 or more"),
-    ({"top_k": 5}, "top_k and top_p have no effect at temperature 0"),
-    ({"do_sample": False, "temperature": 0.7}, "temperature 0.7 has no effect with do_sample=False"),
+    ({"top_k": 5}, "top_k has no effect with temperature 0, which takes the likeliest token: add temperature"),
+    ({"do_sample": False, "temperature": 0.7}, "temperature=0.7 has no effect with do_sample=False: leave one of them out"),
     ({"do_sample": True, "temperature": 0.0}, "do_sample=True needs a temperature above 0"),
     ({"num_beams": 4}, "block decoding knows no num_beams=4"),
     ({"use_cache": False, "penalty_alpha": 1.0}, "block decoding knows no penalty_alpha=1.0, use_cache=False"),
-    ({"entropy_budget": 0.5}, "entropy_budget has no effect with low_confidence_static: use remasking='entropy'"),
+    (
+        {"entropy_budget": 0.5},
+        "entropy_budget=0.5 has no effect with remasking='low_confidence_static': add remasking='entropy', or leave",
+    ),
     ({"entropy_budget": -0.5, "remasking": "entropy"}, "entropy_budget is -0.5, expected 0 or more"),
     ({"mode": "fast"}, "mode is 'fast', expected one of blocks, speculative, ar"),
-    ({"mode": "speculative"}, "mode='speculative' needs a checkpoint with context: causal"),
+    ({"mode": "speculative"}, "mode='speculative' needs a checkpoint trained with context: causal"),
     ({"mode": "ar", "denoising_steps": 2}, "denoising_steps has no effect with mode='ar'"),
     ({"mode": "ar", "on_step": print}, "on_step has no effect with mode='ar': it watches blocks"),
     ({"stop_strings": "x"}, "stop_strings needs the tokenizer"),
-    ({"mode": "ar", "remasking": "sequential"}, "remasking, threshold and entropy_budget have no effect with mode='ar'"),
+    ({"mode": "ar", "remasking": "sequential"}, "remasking has no effect with mode='ar', which decodes token by token"),
     ({"generation_config": GenerationConfig(num_beams=4)}, "block decoding knows no num_beams=4 (in generation_config)"),
     ({"generation_config": GenerationConfig(repetition_penalty=2.0)}, "block decoding knows no repetition_penalty"),
     ({"block_size": 7, "_from": 3}, "block decoding knows no _from=3, block_size=7"),
@@ -338,17 +344,17 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"temperature": float("inf")}, "temperature is inf, expected 0 (the likeliest token) or 0.0001 to 10000"),
     ({"temperature": 1e-40}, "temperature is 1e-40, expected"),
     ({"temperature": 1.0, "top_p": 1.5}, "top_p is 1.5, expected 0 to 1"),
-    ({"temperature": 1.0, "top_k": -1}, "top_k is -1, expected 0 (all tokens) or more"),
-    ({"stop_strings": ["a", ""], "tokenizer": object()}, "stop_strings holds an empty text"),
-    ({"cache_implementation": "hybrid"}, "cache_implementation is 'hybrid', expected 'dynamic' or 'static'"),
+    ({"temperature": 1.0, "top_k": -1}, "top_k is -1, expected 0 or more"),
+    ({"stop_strings": ["a", ""], "tokenizer": object()}, "stop_strings='' is in every text: name a text that ends the answer"),
+    ({"cache_implementation": "hybrid"}, "cache_implementation is 'hybrid', expected one of dynamic, static"),
     ({"disable_compile": True}, "compile_config and disable_compile have no effect without cache_implementation='static'"),
     (
         {"cache_implementation": "static", "disable_compile": True, "compile_config": CompileConfig()},
         "compile_config has no effect with disable_compile=True",
     ),
     ({"repetition_stop": 1}, "repetition_stop is 1, expected 2 or more"),
-    ({"image_sizes": torch.ones(1, 2)}, "1 image_sizes, but another number of pictures"),
-    ({"pixel_values": torch.ones(1, 3, 8, 8)}, "1 pictures give 2 image tokens, the text has 0"),
+    ({"image_sizes": torch.ones(1, 2)}, "1 image_sizes, but another number of images"),
+    ({"pixel_values": torch.ones(1, 3, 8, 8)}, "1 images give 2 image tokens, the text has 0"),
 ]
 
 
@@ -361,17 +367,48 @@ def test_settings_that_do_not_fit(settings: dict[str, Any], words: str):
 
 
 def test_pictures_and_placeholders_must_match():
-    with pytest.raises(ValueError, match="0 pictures give 0 image tokens, the text has 2"):
+    with pytest.raises(ValueError, match="0 images give 0 image tokens, the text has 2"):
         endless().answer([0, IMAGE, IMAGE])
     with pytest.raises(ValueError, match="target 'shift' predicts a token from the one before it, but the prompt is empty"):
         endless(target="shift").generate(torch.tensor([[0]]), attention_mask=torch.tensor([[0]]))
 
 
-def test_defaults_of_remasking():
-    assert remasking_of("low_confidence_static", None, 8, None, None) == Remasking(8)
-    assert remasking_of("low_confidence_dynamic", 2, 8, None, None) == Remasking(2, "low_confidence_dynamic", threshold=0.9)
-    assert remasking_of("low_confidence_dynamic", 8, 8, 0.0, None).threshold == 0.0
-    assert remasking_of("entropy", 8, 8, None, None).entropy_budget == 0.35
+def test_what_a_checkpoint_fills_in():
+    config = endless(block_size=8).config
+
+    def filled(**settings: Any) -> DecodeSettings:
+        return DecodeSettings(**settings).for_checkpoint(config)
+
+    greedy = {"do_sample": False, "eos_token_id": frozenset({STOP}), "pad_token_id": STOP}
+    assert filled() == DecodeSettings(denoising_steps=8, **greedy)
+    dynamic = {"denoising_steps": 2, "remasking": "low_confidence_dynamic"}
+    assert filled(**dynamic) == DecodeSettings(**dynamic, threshold=0.9, **greedy)
+    assert filled(remasking="low_confidence_dynamic", threshold=0.0).threshold == 0.0
+    assert filled(remasking="entropy").entropy_budget == 0.35
+    assert filled(mode="ar").denoising_steps is None and filled(temperature=0.5).do_sample
+    for settings in (filled(), filled(**dynamic), filled(mode="ar"), filled(remasking="entropy", temperature=0.5)):
+        settings.check()
+        assert settings.for_checkpoint(config) == settings, "what was filled in needs nothing more"
+
+
+def test_settings_are_told_in_the_words_of_whoever_asks():
+    def spell(name: str, value: Any = None) -> str:
+        return f"<{name}>" if value is None else f"<{name} {value}>"
+
+    for settings, given, words in (
+        ({"threshold": 0.5}, (), "<threshold 0.5> has no effect with <remasking low_confidence_static>: add <remasking low_conf"),
+        ({"max_new_tokens": 0}, (), "<max_new_tokens> is 0, expected 1 or more"),
+        ({"mode": "ar"}, ("remasking",), "<remasking> has no effect with <mode ar>"),
+        ({}, ("seed",), "<seed> has no effect with temperature 0"),
+        (
+            {"mode": "speculative", "cache_implementation": "static"},
+            (),
+            "<cache_implementation static> has no effect with <mode sp",
+        ),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            DecodeSettings(**settings).check(given, spell)
+    DecodeSettings(seed=3).check()
 
 
 # --- the cache, and the AR decoder ---------------------------------------------------------------------------------------------

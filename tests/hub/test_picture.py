@@ -20,7 +20,7 @@ from diffvl.data.images import open_picture
 from diffvl.data.records import Record, Turn
 from diffvl.decode.answer import ask
 from diffvl.errors import DataError
-from diffvl.hub.picture_diffvl import all_seen, as_seen
+from diffvl.hub.processing_diffvl import as_seen, images_as_seen
 from diffvl.report.page import _picture
 
 CASES = Path(__file__).parents[1] / "data" / "cases" / "pictures"
@@ -220,7 +220,7 @@ def test_an_animation_shows_its_first_frame() -> None:
 
 @pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])
 def test_a_picture_without_pixels_is_refused(size: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match=f"a picture of {size[0]} x {size[1]} pixels has nothing to show"):
+    with pytest.raises(ValueError, match=f"an image of {size[0]} x {size[1]} pixels has nothing to show"):
         as_seen(Image.new("RGB", size))
 
 
@@ -255,8 +255,8 @@ def test_pictures_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_pictures_are_not_fetched(name: str) -> None:
     with pytest.raises(DataError, match="is no file: pictures are not fetched, give the path of a file"):
         open_picture(name, "--image")
-    with pytest.raises(ValueError, match="is no file: pictures are not fetched"):
-        all_seen([name])
+    with pytest.raises(ValueError, match="is no file: images are not fetched"):
+        images_as_seen([name])
 
 
 # --- the four places -----------------------------------------------------------------------------------------------------
@@ -309,5 +309,5 @@ def test_arrays_and_tensors_are_pixels_already(loaded: Callable[[str], Loaded]) 
     for given in (array, torch.from_numpy(array.copy()).permute(2, 0, 1)):
         torch.testing.assert_close(processor(images=[given], text=[text], return_tensors="pt")["pixel_values"], expected)
     for shape in ((40, 60), (40, 60, 4), (1, 40, 60)):
-        with pytest.raises(ValueError, match="is no RGB picture: expected "):
+        with pytest.raises(ValueError, match="is no RGB image: expected "):
             processor(images=[numpy.zeros(shape, dtype="uint8")], text=[text], return_tensors="pt")

@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig
 
 from diffvl.demo.standins import TRUNKS
-from diffvl.hub import attention_diffvl, generation_diffvl, static_diffvl
-from diffvl.hub.attention_diffvl import BLOCKS, block_attention, block_kernels
+from diffvl.hub import cache_diffvl, generation_diffvl, layout_diffvl
+from diffvl.hub.answers_diffvl import BlockGenerationOutput
 from diffvl.hub.decoder_diffvl import BlockDecoder
-from diffvl.hub.run_diffvl import BlockGenerationOutput
+from diffvl.hub.layout_diffvl import BLOCKS, block_attention, block_kernels
 
 STATIC: dict[str, Any] = {"cache_implementation": "static"}
 SETTINGS: dict[str, Any] = {"max_new_tokens": 14, "denoising_steps": 2, "eos_token_id": -1}
@@ -152,7 +152,7 @@ def test_a_trunk_compiled_by_somebody_else_keeps_its_limits(loaded: Callable[[st
         generated(both, [CHATS[3]], max_new_tokens=4, **STATIC)
     finally:
         hook.remove()
-    assert set(limits) == {torch._dynamo.config.recompile_limit} != {static_diffvl.MOST_FORMS}
+    assert set(limits) == {torch._dynamo.config.recompile_limit} != {cache_diffvl.MOST_FORMS}
 
 
 def test_ar_has_a_static_cache_too_and_speculation_none(loaded: Callable[[str], Loaded]):
@@ -242,10 +242,10 @@ def test_a_compiled_trunk_is_what_decodes(loaded: Callable[[str], Loaded], fresh
     model = copy.deepcopy(model)
     model.config.set_decoding("blocks", 4, "block", "absolute", "same")
     seen: Counter[str] = Counter()
-    trunk_logits, passed = static_diffvl.StaticTrunk.logits, BlockDecoder._pass
+    trunk_logits, passed = cache_diffvl.StaticTrunk.logits, BlockDecoder._pass
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(static_diffvl.StaticTrunk, "logits", lambda *a: (seen.update(["compiled"]), trunk_logits(*a))[1])
+        patch.setattr(cache_diffvl.StaticTrunk, "logits", lambda *a: (seen.update(["compiled"]), trunk_logits(*a))[1])
         patch.setattr(BlockDecoder, "_pass", lambda *a: (seen.update(["plain"]), passed(*a))[1])
         config = CompileConfig(fullgraph=True, dynamic=False, backend="eager", mode="default")
         output = generated((model, processor), CHATS, **SETTINGS, **STATIC, compile_config=config)
@@ -371,9 +371,9 @@ def test_a_block_that_sees_everything_has_no_mask(
     model, _ = both = loaded(model_type)
     model.config.set_decoding("blocks", 4, context, "response", "same")
     kernels: list[bool] = []
-    stock = attention_diffvl.sdpa_attention_forward
+    stock = layout_diffvl.sdpa_attention_forward
     monkeypatch.setattr(
-        attention_diffvl,
+        layout_diffvl,
         "sdpa_attention_forward",
         lambda *given, **more: (kernels.append(given[4] is None and more["is_causal"] is False), stock(*given, **more))[1],
     )
@@ -403,7 +403,7 @@ def test_a_mask_of_one_element_is_none(loaded: Callable[[str], Loaded]):
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, heads, length, 8, generator=generator) for heads, length in ((4, 3), (2, 9), (2, 9)))
     module: Any = loaded("llama")[0].language_model.model.layers[0].self_attn
-    everything = attention_diffvl.everything(BLOCKS, (1, 3, 9), torch.float32, query.device)
+    everything = layout_diffvl.everything(BLOCKS, (1, 3, 9), torch.float32, query.device)
     found, _ = block_attention(module, query, key, value, everything, scaling=0.3)
     expected, _ = block_attention(module, query, key, value, torch.ones(1, 1, 3, 9, dtype=torch.bool), scaling=0.3)
     torch.testing.assert_close(found, expected)

@@ -9,7 +9,7 @@ from conftest import Loaded
 from decode_chats import CHATS
 from transformers import GenerationConfig
 
-from diffvl.hub.request_diffvl import MODES
+from diffvl.hub.settings_diffvl import MODES
 
 TOKENS = 14
 NEVER: list[Any] = [[-1], [], 99_999, torch.tensor(-1)]
@@ -39,15 +39,15 @@ def decoded(both: Loaded, chats: list[Any], **settings: Any) -> tuple[list[str],
 )
 def test_a_stop_string_ends_one_of_a_batch_that_never_stops(mode: str, size: int, never: Any, both: Loaded):
     model, processor = both
-    words: dict[str, Any] = {"mode": mode, "eos_token_id": never}
-    (free,), tokens = decoded(both, CHATS[:1], **words)
+    arguments: dict[str, Any] = {"mode": mode, "eos_token_id": never}
+    (free,), tokens = decoded(both, CHATS[:1], **arguments)
     assert tokens.shape == (1, TOKENS)
     string = processor.tokenizer.decode(tokens[0, 3:5])
-    texts, new = decoded(both, CHATS[:size], stop_strings=[string], **words)
+    texts, new = decoded(both, CHATS[:size], stop_strings=[string], **arguments)
     assert texts[0].endswith(string) and len(texts[0]) < len(free) and free.startswith(texts[0])
     assert int(new.min()) >= 0 and int(new.max()) < model.config.vocabulary_size, "what stands behind an answer is a token"
     for place in range(size):
-        alone = decoded(both, CHATS[place : place + 1], stop_strings=[string], **words)[0][0]
+        alone = decoded(both, CHATS[place : place + 1], stop_strings=[string], **arguments)[0][0]
         assert texts[place] == alone
 
 

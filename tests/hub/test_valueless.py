@@ -14,49 +14,39 @@ from conftest import Loaded
 from decode_chats import CHATS
 from helpers import CONTEXTS, TARGETS
 
-from diffvl.hub.attention_diffvl import block_kernels
+from diffvl.hub.answers_diffvl import BatchAnswers, picker
+from diffvl.hub.cache_diffvl import static_trunk
 from diffvl.hub.decoder_diffvl import BlockDecoder
 from diffvl.hub.generation_diffvl import denoise
-from diffvl.hub.run_diffvl import Run
-from diffvl.hub.sampling_diffvl import Remasking, Sampling, picker
-from diffvl.hub.static_diffvl import static_trunk
-from diffvl.hub.stopping_diffvl import Stopping
+from diffvl.hub.layout_diffvl import block_kernels
+from diffvl.hub.settings_diffvl import DecodeSettings
 
 META = torch.device("meta")
-# What a decoder counts on the way in, once, by looking at values.
-COUNTED = ("longest_start", "gaps", "open_count", "cell_is_whole", "image_in_block", "has_images", "has_empty")
 
 
 @torch.no_grad()
 def decode_without_values(
-    loaded: Loaded, chats: list[Any], monkeypatch: pytest.MonkeyPatch, static: bool, remasking: Remasking
+    loaded: Loaded, chats: list[Any], monkeypatch: pytest.MonkeyPatch, static: bool, settings: DecodeSettings
 ) -> None:
-    """Three blocks after the prompt; what a real decoder counted is told to this one."""
+    """Three blocks after the prompt; what a real decoder counts on the way in, by looking at values, is told to this one."""
     model, processor = loaded
     inputs = processor.apply_chat_template(chats, tokenize=True, add_generation_prompt=True)
     arguments = [inputs["input_ids"], inputs["attention_mask"].bool(), inputs["answer_index"], inputs.get("pixel_values")]
-    real = BlockDecoder(model, *arguments)
-    counted = {name: getattr(real, name) for name in COUNTED}
-    images = int((inputs["input_ids"] == model.config.image_token_id).sum())
-
-    def told(decoder: BlockDecoder) -> int:
-        vars(decoder).update(counted)
-        return images
-
-    monkeypatch.setattr(BlockDecoder, "_count", told)
+    counts = BlockDecoder(model, *arguments).counts
+    monkeypatch.setattr(BlockDecoder, "_count", lambda _: counts)
     copied: Any = copy.deepcopy(model)
     moved = copied.to(META)
     given: Any = [None if one is None else one.to(META) for one in arguments]
     engine = static_trunk(moved, len(chats), 200, None) if static else None
     decoder = BlockDecoder(moved, *given, static=engine)
-    run = Run(decoder, Stopping(frozenset({1}), 50), None, None)
-    pick = picker(Sampling(False, 0.0), 0, torch.device("cpu"), model.config, with_entropy=False)
+    settings = settings.for_checkpoint(model.config)
+    answers = BatchAnswers(decoder, settings, None, None)
+    pick = picker(settings, torch.device("cpu"), model.config)
     with block_kernels(moved.language_model):
         decoder.prefill()
         for _ in range(3):
-            decoder.open_block()
-            settled_at = denoise(run, remasking, pick)
-            assert settled_at.device == decoder.ids_BD.device == META
+            settled_at = denoise(answers, settings, pick)
+            assert settled_at.device == decoder.block.ids_BD.device == META
             decoder.commit()
 
 
@@ -75,12 +65,13 @@ def test_a_block_needs_no_values(
     model, _ = both = loaded(model_type)
     model.config.set_decoding("blocks", 4, context, "absolute", target)
     for chats in (CHATS[:1], CHATS):
-        for rule in (Remasking(2), Remasking(4, "sequential")):
+        for settings in (DecodeSettings(denoising_steps=2), DecodeSettings(remasking="sequential")):
             with monkeypatch.context() as patch:
-                decode_without_values(both, chats, patch, static, rule)
+                decode_without_values(both, chats, patch, static, settings)
 
 
 def test_a_rule_that_must_look_is_noticed(loaded: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch):
     loaded("llama")[0].config.set_decoding("blocks", 4, "block", "absolute", "same")
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        decode_without_values(loaded("llama"), CHATS, monkeypatch, False, Remasking(2, "low_confidence_dynamic", threshold=0.9))
+        settings = DecodeSettings(denoising_steps=2, remasking="low_confidence_dynamic")
+        decode_without_values(loaded("llama"), CHATS, monkeypatch, False, settings)

@@ -79,12 +79,12 @@ def test_templates_that_can_be_trained_on(template: str):
 @pytest.mark.parametrize(
     ("template", "says"),
     [
-        (LAST_ONLY, r"does not write '<\|im_end\|>' behind answer 1, 'answer 1': it writes '.*question 2' there, which would be"),
+        (LAST_ONLY, r"does not write '<\|im_end\|>' after answer 1, 'answer 1': it writes '.*question 2' there, which would be"),
         (UNSTABLE_LATER, "is not prefix-stable: the prompt of an answer is not the beginning of the whole chat"),
         (CHATML.replace("{{ message['content'] }}", "{{ message['content'] | upper }}"), "leaves the answer out"),
         (
             CHATML.replace("<|im_end|>\n{% endfor", "{% if loop.index < 4 %}<|im_end|>{% endif %}\n{% endfor"),
-            "does not write '.*' behind answer 2",
+            "does not write '.*' after answer 2",
         ),
         (
             CHATML.replace("{{ message['content'] }}", "{{ message['content'] if loop.index < 3 else '...' }}"),
@@ -92,7 +92,7 @@ def test_templates_that_can_be_trained_on(template: str):
         ),
         (
             CHATML.replace("{{ message['content'] }}", "{{ message['content'] | e }}"),
-            "changes '<image>', which stands for a picture",
+            "changes '<image>', which stands for an image",
         ),
         ({"tool_use": CHATML, "rag": CHATML}, "has the chat templates rag, tool_use, but none named default"),
     ],

@@ -5,7 +5,7 @@ from typing import Any
 from conftest import Loaded
 from helpers import picture
 
-from diffvl.hub.run_diffvl import BlockGenerationOutput
+from diffvl.hub.answers_diffvl import BlockGenerationOutput
 
 CHATS: list[list[dict[str, Any]]] = [
     [{"role": "user", "content": [{"type": "text", "text": "Now?"}, {"type": "image", "image": picture()}]}],

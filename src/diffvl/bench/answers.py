@@ -26,11 +26,12 @@ from diffvl.bench.machine import describe_run, load_average, pick_device
 from diffvl.bench.timing import schedule
 from diffvl.bench.workload import load_block_decoder
 from diffvl.data.records import Record, iterate_records
-from diffvl.decode.answer import Answer, Decoder, DecodeSettings, answer_chats
+from diffvl.decode.answer import Answer, Decoder, answer_chats
 from diffvl.errors import UsageError
 from diffvl.evaluation.answer_turns import chat_before, questions
 from diffvl.evaluation.reading import reading_of
 from diffvl.evaluation.textscore import edit_similarity, is_exact
+from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.terminal.bars import track
 
 NEW_TOKENS = 128
@@ -54,7 +55,7 @@ class AnswersBench:
 
     def in_blocks(self, threshold: float) -> DecodeSettings:
         """Settings under which the tokens above a confidence settle."""
-        return DecodeSettings(max_new_tokens=self.new_tokens, strategy="low_confidence_dynamic", threshold=threshold)
+        return DecodeSettings(max_new_tokens=self.new_tokens, remasking="low_confidence_dynamic", threshold=threshold)
 
 
 @dataclass(frozen=True)

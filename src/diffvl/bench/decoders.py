@@ -16,8 +16,8 @@ import torch
 
 from diffvl.bench.published_decoder import answer_start, cut_at_stop, decode_published
 from diffvl.decode.answer import COMPILED
-from diffvl.hub.run_diffvl import BlockGenerationOutput
-from diffvl.hub.static_diffvl import many_forms
+from diffvl.hub.answers_diffvl import BlockGenerationOutput
+from diffvl.hub.cache_diffvl import many_forms
 
 NEVER = -1  # in place of a stop token, where only the limit may end an answer
 

@@ -22,7 +22,7 @@ import torch
 from transformers import DynamicCache
 
 from diffvl.errors import UsageError
-from diffvl.hub.sampling_diffvl import never_predicted
+from diffvl.hub.configuration_diffvl import never_predicted
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from diffvl.cli.decode import chat, generate
 from diffvl.cli.output import print_json, print_line, print_table
 from diffvl.config.recipe import VERSION, StageName
 from diffvl.errors import EXIT_CODE, DiffvlError, UsageError
+from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.store.files import Writing
 from diffvl.terminal import console as terminal
 
@@ -120,7 +121,6 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a checkpoint on held-out answers: masked-token loss and accuracy, and the answers it generates."""
-    from diffvl.decode.answer import DecodeSettings
     from diffvl.evaluation.evaluate import evaluate_directory
     from diffvl.terminal.bars import quiet_libraries
 

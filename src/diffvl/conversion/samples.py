@@ -14,8 +14,9 @@ from rich.console import Console
 from diffvl.config.recipe import Data
 from diffvl.conversion.resume import BEFORE_FILE
 from diffvl.data.loader import SampleDataset
-from diffvl.decode.answer import Decoder, DecodeSettings
+from diffvl.decode.answer import Decoder
 from diffvl.evaluation.evaluate import held_out_answers
+from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.report.page import SAMPLES_FILE
 from diffvl.store import checkpoint
 from diffvl.train.stage import Onlooker

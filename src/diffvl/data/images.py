@@ -1,11 +1,11 @@
-"""Picture file -> RGB picture as it is seen (see `hub.picture_diffvl`), or a DataError that names the file and the record."""
+"""Picture file -> RGB picture as it is seen (see `hub.processing_diffvl`), or a DataError that names the file and the record."""
 
 import warnings
 
 from PIL import Image, UnidentifiedImageError
 
 from diffvl.errors import DataError
-from diffvl.hub.picture_diffvl import as_seen
+from diffvl.hub.processing_diffvl import as_seen
 
 UNREADABLE = "picture cannot be read"
 MISSING = "picture missing"

@@ -1,7 +1,7 @@
-"""DiffVL directory + pictures + prompt -> answer, in blocks (or token by token, where the weights know only that).
+"""DiffVL directory + images + prompt -> answer, in blocks (or token by token, where the weights know only that).
 
-The settings of the command line become arguments of the model's own `generate` here and nowhere else; what a checkpoint cannot
-do with them is refused before anything is decoded.
+Settings become arguments of the model's own `generate` here and nowhere else; what a checkpoint cannot do with them is refused
+before anything is decoded, in the terms of the command line.
 """
 
 import time
@@ -21,17 +21,18 @@ from diffvl.data.images import open_picture
 from diffvl.data.loader import longest_sample
 from diffvl.data.markers import IMAGE_MARKER, count_markers, pieces_between
 from diffvl.data.questions import Question, summary
+from diffvl.decode.flags import flag
 from diffvl.dtypes import has_bf16
 from diffvl.errors import CheckpointError, DataError, UsageError
+from diffvl.hub.answers_diffvl import BlockGenerationOutput, OnStep
+from diffvl.hub.blocks_diffvl import Prefix
+from diffvl.hub.cache_diffvl import on_every_device, require_static
 from diffvl.hub.configuration_diffvl import DiffVLConfig
-from diffvl.hub.prefix_diffvl import Prefix
 from diffvl.hub.processing_diffvl import DiffVLProcessor
-from diffvl.hub.run_diffvl import BlockGenerationOutput, OnStep
-from diffvl.hub.sampling_diffvl import Sampling, remasking_of, sampling_of
-from diffvl.hub.static_diffvl import on_every_device, require_static
+from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.store.checkpoint import load_checkpoint, read_json, saved_dtype
 
-Message = dict[str, Any]  # one of a conversation: role and content; picture parts carry their pictures
+Message = dict[str, Any]  # one of a conversation: role and content; image parts carry their images
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer makes of a character whose last bytes are not there yet
 COMPILED = {"cache_implementation": "static", "compile_config": on_every_device(CompileConfig(fullgraph=True, dynamic=False))}
@@ -39,32 +40,9 @@ OTHER_DECODERS = ("sdar", "diffusionvl", "llada", "llava_llada")  # how model ty
 
 
 @dataclass(frozen=True)
-class DecodeSettings:
-    """How to decode; see `BlockGeneration.generate`, which has the same words. None: its default.
-
-    steps: denoising steps per block, default the block size. temperature: 0 is greedy. stop: texts that end an answer and stay in
-    it. repetition_stop: ends an answer whose tail repeats so many times. compile: decodes in fixed shapes, with a compiled trunk.
-    """
-
-    max_new_tokens: int = 128
-    steps: int | None = None
-    threshold: float | None = None
-    entropy_budget: float | None = None
-    strategy: str = "low_confidence_static"
-    mode: str = "blocks"
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    repetition_stop: int | None = None
-    compile: bool = False
-
-
-@dataclass(frozen=True)
 class Answer:
     """tokens: up to and including the stop. forwards: passes of the trunk, and tokens_per_forward what this answer got out of
-    each. prefill_seconds: until the first tokens were predicted; decode_seconds: the rest; seconds: both and the pictures'
+    each. prefill_seconds: until the first tokens were predicted; decode_seconds: the rest; seconds: both and the images'
     processing. Forwards and seconds of an answer that was decoded in a batch are those of the batch."""
 
     text: str
@@ -125,52 +103,40 @@ def _refuse_other_decoders(directory: Path) -> None:
         )
 
 
-def user_message(text: str, pictures: Sequence[Image.Image]) -> Message:
-    """What a user says. Pictures stand where the text says `<image>`; without the marker, before the text, each on a line of its
+def user_message(text: str, images: Sequence[Image.Image]) -> Message:
+    """What a user says. Images stand where the text says `<image>`; without the marker, before the text, each on a line of its
     own, as in training data.
 
     Raises:
-        UsageError: if markers and pictures differ in number, or the text is not one.
+        UsageError: if markers and images differ in number, or the text is not one.
     """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UsageError(f"the prompt is not valid UTF-8 text (character {error.start + 1}, {text[error.start]!r})") from error
-    marked = text if count_markers(text) else f"{IMAGE_MARKER}\n" * len(pictures) + text
+    marked = text if count_markers(text) else f"{IMAGE_MARKER}\n" * len(images) + text
     num_markers = count_markers(marked)
-    if num_markers != len(pictures):
-        advice = "" if pictures else f" (for that text itself write \\{IMAGE_MARKER})"
-        raise UsageError(f"the prompt has {num_markers} {IMAGE_MARKER} markers, {len(pictures)} pictures were given{advice}")
+    if num_markers != len(images):
+        advice = "" if images else f" (for that text itself write \\{IMAGE_MARKER})"
+        raise UsageError(f"the prompt has {num_markers} {IMAGE_MARKER} markers, {len(images)} images were given{advice}")
     content: list[dict[str, Any]] = []
     for number, piece in enumerate(pieces_between(marked)):
         if number:
-            content.append({"type": "image", "image": pictures[number - 1]})
+            content.append({"type": "image", "image": images[number - 1]})
         content.append({"type": "text", "text": piece})
     return {"role": "user", "content": content}
 
 
 def ask(prompt: str, images: Sequence[Path]) -> Message:
-    """`user_message` with the pictures read from files. Raises DataError if one cannot be."""
+    """`user_message` with the images read from files. Raises DataError if one cannot be."""
     return user_message(prompt, [open_picture(str(path), "--image") for path in images])
 
 
 def check_settings(settings: DecodeSettings, config: DiffVLConfig) -> None:
     """Raises UsageError if a checkpoint cannot be decoded like this."""
-    if settings.steps is not None and not 1 <= settings.steps <= config.block_size:
-        trained = ", which has seen the next-token objective only" if config.decoding == "ar" else ""
-        raise UsageError(
-            f"--steps is {settings.steps}, expected 1 to the block size, {config.block_size}{trained}: a block has no more tokens"
-        )
-    if settings.mode == "speculative" and config.context != "causal":
-        raise UsageError(
-            "--mode speculative needs a checkpoint trained with context: causal (and best with an AR loss, ar_weight), whose own "
-            f"AR logits check the drafts; this one has context: {config.context}. Use --mode blocks or --mode ar"
-        )
-    if settings.compile and settings.mode == "speculative":
-        raise UsageError("--compile has no effect with --mode speculative, whose forwards have many shapes: leave it out")
     try:
-        remasking_of(settings.strategy, settings.steps, config.block_size, settings.threshold, settings.entropy_budget)
-        sampling_of(None, Sampling(None, settings.temperature, settings.top_k, settings.top_p))
+        settings.check(spell=flag)
+        settings.for_checkpoint(config, spell=flag)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -186,11 +152,11 @@ def context_length(decoder: Decoder) -> int | None:
 
 
 def answer(decoder: Decoder, images: Sequence[Path], prompt: str, settings: DecodeSettings) -> Answer:
-    """Answers one prompt about pictures.
+    """Answers one prompt about images.
 
     Raises:
-        DataError: if a picture cannot be read.
-        UsageError: if settings, pictures and prompt do not fit.
+        DataError: if an image cannot be read.
+        UsageError: if settings, images and prompt do not fit.
     """
     return answer_chats(decoder, [[ask(prompt, images)]], settings)[0]
 
@@ -211,7 +177,7 @@ def answer_chats(
         UsageError: if the settings do not fit the checkpoint, or a prompt does not fit its context.
     """
     check_settings(settings, decoder.model.config)
-    began = time.monotonic()
+    start = time.monotonic()
     inputs = encode(decoder, chats)
     length = inputs["input_ids"].shape[1]
     limit = context_length(decoder)
@@ -219,7 +185,7 @@ def answer_chats(
         if not shorten or length >= limit:
             raise UsageError(too_long(length, settings, limit))
         settings = replace(settings, max_new_tokens=limit - length)
-    return decode(decoder, inputs, settings, watcher, began=began)[0]
+    return decode(decoder, inputs, settings, watcher, start=start)[0]
 
 
 def too_long(length: int, settings: DecodeSettings, limit: int) -> str:
@@ -243,57 +209,36 @@ def decode(
     settings: DecodeSettings,
     watcher: Watcher = UNWATCHED,
     prefix: Prefix | None = None,
-    began: float | None = None,
+    start: float | None = None,
 ) -> tuple[list[Answer], BlockGenerationOutput]:
     """Answers what `encode` gave; checked settings, and a prompt that fits.
 
     Args:
         prefix: what an earlier turn of the conversation left; used up.
-        began: when the seconds start to count, default now.
+        start: when the seconds start to count, default now.
     """
-    began = time.monotonic() if began is None else began
+    start = time.monotonic() if start is None else start
     model, tokenizer = decoder.model, decoder.processor.tokenizer
     mask = model.config.mask_token_id
-    if settings.compile and settings.mode == "blocks":
+    if settings.is_static and settings.mode == "blocks":
         _require_static(model.language_model)
-    with _compile_errors_told(model):
-        output = model.generate(
-            **inputs.to(model.device),
-            **_generate_arguments(settings),
-            tokenizer=tokenizer,
-            streamer=watcher.streamer,
-            on_step=watcher.on_step,
-            prefix=prefix,
-            pad_token_id=mask,  # the one token that an answer never holds: what is before it is the answer, however it ended
-            return_dict_in_generate=True,
-        )
+    arguments = settings.arguments() | {"tokenizer": tokenizer, "return_dict_in_generate": True}
+    if settings.is_static and settings.compile_config is None and not settings.disable_compile:
+        arguments |= COMPILED
+    # The one token that an answer never holds: what is before it is the answer, however it ended.
+    arguments["pad_token_id"] = mask
+    watched = {"streamer": watcher.streamer, "on_step": watcher.on_step}
+    with _compile_errors_in_words(model):
+        output = model.generate(**inputs.to(model.device), **arguments, **watched, prefix=prefix)
     assert isinstance(output, BlockGenerationOutput) and output.sequences is not None and output.forwards is not None
     assert output.prefill_seconds is not None and output.decode_seconds is not None
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start
     answers = []
     for row in output.sequences[:, inputs["input_ids"].shape[1] :].tolist():
         ids = row[: row.index(mask)] if mask in row else row
         figures = (output.forwards, len(ids) / output.forwards, output.prefill_seconds, output.decode_seconds, seconds)
-        answers.append(Answer(text_of(tokenizer, ids, settings.stop), len(ids), *figures))
+        answers.append(Answer(text_of(tokenizer, ids, settings.stop_strings), len(ids), *figures))
     return answers, output
-
-
-def _generate_arguments(settings: DecodeSettings) -> dict[str, Any]:
-    return {
-        "max_new_tokens": settings.max_new_tokens,
-        "mode": settings.mode,
-        "denoising_steps": settings.steps,
-        "remasking": settings.strategy,
-        "threshold": settings.threshold,
-        "entropy_budget": settings.entropy_budget,
-        "temperature": settings.temperature,
-        "top_k": settings.top_k,
-        "top_p": settings.top_p,
-        "seed": settings.seed,
-        "stop_strings": list(settings.stop),
-        "repetition_stop": settings.repetition_stop,
-        **(COMPILED if settings.compile else {}),
-    }
 
 
 def _require_static(trunk: Any) -> None:
@@ -304,7 +249,7 @@ def _require_static(trunk: Any) -> None:
 
 
 @contextmanager
-def _compile_errors_told(model: Any) -> Iterator[None]:
+def _compile_errors_in_words(model: Any) -> Iterator[None]:
     """In the block a trunk that torch cannot compile, or a machine without a compiler, ends in one message."""
     try:
         yield
@@ -360,13 +305,13 @@ def check_questions(decoder: Decoder, questions: Sequence[Question], settings: D
 
     Raises:
         UsageError: if the settings do not fit the checkpoint.
-        DataError: naming file and line of questions whose pictures cannot be read or that do not fit the checkpoint.
+        DataError: naming file and line of questions whose images cannot be read or that do not fit the checkpoint.
     """
     check_settings(settings, decoder.model.config)
     limit, problems = context_length(decoder), []
     for question in questions:
         try:
-            length = len(decoder.processor.encode_chat([_asked(question)], add_generation_prompt=True).ids)
+            length = len(decoder.processor.encode_chat([_message(question)], add_generation_prompt=True).ids)
         except DataError as error:  # names its place
             problems.append(error)
         except (UsageError, ValueError) as error:
@@ -383,10 +328,9 @@ def answer_questions(
 ) -> Iterator[tuple[Question, Answer]]:
     """Answers batch by batch, in order."""
     for batch in batches:
-        answers = answer_chats(decoder, [[_asked(question)] for question in batch], settings)
+        answers = answer_chats(decoder, [[_message(question)] for question in batch], settings)
         yield from zip(batch, answers, strict=True)
 
 
-def _asked(question: Question) -> Message:
-    pictures = [open_picture(path, question.source) for path in question.images]
-    return user_message(question.prompt, pictures)
+def _message(question: Question) -> Message:
+    return user_message(question.prompt, [open_picture(path, question.source) for path in question.images])

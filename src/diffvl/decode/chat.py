@@ -17,7 +17,6 @@ from diffvl.data.images import open_picture
 from diffvl.decode.answer import (
     Answer,
     Decoder,
-    DecodeSettings,
     Message,
     TextPieces,
     Watcher,
@@ -28,11 +27,12 @@ from diffvl.decode.answer import (
     user_message,
 )
 from diffvl.errors import DiffvlError, UsageError
-from diffvl.hub.prefix_diffvl import Prefix
+from diffvl.hub.blocks_diffvl import Prefix
+from diffvl.hub.settings_diffvl import DecodeSettings
 
 HELP = """\
-/image PATH   add a picture to the next message
-/reset        forget the conversation and its pictures
+/image PATH   add an image to the next message
+/reset        forget the conversation and its images
 /stats        tokens, forwards and seconds of the last answer and of all
 /help         this list
 /quit         end (so does Ctrl-D)
@@ -42,7 +42,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Turn:
+class AnsweredTurn:
     """One answered message. prompt: tokens of the history with the message; reused: how many of them were not computed again."""
 
     answer: Answer
@@ -52,8 +52,8 @@ class Turn:
 
 @dataclass
 class Chat:
-    """A conversation. write: takes the pieces of answers, as they come; say: takes lines that an order asked for; complain: takes
-    lines about what did not work."""
+    """A conversation. write: takes the pieces of answers, as they come; say: takes lines that a command asked for; complain:
+    takes lines about what did not work."""
 
     decoder: Decoder
     settings: DecodeSettings
@@ -61,8 +61,8 @@ class Chat:
     say: Say
     complain: Say
     history: list[Message] = field(default_factory=list)
-    pictures: list[Image.Image] = field(default_factory=list)  # for the next message
-    turns: list[Turn] = field(default_factory=list)
+    images: list[Image.Image] = field(default_factory=list)  # for the next message
+    turns: list[AnsweredTurn] = field(default_factory=list)
     prefix: Prefix | None = None
 
     def __post_init__(self) -> None:
@@ -76,32 +76,32 @@ class Chat:
         if not line.startswith("/"):
             self._answer(line.strip())
             return True
-        order, _, rest = line.strip().partition(" ")
-        orders: dict[str, Callable[[str], None]] = {
-            "/image": self._add_picture,
+        command, _, rest = line.strip().partition(" ")
+        commands: dict[str, Callable[[str], None]] = {
+            "/image": self._add_image,
             "/reset": self._reset,
             "/stats": self._show_stats,
             "/help": lambda _: self.say(HELP),
         }
-        if order == "/quit":
+        if command == "/quit":
             return False
-        if order not in orders:
-            self.complain(f"{order}: no such order; /help lists them")
-        elif rest and order != "/image":
-            self.complain(f"{order} takes nothing behind it")
+        if command not in commands:
+            self.complain(f"{command}: no such command; /help lists them")
+        elif rest and command != "/image":
+            self.complain(f"{command} takes nothing after it")
         else:
-            orders[order](rest.strip())
+            commands[command](rest.strip())
         return True
 
     # --- messages ------------------------------------------------------------------------------------------------------------
 
     def _answer(self, text: str) -> None:
-        pieces = TextPieces(self.decoder.processor.tokenizer, self.settings.stop, self.write)
+        pieces = TextPieces(self.decoder.processor.tokenizer, self.settings.stop_strings, self.write)
         try:
-            message = user_message(text, self.pictures)
+            message = user_message(text, self.images)
             self._decode(message, pieces)
         except DiffvlError as error:
-            self.complain(f"{error}{self._way_out()}")
+            self.complain(f"{error}{self._advice()}")
         except KeyboardInterrupt:
             if pieces.text:
                 self.write("\n")
@@ -115,43 +115,43 @@ class Chat:
         if limit is not None and length >= limit:
             raise UsageError(
                 f"the message has {length} tokens with all that stands before it, and the context {limit}"
-                + ("" if self.history else ": shorten it, or forget its pictures with /reset")
+                + ("" if self.history else ": shorten it, or forget its images with /reset")
             )
         if limit is not None and length + settings.max_new_tokens > limit:
-            self.complain(f"the context of {limit} tokens has room for {limit - length} more{self._way_out()}")
+            self.complain(f"the context of {limit} tokens has room for {limit - length} more{self._advice()}")
             settings = replace(settings, max_new_tokens=limit - length)
         # The decoder uses the prefix up, and leaves it half done where it is interrupted.
         prefix, self.prefix = self.prefix if settings.mode == "blocks" else None, None
         answers, output = decode(self.decoder, inputs, settings, Watcher(pieces), prefix)
         self.write("\n")
         self.prefix = output.prefix
-        self.turns.append(Turn(answers[0], length, output.reused or 0))
+        self.turns.append(AnsweredTurn(answers[0], length, output.reused or 0))
         self._remember(message, answers[0].text)
 
     def _remember(self, message: Message, text: str) -> None:
         self.history += [message, {"role": "assistant", "content": text}]
-        self.pictures = []
+        self.images = []
 
     def _way_out(self) -> str:
         return "; /reset forgets the conversation so far" if self.history else ""
 
-    # --- orders --------------------------------------------------------------------------------------------------------------
+    # --- commands ------------------------------------------------------------------------------------------------------------
 
-    def _add_picture(self, typed: str) -> None:
+    def _add_image(self, typed: str) -> None:
         if not typed.strip("'\""):
-            self.complain("/image: name a picture's file: /image PATH")
+            self.complain("/image: name an image's file: /image PATH")
             return
         try:
             path = meant_path(typed)
-            self.pictures.append(open_picture(str(path), "/image"))
+            self.images.append(open_picture(str(path), "/image"))
         except (DiffvlError, RuntimeError) as error:  # RuntimeError: ~ of an unknown user
             self.complain(str(error))
             return
-        width, height = self.pictures[-1].size
+        width, height = self.images[-1].size
         self.say(f"{path}, {width} x {height}, goes with the next message")
 
     def _reset(self, _: str) -> None:
-        self.history, self.pictures, self.prefix = [], [], None
+        self.history, self.images, self.prefix = [], [], None
         self.say("the conversation is forgotten")
 
     def _show_stats(self, _: str) -> None:
@@ -181,8 +181,8 @@ def meant_path(typed: str) -> Path:
     if len(typed) > 1 and typed[0] == typed[-1] and typed[0] in "'\"":
         readings.append(typed[1:-1])
     with contextlib.suppress(ValueError):  # a quote that is not closed
-        words = shlex.split(typed)
-        readings += words if len(words) == 1 else []
+        parts = shlex.split(typed)
+        readings += parts if len(parts) == 1 else []
     paths = [Path(reading).expanduser() for reading in readings]
     return next((path for path in paths if os.path.exists(path)), paths[-1])
 

@@ -21,10 +21,10 @@ from rich.text import Text
 from transformers.generation.streamers import BaseStreamer
 
 from diffvl.decode.answer import UNFINISHED, Answer, text_of
-from diffvl.hub.run_diffvl import DenoisingStep
+from diffvl.hub.answers_diffvl import DenoisingStep
 from diffvl.terminal.console import visible
 
-RATE = 15.0  # pictures a second
+RATE = 15.0  # frames a second
 PLACEHOLDER, GREY = " ░░", Style(color="grey42")
 FOOTER = Style(dim=True)
 RED, YELLOW, GREEN = (224, 80, 72), (222, 184, 64), (88, 184, 104)
@@ -41,7 +41,7 @@ class Cell:
 
 
 class BlockWatch(BaseStreamer):
-    """A streamer and an `on_step` of `generate`, for one prompt, that keep a live picture of the answer.
+    """A streamer and an `on_step` of `generate`, for one prompt, that keep a live view of the answer.
 
         with BlockWatch(console, tokenizer) as watch:
             answer = ... generate(streamer=watch, on_step=watch.on_step)

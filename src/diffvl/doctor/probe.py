@@ -19,10 +19,9 @@ from transformers import PreTrainedModel
 
 from diffvl.doctor.streams import GRID_OF, Streams, Token, forward, plain_forward, text, text_config, tokens_of, vocabulary
 from diffvl.doctor.tiny_copy import FIRST_ORDINARY
-from diffvl.hub.attention_diffvl import block_kernels
 from diffvl.hub.cache_diffvl import BlockCache
-from diffvl.hub.head_diffvl import mapped_rows
-from diffvl.hub.layout_diffvl import Layout, attention_masks, clean_layout
+from diffvl.hub.layout_diffvl import Layout, attention_masks, block_kernels, clean_layout
+from diffvl.hub.modeling_diffvl import mapped_rows
 from diffvl.prepare.proof import TOLERANCE, largest, native_logits, smallest, spread
 
 # What the code of some model class may raise on inputs that it was not written for.

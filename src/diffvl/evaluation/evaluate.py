@@ -22,11 +22,12 @@ from diffvl.data.problem_list import advice_on, as_error, is_forgiven
 from diffvl.data.problems import Problem
 from diffvl.data.records import Record, iterate_records
 from diffvl.data.table import open_records
-from diffvl.decode.answer import Decoder, DecodeSettings, answer_chats, context_length, load_for_decoding
+from diffvl.decode.answer import Decoder, answer_chats, context_length, load_for_decoding
 from diffvl.evaluation.answer_turns import answer_turns, chat_before, questions
 from diffvl.evaluation.reading import reading_of
 from diffvl.evaluation.textscore import edit_similarity, is_exact
 from diffvl.hub.configuration_diffvl import DiffVLConfig
+from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.objective.losses import measure, scores
 from diffvl.terminal import console as terminal
 from diffvl.terminal.bars import track

@@ -1,6 +1,8 @@
 """Messages -> token ids and answer marks, in time linear in the tokens, for training and decoding alike.
 
-A chat is rendered once and tokenised once with one placeholder a picture; pictures get their length by list arithmetic. A prompt
+What a message says is used or refused by name: nothing that a caller gives is dropped in silence.
+
+A chat is rendered once and tokenised once with one placeholder an image; images get their length by list arithmetic. A prompt
 rendered for decoding is byte-equal and token-equal to the same prompt inside a training sample: where a tokenizer would merge
 across the seam between prompt and answer, the text is cut there and its pieces are tokenised once more, in training as in
 decoding. A seam is looked at from the last token before it that no neighbour can change.
@@ -9,14 +11,21 @@ decoding. A seam is looked at from the last token before it that no neighbour ca
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
-from .messages_diffvl import Messages, Turn, turns_of
-from .template_diffvl import ChatTemplate, ChatTemplateError, Spans
+from .template_diffvl import ChatTemplate, ChatTemplateError, Spans, Turn
+
+Messages = Sequence[Mapping[str, Any]]
+
+SOURCES = ("image", "url", "path", "base64")  # where the part of an image may carry it, as in transformers' own processors
+EXPECTED = (
+    'expected {"type": "text", "text": "..."} or {"type": "image"}, the latter with one of '
+    '"image" (a PIL image or a path), "path" and "base64", or with none of them where images are given beside the messages'
+)
 
 MAX_SEAMS, LONGEST_SEAM = 1024, 256  # remembered, and their characters
 
@@ -24,7 +33,7 @@ MAX_SEAMS, LONGEST_SEAM = 1024, 256  # remembered, and their characters
 @dataclass(frozen=True)
 class ChatEncoding:
     """ids: token ids. answer: per token 0, or k inside the k-th answer (its stop token included). rendered: what was tokenised,
-    with one placeholder, `image_token`, for each picture of `image_tokens` tokens."""
+    with one placeholder, `image_token`, for each image of `image_tokens` tokens."""
 
     ids: list[int]
     answer: list[int]
@@ -34,7 +43,7 @@ class ChatEncoding:
 
     @property
     def text(self) -> str:
-        """What the tokens stand for: the rendered chat with pictures at their length."""
+        """What the tokens stand for: the rendered chat with images at their length."""
         if self.image_tokens == 1 or not self.image_token:
             return self.rendered
         return self.rendered.replace(self.image_token, self.image_token * self.image_tokens)
@@ -44,8 +53,8 @@ class ChatEncoder:
     """Encodes chats for one tokenizer with its chat template. It remembers what chats have in common; nothing of it is saved.
 
     Args:
-        image_token: the placeholder's text; one of it stands for one picture of `image_tokens` tokens.
-        stop_token: what the chat template writes behind an answer.
+        image_token: the placeholder's text; one of it stands for one image of `image_tokens` tokens.
+        stop_token: what the chat template writes after an answer.
         system_turn: see `ChatTemplate`.
     """
 
@@ -86,7 +95,7 @@ class ChatEncoder:
         return self.template.fold(turns)
 
     def render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
-        """The chat template's text, with one placeholder a picture."""
+        """The chat template's text, with one placeholder an image."""
         return self.template.render(self.turns(messages), add_generation_prompt)
 
     def encode(self, messages: Messages, add_generation_prompt: bool = False) -> ChatEncoding:
@@ -101,12 +110,12 @@ class ChatEncoder:
         """Token ids and answer marks of what `turns` gave.
 
         Raises:
-            ChatTemplateError: see `ChatTemplate.spans`; and if the template changes the placeholder of a picture.
+            ChatTemplateError: see `ChatTemplate.spans`; and if the template changes the placeholder of an image.
         """
         rendered, spans = self.template.spans(turns, add_generation_prompt)
         if rendered.count(self.image_token) != sum(text.count(self.image_token) for _, text in turns):
             raise ChatTemplateError(
-                f"the chat template changes {self.image_token!r}, which stands for a picture, or writes one of its own; mend it"
+                f"the chat template changes {self.image_token!r}, which stands for an image, or writes one of its own; correct it"
             )
         return self.mark(rendered, spans)
 
@@ -125,7 +134,7 @@ class ChatEncoder:
 
     @cached_property
     def generation_prompt(self) -> str:
-        """What the template writes before an answer; empty where it cannot be told from the question."""
+        """What the template writes before an answer; empty where it cannot be distinguished from the question."""
         asked = [("user", "?")]
         before, prompt = (self.template.render(asked, flag) for flag in (False, True))
         return prompt[len(before) :] if prompt.startswith(before) else ""
@@ -140,7 +149,7 @@ class ChatEncoder:
         """Token ids, and the character at which each begins."""
         tokenizer = self.tokenizer
         backend = tokenizer.backend_tokenizer
-        # What an earlier call of the tokenizer with truncation or padding has left behind.
+        # What an earlier call of the tokenizer with truncation or padding has left set.
         if backend.truncation is not None:
             backend.no_truncation()
         if backend.padding is not None:
@@ -170,7 +179,7 @@ class ChatEncoder:
     def _bad_seams(self, text: str, starts: Sequence[int], ids: list[int], begins: list[int]) -> list[int]:
         """Which answers' starts must be cuts: those before which the text has other tokens than a prompt that ends there."""
         cuts: list[int] = []
-        base = floor = 0  # the tokens are those of text[base:], and those from `floor` on stand behind the last cut
+        base = floor = 0  # the tokens are those of text[base:], and those from `floor` on stand after the last cut
         for start in starts:
             place = bisect_left(begins, start)
             wall = self._last_wall(ids, floor, place)
@@ -233,7 +242,7 @@ class ChatEncoder:
             for token in self.tokenizer.added_tokens_decoder.values()
             if token.content.strip() and (token.special or token.content == stop or token.content in written)
         ]
-        own = (self.image_token, self.tokenizer.mask_token)  # told in words of their own
+        own = (self.image_token, self.tokenizer.mask_token)  # these have messages of their own
         control = sorted({token for token in control if token not in own}, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, control)) or "(?!)")
 
@@ -269,3 +278,78 @@ def _walls(tokenizer: Any) -> frozenset[int]:
     plain = tokenizer.backend_tokenizer.normalizer is None
     added = tokenizer.added_tokens_decoder.items()
     return frozenset(number for number, token in added if not token.single_word and (plain or not token.normalized))
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------------
+
+
+def turns_of(messages: Messages, image_token: str) -> list[Turn]:
+    """Role and text of every message; each image part becomes one placeholder.
+
+    Raises:
+        ValueError: naming what is wrong with a message, or what it holds that would be left out.
+    """
+    turns = []
+    for message in messages:
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str):
+            raise ValueError(f"a message has the role {role!r}; expected system, user or assistant")
+        if not isinstance(content, str):
+            content = _flatten(role, content, image_token)
+        elif image_token in content:
+            raise _placeholder(image_token)
+        if len(message) > 2:
+            _refuse_others(f"a message of the role {role!r}", message, ("role", "content"))
+        turns.append((role, content))
+    return turns
+
+
+def images_of(messages: Messages) -> Iterator[tuple[str, Any] | None]:
+    """For each image part, in order: where the image stands (one of SOURCES) and what stands there; None where the part
+    carries none. The messages are ones that `turns_of` took."""
+    for message in messages:
+        content = message["content"]
+        for part in () if isinstance(content, str) else content:
+            if part["type"] == "image":
+                yield next(((key, part[key]) for key in SOURCES if part.get(key) is not None), None)
+
+
+def _flatten(role: str, content: Any, image_token: str) -> str:
+    """Content given as parts, as one string."""
+    if not isinstance(content, list | tuple):
+        raise ValueError(f"a message of the role {role!r} has {type(content).__name__} as its content; expected text or parts")
+    pieces = [_part(role, part, image_token) for part in content]
+    text = "".join(pieces)
+    # Counted in the whole: two parts may join to the placeholder's text.
+    if text.count(image_token) != sum(isinstance(part, Mapping) and part["type"] == "image" for part in content):
+        raise _placeholder(image_token)
+    return text
+
+
+def _part(role: str, part: Any, image_token: str) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else f"({type(part).__name__})"
+    if kind == "text" and isinstance(part.get("text"), str):
+        if len(part) > 2:
+            _refuse_others("a text part", part, ("type", "text"))
+        return part["text"]
+    if kind == "text":
+        raise ValueError(f"a text part has {type(part.get('text')).__name__} as its text; {EXPECTED}")
+    if kind != "image":
+        raise ValueError(f"a message of the role {role!r} has a part of the type {kind!r}; {EXPECTED}")
+    _refuse_others("an image part", part, ("type", *SOURCES))
+    given = [key for key in SOURCES if part.get(key) is not None]
+    if len(given) > 1:
+        raise ValueError(f"an image part carries {' and '.join(map(repr, given))}; expected one of them")
+    return image_token
+
+
+def _refuse_others(what: str, item: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raises ValueError if `item` says more than the known keys do. None and empty values say nothing."""
+    for key in item.keys() - set(known):
+        value = item[key]
+        if value is not None and not (isinstance(value, str | list | tuple | dict) and not value):
+            raise ValueError(f"{what} has {key!r}, which would be left out; take it out, or write what it says into the text")
+
+
+def _placeholder(image_token: str) -> ValueError:
+    return ValueError(f"the text holds {image_token!r}, which stands for an image: give images as parts")

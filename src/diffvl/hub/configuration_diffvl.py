@@ -1,10 +1,12 @@
 """Configuration of a DiffVL model: a stock text trunk, a stock vision tower, and what block diffusion adds.
 
-Everything the decoder must share with training stands here: block size, context, grid, target, mask token.
+Everything the decoder must share with training stands here: block size, context, grid, target, mask token,
+and what is never predicted.
 """
 
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 CHOICES = {
@@ -24,12 +26,14 @@ class DiffVLConfig(PreTrainedConfig):
         connector: "mlp2x_gelu", "linear" or "pixel_shuffle".
         shuffle_factor: patches per side that pixel_shuffle joins; 1 for the other connectors.
         vision_layer: index into the tower's hidden states.
-        image_size: pixels per side of the square picture that the tower sees.
+        image_size: pixels per side of the square image that the tower sees.
         image_token_id, mask_token_id: rows of the trunk's embedding.
         vocabulary_size: tokens of the tokenizer; rows beyond are padding and never predicted.
         stop_token_ids: ids that end an answer.
         decoding: "blocks", or "ar" for a model that has only seen the next-token objective.
-        block_size, context, grid, target: DESIGN section 4.
+        block_size: tokens of a block. context: how clean tokens see each other, "block" (their whole block and all before it) or
+            "causal". grid: where blocks begin, "absolute" (at multiples of the size from token 0) or "response" (at the start of
+            every answer). target: which token a position predicts, its own ("same") or the next ("shift").
     """
 
     model_type = "diffvl"
@@ -85,9 +89,16 @@ class DiffVLConfig(PreTrainedConfig):
 
     @property
     def image_tokens(self) -> int:
-        """Tokens that one picture takes in the text."""
+        """Tokens that one image takes in the text."""
         side = self.image_size // self.vision_config.patch_size // self.shuffle_factor
         return side * side
+
+
+def never_predicted(config: Any, vocabulary: int, device: torch.device) -> torch.Tensor:
+    """bool [V]: the mask token, the image token and the table's padding rows."""
+    forbidden = torch.arange(vocabulary, device=device) >= config.vocabulary_size
+    forbidden[[config.mask_token_id, config.image_token_id]] = True
+    return forbidden
 
 
 def _sub_config(config: dict[str, Any] | PreTrainedConfig | None) -> Any:

@@ -2,29 +2,41 @@
 
 A sample is a clean stream (the chat text) and a noisy stream (the blocks that hold answer tokens, with the position ids of
 their clean counterparts; an answer that is not to be trained on stands in the clean stream only). Every token is one row of
-`Layout`; the attention rule is written once, in `Layout.allowed` (BD3-LM, arXiv 2503.09573, section 3; DESIGN section 4). The
-leak it guards against: a noisy token must never see the clean copy of its own block, nor anything later.
-tests/test_invariants.py rebuilds that bug and catches it.
+`Layout`; the attention rule is written once, in `attends` (BD3-LM, arXiv 2503.09573, section 3). The leak it guards against: a
+noisy token must never see the clean copy of its own block, nor anything later.
 
-Shapes: B batch, L clean length, R noisy length, T = all tokens of a row, Q queries. Bool masks: True = may be attended.
+Order is not rotation. Causality, windows and chunks count `Layout.position`, the index in the sample; the trunk rotates by
+`rope_ids`, a tensor beside the layout.
+
+A denoising step without neighbours and windows hides nothing from anybody: its mask would be all ones. SDPA's fastest kernels,
+and grouped key heads that are not copied for every query head, want no mask at all; but a stock trunk that is given none takes
+its causal one. So a mask of one element goes through the trunk in the place of a 4-D mask, and `block_attention` takes it for
+what it says. A trunk whose attention cannot be set gets a mask of ones, as a view of one element.
+
+Shapes: B batch, L clean length, R noisy length, T = all tokens of a row, Q queries, K keys, H heads. Bool masks: True = may be
+attended.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
-from .attention_diffvl import BLOCKS, everything
+BLOCKS = "sdpa_blocks"  # the name of `block_attention` among transformers' attention functions
 
 
 @dataclass
 class Layout:
     """Per-token rows, each [B, T].
 
-    position: position id. block: index of the block, rising along a sample. noisy: 0 (or False) in the clean stream, the
-    number of the noisy copy in a noisy one (True where there is one copy only). valid: False for padding. document: which
-    packed sample a token belongs to.
+    position: index in the sample; the order of tokens. block: index of the block, rising along a sample. noisy: 0 (or False) in
+    the clean stream, the number of the noisy copy in a noisy one (True where there is one copy only). valid: False for padding.
+    document: which packed sample a token belongs to.
     context: "block" (clean tokens see their whole block) or "causal" (token by token).
     """
 
@@ -45,18 +57,26 @@ class Layout:
         return Layout(**rows, context=self.context)
 
     def padded(self, length: int) -> "Layout":
-        """With padding behind it, up to a length."""
+        """This layout followed by padding, up to a length."""
         short = length - self.position.shape[1]
         rows = {name: torch.nn.functional.pad(row, (0, short)) for name, row in self.rows.items()}
         return Layout(**rows, context=self.context)
+
+    def part(self, tokens: slice) -> "Layout":
+        """Some of the tokens."""
+        return Layout(**{name: row[:, tokens] for name, row in self.rows.items()}, context=self.context)
+
+    def selected(self, keep: torch.Tensor) -> "Layout":
+        """Some of the samples."""
+        return Layout(**{name: row[keep] for name, row in self.rows.items()}, context=self.context)
 
     def allowed(self, queries: slice = slice(None), window: int | None = None, chunk: int | None = None) -> torch.Tensor:
         """The attention rule, [B, Q, T].
 
         Args:
             queries: which rows ask; all rows answer.
-            window: sliding window in positions, as the stock model counts it (a token sees itself and window - 1 before).
-            chunk: size of attention chunks in positions.
+            window: sliding window in tokens, as the stock model counts it (a token sees itself and window - 1 before).
+            chunk: size of attention chunks in tokens.
         """
         q = {name: row[:, queries, None] for name, row in self.rows.items()}
         k = {name: row[:, None, :] for name, row in self.rows.items()}
@@ -85,10 +105,25 @@ def attends(
     return allowed
 
 
+def rope_ids(position: torch.Tensor) -> torch.Tensor:
+    """Rotary position ids of tokens at these indices of their samples, [B, T]: what a trunk takes as `position_ids`. Trunks with
+    one rotary axis count the tokens. One with several (M-RoPE) would have [axes, B, T] here, and the same `Layout`."""
+    return position
+
+
 def clean_layout(block_BL: torch.Tensor, valid_BL: torch.Tensor, context: str) -> Layout:
     """Layout of a clean stream alone; positions count the valid tokens of each row from 0."""
     position = (valid_BL.long().cumsum(1) - 1).clamp_min(0)
     return Layout(position, block_BL, torch.zeros_like(valid_BL), valid_BL, torch.zeros_like(position), context)
+
+
+def image_rows(is_image: torch.Tensor) -> torch.Tensor:
+    """Counts out which image token each placeholder shows, over the whole batch in reading order; -1 for text.
+
+    Args:
+        is_image: True at placeholders, of any shape; the result has it too.
+    """
+    return torch.where(is_image, is_image.flatten().long().cumsum(0).view_as(is_image) - 1, -1)
 
 
 def block_index(answer_BL: torch.Tensor, block_size: int, grid: str) -> torch.Tensor:
@@ -193,7 +228,7 @@ def attention_masks(text_config: Any, layout: Layout, queries: slice, dtype: tor
 
     Args:
         sees_all: the caller knows that the queries see all T tokens, which stand at positions 0 to T - 1; what no window or chunk
-            hides then either is not masked (see attention_diffvl).
+            hides then either is not masked (see `block_attention`).
     Raises:
         ValueError: for a layer type other than full, sliding or chunked attention, or another attention implementation.
     """
@@ -230,3 +265,50 @@ def for_layers(text_config: Any, make: Callable[[int | None, int | None], Any]) 
             raise ValueError(f"layer types {sorted(unknown)} cannot take block attention; known: {sorted(limits)}")
         return {kind: make(*limits[kind]) for kind in set(layer_types)}
     return make(*limits["sliding_attention" if window else "chunked_attention" if chunk else "full_attention"])
+
+
+# --- no mask where nothing is hidden -----------------------------------------------------------------------------------------
+
+
+def everything(implementation: str, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The mask that hides nothing, for a `shape` of (B, Q, K): [1, 1, 1, 1] for `block_attention`; else [B, 1, Q, K], of ones, or
+    of zeros for eager attention, which adds its mask."""
+    if implementation == "eager":
+        one = torch.zeros(1, 1, 1, 1, dtype=dtype, device=device)
+    else:
+        one = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    batch, queries, keys = shape
+    return one if implementation == BLOCKS else one.expand(batch, 1, queries, keys)
+
+
+def block_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """An attention function of transformers. Query [B, H, Q, head], key and value [B, KV heads, K, head] -> [B, Q, H, head]."""
+    if attention_mask is not None and attention_mask.numel() == 1:
+        attention_mask, is_causal = None, False
+    return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=is_causal, **kwargs)
+
+
+AttentionInterface.register(BLOCKS, block_attention)
+AttentionMaskInterface.register(BLOCKS, sdpa_mask)
+
+
+@contextmanager
+def block_kernels(trunk: Any) -> Iterator[None]:
+    """In the block a trunk on SDPA leaves out masks that hide nothing, if its attention can be set."""
+    config = trunk.config
+    if config._attn_implementation != "sdpa" or not trunk._can_set_attn_implementation():
+        yield
+        return
+    config._attn_implementation = BLOCKS
+    try:
+        yield
+    finally:
+        config._attn_implementation = "sdpa"

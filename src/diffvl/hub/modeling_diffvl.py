@@ -3,27 +3,37 @@
 Block attention enters as masks that `layout_diffvl` builds; nothing here knows of noise or loss. These files are copied
 beside exported weights and are the remote code that transformers loads there.
 
-Shapes: B batch, T tokens, N images, P image tokens per picture, H trunk width, V vocabulary, M rows asked of the head.
+The head can run on some tokens only, and on a bounded number of them at a time. Logits of M rows are M x V values, and a loss
+needs several such tensors; for a vocabulary of 150,000 that is the peak of a training step. Calling the head by hand would be
+wrong for many families (soft caps, scales, biases after it), so the stock model's own forward is run again for each chunk of
+rows with the trunk below the head standing still: what it would return is put in its place.
+
+Shapes: B batch, T tokens, N images, P tokens of an image, H trunk width, V vocabulary, M rows asked of the head, m rows of a
+chunk.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache_diffvl import ReadingCache
 from .configuration_diffvl import DiffVLConfig
 from .generation_diffvl import BlockGeneration
-from .head_diffvl import mapped_rows
-from .layout_diffvl import Layout, attention_masks, clean_layout
-from .request_diffvl import refuse_videos
+from .layout_diffvl import Layout, attention_masks, clean_layout, image_rows, rope_ids
+from .settings_diffvl import refuse_videos
+
+CHUNK_LOGITS = 2**25  # values of a chunk's logits: 128 MiB in fp32
 
 
 class Connector(nn.Module):
@@ -98,7 +108,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         self.language_model.set_output_embeddings(new_embeddings)
 
     def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Pictures [N, 3, S, S] -> image tokens [N, P, H]; a frozen tower runs without a graph."""
+        """Images [N, 3, S, S] -> image tokens [N, P, H]; a frozen tower runs without a graph."""
         tower_trains = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         arguments: dict[str, Any] = {"output_hidden_states": True}
         if "interpolate_pos_encoding" in inspect.signature(self.vision_tower.forward).parameters:
@@ -118,14 +128,14 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         image_features: torch.Tensor | None = None,
         text_only: bool = False,
     ) -> torch.Tensor:
-        """Token embeddings with the pictures spliced in, [B, T, H].
+        """Token embeddings with the images spliced in, [B, T, H].
 
         Args:
-            text_only: the caller knows that no token shows a picture; else this is looked at, which waits for the device.
+            text_only: the caller knows that no token shows an image; else this is looked at, which waits for the device.
             image_index: for each token the row of the flattened image tokens that it shows, -1 for text, [B, T]. Default:
                 the placeholders in reading order. A noisy copy of a placeholder names the row of its clean counterpart.
         Raises:
-            ValueError: if pictures and placeholders do not match in number.
+            ValueError: if images and placeholders do not match in number.
         """
         embeds = self.get_input_embeddings()(input_ids)
         if text_only:
@@ -142,9 +152,9 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         if image_index is None:
             if int(is_image.sum()) != len(features):
                 raise ValueError(
-                    f"{len(image_features)} pictures give {len(features)} image tokens, the text has {int(is_image.sum())}"
+                    f"{len(image_features)} images give {len(features)} image tokens, the text has {int(is_image.sum())}"
                 )
-            image_index = torch.where(is_image, is_image.flatten().long().cumsum(0).view_as(input_ids) - 1, -1)
+            image_index = image_rows(is_image)
         spliced = features[image_index.clamp_min(0)].to(embeds.dtype)
         return torch.where((image_index >= 0)[..., None], spliced, embeds)
 
@@ -173,10 +183,10 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
             input_ids: [B, T]; placeholders of `image_token_id` stand for image tokens.
             pixel_values: [N, 3, S, S], in reading order of the placeholders.
             image_sizes: [N, 2] original height and width, accepted for callers of SDAR-VL style; only counted, because every
-                picture is resized to one square.
+                image is resized to one square.
             attention_mask: None (causal), [B, K] (1 = token, 0 = padding, causal), [B, T, K] with 1 = attend (key j stands at
                 position j; windows are applied on top), or ready-made 4-D masks as `layout_diffvl.attention_masks` gives.
-            position_ids: [B, T]; default: counted on from the cache.
+            position_ids: [B, T], the order and the rotation of the tokens at once; default: counted on from the cache.
             store_kv: False leaves the cache as it was, and still attends to it.
             pixel_values_videos, image_sizes_videos: None; accepted for callers of SDAR-VL style, which always name them.
             image_index, text_only: see `embed`.
@@ -194,7 +204,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         """
         refuse_videos(pixel_values_videos=pixel_values_videos, image_sizes_videos=image_sizes_videos)
         if image_sizes is not None and pixel_values is not None and len(image_sizes) != len(pixel_values):
-            raise ValueError(f"{len(image_sizes)} image_sizes for {len(pixel_values)} pictures")
+            raise ValueError(f"{len(image_sizes)} image_sizes for {len(pixel_values)} images")
         embeds = self.embed(input_ids, pixel_values, image_index, image_features, text_only)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         masks, position_ids = self._masks(attention_mask, position_ids, input_ids.shape, past, embeds)
@@ -203,6 +213,20 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
             cache = DynamicCache()
         elif cache is not None and not store_kv:
             cache = ReadingCache(cache)
+        logits = self._logits(embeds, masks, position_ids, cache, logits_rows, row_map)
+        kept = past_key_values if past_key_values is not None else (cache if use_cache else None)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=kept)
+
+    def _logits(
+        self,
+        embeds: torch.Tensor,
+        masks: Any,
+        position_ids: torch.Tensor,
+        cache: Cache | None,
+        rows: torch.Tensor | None,
+        row_map: Callable[[torch.Tensor, slice], torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """The trunk's logits, or what `row_map` makes of them; see `forward`."""
         trunk_pass = partial(
             self.language_model,
             inputs_embeds=embeds,
@@ -211,19 +235,16 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
             past_key_values=cache,
             use_cache=cache is not None,
         )
-        if row_map is None:
-            with self._head_on(logits_rows):
-                output = trunk_pass()
-            logits = output.logits if logits_rows is None else output.logits[0]
-        else:
-            logits = mapped_rows(self.language_model, trunk_pass, _flat_rows(logits_rows), row_map)
-        kept = past_key_values if past_key_values is not None else (cache if use_cache else None)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=kept)
+        if row_map is not None:
+            return mapped_rows(self.language_model, trunk_pass, _flat_rows(rows), row_map)
+        with self._head_on(rows):
+            logits = trunk_pass().logits
+        return logits if rows is None else logits[0]
 
     def _masks(
         self, mask: Any, position_ids: torch.Tensor | None, shape: torch.Size, past: int, embeds: torch.Tensor
     ) -> tuple[Any, torch.Tensor]:
-        """Whatever the caller gave -> masks per layer type and explicit position ids."""
+        """Whatever the caller gave -> masks per layer type and rotary position ids."""
         batch, tokens = shape
         total = past + tokens
         queries = slice(past, total)
@@ -240,18 +261,19 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         block = torch.zeros(batch, total, dtype=torch.long, device=embeds.device)
         layout = clean_layout(block, valid, context="causal")
         if mask is None and position_ids is None and past == 0:
-            return None, layout.position  # the trunk's own causal attention, which needs no mask
+            return None, rope_ids(layout.position)  # the trunk's own causal attention, which needs no mask
         if mask is None or mask.dim() == 2:
+            rope = rope_ids(layout.position)[:, queries] if position_ids is None else position_ids
             if position_ids is not None:
                 layout.position = torch.cat([layout.position[:, :past], position_ids], dim=1)
-            return attention_masks(text_config, layout, queries, embeds.dtype), layout.position[:, queries]
+            return attention_masks(text_config, layout, queries, embeds.dtype), rope
         if mask.dim() != 3 or mask.shape[-2:] != (tokens, total):
             raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, expected [{batch}, {tokens}, {total}]")
-        if position_ids is None:
-            position_ids = layout.position[:, queries]
+        rope = (rope_ids(layout.position)[:, queries] if position_ids is None else position_ids).expand(batch, tokens)
         given = _GivenMask(**layout.rows, context="causal", mask=mask.bool())
-        given.position = torch.cat([layout.position[:, :past], position_ids.expand(batch, tokens)], dim=1)
-        return attention_masks(text_config, given, queries, embeds.dtype), position_ids.expand(batch, tokens)
+        if position_ids is not None:
+            given.position = torch.cat([layout.position[:, :past], position_ids.expand(batch, tokens)], dim=1)
+        return attention_masks(text_config, given, queries, embeds.dtype), rope
 
     @contextmanager
     def _head_on(self, rows: torch.Tensor | None) -> Iterator[None]:
@@ -285,3 +307,92 @@ class _GivenMask(Layout):
         rows = {**self.rows, "block": torch.zeros_like(self.block)}
         everything = Layout(**rows, context="block").allowed(queries, window, chunk)
         return everything & self.mask
+
+
+# --- the head on a bounded number of rows -----------------------------------------------------------------------------------
+
+
+def mapped_rows(
+    trunk: Any, trunk_pass: Callable[[], Any], rows: torch.Tensor, row_map: Callable[[torch.Tensor, slice], torch.Tensor]
+) -> torch.Tensor:
+    """`row_map` over the logits at `rows`, chunk by chunk; [M, ...].
+
+    Args:
+        trunk: the causal LM, possibly wrapped by peft. trunk_pass: runs it on the whole batch.
+        rows: int64 [M], indices into the flattened tokens of the batch.
+    """
+    stock = trunk.get_base_model() if hasattr(trunk, "get_base_model") else trunk
+    head = stock.get_output_embeddings()
+    with _recorded_outputs(stock) as seen:
+        hook = head.register_forward_pre_hook(lambda _, arguments: (arguments[0].flatten(0, -2)[:1][None],))
+        try:
+            one_logit_row = trunk_pass().logits
+        finally:
+            hook.remove()
+    body, output = seen[-1]
+    _BODIES[stock] = body
+    hidden = output.last_hidden_state.flatten(0, 1)[rows]
+    # Only the form of the first pass's output is used; the trunk's own output must not be held through it.
+    like = _with_hidden(output, hidden[:0])
+
+    def chunk(hidden_mH: torch.Tensor, which: slice) -> torch.Tensor:
+        with _returning(body, _with_hidden(like, hidden_mH[None])):
+            logits = stock(input_ids=torch.zeros(1, 1, dtype=torch.long, device=rows.device), use_cache=False).logits
+        return row_map(logits[0], which)
+
+    size = max(CHUNK_LOGITS // one_logit_row.shape[-1], 1)
+    chunks = [slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size)] or [slice(0, 0)]
+    if len(chunks) == 1:
+        return chunk(hidden, chunks[0])
+    run: Any = _recomputed if torch.is_grad_enabled() else lambda function, *arguments: function(*arguments)
+    return torch.cat([run(chunk, hidden[which], which) for which in chunks])
+
+
+# For each stock model the module below its head: the outermost one that returns hidden states. Models name it differently.
+_BODIES: "WeakKeyDictionary[Any, Any]" = WeakKeyDictionary()
+
+
+@contextmanager
+def _recorded_outputs(stock: Any) -> Iterator[list[tuple[Any, Any]]]:
+    """In the block, collects (module, output) of modules that return hidden states, the outermost one last."""
+    seen: list[tuple[Any, Any]] = []
+
+    def note(module: Any, _: Any, output: Any) -> None:
+        if getattr(output, "last_hidden_state", None) is not None:
+            seen.append((module, output))
+
+    known = _BODIES.get(stock)
+    watched = [known] if known is not None else [module for module in stock.modules() if module is not stock]
+    hooks = [module.register_forward_hook(note) for module in watched]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _recomputed(function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
+    result = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+def _with_hidden(output: Any, hidden: torch.Tensor) -> Any:
+    """A copy of the trunk's output with other hidden states and no cache."""
+    shown = copy.copy(output)
+    shown.last_hidden_state = hidden
+    return shown
+
+
+@contextmanager
+def _returning(body: Any, output: Any) -> Iterator[None]:
+    """In the block the module returns `output` whatever it is given."""
+    before = body.__dict__.get("forward")
+    body.forward = lambda *_, **__: output
+    try:
+        yield
+    finally:
+        if before is None:
+            del body.forward
+        else:
+            body.forward = before

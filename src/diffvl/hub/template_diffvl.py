@@ -11,8 +11,7 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
-from .messages_diffvl import Turn
-
+Turn = tuple[str, str]  # role and text
 Spans = list[tuple[int, int]]  # first character and end of each answer
 
 FIXED_DATE = "26 Jul 2024"  # the default of the Llama 3 templates
@@ -52,8 +51,8 @@ class ChatTemplateError(ValueError):
 class Skeleton:
     """What a template writes around the contents of a chat.
 
-    pieces: text before each content, and behind the last. starts: per answer its turn, and the end of its prompt in the piece
-    before it. ends: per answer the end of the stop token in the piece behind it; 0 where there is none. left_out: turns of which
+    pieces: text before each content, and after the last. starts: per answer its turn, and the end of its prompt in the piece
+    before it. ends: per answer the end of the stop token in the piece after it; 0 where there is none. left_out: turns of which
     the text says nothing.
     """
 
@@ -72,7 +71,7 @@ class ChatTemplate:
     """A tokenizer's chat template.
 
     Args:
-        stop_token: what it writes behind an answer.
+        stop_token: what it writes after an answer.
         system_turn: `first_question` puts a system turn in front of the first question; `template` leaves it to the template.
     """
 
@@ -235,14 +234,14 @@ class ChatTemplate:
         """Characters of an answer: from the end of its prompt to the end of its stop token.
 
         Args:
-            tail: what the template writes behind the answer of such a chat, up to the stop token.
+            tail: what the template writes after the answer of such a chat, up to the stop token.
         """
         found, first_stop = text.find(content, start), text.find(self.stop_token, start)
         written = text[start:first_stop] if first_stop >= 0 else text[start:]
         if found < 0 or (text[start:found].strip() and content not in written):
             raise ChatTemplateError(
                 f"the chat template changes answer {number}: of {_short(content)} it writes {_short(written.strip())}; an answer "
-                "is trained as it stands in the chat: leave out what the template takes away, or mend the template"
+                "is trained as it stands in the chat: leave out what the template takes away, or correct the template"
             )
         if text[start:found].strip():
             raise ChatTemplateError(
@@ -250,11 +249,11 @@ class ChatTemplate:
                 "training and decoding would differ"
             )
         stop = text.find(self.stop_token, found + len(content))
-        behind = text[found + len(content) : stop] if stop >= 0 else text[found + len(content) :]
-        if stop < 0 or (behind.strip() and not (tail and text.startswith(tail, found + len(content)))):
+        following = text[found + len(content) : stop] if stop >= 0 else text[found + len(content) :]
+        if stop < 0 or (following.strip() and not (tail and text.startswith(tail, found + len(content)))):
             raise ChatTemplateError(
-                f"the chat template does not write {self.stop_token!r} behind answer {number}, {_short(content)}: it writes "
-                f"{_short(behind)} there, which would be trained as a part of the answer"
+                f"the chat template does not write {self.stop_token!r} after answer {number}, {_short(content)}: it writes "
+                f"{_short(following)} there, which would be trained as a part of the answer"
             )
         return start, stop + len(self.stop_token)
 
@@ -295,10 +294,10 @@ def walk(text: str, turns: Sequence[Turn], skeleton: Skeleton) -> Spans | None:
     pieces, places, at = skeleton.pieces, [], 0
     if not text.startswith(pieces[0]):
         return None
-    for (_, content), before, behind in zip(turns, pieces, pieces[1:], strict=False):
+    for (_, content), before, after in zip(turns, pieces, pieces[1:], strict=False):
         at += len(before)
         for form in _forms(content):
-            if text.startswith(form, at) and text.startswith(behind, at + len(form)):
+            if text.startswith(form, at) and text.startswith(after, at + len(form)):
                 break
         else:
             return None

@@ -18,9 +18,8 @@ import torch
 from diffvl.attention.choose import FLEX, bucket, training_masks
 from diffvl.config.recipe import ArObjective, BlockDiffusionObjective, Objective, UniformNoise
 from diffvl.data.collate import Batch
-from diffvl.hub.configuration_diffvl import DiffVLConfig
-from diffvl.hub.layout_diffvl import Layout, NoisyStream, block_index, clean_layout, noisy_stream
-from diffvl.hub.sampling_diffvl import never_predicted
+from diffvl.hub.configuration_diffvl import DiffVLConfig, never_predicted
+from diffvl.hub.layout_diffvl import Layout, NoisyStream, block_index, clean_layout, noisy_stream, rope_ids
 from diffvl.objective.noise import mask_probabilities, mask_ratios, masked_tokens, noise_state
 from diffvl.objective.packing import Packed, pack
 from diffvl.objective.weights import block_weights, token_cross_entropy
@@ -268,7 +267,7 @@ def _predict(
         pixel_values=batch.get("pixel_values"),
         image_index=packed.moved(image_SW, -1),
         attention_mask=training_masks(config.text_config, packed.layout, dtype),
-        position_ids=packed.layout.position,
+        position_ids=rope_ids(packed.layout.position),
         logits_rows=at_M,
         row_map=judge,
     ).logits

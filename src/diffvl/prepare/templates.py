@@ -14,8 +14,7 @@ from transformers import AutoTokenizer
 from diffvl.config.families import family_of
 from diffvl.errors import CheckpointError, UnsupportedModelError
 from diffvl.hub.chat_diffvl import ChatEncoder
-from diffvl.hub.messages_diffvl import Turn
-from diffvl.hub.template_diffvl import FAULTS, ChatTemplate, ChatTemplateError, with_fixed_date
+from diffvl.hub.template_diffvl import FAULTS, ChatTemplate, ChatTemplateError, Turn, with_fixed_date
 
 log = logging.getLogger(__name__)
 REASONING_TAG = "<think>"

@@ -37,15 +37,8 @@ AutoConfig.register(DiffVLConfig.model_type, DiffVLConfig)
 
 STATE_FILE = "diffvl.json"
 RECIPE_FILE = "run.yaml"
-HUB_FILES = tuple(
-    f"{name}_diffvl.py"
-    for name in (
-        *("configuration", "attention", "layout", "head", "modeling", "processing", "picture"),
-        *("messages", "template", "chat"),
-        *("cache", "static", "pieces", "prefix", "decoder"),
-        *("sampling", "stopping", "request", "run", "speculation", "generation"),
-    )
-)
+HUB = Path(configuration_diffvl.__file__).parent
+HUB_FILES = tuple(sorted(path.name for path in HUB.glob("*_diffvl.py")))  # the remote code
 MODEL_CLASS = "modeling_diffvl.DiffVLForConditionalGeneration"
 MODEL_MAP = {
     "AutoConfig": "configuration_diffvl.DiffVLConfig",
@@ -92,9 +85,8 @@ def write_checkpoint(model: DiffVLForConditionalGeneration, processor: DiffVLPro
         share(directory)
         processor.save_pretrained(directory)
         _edit_json(directory / "processor_config.json", {"auto_map": PROCESSOR_MAP, "processor_class": "DiffVLProcessor"})
-        source = Path(configuration_diffvl.__file__).parent
         for name in HUB_FILES:
-            shutil.copyfile(source / name, directory / name)
+            shutil.copyfile(HUB / name, directory / name)
 
 
 def _generation_config(model: DiffVLForConditionalGeneration) -> GenerationConfig:

@@ -1,0 +1,227 @@
+"""The modes whose answer is the AR answer of the weights: checked drafts of whole blocks, and plain token by token.
+
+Self-speculation: blocks are drafted by denoising and kept as far as the weights' own causal logits agree. It is for checkpoints
+whose clean stream is token-causal, and best with an AR loss on it (`ar_weight`): such a model can check its own drafts, as a
+second model does in speculative decoding (arXiv 2211.17192; here greedy, so that the answer is the AR answer of the same weights,
+token for token). A round takes the draft's forwards and one to check it, and gives at least two tokens.
+
+Shapes: B batch, D block size.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria
+
+from .answers_diffvl import BatchAnswers, Picker, quota, settled
+from .blocks_diffvl import OpenBlock, Piece, Places, clean
+from .cache_diffvl import on_every_device
+from .configuration_diffvl import never_predicted
+from .decoder_diffvl import BlockDecoder
+from .layout_diffvl import rope_ids
+from .settings_diffvl import DecodeSettings
+
+# --- checked drafts ---------------------------------------------------------------------------------------------------------
+
+
+def speculate(answers: BatchAnswers, settings: DecodeSettings, pick: Picker) -> None:
+    """Decodes every sample of a batch to its end."""
+    decoder = answers.decoder
+    decoder.committed.has_gaps = True  # what does not agree stays in the cache as padding
+    ended = [False] * len(answers.answers)
+    known = _take_in_prompt(decoder)
+    while True:
+        # 1. Draft: the last known token goes in as a clean one and says the next; the rest of its block is denoised.
+        live = ~torch.tensor(ended, device=decoder.device)
+        masked = decoder.block.open_BD & live[:, None]
+        drafted = _draft(decoder, known, masked, settings, pick)
+        answers.note_prediction()
+        # 2. Check: the drafted tokens go in as clean ones, and each must be what the one before it says.
+        kept, correction = _check(decoder, drafted, masked, pick)
+        # 3. What agreed and the first correction are final.
+        for sample in range(len(ended)):
+            if not ended[sample]:
+                final = [*drafted[sample][kept[sample]].tolist(), int(correction[sample])]
+                ended[sample] = answers.extend(sample, final)
+        if all(ended):
+            return
+        live = ~torch.tensor(ended, device=decoder.device)
+        known = _go_on(decoder, drafted, kept, correction, live)
+
+
+def _take_in_prompt(decoder: BlockDecoder) -> Piece:
+    """Commits the prompt but for its last token, which is returned; raises ValueError where there is none."""
+    prompt, context = decoder.prompt, decoder.config.context
+    length, has_images = prompt.length_B, decoder.counts.image_tokens > 0
+    if decoder.counts.has_empty:
+        raise ValueError("mode='speculative' goes on from a prompt, but one is empty")
+    before = int(length.max()) - 1
+    if before:
+        valid = torch.arange(before, device=decoder.device)[None] < length[:, None] - 1
+        decoder.forward(prompt.beginning(before, valid, context, has_images), None, None, None)
+    last = length[:, None] - 1
+    layout = clean(last, prompt.block.gather(1, last), torch.ones_like(last, dtype=torch.bool), context)
+    image_index = prompt.image_index.gather(1, last) if has_images else None
+    return Piece(prompt.ids.gather(1, last), layout, rope_ids(last), image_index)
+
+
+def _draft(decoder: BlockDecoder, known: Piece, masked: torch.Tensor, settings: DecodeSettings, pick: Picker) -> torch.Tensor:
+    """Tokens for the masked places, ids [B, D]; the first of each sample is what its known token says, so it is final already."""
+    steps = settings.denoising_steps
+    assert steps is not None
+    first = masked & (masked.long().cumsum(1) == 1)
+    waiting: Piece | None = known
+    left, count = masked.clone(), masked.sum(1) - 1
+    for step in range(steps):
+        # A shifted target is read at the token before; the first masked token needs none, the causal logits have it.
+        open_BD = left & ~first
+        same = decoder.config.target == "same"
+        asked = open_BD if same else torch.roll(open_BD, -1, 1) & decoder.block.valid_BD
+        if waiting is None and not bool(open_BD.any()):
+            break
+        read = decoder.block.piece(decoder.config.context, noisy=1) if bool(open_BD.any()) else None
+        at_known = None if waiting is None else Places.last_valid(waiting.layout)
+        wanted = None if read is None else Places.true_in(asked, int(asked.sum()))
+        of_known, logits = decoder.forward(waiting, read, at_known, wanted)
+        ids = decoder.block.ids_BD.clone()
+        if waiting is not None:
+            following = pick(of_known).ids
+            ids = torch.where(first, following[:, None], ids)
+            left = left & ~first
+        chosen = torch.zeros_like(left)
+        if read is not None:
+            prediction = pick(logits)
+            confidence = torch.zeros(left.shape, device=left.device)
+            ids[open_BD], confidence[open_BD] = prediction.ids, prediction.confidence
+            quota_B = torch.minimum(quota(count, step, steps), open_BD.sum(1))
+            chosen = settled(settings, quota_B, open_BD, confidence)
+        ids_BD = torch.where(chosen | (first & (waiting is not None)), ids, decoder.block.ids_BD)
+        decoder.block = replace(decoder.block, ids_BD=ids_BD)
+        left, waiting = left & ~chosen, None
+    return decoder.block.ids_BD
+
+
+def _check(decoder: BlockDecoder, drafted: torch.Tensor, masked: torch.Tensor, pick: Picker) -> tuple[torch.Tensor, torch.Tensor]:
+    """Commits the drafted tokens as clean ones and turns those that do not agree into padding.
+
+    Returns:
+        bool [B, D], the drafted tokens that are kept; and [B], the token that follows them.
+    """
+    number, position = decoder.block.number_B[:, None].expand_as(drafted), decoder.block.position_BD
+    piece = Piece(drafted, clean(position, number, masked, decoder.config.context), rope_ids(position), None)
+    following = torch.zeros_like(drafted)
+    following[masked] = pick(decoder.forward(piece, None, Places.true_in(masked, int(masked.sum())), None)[0]).ids
+    agrees = torch.ones_like(masked)
+    agrees[:, 1:] = (drafted[:, 1:] == following[:, :-1]) | ~masked[:, :-1]
+    kept = masked & (agrees | ~masked).long().cumprod(1).bool()
+    decoder.committed.keep_last(kept)
+    last = torch.where(kept, torch.arange(kept.shape[1], device=kept.device), -1).max(1, keepdim=True).values
+    return kept, following.gather(1, last.clamp_min(0))[:, 0]
+
+
+def _go_on(
+    decoder: BlockDecoder, drafted: torch.Tensor, kept: torch.Tensor, correction: torch.Tensor, live: torch.Tensor
+) -> Piece:
+    """Opens the block of the next unknown token, with what is known of it, and returns the last known token. Samples that have
+    ended stay where they are, and what goes in for them is no token."""
+    block, mask = decoder.block, decoder.config.mask_token_id
+    position = torch.where(kept, block.position_BD, -1).max(1).values + 1  # of the correction
+    ids_BD = torch.where(kept | ~block.open_BD, drafted, mask)
+    in_block = (block.position_BD == position[:, None]) & live[:, None]
+    ids_BD = torch.where(in_block & block.valid_BD, correction[:, None], ids_BD)
+    number = torch.where(position < block.end_B, block.number_B, block.number_B + 1)
+    layout = clean(position[:, None], number[:, None], live[:, None], decoder.config.context)
+    known = Piece(correction[:, None], layout, rope_ids(position[:, None]), None)
+    block = replace(block, ids_BD=ids_BD, open_BD=block.open_BD & ~kept & ~in_block)
+    decoder.block = _next_block(block, position, correction, live, decoder.config)
+    return known
+
+
+def _next_block(block: OpenBlock, position: torch.Tensor, correction: torch.Tensor, live: torch.Tensor, config: Any) -> OpenBlock:
+    """Moves the samples on whose block is full: their next one is all masks, but for a known token that begins it."""
+    size, mask = config.block_size, config.mask_token_id
+    full = ~block.open_BD.any(1) & live
+    while bool(full.any()):
+        start_B, end_B = torch.where(full, block.end_B, block.start_B), torch.where(full, block.end_B + size, block.end_B)
+        place = start_B[:, None] + torch.arange(size, device=start_B.device)[None]
+        begins = (place == position[:, None]) & full[:, None]
+        position_BD = torch.where(full[:, None], place, block.position_BD)
+        valid_BD = position_BD < end_B[:, None]
+        fresh = torch.where(begins, correction[:, None], mask)
+        block = replace(
+            block,
+            number_B=block.number_B + full.long(),
+            start_B=start_B,
+            end_B=end_B,
+            ids_BD=torch.where(full[:, None], fresh, block.ids_BD),
+            position_BD=position_BD,
+            valid_BD=valid_BD,
+            open_BD=torch.where(full[:, None], valid_BD & ~begins, block.open_BD),
+            image_index_BD=torch.where(full[:, None], -1, block.image_index_BD),
+        )
+        full = ~block.open_BD.any(1) & live
+    return block
+
+
+# --- token by token ---------------------------------------------------------------------------------------------------------
+
+
+class _Follower(StoppingCriteria):
+    """Gives the answers every token as transformers' `generate` makes it, and ends what has ended."""
+
+    def __init__(self, answers: BatchAnswers) -> None:
+        self.answers, self.ended = answers, [False] * len(answers.answers)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        self.answers.note_prediction()
+        for sample, token in enumerate(input_ids[:, -1].tolist()):
+            self.ended[sample] = self.ended[sample] or self.answers.extend(sample, [token])
+        return torch.tensor(self.ended, device=input_ids.device)
+
+
+def token_by_token(answers: BatchAnswers, settings: DecodeSettings, pick: Picker) -> None:
+    """transformers' own `generate` on the trunk: one token a forward, the weights' own causal logits, its own cache and sampler
+    (`pick` is not used)."""
+    decoder, model = answers.decoder, answers.decoder.model
+    if decoder.counts.has_empty:
+        raise ValueError("mode='ar' goes on from a prompt, but one is empty")
+    prompt, device = decoder.prompt, decoder.device
+    length = prompt.ids.shape[1] - 1
+    # Padded left, as it wants them.
+    valid = torch.arange(length, device=device)[None] < prompt.length_B[:, None]
+    order = torch.argsort(valid.long(), dim=1, stable=True)
+    ids, mask = prompt.ids[:, :length].gather(1, order), valid.gather(1, order)
+    trunk = model.language_model
+    vocabulary = trunk.get_output_embeddings().weight.shape[0]
+    assert settings.eos_token_id is not None
+    stops = sorted(token for token in settings.eos_token_id if 0 <= token < vocabulary)  # -1 says "never", and is no token
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(settings.seed)
+        sequences = trunk.generate(
+            inputs_embeds=model.embed(ids, decoder.committed.pixel_values, None),
+            attention_mask=mask.long(),
+            max_new_tokens=settings.max_new_tokens,
+            do_sample=bool(settings.do_sample),
+            eos_token_id=stops,
+            pad_token_id=min(stops, default=0),  # of ended samples in a batch; nobody reads it
+            suppress_tokens=never_predicted(model.config, vocabulary, torch.device("cpu")).nonzero()[:, 0].tolist(),
+            stopping_criteria=[_Follower(answers)],
+            **_more_arguments(settings),
+        )
+    decoder.forwards += sequences.shape[1]
+
+
+def _more_arguments(settings: DecodeSettings) -> dict[str, Any]:
+    """What transformers is told only where it is asked for: how to sample, and a cache that never moves."""
+    arguments: dict[str, Any] = {}
+    if not settings.is_greedy:
+        arguments |= {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
+    if settings.is_static:
+        config = settings.compile_config
+        arguments |= {
+            "cache_implementation": "static",
+            "compile_config": None if config is None else on_every_device(config),
+            "disable_compile": config is None,
+        }
+    return arguments
