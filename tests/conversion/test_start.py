@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -15,15 +16,18 @@ import pytest
 import tiny_runs
 from helpers import QUIET
 from tiny_runs import record, stage, succeed, write_data, write_recipe
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from diffvl.cli import main as cli
 from diffvl.config.recipe import Data
 from diffvl.conversion.samples import SHOWN
-from diffvl.data import lengths
+from diffvl.data import lengths, table
 from diffvl.data.loader import load_data
 from diffvl.decode import answer as decode
 from diffvl.evaluation.evaluate import held_out_answers
-from diffvl.store import checkpoint
+from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
+from diffvl.hub.processing_diffvl import DiffVLProcessor
+from diffvl.store import checkpoint, published
 from diffvl.train import launch as processes
 
 
@@ -40,8 +44,8 @@ def test_a_stage_loads_its_model_and_measures_its_data_once(
 ):
     loaded: list[str] = []
     measured: list[int] = []
-    load, measure = checkpoint.load_checkpoint, lengths._measure
-    monkeypatch.setattr(checkpoint, "load_checkpoint", lambda path, **named: (loaded.append(path.name), load(path, **named))[1])
+    load, measure = checkpoint.load_model, lengths._measure
+    monkeypatch.setattr(checkpoint, "load_model", lambda path, *dtype: (loaded.append(path.name), load(path, *dtype))[1])
     monkeypatch.setattr(decode, "load_checkpoint", lambda path: pytest.fail(f"{path} loaded to answer"))
     monkeypatch.setattr(lengths, "_measure", lambda *arguments: (measured.append(arguments[-1]), measure(*arguments))[1])
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -53,6 +57,41 @@ def test_a_stage_loads_its_model_and_measures_its_data_once(
     assert [name for name in loaded if not name.endswith(checkpoint.PARTIAL)] == ["prepared", "align"] and len(measured) == 10
     samples = (tmp_path / "out" / "diffuse" / "samples.jsonl").read_text(encoding="utf-8")
     assert len(samples.splitlines()) == holdout
+
+
+def test_nothing_is_opened_twice(source: Callable[[str], Path], tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Both stages read the same files. What was written is read once more, to prove it; a model once more for each stage."""
+    opened: dict[str, Counter[str]] = {}
+
+    def count(owner: Any, name: str) -> None:
+        call, counter = getattr(owner, name), opened.setdefault(f"{owner.__name__.rpartition('.')[2]}.{name}", Counter())
+
+        def counted(path: Any, *arguments: Any, **named: Any) -> Any:
+            counter[Path(path).name] += 1
+            return call(path, *arguments, **named)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(published, "_settings")  # of a checkpoint that others published: its config.json
+    count(table, "_content_of")
+    count(table, "parse_file")
+    for owner in (AutoTokenizer, AutoImageProcessor, DiffVLProcessor, DiffVLForConditionalGeneration):
+        count(owner, "from_pretrained")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    train, held_out = (write_data(tmp_path, *[record(answer=answer)] * 2, name=f"{answer}.json") for answer in ("Red.", "Blue."))
+    stages = {name: stage(name, train, data={"eval": str(held_out)}) for name in ("align", "diffuse")}
+    recipe = write_recipe(tmp_path / "recipe.yaml", tower, **stages)
+    succeed("convert", source("llama"), "--recipe", recipe, "--out", tmp_path / "out")
+    trunk = source("llama").name
+    assert opened == {
+        "published._settings": {trunk: 1, tower.name: 1},
+        "table._content_of": {train.name: 1, held_out.name: 1},
+        "table.parse_file": {train.name: 1, held_out.name: 1},
+        "AutoTokenizer.from_pretrained": {trunk: 1, "prepared.partial": 1},
+        "AutoImageProcessor.from_pretrained": {tower.name: 1, "prepared.partial": 1},
+        "DiffVLProcessor.from_pretrained": {"prepared.partial": 1},
+        "DiffVLForConditionalGeneration.from_pretrained": {"prepared.partial": 1, "prepared": 1, "align": 1},
+    }
 
 
 @pytest.mark.parametrize(("name", "when", "start"), [("align", "after", "align"), ("diffuse", "before", "align")])

@@ -18,7 +18,7 @@ from diffvl.config.recipe import MAX_SKIPPED, Data
 from diffvl.data import lengths, loader, passes
 from diffvl.data.chat import TOO_LONG, Sample
 from diffvl.data.collate import NO_SAMPLE, PROBLEMS, collate, is_filler
-from diffvl.data.loader import StageData, check_pictures, load_data, num_workers
+from diffvl.data.loader import StageData, check_images, load_data, num_workers
 from diffvl.data.problems import Problem
 from diffvl.errors import DataError
 from diffvl.hub.processing_diffvl import DiffVLProcessor
@@ -145,14 +145,14 @@ def test_all_damaged_pictures_are_told_at_once(tmp_path: Path, processor: DiffVL
     data = settings(file)
     samples = StageData(load_data(data, processor, 512).train, None)
     with pytest.raises(DataError) as caught:
-        check_pictures(samples, data, QUIET)
+        check_images(samples, data, QUIET)
     lines = str(caught.value).split("\n")
     assert lines[0] == f"{file}: 7 problems" and lines[1].startswith(f"  {file}:3: picture {tmp_path}/bad.png cannot be read")
     assert lines[6] == "  and 2 more" and len(Path(lines[7].removeprefix("all of them: ")).read_text().splitlines()) == 7
-    check_pictures(samples, settings(file, check_images=7), QUIET)
-    check_pictures(samples, settings(file, on_error="skip", max_skipped=0.9), QUIET)
+    check_images(samples, settings(file, check_images=7), QUIET)
+    check_images(samples, settings(file, on_error="skip", max_skipped=0.9), QUIET)
     with pytest.raises(DataError, match="7 of 8 records cannot be used"):
-        check_pictures(samples, settings(file, on_error="skip"), QUIET)
+        check_images(samples, settings(file, on_error="skip"), QUIET)
 
 
 def test_workers_for_large_sets(monkeypatch: pytest.MonkeyPatch):

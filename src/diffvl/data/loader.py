@@ -27,7 +27,7 @@ from diffvl.data.passes import num_cores, over_places
 from diffvl.data.problem_list import is_forgiven, require_usable
 from diffvl.data.problems import Problem
 from diffvl.data.records import Record
-from diffvl.data.table import open_records
+from diffvl.data.table import RecordTables
 from diffvl.errors import ConfigError, DataError
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.seeding import sample_generator
@@ -130,12 +130,16 @@ def longest_sample(context: int | None, block_size: int, grid: str) -> int | Non
 
 
 def load_data(
-    data: Data, processor: DiffVLProcessor, longest: int | None, console: Console = _QUIET, look: bool = True
+    data: Data,
+    processor: DiffVLProcessor,
+    longest: int | None,
+    console: Console = _QUIET,
+    tables: RecordTables | None = None,
 ) -> StageData:
     """Opens a stage's files; measures their records where packing or `check_lengths` ask for it.
 
     Args:
-        longest: see `longest_sample`. look: see `open_records`.
+        longest: see `longest_sample`. tables: those of the other stages of a run, which may read the same files.
     Raises:
         DataError: naming the records that cannot be used, by the rule of `data.on_error`.
         ConfigError: if no file is given, or the held-out share leaves nothing to train on.
@@ -147,10 +151,11 @@ def load_data(
             f"data.max_length is {data.max_length}, but a sample in whole blocks may have {longest} tokens in this trunk's "
             f"context: set it to {longest} or less"
         )
-    train = open_samples(Path(data.train), data, processor, console, look)
+    tables = tables or RecordTables(console)
+    train = open_samples(Path(data.train), data, processor, console, tables)
     if data.eval is not None:
         unpacked = data.model_copy(update={"row_length": None})
-        return StageData(train, open_samples(Path(data.eval), unpacked, processor, console, look))
+        return StageData(train, open_samples(Path(data.eval), unpacked, processor, console, tables))
     if not data.holdout:
         return StageData(train, None)
     count = len(train.indices)
@@ -162,13 +167,11 @@ def load_data(
     return StageData(train.part(numpy.setdiff1d(numpy.arange(count), held)), train.part(held))
 
 
-def open_samples(
-    path: Path, data: Data, processor: DiffVLProcessor, console: Console = _QUIET, look: bool = True
-) -> SampleDataset:
+def open_samples(path: Path, data: Data, processor: DiffVLProcessor, console: Console, tables: RecordTables) -> SampleDataset:
     """One file's samples. Records that are longer than `max_length` or do not fit the chat template are never cut. With
     `check_lengths` they are told now, and nothing else is changed by it; packing leaves them out now; otherwise they are met when
     their turn comes."""
-    table = open_records(path, data, console, look)
+    table = tables.open(path, data)
     everything = SampleDataset(table, path, table.usable, processor, data.max_length, known=table.problems)
     if not data.check_lengths and data.row_length is None:
         return everything
@@ -190,7 +193,7 @@ def open_samples(
 
 @cache
 def _tell_forgiven(path: Path, long: int, records: int, limit: int) -> None:
-    """Once a run, which opens its files several times."""
+    """Once a run, of which two stages may read one file."""
     log.warning("%s: %d of %d records are longer than %d tokens and left out", path, long, records, limit)
 
 
@@ -204,7 +207,7 @@ def num_workers(data: Data, samples: int, processes: int) -> int:
 # --- pictures ------------------------------------------------------------------------------------------------------------
 
 
-def check_pictures(stage: StageData, data: Data, console: Console) -> None:
+def check_images(stage: StageData, data: Data, console: Console) -> None:
     """Decodes every picture of a set of up to `check_images` records: a damaged one is then found before training, not at its
     step.
 

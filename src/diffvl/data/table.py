@@ -130,9 +130,22 @@ def open_records(
     return opened
 
 
-def record_at(records: Sequence[Record], index: int) -> Record:
-    """The record of a row."""
-    return records[index]
+class RecordTables:
+    """The tables of a run: a data file is opened once, however many stages read it."""
+
+    def __init__(self, console: Console = _QUIET, look: bool = True) -> None:
+        """`look`: see `open_records`."""
+        self._console, self._look = console, look
+        self._opened: dict[tuple[str, ...], RecordTable] = {}
+
+    def open(self, path: Path, data: Data) -> RecordTable:
+        """The file's records. Raises DataError as `open_records`."""
+        key = (str(path), *(str(getattr(data, name)) for name in _READING))
+        if key in self._opened:
+            require_usable(self._opened[key].problems, path, len(self._opened[key]), data)
+        else:
+            self._opened[key] = open_records(path, data, self._console, self._look)
+        return self._opened[key]
 
 
 # --- the file's content ----------------------------------------------------------------------------------------------------

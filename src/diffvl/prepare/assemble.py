@@ -7,11 +7,11 @@ again, and under a causal mask it must give the source checkpoint's logits. If i
 import logging
 import shutil
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from rich.console import Console
 from transformers import AutoImageProcessor, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -41,13 +41,15 @@ class Source:
     trust_remote_code: bool = False
 
 
-def prepare(source: Source, recipe: Recipe, directory: Path, console: Console) -> Path:
+def prepare(source: Source, recipe: Recipe, directory: Path, console: Console, parts: "Parts | None" = None) -> Path:
     """Writes the DiffVL directory.
 
+    Args:
+        parts: what `read_parts` gave; default: read here.
     Raises:
         CheckpointError, UnsupportedModelError, ConfigError: with nothing written.
     """
-    parts = read_parts(source, recipe)
+    parts = parts or read_parts(source, recipe)
     makes_parent = not directory.parent.exists()
     partial = checkpoint.partial(directory)
     if partial.exists():
@@ -93,13 +95,15 @@ class Parts:
     image_size: int
 
 
-def read_parts(source: Source, recipe: Recipe) -> Parts:
+def read_parts(source: Source, recipe: Recipe, config: PretrainedConfig | None = None) -> Parts:
     """Reads and checks whatever can be known without reading weights; writes nothing.
 
+    Args:
+        config: the source's configuration, if it has been read already.
     Raises:
         CheckpointError, UnsupportedModelError, ConfigError.
     """
-    config = load_config(source.model, source.trust_remote_code, source.revision)
+    config = config or load_config(source.model, source.trust_remote_code, source.revision)
     check_supported(config)
     weights.check_trunk(source.model, config, source.revision)
     family = family_of(config.model_type)
@@ -110,7 +114,10 @@ def read_parts(source: Source, recipe: Recipe) -> Parts:
     rows = config.get_text_config(decoder=True).vocab_size
     stop, known = stop_token(tokenizer), min(len(tokenizer), rows)
     if len(tokenizer) > rows:
-        _tell_more_tokens(source.model, len(tokenizer), rows)
+        missing = f"the {len(tokenizer) - rows:,} missing rows are added and start at the mean of the others"
+        log.warning(
+            "%s: its tokenizer has %s tokens, its table %s rows; %s", source.model, f"{len(tokenizer):,}", f"{rows:,}", missing
+        )
     mask_id, image_id = add_tokens(tokenizer, family, rows)
     side = image_size // tower_config.patch_size // shuffle_factor(recipe.prepare)
     processor = DiffVLProcessor(
@@ -125,15 +132,6 @@ def read_parts(source: Source, recipe: Recipe) -> Parts:
     if advice := system_advice(processor.encoder):
         log.info("%s: %s", source.model, advice)
     return Parts(config, tower_config, processor, known, mask_id, image_id, image_size)
-
-
-@cache
-def _tell_more_tokens(model: str, tokens: int, rows: int) -> None:
-    """Once, though the parts are read twice: before any work, and for it."""
-    log.warning(
-        "%s: its tokenizer has %s tokens, its table %s rows; the %s missing rows are added and start at the mean of the others",
-        model, f"{tokens:,}", f"{rows:,}", f"{tokens - rows:,}",
-    )  # fmt: skip
 
 
 # --- tokenizer ----------------------------------------------------------------------------------------------------------
@@ -295,9 +293,7 @@ def _prove(directory: Path, reference: torch.Tensor, parts: Parts) -> dict[str, 
     model, processor = checkpoint.load_checkpoint(directory, dtype=torch.float32)
     model.eval()
     check_tower(model)
-    text = "A sentence with 12 words, a line\nbreak, and naïve façade ✓."
-    if processor.tokenizer(text)["input_ids"] != parts.processor.tokenizer(text)["input_ids"]:
-        raise CheckpointError(f"{directory}: the written tokenizer splits text differently from the source's; nothing kept")
+    _require_same_processor(directory, processor, parts.processor)
     with torch.no_grad():
         logits = model(proof.probe_ids(known)).logits[..., :known]
     # Beyond `known` stand the rows that were spare or new: the mask token's and the image token's.
@@ -308,6 +304,17 @@ def _prove(directory: Path, reference: torch.Tensor, parts: Parts) -> dict[str, 
         )
     block = proof.check_block_attention(model.language_model, known, model.config.mask_token_id)
     return {"ar_parity": difference, "block": block}
+
+
+def _require_same_processor(directory: Path, written: DiffVLProcessor, source: DiffVLProcessor) -> None:
+    """Raises CheckpointError unless what was written reads text and images as the source's parts, with which training goes on."""
+    text = "A sentence with 12 words, a line\nbreak, and naïve façade ✓."
+    if written.tokenizer(text)["input_ids"] != source.tokenizer(text)["input_ids"]:
+        raise CheckpointError(f"{directory}: the written tokenizer splits text differently from the source's; nothing kept")
+    image = Image.radial_gradient("L").convert("RGB").crop((0, 0, 200, 120))
+    pixels = [one.image_processor(images=[image], return_tensors="pt")["pixel_values"] for one in (written, source)]
+    if not torch.equal(*pixels):
+        raise CheckpointError(f"{directory}: the written image processor sees images differently from the source's; nothing kept")
 
 
 @torch.no_grad()

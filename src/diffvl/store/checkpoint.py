@@ -146,6 +146,11 @@ def load_checkpoint(directory: Path, dtype: torch.dtype | None = None) -> tuple[
         CheckpointError: if it is missing, of another kind, incomplete or damaged, or its token ids do not fit together.
     """
     _, processor = load_description(directory)
+    return load_model(directory, dtype), processor
+
+
+def load_model(directory: Path, dtype: torch.dtype | None = None) -> DiffVLForConditionalGeneration:
+    """Reads the model of a directory whose description is known to be whole. Raises CheckpointError as `load_checkpoint`."""
     loader: Any = DiffVLForConditionalGeneration
     arguments = {"dtype": dtype or "auto", "use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     with quiet_report():
@@ -153,7 +158,7 @@ def load_checkpoint(directory: Path, dtype: torch.dtype | None = None) -> tuple[
     problems = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
     if any(problems.values()):
         raise CheckpointError(f"{directory}: the weights do not fit the configuration: {problems}")
-    return model, processor
+    return model
 
 
 def load_description(directory: Path) -> tuple[DiffVLConfig, DiffVLProcessor]:
