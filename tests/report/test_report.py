@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from diffvl.data.textscore import is_exact
 from diffvl.errors import CheckpointError, ConfigError
-from diffvl.report.page import is_right, print_summary, write_report
+from diffvl.report.page import print_summary, write_report
 
 VOID = {"meta", "img", "br"}
 
@@ -301,7 +302,7 @@ def test_summary_in_the_terminal(stage: Path) -> None:
     ],
 )
 def test_right_is_word_for_word(answer: str, truth: str, right: bool) -> None:
-    assert is_right(answer, truth) is right
+    assert is_exact(answer, truth) is right
 
 
 # --- mistakes ------------------------------------------------------------------------------------------------------------

@@ -18,10 +18,10 @@ from diffvl.bench.measure import schedule
 from diffvl.bench.subject import load_block_decoder
 from diffvl.bench.train import pick_device
 from diffvl.data.records import Record, iterate_records
+from diffvl.data.textscore import edit_similarity, is_exact
 from diffvl.decode.answer import Answer, Decoder, DecodeSettings, answer_chats
 from diffvl.evaluation.answer_turns import chat_before, questions
 from diffvl.evaluation.reading import reading_of
-from diffvl.evaluation.textscore import edit_similarity, is_exact
 from diffvl.terminal.bars import track
 
 NEW_TOKENS = 128

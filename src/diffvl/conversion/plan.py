@@ -20,6 +20,7 @@ from diffvl.conversion.resume import is_finished, one_spelling, require_same_sou
 from diffvl.errors import ConfigError, UsageError
 from diffvl.prepare.assemble import Source
 from diffvl.store import checkpoint
+from diffvl.store.files import PARTIAL, read_json
 from diffvl.store.published import load_config
 from diffvl.terminal.console import say, shell_line
 from diffvl.train.accelerator import precision
@@ -125,7 +126,7 @@ def _plan_model(request: ConvertRequest, model: str) -> Plan:
 
 
 def _refuse_diffvl(path: Path) -> None:
-    if checkpoint.read_json(path / "config.json").get("model_type") == "diffvl":
+    if read_json(path / "config.json").get("model_type") == "diffvl":
         words = shell_line("diffvl", "convert", "--from", path, "--stage", "diffuse")
         raise UsageError(f"{path} is a DiffVL directory already; to go on from it: {words}")
 
@@ -209,7 +210,7 @@ def _check_root(root: Path) -> None:
 
 
 def _ours(path: Path) -> bool:
-    return path.name.removesuffix(checkpoint.PARTIAL) in (PREPARED, *STAGES)
+    return path.name.removesuffix(PARTIAL) in (PREPARED, *STAGES)
 
 
 # --- the plan in words -----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from diffvl.data.table import content_digest
 from diffvl.errors import ConfigError
 from diffvl.store import checkpoint
 from diffvl.store.checkpoint import recipe_of
+from diffvl.store.files import read_json
 
 BEFORE_FILE = "before.json"  # of an unfinished stage: where it started from, and that checkpoint's answers
 # Settings that change no step which was taken: with them a run looks for mistakes, or goes on where it would have stopped.
@@ -64,7 +65,7 @@ def _source_facts(model: str, vision_tower: str, recipe: Recipe) -> dict[str, An
 def _begun_from(directory: Path) -> str:
     if is_finished(directory):
         return checkpoint.read_state(directory)["parents"][0]
-    return checkpoint.read_json(directory / BEFORE_FILE)["start"]
+    return read_json(directory / BEFORE_FILE)["start"]
 
 
 def _refuse_changes(ours: dict[str, Any], theirs: dict[str, Any], directory: Path) -> None:

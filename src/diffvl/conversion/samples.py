@@ -17,7 +17,7 @@ from diffvl.data.loader import SampleDataset
 from diffvl.decode.answer import Decoder, DecodeSettings
 from diffvl.evaluation.evaluate import held_out_answers
 from diffvl.report.page import SAMPLES_FILE
-from diffvl.store import checkpoint
+from diffvl.store.files import read_json, replace_text
 from diffvl.train.stage import Onlooker
 
 SHOWN = DecodeSettings(max_new_tokens=48)
@@ -37,10 +37,10 @@ def answering(start: Path, work: Path, data: Data, console: Console) -> Onlooker
     def answer_before(*loaded: Any) -> None:
         if not before.is_file():
             facts = {"start": str(start), "answers": answer(*loaded)}
-            checkpoint.replace_text(before, json.dumps(facts, ensure_ascii=False))
+            replace_text(before, json.dumps(facts, ensure_ascii=False))
 
     def answer_after(*loaded: Any) -> None:
-        _write(work / SAMPLES_FILE, checkpoint.read_json(before)["answers"], answer(*loaded))
+        _write(work / SAMPLES_FILE, read_json(before)["answers"], answer(*loaded))
 
     return Onlooker(answer_before, answer_after)
 
@@ -50,4 +50,4 @@ def _write(file: Path, before: list[dict[str, Any]], after: list[dict[str, Any]]
     for old, new in zip(before, after, strict=True):
         shown = {key: new[key] for key in ("image", "question", "truth")}
         lines.append(json.dumps({**shown, "before": old["answer"], "after": new["answer"]}, ensure_ascii=False) + "\n")
-    checkpoint.replace_text(file, "".join(lines))
+    replace_text(file, "".join(lines))

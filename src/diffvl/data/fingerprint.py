@@ -10,7 +10,7 @@ import numpy
 from diffvl.data.loader import SampleDataset, StageData
 from diffvl.data.table import RecordTable
 from diffvl.errors import DataError
-from diffvl.store import checkpoint
+from diffvl.store.files import read_json, replace_text, replacing
 
 DATA_FILE, DIGESTS_FILE = "data.json", "data.npz"  # of an unfinished stage: what it reads, in short and record by record
 
@@ -51,16 +51,14 @@ def facts_of(record: dict[str, FileRecord]) -> dict[str, Any]:
 
 def write_data_record(work: Path, record: dict[str, FileRecord]) -> None:
     """Leaves the record in an unfinished stage's directory."""
-    digests = work / DIGESTS_FILE
-    with checkpoint.partial(digests).open("wb") as file:
+    with replacing(work / DIGESTS_FILE) as beside, beside.open("wb") as file:
         numpy.savez(file, allow_pickle=False, **{name: one.digests for name, one in record.items()})
-    checkpoint.partial(digests).replace(digests)
-    checkpoint.replace_text(work / DATA_FILE, json.dumps(facts_of(record), ensure_ascii=False))
+    replace_text(work / DATA_FILE, json.dumps(facts_of(record), ensure_ascii=False))
 
 
 def is_same_data(work: Path, record: dict[str, FileRecord]) -> bool:
     """Whether a stage's data is that with which the unfinished run in `work` began, if one did."""
-    return not (work / DATA_FILE).is_file() or not _changes(checkpoint.read_json(work / DATA_FILE), record)
+    return not (work / DATA_FILE).is_file() or not _changes(read_json(work / DATA_FILE), record)
 
 
 def require_same_data(work: Path, data: StageData) -> None:
@@ -69,7 +67,7 @@ def require_same_data(work: Path, data: StageData) -> None:
     record = data_record(data)
     if is_same_data(work, record):
         return
-    begun = checkpoint.read_json(work / DATA_FILE)
+    begun = read_json(work / DATA_FILE)
     changed = _changes(begun, record)
     digests: dict[str, numpy.ndarray] = {}
     if (work / DIGESTS_FILE).is_file():

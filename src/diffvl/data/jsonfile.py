@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from diffvl.data.filekind import KIND, check_bytes, check_lines, not_a_list, unknown_suffix
-from diffvl.errors import DataError
+from diffvl.errors import DataError, first_line
 
 MALFORMED = "malformed JSON"
 _SUFFIXES = (".json", ".jsonl")
@@ -120,7 +120,7 @@ def _malformed(path: Path, line: int, column: int, message: str) -> DataError:
 
 def _too_large(path: Path, line: int, error: Exception) -> DataError:
     """JSON that Python does not read: thousands of brackets in one another, a number of thousands of digits."""
-    return DataError(f"{path}:{line}: JSON that cannot be read: {str(error).splitlines()[0]}", MALFORMED)
+    return DataError(f"{path}:{line}: JSON that cannot be read: {first_line(error)}", MALFORMED)
 
 
 class _Cursor:

@@ -14,7 +14,7 @@ from os.path import basename
 from pathlib import Path
 from typing import Any
 
-from diffvl.errors import DataError
+from diffvl.errors import DataError, first_few
 
 USED = frozenset({"id", "image", "images", "conversations", "messages", "system"})
 # Says where a record is from and changes nothing in any trainer: not even told.
@@ -117,9 +117,7 @@ class UnusedKeys:
             f"{key} ({count} {'record, in' if count == 1 else 'records, first in'} {place})"
             for key, (count, place) in self.places.items()
         ]
-        if len(told) > _NUM_TOLD:
-            told[_NUM_TOLD:] = [f"and {len(told) - _NUM_TOLD} more"]
-        return f"{path}: keys that are not used: {', '.join(told)}" if told else ""
+        return f"{path}: keys that are not used: {', '.join(first_few(told, _NUM_TOLD))}" if told else ""
 
 
 def is_absent(value: Any) -> bool:

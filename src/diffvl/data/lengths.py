@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from functools import partial
 
 import numpy
@@ -10,9 +9,10 @@ from rich.console import Console
 
 from diffvl.data.chat import encode_record
 from diffvl.data.passes import over_places
-from diffvl.data.table import RecordTable, beside, cache_error, cache_folder
+from diffvl.data.table import RecordTable, cache_error, cache_folder
 from diffvl.errors import DataError
 from diffvl.hub.processing_diffvl import DiffVLProcessor
+from diffvl.store.files import replacing
 from diffvl.terminal import console as terminal
 
 REFUSED = -1  # stands for the length of a record that does not fit the chat template
@@ -32,15 +32,10 @@ def lengths_of(table: RecordTable, processor: DiffVLProcessor, console: Console)
         partial(_measure, table, rows, processor), len(rows), _PAYS_FROM, shown, f"measuring {table.path.name}"
     )
     lengths = numpy.fromiter(measured, dtype=numpy.int32, count=len(rows))
-    partial_file = beside(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial_file.open("wb") as opened:
-                numpy.save(opened, lengths)
-            os.replace(partial_file, file)
-        finally:
-            partial_file.unlink(missing_ok=True)
+        with replacing(file, shared=True) as beside, beside.open("wb") as opened:
+            numpy.save(opened, lengths)
     except OSError as error:
         raise cache_error(table.path, error) from error
     return lengths

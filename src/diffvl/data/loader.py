@@ -23,13 +23,14 @@ from diffvl.data.collate import PROBLEMS, is_filler
 from diffvl.data.images import open_picture
 from diffvl.data.lengths import REFUSED, lengths_of
 from diffvl.data.packer import Rows, first_fit
-from diffvl.data.passes import num_cores, over_places
+from diffvl.data.passes import over_places
 from diffvl.data.problem_list import is_forgiven, require_usable
 from diffvl.data.problems import Problem
 from diffvl.data.records import Record
 from diffvl.data.table import RecordTables
 from diffvl.errors import ConfigError, DataError
 from diffvl.hub.processing_diffvl import DiffVLProcessor
+from diffvl.machine import num_cores
 from diffvl.seeding import sample_generator
 from diffvl.terminal import console as terminal
 

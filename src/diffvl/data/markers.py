@@ -50,6 +50,11 @@ def count_markers(text: str) -> int:
     return len(_MARKER.findall(text)) if IMAGE_MARKER in text else 0
 
 
+def with_markers(text: str, num_images: int) -> str:
+    """A text without markers, with one for each image in front of it, each on a line of its own: LLaVA's habit."""
+    return f"{IMAGE_MARKER}\n" * num_images + text
+
+
 def plain(text: str) -> str:
     """A text without pictures as a model reads it."""
     return _ESCAPED.sub("", text) if ESCAPE in text else text

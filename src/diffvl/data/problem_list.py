@@ -14,7 +14,7 @@ from datasets import config as datasets_config
 from diffvl.config.recipe import Data
 from diffvl.data.chat import TOO_LONG
 from diffvl.data.problems import Problem
-from diffvl.errors import DataError
+from diffvl.errors import DataError, first_few
 
 _NUM_SHOWN = 5  # problems told where all are of one kind
 _NUM_OF_KIND = 3  # problems told of each kind where there are several
@@ -71,9 +71,7 @@ def as_error(problems: Sequence[Problem], path: Path, advice: str = "") -> DataE
             lines.append(f"  {kind}: {count}")
             indent = "    "
         of_kind = [problem for problem in problems if problem.kind == kind]
-        lines += [f"{indent}{problem}" for problem in of_kind[:most]]
-        if count > most:
-            lines.append(f"{indent}and {count - most} more")
+        lines += [f"{indent}{text}" for text in first_few([str(problem) for problem in of_kind], most)]
     if len(problems) > sum(min(count, most) for count in counts.values()):
         lines.append(f"all of them: {_write_list(problems, path)}")
     return DataError("\n".join([*lines, advice] if advice else lines))

@@ -15,7 +15,7 @@ from typing import Any
 from diffvl.data.jsonfile import check_path, read_objects
 from diffvl.data.keys import is_absent
 from diffvl.data.picture_paths import require_path
-from diffvl.errors import DataError
+from diffvl.errors import DataError, first_few
 
 KEYS = ("prompt", "image", "images", "id")
 NUM_SHOWN = 5  # problems told in one error
@@ -59,9 +59,7 @@ def summary(problems: Sequence[DataError]) -> DataError:
     """Several problems as one; at least one."""
     if len(problems) == 1:
         return problems[0]
-    lines = [str(problem) for problem in problems[:NUM_SHOWN]]
-    if len(problems) > NUM_SHOWN:
-        lines.append(f"and {len(problems) - NUM_SHOWN} more")
+    lines = first_few([str(problem) for problem in problems], NUM_SHOWN)
     return DataError(f"{len(problems)} problems, nothing was answered\n  " + "\n  ".join(lines))
 
 

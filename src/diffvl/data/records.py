@@ -29,7 +29,7 @@ from diffvl.data.content import Content, kind_of, read_content, text_of
 from diffvl.data.files import Files
 from diffvl.data.jsonfile import check_path, read_objects
 from diffvl.data.keys import UnusedKeys, check_record_keys, check_turn_keys, is_absent, missing_turns, trained_of
-from diffvl.data.markers import IMAGE_MARKER, count_markers, mistaken_marker, other_media, plain
+from diffvl.data.markers import IMAGE_MARKER, count_markers, mistaken_marker, other_media, plain, with_markers
 from diffvl.data.picture_paths import missing_picture, named_pictures, require_path
 from diffvl.data.problems import Problem, place_of
 from diffvl.errors import DataError
@@ -258,7 +258,7 @@ def _place_markers(turns: tuple[Turn, ...], num_images: int) -> tuple[Turn, ...]
     if not asked:
         return turns  # and no question: the order is refused
     first = asked[0][0]
-    marked = replace(turns[first], text=f"{IMAGE_MARKER}\n" * num_images + turns[first].text)
+    marked = replace(turns[first], text=with_markers(turns[first].text, num_images))
     return (*turns[:first], marked, *turns[first + 1 :])
 
 

@@ -8,7 +8,6 @@ record in its file, whatever is left out.
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +26,7 @@ from diffvl.data.problem_list import require_usable
 from diffvl.data.problems import Problem
 from diffvl.data.records import Record, Turn, parse_file
 from diffvl.errors import DataError
+from diffvl.store.files import replacing
 from diffvl.terminal import console as terminal
 from diffvl.terminal.bars import track
 
@@ -199,24 +199,15 @@ def cache_error(path: Path, error: OSError) -> DataError:
     return DataError(f"{path}: its record cache {cache_folder()} cannot be written ({error}); {advice}")
 
 
-def beside(file: Path) -> Path:
-    """A name for building `file` under; other processes, on this machine or others, build under others."""
-    return file.with_name(f"{file.name}.{uuid.uuid4().hex}.partial")
-
-
 # --- building the table ----------------------------------------------------------------------------------------------------
 
 
 def _build_table(path: Path, table: Path, reading: dict[str, Any], console: Console, expected: int) -> None:
-    """Writes beside `table` and renames at the end: other processes see a whole table or none."""
-    partial = beside(table)
+    """Writes the whole table or none."""
     try:
         table.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            _write_table(path, partial, reading, console if expected >= _BAR_FROM else _QUIET, expected)
-            os.replace(partial, table)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(table, shared=True) as beside:
+            _write_table(path, beside, reading, console if expected >= _BAR_FROM else _QUIET, expected)
     except OSError as error:  # of the cache only: reading the data file tells its own as DataError
         raise cache_error(path, error) from error
 

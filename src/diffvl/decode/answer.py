@@ -19,9 +19,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from diffvl.data.images import open_picture
 from diffvl.data.loader import longest_sample
-from diffvl.data.markers import IMAGE_MARKER, count_markers, pieces_between
+from diffvl.data.markers import IMAGE_MARKER, count_markers, pieces_between, with_markers
 from diffvl.data.questions import Question, summary
-from diffvl.dtypes import has_bf16
 from diffvl.errors import CheckpointError, DataError, UsageError
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.prefix_diffvl import Prefix
@@ -29,6 +28,7 @@ from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.hub.run_diffvl import BlockGenerationOutput, OnStep
 from diffvl.hub.sampling_diffvl import Sampling, remasking_of, sampling_of
 from diffvl.hub.static_diffvl import on_every_device, require_static
+from diffvl.machine import has_bf16
 from diffvl.store.checkpoint import load_checkpoint, read_json, saved_dtype
 
 Message = dict[str, Any]  # one of a conversation: role and content; picture parts carry their pictures
@@ -136,7 +136,7 @@ def user_message(text: str, pictures: Sequence[Image.Image]) -> Message:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UsageError(f"the prompt is not valid UTF-8 text (character {error.start + 1}, {text[error.start]!r})") from error
-    marked = text if count_markers(text) else f"{IMAGE_MARKER}\n" * len(pictures) + text
+    marked = text if count_markers(text) else with_markers(text, len(pictures))
     num_markers = count_markers(marked)
     if num_markers != len(pictures):
         advice = "" if pictures else f" (for that text itself write \\{IMAGE_MARKER})"

@@ -7,14 +7,12 @@ verdict ("unknown", with what happened), and a new child goes on with the next.
 
 import multiprocessing
 import os
-import platform
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from diffvl.doctor.doctor import Verdict, judge
 from diffvl.doctor.probe import MODEL_FAULTS, first_line
-from diffvl.store.checkpoint import replace_text
+from diffvl.machine import versions
+from diffvl.store.files import replace_text
 from diffvl.terminal.bars import track
 
 SECONDS_PER_MODEL = 120.0  # measured: less than a second each
@@ -191,9 +190,7 @@ def page(verdicts: Sequence[Verdict], file: Path) -> str:
     facts = {
         "out": file.as_posix() if not file.is_absolute() else file.name,
         "date": datetime.now(UTC).date().isoformat(),
-        "transformers": version("transformers"),
-        "torch": version("torch"),
-        "python": platform.python_version(),
+        **versions(),
     }
     parts = [INTRODUCTION.format(**facts), _counts(verdicts), _supported(verdicts), _almost(verdicts)]
     parts += [_refused(verdicts), _unknown(verdicts)]

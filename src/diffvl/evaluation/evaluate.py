@@ -22,10 +22,10 @@ from diffvl.data.problem_list import advice_on, as_error, is_forgiven
 from diffvl.data.problems import Problem
 from diffvl.data.records import Record, iterate_records
 from diffvl.data.table import open_records
+from diffvl.data.textscore import edit_similarity, is_exact
 from diffvl.decode.answer import Decoder, DecodeSettings, answer_chats, context_length, load_for_decoding
 from diffvl.evaluation.answer_turns import answer_turns, chat_before, questions
 from diffvl.evaluation.reading import reading_of
-from diffvl.evaluation.textscore import edit_similarity, is_exact
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.objective.losses import measure, scores
 from diffvl.terminal import console as terminal
@@ -91,12 +91,11 @@ def _open(path: Path, reading: Data, limit: int | None, decoder: Decoder, consol
 
 def measured(decoder: Decoder, samples: SampleDataset, count: int, console: Console) -> dict[str, float]:
     """The teacher-forced figures of the first `count` records."""
-    tokenizer = decoder.processor.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else decoder.model.config.stop_token_ids[0]
+    pad_samples = partial(collate, pad_token_id=decoder.processor.pad_token_id)
     problems: list[Problem] = []
 
     def on_device() -> Iterator[dict[str, Any]]:
-        for batch in batches_of(samples, list(range(count)), BATCH_SIZE, partial(collate, pad_token_id=pad), problems):
+        for batch in batches_of(samples, list(range(count)), BATCH_SIZE, pad_samples, problems):
             if problems:
                 raise as_error(problems, samples.path)
             yield {key: value.to(decoder.model.device) for key, value in batch.items()}

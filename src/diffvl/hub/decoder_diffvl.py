@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .cache_diffvl import BlockCache, StaticBlockCache
-from .layout_diffvl import Layout, attention_masks, block_end, block_index, segment_start
+from .layout_diffvl import Layout, attention_masks, block_end, block_index, image_rows, segment_start
 from .pieces_diffvl import Piece, Places, rows_of
 from .prefix_diffvl import Prefix
 from .static_diffvl import StaticTrunk
@@ -92,7 +92,7 @@ class BlockDecoder:
         starts = segment_start(answers, self.config.grid).gather(1, at_end)
         self.end = block_end(at_end, starts, self.config.block_size, self.config.grid)[:, 0]
         is_image = (self.prompt_ids == self.config.image_token_id) & (index < lengths[:, None])
-        self.image_index = torch.where(is_image, is_image.flatten().long().cumsum(0).view_as(is_image) - 1, -1)
+        self.image_index = image_rows(is_image)
 
     def _count(self) -> int:
         """Brings to Python what later shapes depend on, by waiting for the device once; returns the number of image tokens."""

@@ -91,6 +91,15 @@ def clean_layout(block_BL: torch.Tensor, valid_BL: torch.Tensor, context: str) -
     return Layout(position, block_BL, torch.zeros_like(valid_BL), valid_BL, torch.zeros_like(position), context)
 
 
+def image_rows(is_image: torch.Tensor) -> torch.Tensor:
+    """Counts out which image token each placeholder shows, over the whole batch in reading order; -1 for text.
+
+    Args:
+        is_image: True at placeholders, of any shape; the result has it too.
+    """
+    return torch.where(is_image, is_image.flatten().long().cumsum(0).view_as(is_image) - 1, -1)
+
+
 def block_index(answer_BL: torch.Tensor, block_size: int, grid: str) -> torch.Tensor:
     """Block index of every clean token, [B, L], rising from 0.
 

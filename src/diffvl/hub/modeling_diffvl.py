@@ -22,7 +22,7 @@ from .cache_diffvl import ReadingCache
 from .configuration_diffvl import DiffVLConfig
 from .generation_diffvl import BlockGeneration
 from .head_diffvl import mapped_rows
-from .layout_diffvl import Layout, attention_masks, clean_layout
+from .layout_diffvl import Layout, attention_masks, clean_layout, image_rows
 from .request_diffvl import refuse_videos
 
 
@@ -144,7 +144,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
                 raise ValueError(
                     f"{len(image_features)} pictures give {len(features)} image tokens, the text has {int(is_image.sum())}"
                 )
-            image_index = torch.where(is_image, is_image.flatten().long().cumsum(0).view_as(input_ids) - 1, -1)
+            image_index = image_rows(is_image)
         spliced = features[image_index.clamp_min(0)].to(embeds.dtype)
         return torch.where((image_index >= 0)[..., None], spliced, embeds)
 

@@ -19,7 +19,7 @@ from diffvl.attention.choose import FLEX, bucket, training_masks
 from diffvl.config.recipe import ArObjective, BlockDiffusionObjective, Objective, UniformNoise
 from diffvl.data.collate import Batch
 from diffvl.hub.configuration_diffvl import DiffVLConfig
-from diffvl.hub.layout_diffvl import Layout, NoisyStream, block_index, clean_layout, noisy_stream
+from diffvl.hub.layout_diffvl import Layout, NoisyStream, block_index, clean_layout, image_rows, noisy_stream
 from diffvl.hub.sampling_diffvl import never_predicted
 from diffvl.objective.noise import mask_probabilities, mask_ratios, masked_tokens, noise_state
 from diffvl.objective.packing import Packed, pack
@@ -104,7 +104,16 @@ def ar(model: Any, config: DiffVLConfig, batch: Batch) -> LossOutput:
     packed = packed_rows(clean_layout(torch.zeros_like(ids), valid, context="causal"), batch["row"], config)
     at = followed_by_answer(batch["answer_index"])
     targets = ids[at[0], at[1] + 1]
-    entropy, correct = _predict(model, config, batch, packed, ids, _image_rows(config, batch), packed.place[at], targets)
+    entropy, correct = _predict(
+        model,
+        config,
+        batch,
+        packed,
+        ids,
+        image_rows((batch["input_ids"] == config.image_token_id) & batch["valid"]),
+        packed.place[at],
+        targets,
+    )
     counted = torch.ones_like(targets).sum()
     sums = {"predicted": counted, "correct": correct.sum(), "cross_entropy": entropy.detach().sum()}
     return LossOutput(entropy.sum(), int(valid.sum()), sums)
@@ -126,7 +135,7 @@ def block_diffusion(model: Any, config: DiffVLConfig, batch: Batch, objective: B
     packed = packed_rows(layout, batch["row"], config)
     clean_of_noisy = ids.gather(1, stream.source)
     noisy_ids = [clean_of_noisy.masked_fill(copy.masked, config.mask_token_id) for copy in copies]
-    image = _image_rows(config, batch)
+    image = image_rows((batch["input_ids"] == config.image_token_id) & batch["valid"])
     # 4. One forward; the head runs where a masked token is predicted, and for the AR term where an answer's token follows.
     clean_length, noisy_length = ids.shape[1], stream.source.shape[1]
     at = [
@@ -231,12 +240,6 @@ def followed_by_answer(answer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 def packed_rows(streams: Layout, row_S: torch.Tensor, config: DiffVLConfig) -> Packed:
     """Samples into rows; with FlexAttention of a length for which kernels are compiled once."""
     return pack(streams, row_S, bucket if config.text_config._attn_implementation == FLEX else int)
-
-
-def _image_rows(config: DiffVLConfig, batch: Batch) -> torch.Tensor:
-    """For each clean token the image token that it shows, counted over the batch, -1 for text; [S, L]."""
-    is_image = (batch["input_ids"] == config.image_token_id) & batch["valid"]
-    return torch.where(is_image, is_image.flatten().long().cumsum(0).view_as(is_image) - 1, -1)
 
 
 def _predict(

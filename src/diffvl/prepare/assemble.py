@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, PretrainedConfig, PreTrainedModel, 
 
 from diffvl.config.families import Family, check_supported, family_of
 from diffvl.config.recipe import Prepare, Recipe
-from diffvl.errors import CheckpointError, ConfigError, UnsupportedModelError
+from diffvl.errors import CheckpointError, ConfigError, UnsupportedModelError, first_line
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.modeling_diffvl import Connector, DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
@@ -170,7 +170,7 @@ def load_tower_parts(source: Source) -> tuple[PretrainedConfig, Any]:
     except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(
             f"{source.vision_tower}: it has no image processor that can be read; expected a preprocessor_config.json beside the "
-            f"weights, as vision checkpoints are published ({str(error).strip().splitlines()[0]})"
+            f"weights, as vision checkpoints are published ({first_line(error)})"
         ) from error
     return config, processor
 
@@ -325,7 +325,7 @@ def check_tower(model: DiffVLForConditionalGeneration) -> None:
     try:
         tokens = model.image_features(torch.zeros(1, 3, side, side)).shape[1]
     except (RuntimeError, ValueError, IndexError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UnsupportedModelError(
             f"{kind}: this vision tower gives no patch tokens for pictures of {side} x {side} ({reason}); leave "
             "prepare.image_size at the tower's own, or take a plain vision transformer such as SigLIP, CLIP, DINOv2 or ViT"

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from diffvl.config.families import family_of
-from diffvl.errors import CheckpointError, UnsupportedModelError
+from diffvl.errors import CheckpointError, UnsupportedModelError, first_line
 from diffvl.hub.chat_diffvl import ChatEncoder
 from diffvl.hub.messages_diffvl import Turn
 from diffvl.hub.template_diffvl import FAULTS, ChatTemplate, ChatTemplateError, with_fixed_date
@@ -42,8 +42,7 @@ def load_tokenizer(model: str, model_type: str, trust_remote_code: bool = False,
             tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code, revision=revision or "main")
     except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(
-            f"{model}: its tokenizer cannot be loaded; expected a whole tokenizer.json beside the weights "
-            f"({str(error).strip().splitlines()[0]})"
+            f"{model}: its tokenizer cannot be loaded; expected a whole tokenizer.json beside the weights ({first_line(error)})"
         ) from error
     if not tokenizer.is_fast:
         raise UnsupportedModelError(f"{model}: a slow tokenizer; character offsets need a fast one (tokenizer.json)")

@@ -23,6 +23,7 @@ from rich.text import Text
 
 from diffvl.config.resolve import read_yaml
 from diffvl.data.images import open_picture
+from diffvl.data.textscore import is_exact
 from diffvl.errors import CheckpointError, DataError
 from diffvl.store.files import replace_text
 from diffvl.store.metrics import METRICS_FILE, Measure, Points, measures_of, read_json_lines
@@ -92,18 +93,13 @@ def print_summary(directory: Path, console: Console) -> None:
     for sample in run.samples[:TERMINAL_SAMPLES]:
         say(console, (f"\n{sample['question']}", "bold"), f"\n  truth   {sample['truth']}")
         for name, answer in _answers(sample):
-            mark, style = ("right", "green") if is_right(answer, sample["truth"]) else ("wrong", "red")
+            mark, style = ("right", "green") if is_exact(answer, sample["truth"]) else ("wrong", "red")
             say(console, f"  {name:<7} ", (answer or "(empty)", style), f"  [{mark}]")
     if run.samples:
         score, meaning = _score(run.samples)
         say(console, f"\n{meaning}: {score}")
     if (directory / REPORT_FILE).exists():
         say(console, f"report: {directory / REPORT_FILE}")
-
-
-def is_right(answer: str, truth: str) -> bool:
-    """Exact match, white space apart."""
-    return answer.split() == truth.split()
 
 
 # --- reading -------------------------------------------------------------------------------------------------------------
@@ -206,7 +202,7 @@ def _score(samples: list[dict[str, Any]]) -> tuple[str, str]:
     """(how many of the samples are answered right, what that counts)."""
     answers = [dict(_answers(sample), truth=sample["truth"]) for sample in samples]
     names = [name for name in ("before", "after") if all(name in answer for answer in answers)]
-    counts = [str(sum(is_right(answer[name], answer["truth"]) for answer in answers)) for name in names]
+    counts = [str(sum(is_exact(answer[name], answer["truth"]) for answer in answers)) for name in names]
     return f"{' → '.join(counts)} of {len(samples)}", f"samples answered right, {' → '.join(names)}"
 
 
@@ -307,7 +303,7 @@ def _card(sample: dict[str, Any]) -> str:
     """One sample: picture, question, truth and the answers, each marked right or wrong."""
     lines = [f"<dt>truth</dt><dd>{escape(sample['truth'])}</dd>"]
     for name, answer in _answers(sample):
-        style, mark = ("right", "✓") if is_right(answer, sample["truth"]) else ("wrong", "✗")
+        style, mark = ("right", "✓") if is_exact(answer, sample["truth"]) else ("wrong", "✗")
         lines.append(f'<dt>{name}</dt><dd class="{style}" title="{style}">{mark} {escape(answer) or "<i>(empty)</i>"}</dd>')
     picture = _picture(Path(sample["image"])) if sample.get("image") else ""
     return f"<article>{picture}<h3>{escape(sample['question'])}</h3><dl>{''.join(lines)}</dl></article>"

@@ -6,12 +6,9 @@ for byte), which load in a process without diffvl.
 """
 
 import json
-import os
-import platform
 import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,9 +16,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, GenerationConfig
 
+from diffvl import machine
 from diffvl.config.recipe import Recipe, StageName
 from diffvl.config.resolve import dump, read_yaml, resolve
-from diffvl.errors import CheckpointError, UsageError
+from diffvl.errors import CheckpointError, UsageError, first_line
 from diffvl.hub import configuration_diffvl
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
@@ -113,21 +111,14 @@ def _generation_config(model: DiffVLForConditionalGeneration) -> GenerationConfi
 
 def write_state(directory: Path, recipe: Recipe, state: dict[str, Any]) -> None:
     """`run.yaml` (the resolved recipe) and `diffvl.json` (where this came from)."""
-    facts = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions(), "machine": machine(), **state}
+    facts = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": machine.versions(),
+        "machine": machine.describe(),
+        **state,
+    }
     replace_text(directory / RECIPE_FILE, dump(recipe))
     replace_text(directory / STATE_FILE, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-
-
-def versions() -> dict[str, str]:
-    names = ("diffvl", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def machine() -> str:
-    """The hardware in words, as figures in reports name it."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
-    return f"CPU, {os.cpu_count()} cores, {platform.machine()}"
 
 
 def _edit_json(path: Path, changes: dict[str, Any]) -> None:
@@ -207,10 +198,8 @@ def _told(directory: Path, load: Callable[[], T]) -> T:
     try:
         return load()
     except (SafetensorError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{directory}: the checkpoint cannot be read, a file is damaged or missing ({reason}); copy it or make it again"
-        ) from error
+        message = f"the checkpoint cannot be read, a file is damaged or missing ({first_line(error)}); copy it or make it again"
+        raise CheckpointError(f"{directory}: {message}") from error
 
 
 def saved_dtype(directory: Path) -> torch.dtype:

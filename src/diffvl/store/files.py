@@ -8,6 +8,9 @@ final name; `Writing` turns a full disk, which each library tells in its own wor
 import errno
 import json
 import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -72,16 +75,28 @@ class Writing:
 # --- writing -------------------------------------------------------------------------------------------------------------
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file beside and renames it. Raises DiskError, with the file that was there left as it was."""
-    beside = path.with_name(path.name + PARTIAL)
-    with Writing(path):
-        try:
-            beside.write_text(text, encoding="utf-8")
-        except OSError:
-            beside.unlink(missing_ok=True)
-            raise
+@contextmanager
+def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
+    """Yields a name beside `path` to write a file under, which takes the place of `path` at the end of the block. A block that
+    fails leaves nothing, and what was there as it was.
+
+    Args:
+        shared: other processes, on this machine or others, may write the same file at the same time.
+    """
+    unique = f".{uuid.uuid4().hex}" if shared else ""
+    beside = path.with_name(f"{path.name}{unique}{PARTIAL}")
+    try:
+        yield beside
         beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a whole file or none. Raises DiskError, with the file that was there left as it was."""
+    with Writing(path), replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def sync(directory: Path) -> None:

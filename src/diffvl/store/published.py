@@ -20,7 +20,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.utils.hub import cached_file
 
 from diffvl.config.families import OWN_CODE, is_remote, own_code
-from diffvl.errors import CheckpointError, UnsupportedModelError
+from diffvl.errors import CheckpointError, UnsupportedModelError, first_line
 from diffvl.store.files import read_json
 
 log = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ def told(name: str, load: Callable[[], T]) -> T:
     except ImportError as error:
         raise CheckpointError(f"{name}: a package is missing to read it: {error}") from error
     except (OSError, HFValidationError) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         if "cannot be loaded with `safetensors`" in str(error):
             raise CheckpointError(
                 f"{name}: this hub checkpoint has no safetensors files, and others are not read, since they can run code. "
@@ -203,7 +203,7 @@ def told(name: str, load: Callable[[], T]) -> T:
             "connection, or give the directory of a downloaded checkpoint"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, StrictDataclassError) as error:
-        raise UnsupportedModelError(f"{name}: transformers cannot load it: {_first_line(error)}") from error
+        raise UnsupportedModelError(f"{name}: transformers cannot load it: {first_line(error)}") from error
 
 
 @contextmanager
@@ -215,7 +215,3 @@ def quiet_report() -> Iterator[None]:
         yield
     finally:
         transformers.utils.logging.set_verbosity(before)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

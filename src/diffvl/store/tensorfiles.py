@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from diffvl.errors import CheckpointError
+from diffvl.errors import CheckpointError, first_few, first_line
 from diffvl.store.files import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -87,8 +87,7 @@ def read_tensor(header: Header, name: str) -> Any:
 
 def some(names: Iterable[str]) -> str:
     """The first few of many names."""
-    names = list(names)
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    return ", ".join(first_few(list(names), SHOWN))
 
 
 # --- what is there instead -----------------------------------------------------------------------------------------------
@@ -153,7 +152,7 @@ def _fault(file: Path, error: Exception) -> str:
         whole = 8 + length + _end_of_data(opened.read(length))
     if size < whole:
         return f"cut short: {size:,} bytes, where its header names {whole:,}; fetch it again"
-    return f"damaged ({str(error).strip().splitlines()[0]}); fetch it again"
+    return f"damaged ({first_line(error)}); fetch it again"
 
 
 def _end_of_data(header: bytes) -> int:

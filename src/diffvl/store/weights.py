@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreT
 from transformers.utils.quantization_config import GgufConfig
 
 from diffvl.config.families import OWN_CODE, is_remote, own_code
-from diffvl.errors import CheckpointError, UnsupportedModelError
+from diffvl.errors import CheckpointError, UnsupportedModelError, first_line
 from diffvl.store.published import QUANTIZED, is_gguf, load_config, quantized, quiet_report, told
 from diffvl.store.tensorfiles import FLOATS, Header, read_headers, read_tensor, some
 
@@ -106,10 +106,8 @@ def _load_empty(auto_class: Any, name: str, config: PretrainedConfig, headers: H
                 output_loading_info=True,
             )
     except CONFIG_FAULTS as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"{name}: its config.json and its weights make no model ({type(error).__name__}: {reason}); fetch them again"
-        ) from error
+        fault = f"{type(error).__name__}: {first_line(error)}"
+        raise CheckpointError(f"{name}: its config.json and its weights make no model ({fault}); fetch them again") from error
 
 
 # --- what the loader found -----------------------------------------------------------------------------------------------

@@ -90,8 +90,7 @@ def train(
     last = checkpoints.newest(work) if resume else None
     accelerator = make_accelerator(stage, recipe.trackers, work)
     left_out = LeftOut(work / LEFT_OUT_FILE, stage.data, (data.train, data.held_out), accelerator.is_main_process)
-    pad = processor.tokenizer.pad_token_id
-    batches = partial(collate, pad_token_id=pad if pad is not None else model.config.stop_token_ids[0])
+    batches = partial(collate, pad_token_id=processor.pad_token_id)
     with TrainingProgress(console, stage_name) as progress_bar, Writing(work):
         metrics = MetricsLog(work / METRICS_FILE, stage_name)
         watchers = Watchers(progress_bar, metrics, accelerator.is_main_process)
