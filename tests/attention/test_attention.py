@@ -18,8 +18,8 @@ from diffvl.attention.choose import block_mask, bucket, choose, training_masks
 from diffvl.attention.cpu import TILED, tiled_attention
 from diffvl.demo.standins import TRUNKS
 from diffvl.errors import ConfigError
-from diffvl.hub.layout_diffvl import Layout, block_index, clean_layout, noisy_stream
-from diffvl.objective.losses import Draw, block_diffusion, noisy_layout
+from diffvl.hub.layout_diffvl import Layout, block_index, clean_layout, noisy_layout, noisy_stream
+from diffvl.objective.losses import Draw, block_diffusion
 from diffvl.objective.packing import pack
 
 CPU = torch.device("cpu")

@@ -19,10 +19,10 @@ from diffvl.cli import main as cli
 from diffvl.config.families import refusal
 from diffvl.demo import standins
 from diffvl.doctor import doctor
+from diffvl.doctor.checks import Check, above, below
 from diffvl.doctor.doctor import Verdict, exact_up_to, examine, judge
-from diffvl.doctor.probe import Check, above, below
 from diffvl.hub import layout_diffvl
-from diffvl.prepare.proof import TOLERANCE, largest, smallest
+from diffvl.prepare.attention_proof import TOLERANCE, largest, smallest
 
 CHECKS = [
     *("AR parity", "no leak", "a leak is caught", "block sees itself", "clean stream untouched", "direct forward"),

@@ -14,8 +14,8 @@ from diffvl.attention.choose import block_mask, choose
 from diffvl.attention.cpu import TILED
 from diffvl.demo.standins import HIDDEN
 from diffvl.hub import head_diffvl
-from diffvl.hub.layout_diffvl import block_index, clean_layout, noisy_stream
-from diffvl.objective.losses import Draw, block_diffusion, noisy_layout
+from diffvl.hub.layout_diffvl import block_index, clean_layout, noisy_layout, noisy_stream
+from diffvl.objective.losses import Draw, block_diffusion
 
 
 class Shapes(TorchDispatchMode):

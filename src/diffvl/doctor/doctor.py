@@ -2,8 +2,8 @@
 
 Place in the flow: a question before `convert`. Read are configuration, tokenizer and the headers of the weight files; what is
 probed is a tiny random copy of the configuration, so the answer takes a second and no weights. Order: what `published` and
-`families` refuse, what is wrong with the files, the measurements of `probe`, and where one of those fails, a few experiments that
-tell why; then the chat template.
+`families` refuse, what is wrong with the files, what `checks` measures and, where one of them fails, a few experiments that tell
+why; then the chat template.
 """
 
 import math
@@ -17,11 +17,12 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from diffvl.config.families import OWN_CODE, Refusal, named_checkpoint, refusal, suggest
-from diffvl.doctor.probe import MODEL_FAULTS, Check, first_line, probe
-from diffvl.doctor.streams import Streams, Token, plain_forward, text, tokens_of
-from diffvl.doctor.tiny_copy import FIRST_ORDINARY, build, describe
+from diffvl.doctor.checks import MODEL_FAULTS, Check, first_line, run_checks
+from diffvl.doctor.plain_forward import Token, plain_forward, tokens_of
+from diffvl.doctor.tiny_copy import FIRST_ORDINARY, build, describe, ordinary_tokens, probe_text
 from diffvl.errors import CheckpointError, UnsupportedModelError, UsageError
-from diffvl.prepare.proof import TOLERANCE, largest, native_logits, spread
+from diffvl.prepare.attention_proof import TOLERANCE, largest, native_logits, spread
+from diffvl.prepare.probe_text import conversations
 from diffvl.prepare.templates import look_at_template
 from diffvl.store import weights
 from diffvl.store.checkpoint import DiffVLConfig  # importing it makes DiffVL directories known to transformers
@@ -157,7 +158,7 @@ def judge(model: str, config: PretrainedConfig, trust_remote_code: bool = False)
             return verdict
     try:
         trunk = build(config, trust_remote_code)
-        verdict = replace(verdict, copy=describe(trunk), checks=tuple(probe(trunk)))
+        verdict = replace(verdict, copy=describe(trunk), checks=tuple(run_checks(trunk)))
     except (UnsupportedModelError, *MODEL_FAULTS) as error:
         if refused is not None:
             return verdict
@@ -192,7 +193,7 @@ def diagnose(trunk: PreTrainedModel, checks: tuple[Check, ...]) -> tuple[Answer,
     """The reason behind failed checks, found by experiments on the copy."""
     failed = {check.name: check for check in checks if not check.passed}
     try:
-        if not bool(native_logits(trunk, text(trunk)[0]).isfinite().all()):
+        if not bool(native_logits(trunk, conversations(ordinary_tokens(trunk))[0]).isfinite().all()):
             return "unknown", Refusal("no tiny copy", "its tiny copy gives logits that are no finite numbers")
     except MODEL_FAULTS as error:
         return "unknown", Refusal("no tiny copy", f"its tiny copy does not run ({first_line(error)})")
@@ -230,7 +231,7 @@ def _by_name(failed: dict[str, Check]) -> Refusal:
 
 def _line(trunk: PreTrainedModel) -> list[Token]:
     """The clean text of the first sample."""
-    return [token for token in tokens_of(Streams.of(trunk, "causal")) if not token.noisy]
+    return [token for token in tokens_of(probe_text(trunk, "causal")) if not token.noisy]
 
 
 def _causal(q: Token, k: Token) -> bool:
@@ -239,7 +240,7 @@ def _causal(q: Token, k: Token) -> bool:
 
 @torch.no_grad()
 def _looks_ahead(trunk: PreTrainedModel, failed: dict[str, Check]) -> Refusal | None:
-    ids = text(trunk)[0][:1]
+    ids = conversations(ordinary_tokens(trunk))[0][:1]
     other = ids.clone()
     other[0, -1] = FIRST_ORDINARY + (other[0, -1] == FIRST_ORDINARY)
     before = native_logits(trunk, ids)

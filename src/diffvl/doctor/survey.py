@@ -22,8 +22,8 @@ import transformers
 from rich.console import Console
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from diffvl.doctor.checks import MODEL_FAULTS, first_line
 from diffvl.doctor.doctor import Verdict, judge
-from diffvl.doctor.probe import MODEL_FAULTS, first_line
 from diffvl.machine import versions
 from diffvl.store.files import replace_text
 from diffvl.terminal.bars import track

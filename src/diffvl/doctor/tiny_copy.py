@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from diffvl.errors import UnsupportedModelError
+from diffvl.prepare.probe_text import ProbeText
 
 HIDDEN, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, ROPE_DIM, INTERMEDIATE = 64, 4, 2, 16, 8, 96
 RANK, NUM_EXPERTS, TOP_EXPERTS = 32, 8, 2
@@ -300,3 +301,22 @@ def describe(model: PreTrainedModel) -> str:
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     words.append("tied" if head is not None and head.weight is table.weight else "untied")
     return ", ".join([*words, f"{model.config._attn_implementation} attention"])
+
+
+# --- what it reads -------------------------------------------------------------------------------------------------------
+
+
+def vocabulary(trunk: PreTrainedModel) -> int:
+    """Counts the rows of the embedding table; the last stands for the mask token."""
+    table: Any = trunk.get_input_embeddings()
+    return table.weight.shape[0]
+
+
+def ordinary_tokens(trunk: PreTrainedModel) -> range:
+    """Gives the tokens that a text is made of: neither special ones nor the mask token."""
+    return range(FIRST_ORDINARY, vocabulary(trunk) - 1)
+
+
+def probe_text(trunk: PreTrainedModel, context: str) -> ProbeText:
+    """Lays out the conversations that a copy is measured on."""
+    return ProbeText.make(trunk, context, ordinary_tokens(trunk), vocabulary(trunk) - 1)

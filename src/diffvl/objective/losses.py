@@ -19,7 +19,7 @@ from diffvl.attention.choose import FLEX, bucket, training_masks
 from diffvl.config.recipe import ArObjective, BlockDiffusionObjective, Objective, UniformNoise
 from diffvl.data.collate import Batch
 from diffvl.hub.configuration_diffvl import DiffVLConfig
-from diffvl.hub.layout_diffvl import Layout, NoisyStream, block_index, clean_layout, image_rows, noisy_stream
+from diffvl.hub.layout_diffvl import Layout, NoisyStream, block_index, clean_layout, image_rows, noisy_layout, noisy_stream
 from diffvl.hub.sampling_diffvl import never_predicted
 from diffvl.objective.noise import mask_probabilities, mask_ratios, masked_tokens, noise_state
 from diffvl.objective.packing import Packed, pack
@@ -104,16 +104,7 @@ def ar(model: Any, config: DiffVLConfig, batch: Batch) -> LossOutput:
     packed = packed_rows(clean_layout(torch.zeros_like(ids), valid, context="causal"), batch["row"], config)
     at = followed_by_answer(batch["answer_index"])
     targets = ids[at[0], at[1] + 1]
-    entropy, correct = _predict(
-        model,
-        config,
-        batch,
-        packed,
-        ids,
-        image_rows((batch["input_ids"] == config.image_token_id) & batch["valid"]),
-        packed.place[at],
-        targets,
-    )
+    entropy, correct = _predict(model, config, batch, packed, ids, _shown_images(config, batch), packed.place[at], targets)
     counted = torch.ones_like(targets).sum()
     sums = {"predicted": counted, "correct": correct.sum(), "cross_entropy": entropy.detach().sum()}
     return LossOutput(entropy.sum(), int(valid.sum()), sums)
@@ -135,7 +126,7 @@ def block_diffusion(model: Any, config: DiffVLConfig, batch: Batch, objective: B
     packed = packed_rows(layout, batch["row"], config)
     clean_of_noisy = ids.gather(1, stream.source)
     noisy_ids = [clean_of_noisy.masked_fill(copy.masked, config.mask_token_id) for copy in copies]
-    image = image_rows((batch["input_ids"] == config.image_token_id) & batch["valid"])
+    image = _shown_images(config, batch)
     # 4. One forward; the head runs where a masked token is predicted, and for the AR term where an answer's token follows.
     clean_length, noisy_length = ids.shape[1], stream.source.shape[1]
     at = [
@@ -201,18 +192,6 @@ def corrupt(stream: NoisyStream, objective: BlockDiffusionObjective, draw: Draw,
     return [Corruption(masked, p), Corruption(stream.eligible & ~masked, 1 - p)]
 
 
-def noisy_layout(stream: NoisyStream, context: str, copy: int = 1) -> Layout:
-    """The rows of a noisy copy; copies, counted from 1, do not see each other."""
-    return Layout(
-        position=stream.position,
-        block=stream.block,
-        noisy=torch.full_like(stream.block, copy),
-        valid=stream.valid,
-        document=torch.zeros_like(stream.block),
-        context=context,
-    )
-
-
 def predicting_rows(
     stream: NoisyStream, masked: torch.Tensor, target: str, noisy_start: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -240,6 +219,11 @@ def followed_by_answer(answer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 def packed_rows(streams: Layout, row_S: torch.Tensor, config: DiffVLConfig) -> Packed:
     """Samples into rows; with FlexAttention of a length for which kernels are compiled once."""
     return pack(streams, row_S, bucket if config.text_config._attn_implementation == FLEX else int)
+
+
+def _shown_images(config: DiffVLConfig, batch: Batch) -> torch.Tensor:
+    """Gives for each clean token the image token that it shows, counted over the batch, -1 for text; [S, L]."""
+    return image_rows((batch["input_ids"] == config.image_token_id) & batch["valid"])
 
 
 def _predict(

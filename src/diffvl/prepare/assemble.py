@@ -21,7 +21,8 @@ from diffvl.errors import CheckpointError, ConfigError, UnsupportedModelError, f
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.modeling_diffvl import Connector, DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
-from diffvl.prepare import proof
+from diffvl.prepare import attention_proof as proof
+from diffvl.prepare.probe_text import conversations
 from diffvl.prepare.templates import check_template, load_tokenizer, stop_token, system_advice
 from diffvl.store import checkpoint, weights
 from diffvl.store.published import load_config
@@ -277,7 +278,7 @@ def _reference_logits(trunk: PreTrainedModel, vocabulary: int) -> torch.Tensor:
     """The source's own logits on the probe, in fp32 arithmetic."""
     dtype = trunk.dtype
     trunk.float().eval()
-    logits = proof.native_logits(trunk, proof.probe_ids(vocabulary))
+    logits = proof.native_logits(trunk, conversations(range(vocabulary))[0])
     torch.nn.Module.to(trunk, dtype=dtype)
     return logits
 
@@ -295,7 +296,7 @@ def _prove(directory: Path, reference: torch.Tensor, parts: Parts) -> dict[str, 
     check_tower(model)
     _require_same_processor(directory, processor, parts.processor)
     with torch.no_grad():
-        logits = model(proof.probe_ids(known)).logits[..., :known]
+        logits = model(conversations(range(known))[0]).logits[..., :known]
     # Beyond `known` stand the rows that were spare or new: the mask token's and the image token's.
     difference = proof.spread(logits - reference[..., :known], reference)
     if not difference <= proof.TOLERANCE:
