@@ -21,7 +21,6 @@ from diffvl.data.records import Record, Turn
 from diffvl.decode.answer import ask
 from diffvl.errors import DataError
 from diffvl.hub.picture_diffvl import all_seen, as_seen
-from diffvl.report.page import _picture
 
 CASES = Path(__file__).parents[1] / "data" / "cases" / "pictures"
 RED, BLUE, BLACK, WHITE = (255, 0, 0), (0, 0, 255), (0, 0, 0), (255, 255, 255)
@@ -291,7 +290,7 @@ def test_one_picture_in_all_places(name: str, loaded: Callable[[str], Loaded], t
             found.append(processor(images=images, text=[text], return_tensors="pt")["pixel_values"])
     for pixels in found:
         assert pixels is not None and torch.equal(pixels, expected)
-    embedded = re.search(r'src="data:image/jpeg;base64,([^"]+)"', _picture(path))
+    embedded = re.search(r'src="data:image/jpeg;base64,([^"]+)"', _image(path))
     assert embedded is not None
     with Image.open(io.BytesIO(base64.b64decode(embedded[1]))) as shown:
         assert shown.size == seen.size

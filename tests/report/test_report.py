@@ -15,7 +15,8 @@ from rich.console import Console
 
 from diffvl.data.textscore import is_exact
 from diffvl.errors import CheckpointError, ConfigError
-from diffvl.report.page import print_summary, write_report
+from diffvl.report.page import write_report
+from diffvl.report.summary import print_summary
 
 VOID = {"meta", "img", "br"}
 
@@ -329,8 +330,8 @@ def test_directory_without_measurements(tmp_path: Path) -> None:
             CheckpointError,
             r"samples\.jsonl: sample 1: truth, after should be text",
         ),
-        ("diffvl.json", "{", CheckpointError, r"diffvl\.json: not valid JSON .*; restore it from a copy or remove it"),
-        ("diffvl.json", "[]", CheckpointError, r"diffvl\.json: expected a JSON object, not list"),
+        ("diffvl.json", "{", CheckpointError, r"diffvl\.json: damaged, not readable as JSON .*; copy the checkpoint again"),
+        ("diffvl.json", "[]", CheckpointError, r"diffvl\.json: expected a JSON object, got list"),
         ("run.yaml", "- a", ConfigError, r"run\.yaml: expected a mapping of settings at the top, got list"),
     ],
 )

@@ -16,7 +16,8 @@ from diffvl.data.fingerprint import DATA_FILE, DIGESTS_FILE
 from diffvl.data.loader import StageData
 from diffvl.errors import UsageError
 from diffvl.prepare.assemble import prepare
-from diffvl.report.page import print_summary, write_report
+from diffvl.report.page import write_report
+from diffvl.report.summary import print_summary
 from diffvl.store import checkpoint
 from diffvl.store.metrics import read_json_lines
 from diffvl.terminal import console as terminal

@@ -16,7 +16,7 @@ from diffvl.conversion.resume import BEFORE_FILE
 from diffvl.data.loader import SampleDataset
 from diffvl.decode.answer import Decoder, DecodeSettings
 from diffvl.evaluation.evaluate import held_out_answers
-from diffvl.report.page import SAMPLES_FILE
+from diffvl.report.stage_run import SAMPLES_FILE
 from diffvl.store.files import read_json, replace_text
 from diffvl.train.stage import Onlooker
 
