@@ -21,6 +21,7 @@ from diffvl.data.records import Record, Turn
 from diffvl.decode.answer import ask
 from diffvl.errors import DataError
 from diffvl.hub.picture_diffvl import all_seen, as_seen
+from diffvl.report.page import _image
 
 CASES = Path(__file__).parents[1] / "data" / "cases" / "pictures"
 RED, BLUE, BLACK, WHITE = (255, 0, 0), (0, 0, 255), (0, 0, 0), (255, 255, 255)

@@ -5,7 +5,7 @@ lines are and what was left out.
 import math
 
 from diffvl.report.html_text import escape
-from diffvl.report.stage_run import SHARES, at_step, is_named, value_of
+from diffvl.report.stage_run import SHARES, is_named, value_of, with_step
 from diffvl.store.metrics import Measure, Points
 from diffvl.terminal.bars import number
 
@@ -29,13 +29,7 @@ def draw_charts(measures: dict[str, Measure]) -> list[str]:
 
 def _chart(title: str, measures: list[Measure]) -> str:
     """One chart as a figure: SVG, legend, and a caption that says what a reader could mistake."""
-    values = [value for measure in measures for _, value in measure.points]
-    low, high = min(values), max(values)
-    if title in ("Accuracy", "Mask ratio") and low >= 0 and high <= 1:
-        low, high = 0, 1
-    elif not 0 < 0.6 * high < low < high:  # only a nearly flat curve is drawn from near its own start; the caption says so
-        low, high = min(low, 0), max(high, 0)
-    ticks_y = _ticks(low, high)
+    ticks_y = _vertical_ticks(title, [value for measure in measures for _, value in measure.points])
     low, high = ticks_y[0], ticks_y[-1]
     last_step = max(1, *(step for measure in measures for step, _ in measure.points))
 
@@ -62,15 +56,26 @@ def _chart(title: str, measures: list[Measure]) -> str:
             corners = " ".join("{},{}".format(*place(*point)) for point in points)
             dots = points if style == "dots" or len(points) == 1 else []
             svg.append(f'<g class="h{hue % 4}"><polyline class="{style}" points="{corners}"/>')
-            svg += [
-                '<circle cx="{}" cy="{}" r="4">'.format(*place(*dot)) + f"<title>{at_step(dot)}</title></circle>" for dot in dots
-            ]
+            for dot in dots:
+                x, y = place(*dot)
+                svg.append(f'<circle cx="{x}" cy="{y}" r="4"><title>{with_step(dot)}</title></circle>')
             svg.append("</g>")
         if len(measure.points) > DRAWN_POINTS:
             notes.append(f"{measure.key}: of {len(measure.points):,} points the lowest and highest of each stretch are drawn.")
     body = f'<svg viewBox="0 0 640 {_HEIGHT}" role="img" aria-label="{title} over optimiser steps">{"".join(svg)}</svg>'
     caption = f'<figcaption><ul class="legend">{legend}</ul>{escape(" ".join(notes))}</figcaption>'
     return f"<figure><h3>{title}</h3>{body}{caption}</figure>"
+
+
+def _vertical_ticks(title: str, values: list[float]) -> list[float]:
+    """Gives ticks around the values, and 0 with them: only a nearly flat curve is drawn from near its own start (the caption says
+    so)."""
+    low, high = min(values), max(values)
+    if title in ("Accuracy", "Mask ratio") and low >= 0 and high <= 1:
+        return _ticks(0, 1)
+    if 0 < 0.6 * high < low < high:
+        return _ticks(low, high)
+    return _ticks(min(low, 0), max(high, 0))
 
 
 def _lines(measure: Measure) -> list[tuple[str, str, Points]]:

@@ -43,6 +43,11 @@ class StageRun:
 
 
 def read_stage(directory: Path) -> StageRun:
+    """Reads a stage directory.
+
+    Raises:
+        CheckpointError: no measurements there, or a file that cannot be read as what it is.
+    """
     metrics = directory / METRICS_FILE
     if not metrics.is_file():
         raise CheckpointError(f"{metrics}: not found; expected the directory of a stage that has run, e.g. runs/MODEL/diffuse")
@@ -74,11 +79,12 @@ def _read_samples(path: Path) -> list[dict[str, Any]]:
 
 
 def title_of(run: StageRun) -> str:
+    """Names model and stage."""
     return " · ".join(word for word in (run.model, run.stage) if word)
 
 
 def headlines(run: StageRun) -> list[tuple[str, Measure, Points]]:
-    """(name, measure, its points) of the training loss, smoothed, and of every evaluation figure."""
+    """Gives (name, measure, its points) of the training loss, smoothed, and of every evaluation figure."""
     rows = [(key, m, m.points) for key, m in run.measures.items() if key.startswith("eval_") and m.points]
     loss = run.measures.get("loss")
     if loss and loss.points:
@@ -88,33 +94,35 @@ def headlines(run: StageRun) -> list[tuple[str, Measure, Points]]:
 
 
 def summary_rows(run: StageRun) -> list[tuple[str, str, str, str]]:
-    """(name, first, last, best) of every headline, each figure with its step."""
+    """Gives (name, first, last, best) of every headline, each figure with its step."""
     rows = []
     for name, measure, points in headlines(run):
         best = best_of(measure.key, points)
         once = len(points) == 1
-        rows.append(
-            (name, at_step(points[0]), "–" if once else at_step(points[-1]), "–" if once or best is None else at_step(best))
-        )
+        last = "–" if once else with_step(points[-1])
+        rows.append((name, with_step(points[0]), last, "–" if once or best is None else with_step(best)))
     return rows
 
 
 def is_named(key: str, words: Sequence[str]) -> bool:
+    """Tells whether one of the words stands in the key of a measure."""
     return any(word in key for word in words)
 
 
 def best_of(key: str, points: Points) -> tuple[int, float] | None:
-    """The best of `points` where the key says which way is better."""
+    """Gives the best of `points` where the key says which way is better."""
     if "loss" in key:
         return min(points, key=value_of)
     return max(points, key=value_of) if is_named(key, SHARES) else None
 
 
-def at_step(point: tuple[int, float]) -> str:
+def with_step(point: tuple[int, float]) -> str:
+    """Writes a figure with its step."""
     return f"{number(point[1])} (step {point[0]})"
 
 
 def warnings_of(run: StageRun) -> list[str]:
+    """Lists what a reader must know before the figures."""
     left_out = ", ".join(f"{count:,} {kind}" for kind, count in run.left_out.items())
     return [f"records left out: {left_out} (listed in left_out.jsonl)"] * bool(left_out) + [
         f"{key}: NaN or infinite at {m.lost} of {m.lost + len(m.points)} logged steps, which are left out"
@@ -124,11 +132,12 @@ def warnings_of(run: StageRun) -> list[str]:
 
 
 def answers_of(sample: dict[str, Any]) -> list[tuple[str, str]]:
+    """Gives (when, answer) of a sample, before and after training."""
     return [(name, sample[name].strip()) for name in ("before", "after") if sample.get(name) is not None]
 
 
 def score_of(samples: list[dict[str, Any]]) -> tuple[str, str]:
-    """(how many of the samples are answered right, what that counts)."""
+    """Counts the samples that are answered right: (how many, what that counts)."""
     answers = [dict(answers_of(sample), truth=sample["truth"]) for sample in samples]
     names = [name for name in ("before", "after") if all(name in answer for answer in answers)]
     counts = [str(sum(is_exact(answer[name], answer["truth"]) for answer in answers)) for name in names]
