@@ -1,4 +1,4 @@
-"""Mistakes that a user can mend. The command line prints the message alone and exits with `EXIT_CODE`.
+"""Mistakes that a user can correct. The command line prints the message alone and exits with `EXIT_CODE`.
 
 A message says what is wrong, where (file and line, or key path), what was expected, and what to do.
 """
@@ -21,7 +21,7 @@ class DataError(DiffvlError):
 
     Args:
         kind: a few words for counting such errors; the same for all records that they apply to.
-        ends: whether nothing behind it in the file can be read, so that leaving out one record would leave out all the others.
+        ends: whether nothing after it in the file can be read, so that leaving out one record would leave out all the others.
     """
 
     def __init__(self, message: str, kind: str = "other", ends: bool = False) -> None:

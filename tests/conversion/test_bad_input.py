@@ -117,15 +117,15 @@ def test_a_diffvl_directory_as_model(run: tiny_runs.Run, convert: Workshop):
         (None, "its tokenizer has no chat template, so prompts and answers cannot be told apart; use an instruct checkpoint"),
         (
             "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}",
-            "its chat template writes no special token behind an answer, so decoding could not stop",
+            "its chat template writes no special token after an answer, so decoding could not stop",
         ),
         (
             "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n<think></think>{% endif %}",
             "the chat template is not prefix-stable: the prompt of an answer is not the beginning of the whole chat",
         ),
-        ("{% for m in messages %}{{ m['content'] }}<|im_end|>", "refuses a question with an answer (Unexpected end of template"),
-        ("{% for m in messages %}{{ m['content'] + 1 }}{% endfor %}", "refuses a question with an answer (can only concatenate"),
+        ("{% for m in messages %}{{ m['content'] }}<|im_end|>", "refuses a question and an answer (Unexpected end of template"),
+        ("{% for m in messages %}{{ m['content'] + 1 }}{% endfor %}", "refuses a question and an answer (can only concatenate"),
         ("<|im_start|>{{ messages[0]['content'] }}<|im_end|>", "its chat template leaves the answer out"),
         (
             "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"

@@ -1,4 +1,4 @@
-"""Records -> messages and samples: what marks mean in the tokens, and texts that a checkpoint would take for pictures."""
+"""Records -> messages and samples: what marks mean in the tokens, and texts that a checkpoint would take for images."""
 
 import json
 from collections.abc import Callable
@@ -83,7 +83,7 @@ def test_a_literal_marker_reaches_the_tokenizer_as_text(loaded: Callable[[str], 
 
 
 @pytest.mark.parametrize("turn", [0, 1])
-def test_a_literal_that_the_checkpoint_reads_as_a_picture(turn: int, loaded: Callable[[str], Loaded]) -> None:
+def test_a_literal_that_the_checkpoint_reads_as_an_image(turn: int, loaded: Callable[[str], Loaded]) -> None:
     _, processor = loaded("llama")
     assert processor.image_token == "<image>"
     turns = list(DRAFTED[:1] + DRAFTED[3:])
@@ -91,6 +91,6 @@ def test_a_literal_that_the_checkpoint_reads_as_a_picture(turn: int, loaded: Cal
     with pytest.raises(DataError) as caught:
         encode_record(Record("q7", (), tuple(turns), "x.json:1"), processor)
     assert str(caught.value).startswith(
-        f"x.json:1: record q7: turn {turn + 1}: the text <image> is what this checkpoint reads as a picture, so it cannot stand"
+        f"x.json:1: record q7: turn {turn + 1}: the text <image> is what this checkpoint reads as an image, so it cannot stand"
     )
     assert caught.value.kind == "image token in the text"

@@ -17,13 +17,13 @@ MANY = json.dumps([ONE] * 30)
 
 FILES: dict[str, tuple[str, str | bytes, str]] = {
     "lines": (".json", f"{LINE}\n{LINE}\n", ":1: holds one object per line: name it train.jsonl"),
-    "lines behind blank ones": (".json", f"\n\n{LINE}\n{LINE}\n", ":3: holds one object per line: name it train.jsonl"),
+    "lines after blank ones": (".json", f"\n\n{LINE}\n{LINE}\n", ":3: holds one object per line: name it train.jsonl"),
     "pretty objects": (
         ".json",
         f"{PRETTY}\n{PRETTY}\n",
-        ":1: holds objects one behind the other: put them into one list, [..., ...]",
+        ":1: holds objects one after the other: put them into one list, [..., ...]",
     ),
-    "objects and commas": (".json", f"{LINE},\n{LINE}\n", ":1: holds objects one behind the other: put them into one list"),
+    "objects and commas": (".json", f"{LINE},\n{LINE}\n", ":1: holds objects one after the other: put them into one list"),
     "one record": (".json", PRETTY, ":1: holds one record alone: put [ and ] around it"),
     "one record with lists": (".json", json.dumps({"objects": [{"x": 1}], **ONE}), ":1: holds one record alone"),
     "records by name": (

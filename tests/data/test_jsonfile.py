@@ -157,7 +157,7 @@ def test_other_encodings_are_refused_with_their_line(tmp_path: Path, suffix: str
         (
             "a.csv",
             "a.csv: unknown kind of data file '.csv'; expected .json (one list) or .jsonl (one object per line); it is a table: "
-            "write its rows into a .jsonl file, one object per line, and its pictures into files",
+            "write its rows into a .jsonl file, one object per line, and its images into files",
         ),
     ],
 )

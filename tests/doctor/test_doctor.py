@@ -155,7 +155,7 @@ def test_a_causal_mask_inside_the_model_is_caught_by_measurement():
     ("model_type", "settings", "kind", "words"),
     [
         ("bert", {}, "not autoregressive", "as a decoder it needs is_decoder: true"),
-        ("roberta", {"is_decoder": True}, "positions that do not start at 0", "one behind pad_token_id"),
+        ("roberta", {"is_decoder": True}, "positions that do not start at 0", "one after pad_token_id"),
         ("openai-gpt", {}, "takes no 4-D mask", "its code takes no mask with an entry for every two tokens (it said: "),
     ],
 )

@@ -150,12 +150,12 @@ def test_pictures_are_scaled_on_white_and_missing_ones_are_named(stage: Path) ->
     source = next(attributes["src"] for tag, attributes in shown.tags if tag == "img")
     image = Image.open(io.BytesIO(base64.b64decode(str(source).partition(",")[2])))
     assert image.size == (224, 112) and image.getpixel((5, 5)) == (255, 255, 255)
-    assert f"picture not shown (picture missing): {stage.parent / 'gone.png'} Colour?" in shown.text
-    (stage.parent / "gone.png").write_bytes(b"no picture")
-    assert "picture not shown (picture cannot be read)" in page(stage).text
+    assert f"image not shown (image missing): {stage.parent / 'gone.png'} Colour?" in shown.text
+    (stage.parent / "gone.png").write_bytes(b"no image")
+    assert "image not shown (image cannot be read)" in page(stage).text
 
 
-def test_small_pictures_are_not_enlarged(stage: Path) -> None:
+def test_small_images_are_not_enlarged(stage: Path) -> None:
     Image.new("L", (40, 30)).save(stage.parent / "clear.png")
     sizes = [(a["width"], a["height"]) for tag, a in page(stage).tags if tag == "img"]
     assert sizes == [("40", "30")]

@@ -2,7 +2,7 @@
 
 FlexAttention has no backward on a CPU, and a dense mask computes everything that it then throws away. Here the queries are cut
 into groups, and each group looks at its keys in parts that need no mask where all is allowed: the clean stream of a sample is one
-call of the causal kernel, plus the few keys behind the diagonal that a block shows its own tokens. The parts of a group are
+call of the causal kernel, plus the few keys after the diagonal that a block shows its own tokens. The parts of a group are
 joined by their log-sum-exps: the softmax over all keys is the parts' own, weighted (FlashAttention, arXiv 2205.14135, section
 3.1). tests/test_attention.py holds values and gradients against dense attention.
 
@@ -19,11 +19,11 @@ from transformers.integrations.sdpa_attention import repeat_kv
 
 TILED = "tiled"
 CPU_TILE = 64
-# A new group of query tiles costs kernel calls; so many wasted scores are worth one.
+# A new group of query tiles costs kernel calls; this many wasted scores are worth one.
 CALL_COST = 8 * CPU_TILE * CPU_TILE
 SHORTEST_RUN = 4  # tiles of a clean stream from which on the causal kernel pays
 
-# torch's own CPU kernels behind scaled_dot_product_attention; called by name, because joining parts needs the log-sum-exp.
+# torch's own CPU kernels under scaled_dot_product_attention; called by name, because joining parts needs the log-sum-exp.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -151,7 +151,7 @@ class Slab:
 
 @dataclass(frozen=True)
 class Band:
-    """The keys just behind the diagonal, for tiles of w queries at once: a tile looks at its own w tokens and, where blocks lie
+    """The keys just after the diagonal, for tiles of w queries at once: a tile looks at its own w tokens and, where blocks lie
     across tiles, at w more. keys: their indices [n * K], K = w or 2w. allowed: bool [B, n, w, K]."""
 
     width: int
@@ -259,7 +259,7 @@ def _tables(mask: BlockMask) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _rule(mask: BlockMask, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """The rule for indices that broadcast, [B, ...]; nothing is allowed behind the last token."""
+    """The rule for indices that broadcast, [B, ...]; nothing is allowed after the last token."""
     last = mask.seq_lengths[0] - 1
     batch = torch.arange(mask.kv_indices.shape[0]).view(-1, *[1] * queries.dim())
     allowed = mask.mask_mod(batch, torch.zeros_like(batch), queries.clamp_max(last)[None], keys.clamp_max(last)[None])
@@ -313,7 +313,7 @@ def _whole(everybody: torch.Tensor, low: int) -> list[Slab]:
 
 
 def _causal_runs(visible: torch.Tensor, full: torch.Tensor) -> list[tuple[int, int]]:
-    """Ranges of query tiles that see all of the range's tiles before their own, one tile before the range and one behind their
+    """Ranges of query tiles that see all of the range's tiles before their own, one tile before the range and one after their
     own at most: clean streams."""
     runs, first, count = [], 0, len(visible)
     while first < count:
@@ -346,7 +346,7 @@ def _run_groups(mask: BlockMask, first: int, end: int, visible: torch.Tensor) ->
 
 
 def _band(mask: BlockMask, queries: slice) -> Band | None:
-    """What the queries see behind the diagonal; None if it reaches too far, or if something up to it is hidden."""
+    """What the queries see after the diagonal; None if it reaches too far, or if something up to it is hidden."""
     for width in (8, 16, 32, CPU_TILE):
         starts = torch.arange(queries.start, queries.stop, width)
         q_index = starts[:, None, None] + torch.arange(width)[None, :, None]

@@ -218,7 +218,7 @@ def _refused_layers(name: str, text_config: "transformers.PreTrainedConfig") -> 
         return Refusal(
             "per-layer embeddings: not in yet",
             f"{name} looks every token up by its id a second time, in per-layer embeddings (hidden_size_per_layer_input is "
-            f"{size}); a picture has no token ids, so it cannot be shown to this model. Not in yet",
+            f"{size}); an image has no token ids, so it cannot be shown to this model. Not in yet",
         )
     return None
 

@@ -271,7 +271,7 @@ class Optim(Section):
 class Data(Section):
     train: str | None = Field(default=None, description="LLaVA-format .json or .jsonl; `--data` sets it")
     image_folder: str | None = Field(
-        default=None, description="where relative paths of pictures start; default: the folder of the data file"
+        default=None, description="where relative paths of images start; default: the folder of the data file"
     )
     eval: str | None = Field(default=None, description="held-out file of the same format")
     holdout: int = Field(default=0, ge=0, description="without `eval`: this many records are set apart from `train`")
@@ -285,7 +285,7 @@ class Data(Section):
     )
     too_long: Literal["error", "drop"] = Field(default="error", description="`drop` leaves longer records out and says how many")
     on_error: Literal["stop", "skip"] = Field(
-        default="stop", description="`skip` leaves records out that are wrong or whose pictures cannot be read, and lists them"
+        default="stop", description="`skip` leaves records out that are wrong or whose images cannot be read, and lists them"
     )
     max_skipped: float = Field(
         default=MAX_SKIPPED,
@@ -301,7 +301,7 @@ class Data(Section):
         description="tokenise every record before training, to find those that are too long; packing does so anyway",
     )
     check_images: int = Field(
-        default=5000, ge=0, description="every picture of a set of up to this many records is decoded once before training"
+        default=5000, ge=0, description="every image of a set of up to this many records is decoded once before training"
     )
 
     @model_validator(mode="after")

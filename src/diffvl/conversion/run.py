@@ -94,6 +94,6 @@ def _say_next(directory: Path, plan: Plan, console: Console) -> None:
         words = shell_line("diffvl", "convert", "--from", directory, "--stage", "diffuse", "--data", "FILE")
         say(console, f"next: {words}")
     samples = [line for line in read_json_lines(directory / "samples.jsonl") if line.get("image")]
-    image, question = (samples[0]["image"], samples[0]["question"]) if samples else ("FILE", "What does the picture show?")
+    image, question = (samples[0]["image"], samples[0]["question"]) if samples else ("FILE", "What does the image show?")
     say(console, "next: ", shell_line("diffvl", "generate", directory, "--image", Path(image), "--prompt", question))
     say(console, "next: ", shell_line("diffvl", "evaluate", directory, "--data", "FILE"))

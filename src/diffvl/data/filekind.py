@@ -12,7 +12,7 @@ TURNS = ("conversations", "messages")
 
 _HEAD = 4096  # bytes looked at
 _UNPACK = "is packed: unpack it, and name the .json or .jsonl file in it"
-_TABLE = "is a table: write its rows into a .jsonl file, one object per line, and its pictures into files"
+_TABLE = "is a table: write its rows into a .jsonl file, one object per line, and its images into files"
 _RENAME = "has one object per line, it seems: name it .jsonl"
 _BY_SUFFIX = {
     **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"), _UNPACK),
@@ -65,13 +65,13 @@ def not_a_list(reader: Reader, path: Path) -> DataError:
         return DataError(f"{path}:{line}: expected a list of objects, [...], at the top, got {first!r}", KIND)
     found, keys = _read_object(reader)
     if found is None:
-        behind = reader.peek()
-        if behind in ("{", ","):
+        following = reader.peek()
+        if following in ("{", ","):
             one_line = reader.line == line + 1 or reader.line == line
             found = (
                 f"holds one object per line: name it {path.stem}.jsonl"
-                if behind == "{" and one_line
-                else "holds objects one behind the other: put them into one list, [..., ...], with commas between them"
+                if following == "{" and one_line
+                else "holds objects one after the other: put them into one list, [..., ...], with commas between them"
             )
         elif any(key in TURNS for key in keys):
             found = "holds one record alone: put [ and ] around it"

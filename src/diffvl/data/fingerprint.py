@@ -62,18 +62,18 @@ def is_same_data(work: Path, record: dict[str, FileRecord]) -> bool:
 
 
 def require_same_data(work: Path, data: StageData) -> None:
-    """Raises DataError unless a stage's data is that with which the unfinished run in `work` began. Pictures are known by their
+    """Raises DataError unless a stage's data is that with which the unfinished run in `work` began. Images are known by their
     names only."""
     record = data_record(data)
     if is_same_data(work, record):
         return
-    begun = read_json(work / DATA_FILE)
-    changed = _changes(begun, record)
+    at_start = read_json(work / DATA_FILE)
+    changed = _changes(at_start, record)
     digests: dict[str, numpy.ndarray] = {}
     if (work / DIGESTS_FILE).is_file():
         with numpy.load(work / DIGESTS_FILE) as stored:
             digests = dict(stored)
-    lines = [_told_change(name, begun.get(name), record.get(name), digests) for name in changed]
+    lines = [_told_change(name, at_start.get(name), record.get(name), digests) for name in changed]
     raise DataError(
         f"{work}: the data is not what the run began with, so --resume would not continue it:\n"
         + "\n".join(f"  {line}" for line in lines)
@@ -82,10 +82,10 @@ def require_same_data(work: Path, data: StageData) -> None:
     )
 
 
-def _changes(begun: dict[str, Any], record: dict[str, FileRecord]) -> list[str]:
+def _changes(at_start: dict[str, Any], record: dict[str, FileRecord]) -> list[str]:
     """The files whose records are others than those that the run began with."""
     now = {name: one.records_digest for name, one in record.items()}
-    then = {name: facts["content"] for name, facts in begun.items()}
+    then = {name: facts["content"] for name, facts in at_start.items()}
     return sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
 
 

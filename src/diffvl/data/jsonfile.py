@@ -31,7 +31,7 @@ def check_path(path: Path) -> None:
 
 def read_objects(path: Path) -> Iterator[tuple[int, Any]]:
     """(line, value) of every object in the file; the value is a DataError, with its place, where there is no object to read,
-    and with `ends` where nothing behind it can be read.
+    and with `ends` where nothing after it can be read.
 
     Raises:
         DataError: for a file of another kind than its name says.
@@ -45,7 +45,7 @@ def read_objects(path: Path) -> Iterator[tuple[int, Any]]:
         with path.open(encoding="utf-8-sig") as file:
             for line, value in read(file, path):
                 if isinstance(value, DataError) and is_list:
-                    value.ends = True  # behind a broken element of a list nothing more can be placed
+                    value.ends = True  # after a broken element of a list nothing more can be placed
                 yield line, value
     except UnicodeDecodeError:
         line = _undecodable_line(path)

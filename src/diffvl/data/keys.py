@@ -40,7 +40,7 @@ _ANYWHERE = {
     _TOOLS: ("tools", "functions", "functioncall", "toolcall", "toolcalls", "toolchoice", "observation"),
     _PREFERENCE: ("chosen", "rejected", "rejectedresponse", "rejectedmessages", "rejectedimages", "ktotag"),
     _TEMPLATE: ("chattemplatekwargs", "documents"),
-    "every picture gets the size that the checkpoint was prepared for: remove the key": (
+    "every image gets the size that the checkpoint was prepared for: remove the key": (
         *("minpixels", "maxpixels", "resizedheight", "resizedwidth", "mmprocessorkwargs", "imageskwargs"),
     ),
     "the key is named `system`: rename it": ("systemprompt", "systemmessage", "systeminstruction", "sys"),
@@ -71,9 +71,7 @@ _MARKS = {
     **dict.fromkeys(("masked", "mask"), False),
 }
 
-_PICTURE = re.compile(
-    r"image|img|picture|photo|screenshot|pixelvalues|^(?:frames?|(?:pics?|png|jpe?g)(?:path|file|url|name)?s?)$"
-)
+_IMAGE = re.compile(r"image|img|picture|photo|screenshot|pixelvalues|^(?:frames?|(?:pics?|png|jpe?g)(?:path|file|url|name)?s?)$")
 _ABOUT = re.compile(
     r"^(?:num|n|has|is|no|with|max|min|total)(?=image|img|picture|photo)|(?:id|ids|idx|index|width|height|sizes?|shape|captions?|"
     r"desc|descriptions?|source|type|hash|md5|sha\d*|license|num|count|labels?|class|category|tags?|text|quality|score|aspect|"
@@ -81,7 +79,7 @@ _ABOUT = re.compile(
     r"durationsec)$"
 )
 _SOUNDS = re.compile(r"video|audio|speech|^sounds?$|^pointclouds?$")
-_PICTURE_FILE = re.compile(r"[^\n]+\.(?:png|jpe?g|webp|gif|bmp|tiff?|avif|heic|jp2)$", re.IGNORECASE)
+_IMAGE_FILE = re.compile(r"[^\n]+\.(?:png|jpe?g|webp|gif|bmp|tiff?|avif|heic|jp2)$", re.IGNORECASE)
 
 _NUM_TOLD = 20  # unused keys of a file
 
@@ -135,7 +133,7 @@ def check_record_keys(value: dict[str, Any], images: Sequence[str], tell: Callab
     """Goes through the keys that a record has beside those that are used; tells the harmless ones.
 
     Raises:
-        DataError: naming the first key that another trainer would act on, or that names a picture.
+        DataError: naming the first key that another trainer would act on, or that names an image.
     """
     for key, item in value.items():
         if key in USED:
@@ -148,7 +146,7 @@ def check_record_keys(value: dict[str, Any], images: Sequence[str], tell: Callab
             _check_switch(key, item, *_SWITCHES[name])
             continue
         _check_spelling(key, name, item)
-        _check_picture(key, name, item, images)
+        _check_image(key, name, item, images)
         tell(f"`{key}`")
 
 
@@ -161,8 +159,8 @@ def check_turn_keys(item: dict[str, Any], used: Sequence[str], where: str, tell:
         if name in _TURN_METADATA or name in _MARKS or is_absent(value):
             continue
         _check_refused(key, name, value, _REFUSED_IN_TURN, where)
-        if _names_picture(name) and not isinstance(value, bool | int | float):
-            raise DataError(f"{where}`{key}`: {_PICTURE_KEY} of the record, not of a turn", "picture under another key")
+        if _names_image(name) and not isinstance(value, bool | int | float):
+            raise DataError(f"{where}`{key}`: {_IMAGE_KEY} of the record, not of a turn", "image under another key")
         tell(f"`{key}` of a turn")
 
 
@@ -207,7 +205,7 @@ def missing_turns(value: dict[str, Any]) -> str:
 
 # --- rules ---------------------------------------------------------------------------------------------------------------
 
-_PICTURE_KEY = "pictures stand under the key `image` (a path or a list of paths)"
+_IMAGE_KEY = "images stand under the key `image` (a path or a list of paths)"
 
 
 @cache
@@ -223,8 +221,8 @@ def _near(name: str) -> str:
 
 
 @cache
-def _names_picture(name: str) -> bool:
-    return bool(_PICTURE.search(name)) and not _ABOUT.search(name)
+def _names_image(name: str) -> bool:
+    return bool(_IMAGE.search(name)) and not _ABOUT.search(name)
 
 
 def _check_refused(key: str, name: str, item: Any, refused: dict[str, str], where: str) -> None:
@@ -250,19 +248,19 @@ def _check_spelling(key: str, name: str, item: Any) -> None:
         raise DataError(f"`{key}` looks like `{meant}`: rename it or remove it", "key not supported")
 
 
-def _check_picture(key: str, name: str, item: Any, images: Sequence[str]) -> None:
-    """A key that names a picture is a mistake: the picture would not be looked at."""
-    named = _names_picture(name) or _near(name) in ("image", "images")
-    files = [text for text in _texts_in(item) if _PICTURE_FILE.match(text)]
+def _check_image(key: str, name: str, item: Any, images: Sequence[str]) -> None:
+    """A key that names an image is a mistake: the image would not be looked at."""
+    named = _names_image(name) or _near(name) in ("image", "images")
+    files = [text for text in _texts_in(item) if _IMAGE_FILE.match(text)]
     if images:
         own = {basename(image) for image in images}
         wrong = named and any("://" not in file and basename(file) not in own for file in files)
-        advice = "; list all pictures of the record there"
+        advice = "; list all images of the record there"
     else:
         wrong = bool(files) or (named and not isinstance(item, bool | int | float))
         advice = ""
     if wrong:
-        raise DataError(f"`{key}` is {_short(item)}: {_PICTURE_KEY}{advice}; rename it or remove it", "picture under another key")
+        raise DataError(f"`{key}` is {_short(item)}: {_IMAGE_KEY}{advice}; rename it or remove it", "image under another key")
 
 
 def _texts_in(item: Any) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Which records a run has left out, each once: counted, listed in a file of the run, and stopped at where there are too many.
 
 The list is that of an uninterrupted run whatever happens: every line has its step, and a run that goes on from a checkpoint drops
-the lines behind it.
+the lines after it.
 """
 
 import json

@@ -8,7 +8,7 @@ import numpy
 from rich.console import Console
 
 from diffvl.data.chat import encode_record
-from diffvl.data.passes import over_places
+from diffvl.data.parallel import map_places
 from diffvl.data.table import RecordTable, cache_error, cache_folder
 from diffvl.errors import DataError
 from diffvl.hub.processing_diffvl import DiffVLProcessor
@@ -22,15 +22,13 @@ _BAR_FROM = 2000  # records
 
 
 def lengths_of(table: RecordTable, processor: DiffVLProcessor, console: Console) -> numpy.ndarray:
-    """[usable rows] int32: tokens, pictures included, of each of `table.usable`; REFUSED where there are none."""
+    """[usable rows] int32: tokens, images included, of each of `table.usable`; REFUSED where there are none."""
     file = cache_folder() / f"{_name(table, processor)}.npy"
     if file.exists():
         return numpy.load(file)
     shown = console if len(table.usable) >= _BAR_FROM else terminal.console(quiet=True)
     rows = table.usable
-    measured = over_places(
-        partial(_measure, table, rows, processor), len(rows), _PAYS_FROM, shown, f"measuring {table.path.name}"
-    )
+    measured = map_places(partial(_measure, table, rows, processor), len(rows), _PAYS_FROM, shown, f"measuring {table.path.name}")
     lengths = numpy.fromiter(measured, dtype=numpy.int32, count=len(rows))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -20,13 +20,13 @@ from torch.utils.data import Dataset
 from diffvl.config.recipe import Data
 from diffvl.data.chat import Sample, encode_record, sample_of
 from diffvl.data.collate import PROBLEMS, is_filler
-from diffvl.data.images import open_picture
+from diffvl.data.images import open_image
 from diffvl.data.lengths import REFUSED, lengths_of
-from diffvl.data.packer import Rows, first_fit
-from diffvl.data.passes import over_places
+from diffvl.data.parallel import map_places
 from diffvl.data.problem_list import is_forgiven, require_usable
 from diffvl.data.problems import Problem
 from diffvl.data.records import Record
+from diffvl.data.row_assignment import RowAssignment, first_fit
 from diffvl.data.table import RecordTables
 from diffvl.errors import ConfigError, DataError
 from diffvl.hub.processing_diffvl import DiffVLProcessor
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 _QUIET = terminal.console(quiet=True)
 _WORKERS_FROM = 1000  # samples from which a run is long enough for loader processes
 _MOST_WORKERS = 4
-_PICTURES_PAY_FROM = 500  # records from which several processes look at pictures faster than one
+_IMAGES_PAY_FROM = 500  # records from which several processes look at images faster than one
 
 
 class SampleDataset(Dataset):
@@ -56,7 +56,7 @@ class SampleDataset(Dataset):
         processor: DiffVLProcessor,
         max_length: int | None,
         lengths: numpy.ndarray | None = None,
-        rows: Rows | None = None,
+        rows: RowAssignment | None = None,
         known: Sequence[Problem] = (),
     ) -> None:
         """`indices` picks the records and orders them; `lengths` are their tokens, where these were measured; `rows` are of
@@ -79,8 +79,8 @@ class SampleDataset(Dataset):
         )
 
     def packed(self, row_length: int, seed: int) -> "SampleDataset":
-        """The same records in rows of up to so many tokens. Which records share a row depends on the seed alone, so a resumed
-        run finds the same rows."""
+        """Puts the same records into rows of up to `row_length` tokens. Which records share a row depends on the seed alone, so
+        a resumed run finds the same rows."""
         assert self.lengths is not None
         order = torch.randperm(len(self.indices), generator=sample_generator(seed, step=-1, sample=-1)).tolist()
         rows = first_fit(self.lengths.tolist(), order, row_length)
@@ -111,7 +111,7 @@ class SampleDataset(Dataset):
 
 def problem_of(record: Record, index: int, path: Path, error: DataError) -> Problem:
     """What is wrong with a record that its file gave."""
-    line = int(record.source.rpartition(":")[2].partition(" ")[0])  # behind it may stand which record of the line it is
+    line = int(record.source.rpartition(":")[2].partition(" ")[0])  # after it may stand which record of the line it is
     message = str(error).removeprefix(f"{record.source}: ")
     return Problem(error.kind, path, line, index + 1, None if record.id == record.source else record.id, message)
 
@@ -199,17 +199,17 @@ def _tell_forgiven(path: Path, long: int, records: int, limit: int) -> None:
 
 
 def num_workers(data: Data, samples: int, processes: int) -> int:
-    """Loader processes of each of so many training processes on this machine."""
+    """Chooses how many loader processes each of the training processes on this machine has."""
     if data.workers is not None:
         return data.workers
     return 0 if samples < _WORKERS_FROM else max(1, min(_MOST_WORKERS, num_cores() // processes - 1))
 
 
-# --- pictures ------------------------------------------------------------------------------------------------------------
+# --- images ------------------------------------------------------------------------------------------------------------
 
 
 def check_images(stage: StageData, data: Data, console: Console) -> None:
-    """Decodes every picture of a set of up to `check_images` records: a damaged one is then found before training, not at its
+    """Decodes every image of a set of up to `check_images` records: a damaged one is then found before training, not at its
     step.
 
     Raises:
@@ -219,7 +219,7 @@ def check_images(stage: StageData, data: Data, console: Console) -> None:
         count = 0 if samples is None else len(samples.indices)
         if samples is None or count > data.check_images:
             continue
-        looked = over_places(partial(_look, samples), count, _PICTURES_PAY_FROM, console, "checking pictures")
+        looked = map_places(partial(_look, samples), count, _IMAGES_PAY_FROM, console, "checking images")
         problems = [problem for problem in looked if problem is not None]
         wrong = [problem for problem in samples.known if not is_forgiven(problem, data)]
         require_usable([*wrong, *problems] if problems else [], samples.path, len(samples.records), data)
@@ -229,7 +229,7 @@ def _look(samples: SampleDataset, place: int) -> Problem | None:
     record = samples.record(place)
     try:
         for path in record.images:
-            open_picture(path, record.source)
+            open_image(path, record.source)
     except DataError as error:
         return problem_of(record, int(samples.indices[place]), samples.path, error)
     return None

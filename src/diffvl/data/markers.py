@@ -1,8 +1,8 @@
-r"""Where pictures stand in a text: the marker `<image>`, how to write it as mere text, and what others write in its place.
+r"""Where images stand in a text: the marker `<image>`, how to write it as mere text, and what others write in its place.
 
 A backslash before the marker takes its meaning away: `\<image>` is the text `<image>`. The same holds for the spellings that
 can hardly be anything else (`<image_1>`, `<|image|>`), which are refused otherwise, because a model would read them as text
-and its picture would stand somewhere else.
+and its image would stand somewhere else.
 """
 
 import re
@@ -11,7 +11,7 @@ IMAGE_MARKER = "<image>"
 ESCAPE = "\\"
 
 _NAMES = r"(?:image|img|picture|pic|photo)"
-# Nobody writes these but for a picture: numbered ones, and the tokens of other models.
+# Nobody writes these but for an image: numbered ones, and the tokens of other models.
 _SURE = "|".join(
     (
         rf"<{_NAMES}[ _-]?\#?\d+>",
@@ -22,7 +22,7 @@ _SURE = "|".join(
         r"<(?:imageplaceholder|imagehere|im_patch|im_image|image_patch)>",
     )
 )
-# In a record with pictures these mean one; elsewhere they may be HTML, Markdown or prose.
+# In a record with images these mean one; elsewhere they may be HTML, Markdown or prose.
 _LIKELY = "|".join(
     (
         rf"(?!(?-i:{IMAGE_MARKER}))<{_NAMES}s?\s*/?>",
@@ -46,7 +46,7 @@ def pieces_between(text: str) -> list[str]:
 
 
 def count_markers(text: str) -> int:
-    """The pictures that the text shows."""
+    """The images that the text shows."""
     return len(_MARKER.findall(text)) if IMAGE_MARKER in text else 0
 
 
@@ -56,19 +56,19 @@ def with_markers(text: str, num_images: int) -> str:
 
 
 def plain(text: str) -> str:
-    """A text without pictures as a model reads it."""
+    """A text without images as a model reads it."""
     return _ESCAPED.sub("", text) if ESCAPE in text else text
 
 
-def mistaken_marker(text: str, pictures: bool) -> str | None:
-    """What looks like a marker of a picture and is none.
+def mistaken_marker(text: str, images: bool) -> str | None:
+    """What looks like a marker of an image and is none.
 
     Args:
-        pictures: the record has pictures, so that a spelling that could be something else most likely means one.
+        images: the record has images, so that a spelling that could be something else most likely means one.
     """
-    if not any(bracket in text for bracket in ("<[{" if pictures else "<")):
+    if not any(bracket in text for bracket in ("<[{" if images else "<")):
         return None  # most texts, which need no search
-    found = (_LIKELY_PATTERN if pictures else _SURE_PATTERN).search(text)
+    found = (_LIKELY_PATTERN if images else _SURE_PATTERN).search(text)
     return found[0] if found else None
 
 

@@ -22,7 +22,7 @@ _NUM_OF_KIND = 3  # problems told of each kind where there are several
 
 def require_usable(problems: Sequence[Problem], path: Path, total: int, data: Data, advise: bool = True) -> None:
     """Raises DataError unless the records that are left may stand for the file: there are no problems, or `on_error` is `skip`
-    and they are no more than `max_skipped` of all, and none hides what stands behind it."""
+    and they are no more than `max_skipped` of all, and none hides what comes after it."""
     if not problems:
         return
     ending = [problem for problem in problems if problem.ends]
@@ -40,7 +40,7 @@ def is_forgiven(problem: Problem, data: Data) -> bool:
 
 
 def advice_on(problems: Sequence[Problem], in_training: bool = False) -> str:
-    """What to do, other than to mend the records, where a run stops at these problems."""
+    """Says what to do, other than to correct the records, where a run stops at these problems."""
     lines = []
     if any(problem.kind == TOO_LONG for problem in problems):
         found = " (data.check_lengths=true finds all of them before training)" if in_training else ""
@@ -54,7 +54,7 @@ def over_budget(count: int, total: int, data: Data) -> str:
     """What to say where more records are wrong than may be skipped."""
     return (
         f"{count} of {total} records cannot be used ({count / total:.2%}), more than data.max_skipped={data.max_skipped:g} "
-        "lets pass: mend them or raise it"
+        "lets pass: correct them or raise it"
     )
 
 

@@ -8,9 +8,9 @@ from diffvl.errors import DataError
 
 @dataclass(frozen=True)
 class Problem:
-    """kind: a few words, the same for all records that it applies to ("picture missing"), by which problems are counted.
+    """kind: a few words, the same for all records that it applies to ("image missing"), by which problems are counted.
     line: where the record begins in the file, from 1. number: which record of the file it is, from 1. id: the record's own.
-    message: what is wrong, what was expected and what to do, without the place. ends: nothing behind it could be read."""
+    message: what is wrong, what was expected and what to do, without the place. ends: nothing after it could be read."""
 
     kind: str
     path: Path

@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffvl.data.content import Content, kind_of, read_content, text_of
-from diffvl.data.files import Files
+from diffvl.data.existing_files import ExistingFiles
+from diffvl.data.image_paths import missing_image, named_images, require_path
 from diffvl.data.jsonfile import check_path, read_objects
 from diffvl.data.keys import UnusedKeys, check_record_keys, check_turn_keys, is_absent, missing_turns, trained_of
 from diffvl.data.markers import IMAGE_MARKER, count_markers, mistaken_marker, other_media, plain, with_markers
-from diffvl.data.picture_paths import missing_picture, named_pictures, require_path
 from diffvl.data.problems import Problem, place_of
 from diffvl.errors import DataError
 
@@ -88,7 +88,7 @@ def parse_file(
 
     Args:
         image_folder: where relative paths of images start; default: the data file's folder.
-        unpaired_turns: what is done with an answer before the first question, and with a question behind the last answer.
+        unpaired_turns: what is done with an answer before the first question, and with a question after the last answer.
     Raises:
         DataError: for a file that is none of records, or has none.
     """
@@ -124,7 +124,7 @@ class _Reader:
         self.folder_is_set = image_folder is not None
         self.unpaired_turns = unpaired_turns
         self.unused = UnusedKeys()
-        self.files = Files()
+        self.files = ExistingFiles()
 
     def record(self, value: Any, source: str) -> Record:
         """Raises DataError without the place, which the caller knows."""
@@ -136,7 +136,7 @@ class _Reader:
         elif isinstance(name, bool) or not isinstance(name, int | str):
             raise DataError(f"`id` must be a string or a whole number, got {kind_of(name)}", "id")
         form = _form_of(value)
-        images = named_pictures(value)
+        images = named_images(value)
         unused: dict[str, None] = {}
         check_record_keys(value, images, unused.setdefault)
         turns, contents = _parse_turns(value[form], form, unused.setdefault)
@@ -159,7 +159,7 @@ class _Reader:
         require_path(image)
         path = os.path.join(self.folder, image)
         if path not in self.files:
-            raise missing_picture(path, image, self.folder_is_set)
+            raise missing_image(path, image, self.folder_is_set)
         return path
 
 
@@ -234,9 +234,9 @@ def _all_images(named: list[str], contents: list[Content]) -> list[str]:
     if not carried:
         return named
     if named and named != carried:
-        raise DataError("paths both in `image` and in parts of turns: keep one of them", "picture")
+        raise DataError("paths both in `image` and in parts of turns: keep one of them", "image")
     if not named and any(content.placeholders for content in contents):
-        raise DataError("some parts of type image have a path and some have none: give all of them one", "picture")
+        raise DataError("some parts of type image have a path and some have none: give all of them one", "image")
     return carried
 
 
@@ -253,7 +253,7 @@ def _place_markers(turns: tuple[Turn, ...], num_images: int) -> tuple[Turn, ...]
     if num_markers:
         more = "more" if num_markers > num_images else "fewer"
         counts = f"{num_markers} in the text, {num_images} in the record"
-        advice = "" if num_images else f". The pictures' key is `image`, and \\{IMAGE_MARKER} is that text itself"
+        advice = "" if num_images else f". The images' key is `image`, and \\{IMAGE_MARKER} is that text itself"
         raise DataError(f"{more} {IMAGE_MARKER} than images: {counts}; each image needs one marker{advice}", "image markers")
     if not asked:
         return turns  # and no question: the order is refused
@@ -263,19 +263,19 @@ def _place_markers(turns: tuple[Turn, ...], num_images: int) -> tuple[Turn, ...]
 
 
 def _refuse_mistaken(number: int, text: str, num_images: int, num_markers: int) -> None:
-    """A text that holds what only looks like a marker: read as text, and the picture would stand elsewhere."""
-    found = mistaken_marker(text, pictures=num_images > 0)
+    """A text that holds what only looks like a marker: read as text, and the image would stand elsewhere."""
+    found = mistaken_marker(text, images=num_images > 0)
     if found is not None:
-        meant = f"the marker of a picture is {IMAGE_MARKER}, one for each in the order of `image`"
+        meant = f"the marker of an image is {IMAGE_MARKER}, one for each in the order of `image`"
         advice = f"; for the text itself write \\{found}" if not num_images else ""
-        raise DataError(f"turn {number}: {found} looks like a picture, but {meant}{advice}", "image markers")
+        raise DataError(f"turn {number}: {found} looks like an image, but {meant}{advice}", "image markers")
     media = other_media(text)
     if media is not None and not num_markers:
         raise DataError(f"turn {number}: {media} stands there alone: videos and sounds are not supported", "key not supported")
 
 
 def _with_system(system: Any, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-    """The turns behind the system turn that a record's key `system` is."""
+    """Puts the turns after the system turn that a record's key `system` is."""
     if is_absent(system):
         return turns
     if turns[0].role == "system":
@@ -284,7 +284,7 @@ def _with_system(system: Any, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
 
 
 def _paired(turns: tuple[Turn, ...], images: list[str]) -> tuple[tuple[Turn, ...], list[str], int]:
-    """Turns and images without the answers before the first question and the questions behind the last answer; and how many
+    """Turns and images without the answers before the first question and the questions after the last answer; and how many
     were left out at the start."""
     kept = list(turns)
     start = 1 if kept[0].role == "system" else 0

@@ -20,7 +20,7 @@ from datasets import config as datasets_config
 from rich.console import Console
 
 from diffvl.config.recipe import Data
-from diffvl.data.files import Files
+from diffvl.data.existing_files import ExistingFiles
 from diffvl.data.jsonfile import check_path
 from diffvl.data.problem_list import require_usable
 from diffvl.data.problems import Problem
@@ -50,8 +50,8 @@ _SCHEMA = pa.schema(
 class RecordTable(Sequence[Record]):
     """All records of a data file, read as they are asked for. `usable` are the rows that hold one.
 
-    usable: row numbers, rising, int64. digests [rows], uint64: equal where training would see the same (pictures by their names
-    below the picture folder); 0 at problems. path: the data file, bytes_digest: of its bytes.
+    usable: row numbers, rising, int64. digests [rows], uint64: equal where training would see the same (images by their names
+    below the image folder); 0 at problems. path: the data file, bytes_digest: of its bytes.
     """
 
     def __init__(self, file: Path, path: Path, bytes_digest: str) -> None:
@@ -94,8 +94,8 @@ class RecordTable(Sequence[Record]):
         return hashlib.blake2b(self.digests.tobytes(), digest_size=16).hexdigest()
 
     def images_exist(self) -> bool:
-        """Whether all pictures are still there."""
-        files = Files()
+        """Whether all images are still there."""
+        files = ExistingFiles()
         chunks = self._table.column("images").chunks
         return all(image in files for chunk in chunks for image in chunk.flatten().to_pylist())
 
@@ -106,8 +106,8 @@ def open_records(
     """The file's records as a memory-mapped table.
 
     Args:
-        data: its `image_folder`, `on_error` and `max_skipped` count; default: a file with its pictures and without problems.
-        look: whether to look again for the pictures of a file that was read before. One process of a run does.
+        data: its `image_folder`, `on_error` and `max_skipped` count; default: a file with its images and without problems.
+        look: whether to look again for the images of a file that was read before. One process of a run does.
         advise: whether the error names the settings that would let the run go on.
     Raises:
         DataError: with the problems of the file, by the rule of `on_error`; nothing is left in the cache then.
@@ -178,13 +178,13 @@ def content_digest(path: Path) -> str:
 
 def _cache_path(path: Path, content: _Content, reading: dict[str, Any]) -> Path:
     """By all that the rows follow from. The file's own path counts too: messages name it."""
-    facts = [_FORMAT, content.digest, os.path.abspath(path), _pictures_below(path, reading), reading]
+    facts = [_FORMAT, content.digest, os.path.abspath(path), _images_below(path, reading), reading]
     name = hashlib.sha256(json.dumps(facts, default=str).encode("utf-8", "surrogateescape")).hexdigest()[:32]
     return cache_folder() / f"{name}.arrow"
 
 
-def _pictures_below(path: Path, reading: dict[str, Any]) -> str:
-    """The folder at which relative paths of pictures start."""
+def _images_below(path: Path, reading: dict[str, Any]) -> str:
+    """The folder at which relative paths of images start."""
     return os.path.abspath(reading["image_folder"] or path.parent)
 
 
@@ -213,7 +213,7 @@ def _build_table(path: Path, table: Path, reading: dict[str, Any], console: Cons
 
 
 def _write_table(path: Path, table: Path, reading: dict[str, Any], console: Console, expected: int) -> None:
-    pictures_below = _pictures_below(path, reading) + os.sep
+    images_below = _images_below(path, reading) + os.sep
     columns: tuple[list[Any], ...] = ([], [], [], [])
     with pa.OSFile(str(table), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
 
@@ -224,7 +224,7 @@ def _write_table(path: Path, table: Path, reading: dict[str, Any], console: Cons
                 column.clear()
 
         for item in track(console, parse_file(path, **reading), expected, f"reading {path.name}"):
-            row = _problem_row(item) if isinstance(item, Problem) else _record_row(item, pictures_below)
+            row = _problem_row(item) if isinstance(item, Problem) else _record_row(item, images_below)
             for column, value in zip(columns, row, strict=True):
                 column.append(value)
             if len(columns[0]) == _NUM_ROWS:
@@ -232,14 +232,14 @@ def _write_table(path: Path, table: Path, reading: dict[str, Any], console: Cons
         write()
 
 
-def _record_row(record: Record, pictures_below: str) -> tuple[str, tuple[str, ...], None, int]:
+def _record_row(record: Record, images_below: str) -> tuple[str, tuple[str, ...], None, int]:
     """Turned into JSON field by field, so that a field more in Record or Turn is kept without a word here."""
     fields = {**vars(record), "turns": [vars(turn) for turn in record.turns]}
     images = fields.pop("images")
     text = json.dumps(fields, ensure_ascii=False)
     # Name and place of a record are not seen by training, and a set may be moved.
     seen = {key: value for key, value in fields.items() if key not in ("id", "source")}
-    named = [image.removeprefix(pictures_below) for image in images]
+    named = [image.removeprefix(images_below) for image in images]
     facts = json.dumps([seen, named], ensure_ascii=False).encode("utf-8", "surrogateescape")
     return text, images, None, int.from_bytes(hashlib.blake2b(facts, digest_size=8).digest(), "little") or 1
 

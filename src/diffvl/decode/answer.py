@@ -17,7 +17,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import BatchFeature, CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
-from diffvl.data.images import open_picture
+from diffvl.data.images import open_image
 from diffvl.data.loader import longest_sample
 from diffvl.data.markers import IMAGE_MARKER, count_markers, pieces_between, with_markers
 from diffvl.data.questions import Question, summary
@@ -151,7 +151,7 @@ def user_message(text: str, pictures: Sequence[Image.Image]) -> Message:
 
 def ask(prompt: str, images: Sequence[Path]) -> Message:
     """`user_message` with the pictures read from files. Raises DataError if one cannot be."""
-    return user_message(prompt, [open_picture(str(path), "--image") for path in images])
+    return user_message(prompt, [open_image(str(path), "--image") for path in images])
 
 
 def check_settings(settings: DecodeSettings, config: DiffVLConfig) -> None:
@@ -388,5 +388,5 @@ def answer_questions(
 
 
 def _asked(question: Question) -> Message:
-    pictures = [open_picture(path, question.source) for path in question.images]
+    pictures = [open_image(path, question.source) for path in question.images]
     return user_message(question.prompt, pictures)

@@ -149,7 +149,7 @@ def _cached(probe: ProbeText, cache: BlockCache, past: torch.Tensor, fresh: torc
 
 @torch.no_grad()
 def _embeddings_error(probe: ProbeText) -> float:
-    """Embeddings in the place of ids, which is how pictures come in: those of the ids give the same logits, and a vector that
+    """Embeddings in the place of ids, which is how images come in: those of the ids give the same logits, and a vector that
     belongs to no id can be read as well."""
     masks = attention_masks(text_config(probe.trunk), probe.layout, slice(None), torch.float32)
 
@@ -159,8 +159,8 @@ def _embeddings_error(probe: ProbeText) -> float:
 
     embeds = probe.trunk.get_input_embeddings()(probe.ids)
     error = spread(run(embeds) - probe.logits(), probe.logits())
-    with_picture = run(torch.cat([embeds[:, 1:2] + embeds[:, 2:3], embeds[:, 1:]], 1))
-    return error if bool(with_picture.isfinite().all()) else float("inf")
+    with_image = run(torch.cat([embeds[:, 1:2] + embeds[:, 2:3], embeds[:, 1:]], 1))
+    return error if bool(with_image.isfinite().all()) else float("inf")
 
 
 @contextmanager

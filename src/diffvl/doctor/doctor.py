@@ -178,7 +178,7 @@ def judge(model: str, config: PretrainedConfig, trust_remote_code: bool = False)
 
 def exact_up_to(config: PretrainedConfig) -> tuple[str, int] | None:
     """(setting, tokens) of an architecture that counts tokens by their place in the row, from which on noisy tokens, which stand
-    behind the clean ones, are taken for later ones than they are."""
+    after the clean ones, are taken for later ones than they are."""
     settings = config.get_text_config(decoder=True)
     step = getattr(settings, "floor_scale", None)  # of Llama 4: layers without rope sharpen with the index
     if step and getattr(settings, "attn_temperature_tuning", False) and not all(settings.no_rope_layers):
@@ -190,7 +190,7 @@ def exact_up_to(config: PretrainedConfig) -> tuple[str, int] | None:
 
 
 def diagnose(trunk: PreTrainedModel, checks: tuple[Check, ...]) -> tuple[Answer, Refusal]:
-    """The reason behind failed checks, found by experiments on the copy."""
+    """Finds the reason for failed checks, by experiments on the copy."""
     failed = {check.name: check for check in checks if not check.passed}
     try:
         if not bool(native_logits(trunk, conversations(ordinary_tokens(trunk))[0]).isfinite().all()):
@@ -198,8 +198,8 @@ def diagnose(trunk: PreTrainedModel, checks: tuple[Check, ...]) -> tuple[Answer,
     except MODEL_FAULTS as error:
         return "unknown", Refusal("no tiny copy", f"its tiny copy does not run ({first_line(error)})")
     if all(check.fault for check in failed.values()) and "AR parity" in failed:
-        said = failed["AR parity"].fault
-        words = f"its code takes no mask with an entry for every two tokens (it said: {said})"
+        fault = failed["AR parity"].fault
+        words = f"its code takes no mask with an entry for every two tokens (it said: {fault})"
         return "not supported", Refusal("takes no 4-D mask", words)
     for experiment in EXPERIMENTS:
         if found := experiment(trunk, failed):
@@ -215,10 +215,10 @@ def _by_name(failed: dict[str, Check]) -> Refusal:
         "a leak is caught": "a wrong mask changes nothing, so its masks prove nothing",
         "block sees itself": "tokens of a noisy block do not see each other",
         "clean stream untouched": "clean tokens see noisy ones",
-        "direct forward": "a noisy block is not what it is behind its clean text alone",
+        "direct forward": "a noisy block is not what it is after its clean text alone",
         "doubled layout": "the short layout is not the doubled one",
         "train = decode": "decoding over a cache of keys and values gives other logits than training",
-        "embeddings given": "it does not take embeddings in the place of tokens, so pictures cannot be shown to it",
+        "embeddings given": "it does not take embeddings in the place of tokens, so images cannot be shown to it",
         "head on some rows": "its head cannot be asked for single positions",
         "head in chunks": "its head cannot be asked apart from the rest of the model, as the loss asks it",
         "gradients": "its gradients cannot be used",
@@ -290,7 +290,7 @@ def _other_positions(trunk: PreTrainedModel, failed: dict[str, Check]) -> Refusa
     shifted = plain_forward(trunk, [replace(token, position=token.position + first) for token in tokens], _causal)
     if not spread(shifted - native, native) <= TOLERANCE:
         return None
-    words = "its positions do not start at 0 but one behind pad_token_id, as in RoBERTa; diffvl gives positions from 0"
+    words = "its positions do not start at 0 but one after pad_token_id, as in RoBERTa; diffvl gives positions from 0"
     return Refusal("positions that do not start at 0", words)
 
 

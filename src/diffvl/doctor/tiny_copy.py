@@ -33,7 +33,11 @@ LAYER_COUNTS = (
     *("decoder_layers", "encoder_layers", "num_decoder_layers", "num_encoder_layers"),
 )
 LAYER_INDICES = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "cross_attention_layers", "ple_layer_ids", "hybrid_layer_ids")
-FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")  # so many layers are of another kind
+FIRST_LAYERS = (
+    "first_k_dense_replace",
+    "num_dense_layers",
+    "moe_layer_start_index",
+)  # this many first layers differ
 LAST_LAYERS = ("num_kv_shared_layers",)
 LAYER_STEPS = ("decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_interval", "moe_layer_freq")  # every n-th layer
 NOT_KEPT = {"quantization_config", "compression_config", "dtype", "torch_dtype", "transformers_version", "per_layer_config"}

@@ -1,10 +1,10 @@
-"""Records -> the questions in them, each as the conversation before a true answer, with its pictures."""
+"""Records -> the questions in them, each as the conversation before a true answer, with its images."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from diffvl.data.chat import messages_of
-from diffvl.data.images import open_picture
+from diffvl.data.images import open_image
 from diffvl.data.records import Record
 
 
@@ -22,12 +22,12 @@ def answer_turns(record: Record) -> Iterator[int]:
 
 
 def chat_before(record: Record, turn: int) -> list[dict[str, Any]]:
-    """The conversation up to (not including) a turn, with its pictures."""
-    pictures = iter([open_picture(path, record.source) for path in record.images])
+    """The conversation up to (not including) a turn, with its images."""
+    images = iter([open_image(path, record.source) for path in record.images])
     messages = messages_of(record)[:turn]
     for message in messages:
         if isinstance(message["content"], list):
             for part in message["content"]:
                 if part["type"] == "image":
-                    part["image"] = next(pictures)
+                    part["image"] = next(images)
     return messages

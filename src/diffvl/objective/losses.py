@@ -119,7 +119,7 @@ def block_diffusion(model: Any, config: DiffVLConfig, batch: Batch, objective: B
     stream = noisy_stream(answer, block, block_size, objective.grid)
     # 2. Corruption: t per block, then masks; with complementary masks a second copy.
     copies = corrupt(stream, objective, draw, batch["sample"])
-    # 3. Clean tokens first, noisy behind, on the positions of their clean counterparts; then samples into rows.
+    # 3. Clean tokens first, noisy ones after them, on the positions of their clean counterparts; then samples into rows.
     layout = clean_layout(block, valid, objective.context)
     for number in range(len(copies)):
         layout = layout.joined(noisy_layout(stream, objective.context, number + 1))
@@ -181,8 +181,8 @@ def corrupt(stream: NoisyStream, objective: BlockDiffusionObjective, draw: Draw,
         generator = sample_generator(draw.seed, draw.step, sample)
         blocks, block_R = torch.unique(stream.block[row, :length].cpu(), return_inverse=True)
         eligible_R = stream.eligible[row, :length].cpu()
-        of = int(blocks[-1]) + 1 if len(blocks) else 0  # text behind the last answer is not counted
-        t_K = mask_ratios(objective.noise, blocks, of, draw.progress, generator)
+        num_blocks = int(blocks[-1]) + 1 if len(blocks) else 0  # text after the last answer is not counted
+        t_K = mask_ratios(objective.noise, blocks, num_blocks, draw.progress, generator)
         p_R = mask_probabilities(t_K, block_R, eligible_R, objective.position_bias)
         masked_R = masked_tokens(p_R, eligible_R, generator)
         p[row, :length] = p_R.to(p.device)
@@ -244,7 +244,7 @@ def _predict(
         forbidden = never_predicted(config, logits_mV.shape[-1], logits_mV.device)
         entropy = token_cross_entropy(logits_mV, targets_M[which], forbidden)
         if torch.is_grad_enabled() and not entropy.requires_grad and isinstance(model, torch.nn.Module):
-            # A batch without pictures in a stage that trains the connector alone: nothing to learn, but a step like any other.
+            # A batch without images in a stage that trains the connector alone: nothing to learn, but a step like any other.
             # Added here, inside the model's forward, where data parallelism sees that the parameters take part.
             entropy = entropy + 0.0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
         likeliest = logits_mV.detach().masked_fill(forbidden, float("-inf")).argmax(-1)

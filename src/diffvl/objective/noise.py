@@ -16,19 +16,21 @@ import torch
 from diffvl.config.recipe import BetaNoise, ClampNoise, FullNoise, Noise, RampNoise
 
 
-def mask_ratios(noise: Noise, index_K: torch.Tensor, of: int, progress: float, generator: torch.Generator) -> torch.Tensor:
-    """t for each noisy block of one sample, [K] in fp64.
+def mask_ratios(
+    noise: Noise, index_K: torch.Tensor, num_blocks: int, progress: float, generator: torch.Generator
+) -> torch.Tensor:
+    """Draws t for each noisy block of one sample, [K] in fp64.
 
     Args:
         index_K: the numbers of the noisy blocks among the blocks of the whole sample; only their count matters, but for ramp.
-        of: number of blocks of the whole sample.
+        num_blocks: of the whole sample.
         progress: optimiser steps done / steps of the stage, 0 to 1; moves the Beta curriculum.
     """
     count = len(index_K)
     if isinstance(noise, FullNoise):
         return torch.ones(count, dtype=torch.float64)
     if isinstance(noise, RampNoise):
-        u = (index_K + torch.rand(count, generator=generator, dtype=torch.float64)) / max(of, 1)
+        u = (index_K + torch.rand(count, generator=generator, dtype=torch.float64)) / max(num_blocks, 1)
         return noise.t_min + (noise.t_max - noise.t_min) * u
     u = _shares(count, noise.draws, generator)
     if isinstance(noise, BetaNoise):

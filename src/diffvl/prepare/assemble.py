@@ -1,7 +1,7 @@
 """AR checkpoint -> DiffVL directory: mask token, image token, vision tower, connector, and the proof of AR parity.
 
 The trunk is the stock model with its own weights; only rows are added to its table. The directory that was written is loaded
-again, and under a causal mask it must give the source checkpoint's logits. If it does not, nothing is left behind.
+again, and under a causal mask it must give the source checkpoint's logits. If it does not, nothing stays.
 """
 
 import logging
@@ -182,7 +182,7 @@ def shuffle_factor(settings: Prepare) -> int:
 
 
 def square_processor(processor: Any, tower: PretrainedConfig, settings: Prepare) -> int:
-    """Sets the image processor to resize every picture to one square; returns its side in pixels.
+    """Sets the image processor to resize every image to one square; returns its side in pixels.
 
     Raises:
         ConfigError: if the size, the layer or the connector do not fit the tower.
@@ -320,7 +320,7 @@ def _require_same_processor(directory: Path, written: DiffVLProcessor, source: D
 
 @torch.no_grad()
 def check_tower(model: DiffVLForConditionalGeneration) -> None:
-    """Shows the tower one black picture. Towers that pool their patches, or cannot take another size, end here."""
+    """Shows the tower one black image. Towers that pool their patches, or cannot take another size, end here."""
     config = model.config
     kind, side = config.vision_config.model_type, config.image_size
     try:
@@ -328,11 +328,11 @@ def check_tower(model: DiffVLForConditionalGeneration) -> None:
     except (RuntimeError, ValueError, IndexError) as error:
         reason = first_line(error)
         raise UnsupportedModelError(
-            f"{kind}: this vision tower gives no patch tokens for pictures of {side} x {side} ({reason}); leave "
+            f"{kind}: this vision tower gives no patch tokens for images of {side} x {side} ({reason}); leave "
             "prepare.image_size at the tower's own, or take a plain vision transformer such as SigLIP, CLIP, DINOv2 or ViT"
         ) from error
     if tokens != config.image_tokens:
         raise UnsupportedModelError(
-            f"{kind}: this vision tower gives {tokens} image tokens for a picture where {config.image_tokens} patches are "
+            f"{kind}: this vision tower gives {tokens} image tokens for an image where {config.image_tokens} patches are "
             "expected; take a plain vision transformer such as SigLIP, CLIP, DINOv2 or ViT"
         )

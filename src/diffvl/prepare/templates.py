@@ -66,7 +66,7 @@ def load_tokenizer(model: str, model_type: str, trust_remote_code: bool = False,
 
 
 def stop_token(tokenizer: Any) -> str:
-    """The special token that the chat template writes behind an answer.
+    """Finds the special token that the chat template writes after an answer.
 
     Raises:
         UnsupportedModelError: if there is none, so that a decoder could never stop.
@@ -78,16 +78,18 @@ def stop_token(tokenizer: Any) -> str:
         text = ChatTemplate(tokenizer, "").render(turns, add_generation_prompt=False)
     except (ChatTemplateError, *FAULTS) as error:
         words = str(error.__cause__ or error)
-        raise UnsupportedModelError(f"{name}: its chat template refuses a question with an answer ({words}); mend it") from error
+        raise UnsupportedModelError(
+            f"{name}: its chat template refuses a question and an answer ({words}); correct it"
+        ) from error
     if answer not in text:
-        raise UnsupportedModelError(f"{name}: its chat template leaves the answer out, or writes another; mend it")
+        raise UnsupportedModelError(f"{name}: its chat template leaves the answer out, or writes another; correct it")
     rest = tokenizer(text[text.rindex(answer) + len(answer) :], add_special_tokens=False)["input_ids"]
     special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
     for token in rest:
         if token in special:
             return str(tokenizer.convert_ids_to_tokens(token))
     raise UnsupportedModelError(
-        f"{name}: its chat template writes no special token behind an answer, so decoding could not stop; let it write one"
+        f"{name}: its chat template writes no special token after an answer, so decoding could not stop; let it write one"
     )
 
 
@@ -156,6 +158,6 @@ def look_at_template(model: str, model_type: str, trust_remote_code: bool, revis
 
 
 def _turns(roles: tuple[str, ...], form: str = "{}", placeholder: str = "") -> list[Turn]:
-    """A chat of these roles, with a picture in every question."""
+    """A chat of these roles, with an image in every question."""
     words = {"system": "manner", "user": f"{placeholder}question", "assistant": "answer"}
     return [(role, form.format(f"{words[role]} {number}")) for number, role in enumerate(roles)]

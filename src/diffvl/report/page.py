@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from diffvl.data.images import open_picture
+from diffvl.data.images import open_image
 from diffvl.data.textscore import is_exact
 from diffvl.errors import DataError
 from diffvl.report.charts import draw_charts
@@ -133,7 +133,7 @@ def _words(value: Any) -> str:
 
 
 def _card(sample: dict[str, Any]) -> str:
-    """One sample: picture, question, truth and the answers, each marked right or wrong."""
+    """One sample: image, question, truth and the answers, each marked right or wrong."""
     lines = [f"<dt>truth</dt><dd>{escape(sample['truth'])}</dd>"]
     for name, answer in answers_of(sample):
         style, mark = ("right", "✓") if is_exact(answer, sample["truth"]) else ("wrong", "✗")
@@ -143,12 +143,12 @@ def _card(sample: dict[str, Any]) -> str:
 
 
 def _image(path: Path) -> str:
-    """The picture as the model saw it, inlined at most `IMAGE_SIDE` pixels a side. The page says so where the file is gone or
-    no picture."""
+    """The image as the model saw it, inlined at most `IMAGE_SIDE` pixels a side. The page says so where the file is gone or
+    no image."""
     try:
-        flat = open_picture(str(path), "report")
+        flat = open_image(str(path), "report")
     except DataError as error:
-        return f"<p>picture not shown ({error.kind}): {escape(str(path))}</p>"
+        return f"<p>image not shown ({error.kind}): {escape(str(path))}</p>"
     flat.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     flat.save(buffer := io.BytesIO(), format="JPEG", quality=90)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")

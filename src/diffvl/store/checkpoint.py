@@ -96,7 +96,7 @@ def write_checkpoint(model: DiffVLForConditionalGeneration, processor: DiffVLPro
 
 
 def _generation_config(model: DiffVLForConditionalGeneration) -> GenerationConfig:
-    """The trunk's stop and pad ids, and what block decoding needs. Sampling settings of the AR model are left behind: they
+    """The trunk's stop and pad ids, and what block decoding needs. Sampling settings of the AR model are not kept: they
     were tuned for another decoder."""
     config, own = model.config, model.language_model.generation_config
     pad = own.pad_token_id if own is not None else None

@@ -49,9 +49,9 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:  # not JSON, or not UTF-8
             if count == len(lines):
                 break
-            raise CheckpointError(f"{path}:{count}: not valid JSON ({error}); mend or remove this line") from error
+            raise CheckpointError(f"{path}:{count}: not valid JSON ({error}); correct or remove this line") from error
         if not isinstance(value, dict):
-            raise CheckpointError(f"{path}:{count}: expected a JSON object, not {type(value).__name__}; mend or remove it")
+            raise CheckpointError(f"{path}:{count}: expected a JSON object, not {type(value).__name__}; correct or remove it")
         objects.append(value)
     return objects
 

@@ -93,7 +93,7 @@ def _require_token_ids(file: Path, settings: dict[str, Any]) -> None:
         ids = value if isinstance(value, list) else [value]
         if not all(type(one) is int and one >= 0 for one in ids):
             raise CheckpointError(
-                f"{file}: {name} is {value!r}; expected a token id or a list of them. Mend it, or fetch it again"
+                f"{file}: {name} is {value!r}; expected a token id or a list of them. Correct it, or fetch it again"
             )
 
 

@@ -27,7 +27,7 @@ class _Places(Dataset, Generic[T]):
         return self.work(place)
 
 
-def over_places(work: Callable[[int], T], count: int, pays_from: int, console: Console, text: str) -> Iterator[T]:
+def map_places(work: Callable[[int], T], count: int, pays_from: int, console: Console, text: str) -> Iterator[T]:
     """`work(place)` for every place below `count`, in order.
 
     Args:
