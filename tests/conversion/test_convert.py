@@ -16,7 +16,7 @@ from helpers import QUIET, metrics, weights_of
 from tiny_runs import record, stage, succeed, tree, write_data, write_gguf, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from diffvl.config.families import find_recipe, recipe_names
+from diffvl.config.presets import find_recipe, recipe_names
 from diffvl.config.recipe import Recipe
 from diffvl.config.resolve import dump, read_yaml, resolve
 from diffvl.decode.answer import DecodeSettings, answer, load_for_decoding

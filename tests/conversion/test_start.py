@@ -20,7 +20,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from diffvl.cli import main as cli
 from diffvl.config.recipe import Data
-from diffvl.conversion.samples import SHOWN
+from diffvl.conversion.samples import SAMPLE_SETTINGS
 from diffvl.data import lengths, table
 from diffvl.data.loader import load_data
 from diffvl.decode import answer as decode
@@ -103,7 +103,7 @@ def test_the_model_in_memory_answers_as_its_checkpoint_does(
     data = Data(train=str(file), holdout=1, max_length=tiny_runs.MAX_LENGTH)
     held_out = load_data(data, decoder.processor, None).held_out
     assert held_out is not None
-    (fresh,) = held_out_answers(decoder, held_out, data, SHOWN, QUIET)
+    (fresh,) = held_out_answers(decoder, held_out, data, SAMPLE_SETTINGS, QUIET)
     (told,) = map(json.loads, (run.root / name / "samples.jsonl").read_text(encoding="utf-8").splitlines())
     assert told[when] == fresh["answer"] and told["question"] == fresh["question"]
 

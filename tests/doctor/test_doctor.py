@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
 
 from diffvl.cli import main as cli
-from diffvl.config.families import refusal
+from diffvl.config.supported import refusal
 from diffvl.demo import standins
 from diffvl.doctor import doctor
 from diffvl.doctor.checks import Check, above, below

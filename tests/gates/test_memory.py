@@ -10,7 +10,8 @@ from conftest import Loaded
 from helpers import batch, objective, sample
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffvl.attention.choose import block_mask, choose
+from diffvl.attention.block_mask import block_mask
+from diffvl.attention.choose import choose
 from diffvl.attention.cpu import TILED
 from diffvl.demo.standins import HIDDEN
 from diffvl.hub import head_diffvl

@@ -1,4 +1,4 @@
-"""The configuration tree of a run, one frozen `Recipe`. `settings.py` reads and writes it.
+"""The configuration tree of a run, one frozen `Recipe`. `resolve.py` reads and writes it.
 
 Unknown keys are errors at every level. Settings that only make sense together live in one variant (a noise schedule, an
 objective, a connector), so that a setting without effect is an unknown key, never silently ignored.

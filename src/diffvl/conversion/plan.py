@@ -13,9 +13,11 @@ import yaml
 from rich.console import Console
 from transformers import PretrainedConfig
 
-from diffvl.config.families import check_supported, family_of, find_recipe, named_checkpoint, suggest
+from diffvl.config.families import family_of, named_checkpoint, suggest
+from diffvl.config.presets import find_recipe
 from diffvl.config.recipe import STAGES, Lora, Recipe, StageName
 from diffvl.config.resolve import dump, read_yaml, resolve
+from diffvl.config.supported import check_supported
 from diffvl.conversion.resume import is_finished, one_spelling, require_same_source, require_same_stage
 from diffvl.errors import ConfigError, UsageError
 from diffvl.prepare.assemble import Source
@@ -31,7 +33,7 @@ PREPARED = "prepared"
 
 @dataclass(frozen=True)
 class ConvertRequest:
-    """The words of the command. `start` is --from; `assignments` are the --set strings."""
+    """The arguments of the command. `start` is --from; `assignments` are the --set strings."""
 
     model: str | None = None
     stage: StageName | None = None
@@ -72,7 +74,7 @@ def make_plan(request: ConvertRequest, console: Console) -> Plan:
 
 
 def _plan_start(request: ConvertRequest, start: Path) -> Plan:
-    """A plan that goes on from a DiffVL directory, by its own recipe unless another one is named."""
+    """Plans to go on from a DiffVL directory, by its own recipe unless another one is named."""
     checkpoint.require_diffvl(start)
     state = checkpoint.read_state(start)
     earlier = resolve(read_yaml(start / checkpoint.RECIPE_FILE), [], str(start / checkpoint.RECIPE_FILE))
@@ -81,7 +83,7 @@ def _plan_start(request: ConvertRequest, start: Path) -> Plan:
     tree = read_yaml(find_recipe(request.recipe)) if request.recipe else yaml.safe_load(dump(earlier))
     tree["prepare"] = earlier.prepare.model_dump(mode="json")
     tree["model"] = earlier.model
-    stages: tuple[StageName, ...] = _stages(request, tree)
+    stages: tuple[StageName, ...] = _stages_to_run(request, tree)
     if request.stage is None and state["kind"] in STAGES:
         stages = tuple(name for name in STAGES[STAGES.index(state["kind"]) + 1 :] if name in stages)
         if not stages:
@@ -93,6 +95,7 @@ def _plan_start(request: ConvertRequest, start: Path) -> Plan:
 
 
 def _plan_model(request: ConvertRequest, model: str) -> Plan:
+    """Plans to start from an AR checkpoint; with --stage diffuse from its finished align run."""
     named = named_checkpoint(model)
     path = Path(model)
     name = path.stem if path.suffix == ".gguf" else path.resolve().name if path.exists() else path.name
@@ -105,11 +108,11 @@ def _plan_model(request: ConvertRequest, model: str) -> Plan:
     recipe_name = request.recipe or (named[1].recipe if named else DEFAULT_RECIPE)
     tree = read_yaml(find_recipe(recipe_name))
     tree["model"] = model
-    stages = _stages(request, tree)
+    stages = _stages_to_run(request, tree)
     recipe = _resolve(request, tree, stages)
     if request.stage == "diffuse" and "align" in recipe.stages:
-        aligned, words = root / "align", shell_line("diffvl", "convert", path, "--stage", "align")
-        raise UsageError(f"--stage diffuse needs an aligned model, and {aligned} is not there. Type: {words}")
+        aligned, command = root / "align", shell_line("diffvl", "convert", path, "--stage", "align")
+        raise UsageError(f"--stage diffuse needs an aligned model, and {aligned} is not there. Type: {command}")
     if path.exists() and (path / "config.json").is_file():
         _refuse_diffvl(path)
     repo, revision, tower = model, None, recipe.prepare.vision_tower
@@ -127,8 +130,8 @@ def _plan_model(request: ConvertRequest, model: str) -> Plan:
 
 def _refuse_diffvl(path: Path) -> None:
     if read_json(path / "config.json").get("model_type") == "diffvl":
-        words = shell_line("diffvl", "convert", "--from", path, "--stage", "diffuse")
-        raise UsageError(f"{path} is a DiffVL directory already; to go on from it: {words}")
+        command = shell_line("diffvl", "convert", "--from", path, "--stage", "diffuse")
+        raise UsageError(f"{path} is a DiffVL directory already; to go on from it: {command}")
 
 
 def _newest_align(request: ConvertRequest, console: Console) -> Path:
@@ -147,7 +150,7 @@ def _newest_align(request: ConvertRequest, console: Console) -> Path:
     return found
 
 
-def _stages(request: ConvertRequest, tree: dict[str, Any]) -> tuple[StageName, ...]:
+def _stages_to_run(request: ConvertRequest, tree: dict[str, Any]) -> tuple[StageName, ...]:
     known = tree.get("stages")
     known = known if isinstance(known, dict) else {}
     if request.stage is None:
@@ -158,7 +161,7 @@ def _stages(request: ConvertRequest, tree: dict[str, Any]) -> tuple[StageName, .
 
 
 def _resolve(request: ConvertRequest, tree: dict[str, Any], stages: tuple[StageName, ...]) -> Recipe:
-    """The recipe with --data, --lora and --set on top, in this order."""
+    """Resolves the recipe with --data, --lora and --set on top, in this order."""
     if any(text.partition("=")[0].strip() == "model" for text in request.assignments):
         raise ConfigError("--set model=... has no effect: name the checkpoint as MODEL")
     assignments = []
@@ -205,11 +208,12 @@ def _check_root(root: Path) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK):
         kind = "not a directory" if not there.is_dir() else "not writable"
         raise UsageError(f"{root} cannot be made: {there} is {kind}. Choose another --out")
-    if root.is_dir() and any(root.iterdir()) and not any(_ours(path) for path in root.iterdir()):
+    if root.is_dir() and any(root.iterdir()) and not any(_is_run(path) for path in root.iterdir()):
         raise UsageError(f"{root} is not empty and holds no diffvl run; nothing was written. Choose another --out")
 
 
-def _ours(path: Path) -> bool:
+def _is_run(path: Path) -> bool:
+    """Tells whether a directory has the name of one that a run writes, finished or not."""
     return path.name.removesuffix(PARTIAL) in (PREPARED, *STAGES)
 
 
@@ -217,7 +221,7 @@ def _ours(path: Path) -> bool:
 
 
 def describe(plan: Plan, console: Console) -> None:
-    """The plan in a few lines, before anything is done."""
+    """Prints the plan in a few lines, before anything is done."""
     if plan.source is not None:
         say(console, ("prepare", "bold"), f" {plan.source.model} + {plan.source.vision_tower} -> {plan.start}")
     else:

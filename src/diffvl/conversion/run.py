@@ -89,10 +89,10 @@ def _tidy(directory: Path) -> None:
 
 
 def _say_next(directory: Path, plan: Plan, console: Console) -> None:
+    """Prints what was written, and commands to go on with."""
     say(console, "\nwrote ", (str(directory), "bold"), " (a checkpoint that loads without diffvl, and report.html)")
     if plan.stages[-1:] == ("align",) and "diffuse" in plan.recipe.stages:
-        words = shell_line("diffvl", "convert", "--from", directory, "--stage", "diffuse", "--data", "FILE")
-        say(console, f"next: {words}")
+        say(console, "next: ", shell_line("diffvl", "convert", "--from", directory, "--stage", "diffuse", "--data", "FILE"))
     samples = [line for line in read_json_lines(directory / "samples.jsonl") if line.get("image")]
     image, question = (samples[0]["image"], samples[0]["question"]) if samples else ("FILE", "What does the image show?")
     say(console, "next: ", shell_line("diffvl", "generate", directory, "--image", Path(image), "--prompt", question))

@@ -2,7 +2,7 @@
 
 Place in the flow: a question before `convert`. Read are configuration, tokenizer and the headers of the weight files; what is
 probed is a tiny random copy of the configuration, so the answer takes a second and no weights. Order: what `published` and
-`families` refuse, what is wrong with the files, what `checks` measures and, where one of them fails, a few experiments that tell
+`supported` refuse, what is wrong with the files, what `checks` measures and, where one of them fails, a few experiments that tell
 why; then the chat template.
 """
 
@@ -16,7 +16,8 @@ from typing import Any, Literal
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from diffvl.config.families import OWN_CODE, Refusal, named_checkpoint, refusal, suggest
+from diffvl.config.families import named_checkpoint, suggest
+from diffvl.config.supported import OWN_CODE, Refusal, refusal
 from diffvl.doctor.checks import MODEL_FAULTS, Check, first_line, run_checks
 from diffvl.doctor.plain_forward import Token, plain_forward, tokens_of
 from diffvl.doctor.tiny_copy import FIRST_ORDINARY, build, describe, ordinary_tokens, probe_text

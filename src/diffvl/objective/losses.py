@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from diffvl.attention.choose import FLEX, bucket, training_masks
+from diffvl.attention.block_mask import FLEX, bucket, training_masks
 from diffvl.config.recipe import ArObjective, BlockDiffusionObjective, Objective, UniformNoise
 from diffvl.data.collate import Batch
 from diffvl.hub.configuration_diffvl import DiffVLConfig

@@ -15,8 +15,9 @@ from PIL import Image
 from rich.console import Console
 from transformers import AutoImageProcessor, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from diffvl.config.families import Family, check_supported, family_of
+from diffvl.config.families import Family, family_of
 from diffvl.config.recipe import Prepare, Recipe
+from diffvl.config.supported import check_supported
 from diffvl.errors import CheckpointError, ConfigError, UnsupportedModelError, first_line
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.modeling_diffvl import Connector, DiffVLForConditionalGeneration

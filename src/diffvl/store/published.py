@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.utils.hub import cached_file
 
-from diffvl.config.families import OWN_CODE, is_remote, own_code
+from diffvl.config.supported import OWN_CODE, is_remote, own_code
 from diffvl.errors import CheckpointError, UnsupportedModelError, first_line
 from diffvl.store.files import read_json
 

@@ -18,7 +18,7 @@ from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingE
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils.quantization_config import GgufConfig
 
-from diffvl.config.families import OWN_CODE, is_remote, own_code
+from diffvl.config.supported import OWN_CODE, is_remote, own_code
 from diffvl.errors import CheckpointError, UnsupportedModelError, first_line
 from diffvl.store.published import QUANTIZED, is_gguf, load_config, quantized, quiet_report, told
 from diffvl.store.tensorfiles import FLOATS, Header, read_headers, read_tensor, some
