@@ -23,8 +23,8 @@ FLEX_TILE = 128  # FlexAttention's own tile, on both sides
 
 
 def training_masks(text_config: Any, layout: Layout, dtype: torch.dtype) -> Any:
-    """The masks of a whole training row for the trunk's attention implementation: dense for sdpa and eager, else block masks;
-    one per layer type where the config lists them."""
+    """Gives the masks of a whole training row for the trunk's attention implementation: dense for sdpa and eager, else block
+    masks; one per layer type where the config lists them."""
     implementation = text_config._attn_implementation
     if implementation not in (TILED, FLEX):
         return attention_masks(text_config, layout, slice(None), dtype)
@@ -33,8 +33,8 @@ def training_masks(text_config: Any, layout: Layout, dtype: torch.dtype) -> Any:
 
 
 def block_mask(layout: Layout, tile: int, window: int | None = None, chunk: int | None = None) -> BlockMask:
-    """The layout as a BlockMask with square tiles of `tile` tokens; FlexAttention skips empty tiles and does not evaluate the
-    rule in full ones. Memory grows with (T / tile)^2."""
+    """Gives the layout as a BlockMask with square tiles of `tile` tokens; FlexAttention skips empty tiles and does not evaluate
+    the rule in full ones. Memory grows with (T / tile)^2."""
     possible, full = _tiles(layout, tile, window, chunk)
     rows, context = layout.rows, layout.context
     invalid = ~layout.valid
@@ -53,7 +53,8 @@ def block_mask(layout: Layout, tile: int, window: int | None = None, chunk: int 
 
 
 def _listed(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """bool [B, QT, KT] -> how many key tiles each query tile has, int32 [B, 1, QT], and their indices first, [B, 1, QT, KT]."""
+    """Lists tiles: bool [B, QT, KT] -> how many key tiles each query tile has, int32 [B, 1, QT], and their indices first, [B, 1,
+    QT, KT]."""
     order = torch.argsort((~tiles).to(torch.int8), dim=-1, stable=True)
     return tiles.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
 
@@ -80,7 +81,7 @@ class _Bounds:
         return _Bounds(self.least[:, None, :], self.greatest[:, None, :])
 
     def meets(self, other: "_Bounds") -> torch.Tensor:
-        """Whether the two ranges overlap."""
+        """Tells whether the two ranges overlap."""
         return (self.least <= other.greatest) & (other.least <= self.greatest)
 
     def is_one(self) -> torch.Tensor:
@@ -88,14 +89,14 @@ class _Bounds:
 
 
 def _tiled(row: torch.Tensor, tile: int, filler: int) -> torch.Tensor:
-    """[B, T] -> [B, tiles, tile], the last tile filled up."""
+    """Cuts a row into tiles: [B, T] -> [B, tiles, tile], the last tile filled up."""
     short = -row.shape[1] % tile
     return torch.nn.functional.pad(row, (0, short), value=filler).unflatten(1, (-1, tile))
 
 
 def _tiles(layout: Layout, tile: int, window: int | None, chunk: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which tiles may hold an allowed pair, and which hold allowed pairs only; both bool [B, QT, KT]. The first may say yes too
-    often, the second no too often: that costs time, never a result."""
+    """Tells which tiles may hold an allowed pair, and which hold allowed pairs only; both bool [B, QT, KT]. The first may say yes
+    too often, the second no too often: that costs time, never a result."""
     noisy, valid = layout.noisy.bool(), layout.valid
     clean_tokens, noisy_tokens = valid & ~noisy, valid & noisy
     order = layout.position if layout.context == "causal" else layout.block
@@ -131,7 +132,7 @@ def _tiles(layout: Layout, tile: int, window: int | None, chunk: int | None) -> 
 
 
 def bucket(tokens: int) -> int:
-    """The row length that a GPU step is padded to: a multiple of the tile, eight of them in each doubling, so that compiled
+    """Gives the row length that a GPU step is padded to: a multiple of the tile, eight of them in each doubling, so that compiled
     kernels are reused at the price of one padding token in nine at most."""
     step = max(FLEX_TILE, 2 ** max((tokens - 1).bit_length() - 4, 0))
     return -(-tokens // step) * step

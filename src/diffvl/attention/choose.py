@@ -66,7 +66,7 @@ def _refuse(trunk: PreTrainedModel, wanted: str, device: torch.device) -> None:
 
 @torch.no_grad()
 def _try_tiles(trunk: PreTrainedModel) -> None:
-    """One short forward. Raises ValueError where the model rewrites its mask on the way to its attention."""
+    """Runs one short forward. Raises ValueError where the model rewrites its mask on the way to its attention."""
     ids = torch.zeros(1, 2, dtype=torch.long)
     layout = clean_layout(torch.zeros_like(ids), torch.ones_like(ids, dtype=torch.bool), context="causal")
     training = trunk.training
@@ -88,7 +88,7 @@ def _best(trunk: PreTrainedModel, device: torch.device) -> str:
 
 
 def _flex_cannot(trunk: PreTrainedModel) -> str:
-    """What FlexAttention does not know of a trunk; empty where nothing stands against it."""
+    """Tells what FlexAttention does not know of a trunk; empty where nothing stands against it."""
     config = trunk.config.get_text_config(decoder=True)
     names = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
     if any(getattr(config, name, None) for name in names):

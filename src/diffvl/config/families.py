@@ -53,7 +53,7 @@ class Family(Section):
 
 @cache
 def _families() -> dict[str, Family]:
-    """Every family of `convert/`, by model type, in alphabetical order."""
+    """Reads every family of `convert/`, by model type, in alphabetical order."""
     files = sorted(presets("convert").glob("*.yaml"))
     families = [parse(Family, read_yaml(file), str(file)) for file in files]
     for file, family in zip(files, families, strict=True):
@@ -63,12 +63,12 @@ def _families() -> dict[str, Family]:
 
 
 def all_families() -> list[Family]:
-    """The families that have a file, in alphabetical order."""
+    """Lists the families that have a file, in alphabetical order."""
     return list(_families().values())
 
 
 def family_of(model_type: str) -> Family:
-    """The family of `config.model_type`; the generic one, with LoRA on all linear layers, where no file describes it."""
+    """Gives the family of `config.model_type`; the generic one, with LoRA on all linear layers, where no file describes it."""
     return _families().get(model_type) or Family(model_type=model_type)
 
 
@@ -77,10 +77,10 @@ def _checkpoints() -> dict[str, tuple[str, NamedCheckpoint]]:
 
 
 def named_checkpoint(name: str) -> tuple[str, NamedCheckpoint] | None:
-    """(model type, checkpoint) of a name of `diffvl models`, letter case ignored; None where there is no such name."""
+    """Gives (model type, checkpoint) of a name of `diffvl models`, letter case ignored; None where there is no such name."""
     return _checkpoints().get(name.lower())
 
 
 def suggest(name: str) -> list[str]:
-    """Up to three names of `diffvl models` that look like this one, best first."""
+    """Gives up to three names of `diffvl models` that look like this one, best first."""
     return difflib.get_close_matches(name.lower(), _checkpoints(), n=3)

@@ -16,12 +16,12 @@ def presets(folder: Literal["convert", "recipes"]) -> Path:
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with diffvl, in alphabetical order."""
+    """Lists the recipes that come with diffvl, in alphabetical order."""
     return sorted(file.stem for file in presets("recipes").glob("*.yaml"))
 
 
 def find_recipe(name_or_file: str) -> Path:
-    """The file of a recipe given by name or by path; a name goes first. Raises ConfigError listing the known names."""
+    """Finds the file of a recipe given by name or by path; a name goes first. Raises ConfigError listing the known names."""
     if name_or_file in recipe_names():
         return presets("recipes") / f"{name_or_file}.yaml"
     file = Path(name_or_file)

@@ -104,7 +104,7 @@ Noise = Annotated[UniformNoise | ClampNoise | RampNoise | BetaNoise | FullNoise,
 
 
 def _reaches_one(noise: Noise) -> bool:
-    """Whether 1/(1 - t) has an infinite mean: uniform laws that end at 1, and Beta laws whose second shape is 1 or less."""
+    """Tells whether 1/(1 - t) has an infinite mean: uniform laws that end at 1, and Beta laws whose second shape is 1 or less."""
     if not isinstance(noise, BetaNoise):
         return noise.schedule != "full" and noise.t_max == 1.0
     ends = ((noise.mean_start, noise.concentration_start), (noise.mean_end, noise.concentration_end))
@@ -143,7 +143,7 @@ class BlockDiffusionObjective(Section):
     )
 
     def block_size_at(self, progress: float) -> int:
-        """The block size at a point of the stage, 0 to 1."""
+        """Gives the block size at a point of the stage, 0 to 1."""
         reached = [share for share in self.block_curriculum if share <= progress]
         return self.block_curriculum[max(reached)] if reached else self.block_size
 

@@ -38,7 +38,7 @@ def check_supported(config: "transformers.PreTrainedConfig") -> None:
 
 
 def refusal(config: "transformers.PreTrainedConfig") -> Refusal | None:
-    """What `check_supported` raises, or None."""
+    """Tells what `check_supported` raises, or None."""
     name = config.model_type or type(config).__name__
     found = _refused_layers(name, config.get_text_config(decoder=True)) or _refused_parts(name, config)
     if found is not None:
@@ -50,7 +50,7 @@ def refusal(config: "transformers.PreTrainedConfig") -> Refusal | None:
 
 
 def own_code(name: str, settings: dict[str, Any]) -> str:
-    """The message about an architecture that only code in the checkpoint knows."""
+    """Gives the message about an architecture that only code in the checkpoint knows."""
     classes = settings.get("auto_map") or {}
     given = classes.get("AutoModelForCausalLM") or classes.get("AutoModel") or classes.get("AutoConfig")
     return (
@@ -62,12 +62,12 @@ def own_code(name: str, settings: dict[str, Any]) -> str:
 
 
 def is_remote(config_class: type) -> bool:
-    """Whether a class was read from a checkpoint's own code."""
+    """Tells whether a class was read from a checkpoint's own code."""
     return config_class.__module__.startswith("transformers_modules")
 
 
 def _refused_parts(name: str, config: "transformers.PreTrainedConfig") -> Refusal | None:
-    """Models that are more than a language model."""
+    """Refuses models that are more than a language model."""
     if getattr(config, "vision_config", None) is not None:
         return Refusal(
             "vision-language model: not in yet",
@@ -81,7 +81,7 @@ def _refused_parts(name: str, config: "transformers.PreTrainedConfig") -> Refusa
 
 
 def _refused_layers(name: str, text_config: "transformers.PreTrainedConfig") -> Refusal | None:
-    """Layers that do not follow masks and positions alone."""
+    """Refuses layers that do not follow masks and positions alone."""
     layers = set(getattr(text_config, "layer_types", None) or ())
     if unknown := sorted(layers - MASKABLE_LAYERS - SPARSE_LAYERS):
         return Refusal(
@@ -109,7 +109,7 @@ def _refused_layers(name: str, text_config: "transformers.PreTrainedConfig") -> 
 
 
 def _refused_class(name: str, config: "transformers.PreTrainedConfig") -> Refusal | None:
-    """The part of `refusal` that needs the model class; only this function loads modelling code."""
+    """Judges the model class; only this function loads modelling code."""
     mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) not in mapping:
         return Refusal("unknown", f"{name} is no causal language model that transformers {transformers.__version__} knows")

@@ -58,7 +58,7 @@ def open_inputs(plan: Plan, accept_changed_data: bool, console: Console) -> Inpu
 
 
 def _start_of(plan: Plan, stage: StageName) -> Path:
-    """The directory that a stage goes on from."""
+    """Gives the directory that a stage goes on from."""
     place = plan.stages.index(stage)
     return plan.root / plan.stages[place - 1] if place else plan.start
 
@@ -72,7 +72,7 @@ def _open_stage(
     accept_changed_data: bool,
     console: Console,
 ) -> StageData:
-    """The data of one stage, checked together with what the stage wants of the trunk (its text configuration)."""
+    """Opens the data of one stage, checked together with what the stage wants of the trunk (its text configuration)."""
     stage = plan.recipe.stages[name]
     try:
         with spinner_or_line(console, f"checking the data of {name}"):

@@ -28,7 +28,7 @@ class Sample:
 
 
 def messages_of(record: Record) -> list[dict[str, Any]]:
-    """The record as chat messages; every `<image>` marker becomes an image part."""
+    """Turns a record into chat messages; every `<image>` marker becomes an image part."""
     messages = []
     for turn in record.turns:
         pieces = pieces_between(turn.text) if turn.role == "user" else [turn.text]
@@ -43,7 +43,7 @@ def messages_of(record: Record) -> list[dict[str, Any]]:
 
 
 def encode_record(record: Record, processor: DiffVLProcessor, longest: int | None = None) -> ChatEncoding:
-    """Token ids and answer marks of a record.
+    """Turns a record into token ids and answer marks.
 
     Raises:
         DataError: naming the record, if the chat template or the processor refuses it, or it has more than `longest` tokens.
@@ -73,7 +73,7 @@ def _refuse_image_token(record: Record, token: str) -> None:
 
 
 def sample_of(record: Record, index: int, processor: DiffVLProcessor, longest: int | None = None) -> Sample:
-    """The whole sample, images decoded and resized. Raises DataError as `encode_record`, or for an image."""
+    """Builds the whole sample, images decoded and resized. Raises DataError as `encode_record`, or for an image."""
     encoding = encode_record(record, processor, longest)
     pixel_values = None
     if record.images:
@@ -83,7 +83,7 @@ def sample_of(record: Record, index: int, processor: DiffVLProcessor, longest: i
 
 
 def _marked_untrained(answer: list[int], record: Record) -> list[int]:
-    """The marks, negative in the answers that are not to be trained on."""
+    """Gives the marks, negative in the answers that are not to be trained on."""
     trained = [turn.trained for turn in record.turns if turn.role == "assistant"]
     if all(trained):
         return answer

@@ -65,5 +65,5 @@ def collate(rows: Sequence[Sequence[Sample | Problem]], pad_token_id: int) -> di
 
 
 def is_filler(batch: dict[str, Any]) -> bool:
-    """Whether nothing is left of a batch: it goes through the model and teaches nothing."""
+    """Tells whether nothing is left of a batch: it goes through the model and teaches nothing."""
     return bool(batch["sample"][0] == NO_SAMPLE)

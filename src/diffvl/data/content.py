@@ -57,7 +57,7 @@ def read_content(value: Any, what: str) -> Content:
 
 
 def _path_of(part: dict[str, Any], where: str) -> str | None:
-    """The path that an image part carries, if any."""
+    """Gives the path that an image part carries, if any."""
     refused = [key for key in _REFUSED if not is_absent(part.get(key))]
     if refused:
         raise DataError(f"{where}: `{refused[0]}` is not supported: write the image into a file and give its path", "image")
@@ -75,7 +75,7 @@ def _path_of(part: dict[str, Any], where: str) -> str | None:
 
 
 def text_of(value: Any, what: str, expected: str = "a string") -> str:
-    """`value` if it is text that UTF-8 can hold: JSON can spell half of a surrogate pair, which no tokenizer takes."""
+    """Gives `value` if it is text that UTF-8 can hold: JSON can spell half of a surrogate pair, which no tokenizer takes."""
     if not isinstance(value, str):
         raise DataError(f"{what} must be {expected}, got {kind_of(value)}", "text")
     if not value.isascii():
@@ -87,7 +87,7 @@ def text_of(value: Any, what: str, expected: str = "a string") -> str:
 
 
 def kind_of(value: Any) -> str:
-    """A JSON value's kind in words."""
+    """Gives a JSON value's kind in words."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, list):

@@ -27,12 +27,12 @@ class FileRecord:
     used: int
 
     def facts(self) -> dict[str, Any]:
-        """In short, for JSON."""
+        """Sums the file up for JSON."""
         return {"file": self.file, "blake2b": self.bytes_digest, "content": self.records_digest, "records": self.used}
 
 
 def data_record(data: StageData) -> dict[str, FileRecord]:
-    """What a stage reads: `train`, and `eval` where it is a file of its own."""
+    """Tells what a stage reads: `train`, and `eval` where it is a file of its own."""
     samples = {"train": data.train}
     if data.held_out is not None and data.held_out.path != data.train.path:
         samples["eval"] = data.held_out
@@ -57,7 +57,7 @@ def write_data_record(work: Path, record: dict[str, FileRecord]) -> None:
 
 
 def is_same_data(work: Path, record: dict[str, FileRecord]) -> bool:
-    """Whether a stage's data is that with which the unfinished run in `work` began, if one did."""
+    """Tells whether a stage's data is that with which the unfinished run in `work` began, if one did."""
     return not (work / DATA_FILE).is_file() or not _changes(read_json(work / DATA_FILE), record)
 
 
@@ -83,7 +83,7 @@ def require_same_data(work: Path, data: StageData) -> None:
 
 
 def _changes(at_start: dict[str, Any], record: dict[str, FileRecord]) -> list[str]:
-    """The files whose records are others than those that the run began with."""
+    """Gives the files whose records are others than those that the run began with."""
     now = {name: one.records_digest for name, one in record.items()}
     then = {name: facts["content"] for name, facts in at_start.items()}
     return sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))

@@ -17,7 +17,7 @@ IMAGE_MISSING = "image missing"
 
 
 def named_images(value: dict[str, Any]) -> list[str]:
-    """The paths under a record's `image` or `images`, as they are written there."""
+    """Gives the paths under a record's `image` or `images`, as they are written there."""
     keys = [key for key in ("image", "images") if not is_absent(value.get(key))]
     if len(keys) > 1:
         raise DataError("both `image` and `images`: keep one of them", "image")
@@ -47,7 +47,7 @@ def require_path(image: str) -> None:
 
 
 def missing_image(path: str, image: str, folder_is_set: bool) -> DataError:
-    """What is wrong with a path that is no file. `image`: as the record writes it."""
+    """Tells what is wrong with a path that is no file. `image`: as the record writes it."""
     if os.path.isdir(path):
         return DataError(f"image is a folder: {path}; name an image in it", IMAGE_MISSING)
     slashes = path.replace("\\", "/")

@@ -104,13 +104,13 @@ class UnusedKeys:
     places: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def add(self, keys: Iterable[str], place: str) -> None:
-        """The keys of one record, each once."""
+        """Counts the keys of one record, each once."""
         for key in keys:
             count, first = self.places.get(key, (0, place))
             self.places[key] = count + 1, first
 
     def warning(self, path: Path) -> str:
-        """What is told of them, one line; empty if there were none."""
+        """Writes one line about them; empty if there were none."""
         told = [
             f"{key} ({count} {'record, in' if count == 1 else 'records, first in'} {place})"
             for key, (count, place) in self.places.items()
@@ -119,7 +119,7 @@ class UnusedKeys:
 
 
 def is_absent(value: Any) -> bool:
-    """Whether a value says nothing."""
+    """Tells whether a value says nothing."""
     return all(map(_is_blank, value)) if isinstance(value, list) else _is_blank(value)
 
 
@@ -151,7 +151,7 @@ def check_record_keys(value: dict[str, Any], images: Sequence[str], tell: Callab
 
 
 def check_turn_keys(item: dict[str, Any], used: Sequence[str], where: str, tell: Callable[[str], object]) -> None:
-    """The same for a turn; what marks it as trained on or not is read by `trained_of`."""
+    """Goes through the keys of a turn; what marks it as trained on or not is read by `trained_of`."""
     for key, value in item.items():
         if key in used:
             continue
@@ -165,7 +165,7 @@ def check_turn_keys(item: dict[str, Any], used: Sequence[str], where: str, tell:
 
 
 def trained_of(item: dict[str, Any], answer: bool, where: str) -> bool:
-    """Whether a turn is to be trained on, by the marks that it carries.
+    """Tells whether a turn is to be trained on, by the marks that it carries.
 
     Raises:
         DataError: for a mark that asks for something else, or for two that differ.
@@ -193,7 +193,7 @@ def trained_of(item: dict[str, Any], answer: bool, where: str) -> bool:
 
 
 def missing_turns(value: dict[str, Any]) -> str:
-    """What a record without turns has instead, as the end of a message; empty if it is nothing known."""
+    """Tells what a record without turns has instead, as the end of a message; empty if it is nothing known."""
     for names, advice in _FORMS:
         if all(not is_absent(value.get(name)) for name in names):
             return f"; this record has {' and '.join(f'`{name}`' for name in names)}: {advice}"
@@ -210,13 +210,13 @@ _IMAGE_KEY = "images stand under the key `image` (a path or a list of paths)"
 
 @cache
 def _normal(key: str) -> str:
-    """A key without case and punctuation."""
+    """Gives a key without case and punctuation."""
     return re.sub(r"[\W_]+", "", key.lower())
 
 
 @cache
 def _near(name: str) -> str:
-    """The used key that a name seems to mean, '' if none."""
+    """Gives the used key that a name seems to mean, '' if none."""
     return next(iter(difflib.get_close_matches(name, ("image", "images", "system", "conversations", "messages"), 1, 0.79)), "")
 
 
@@ -249,7 +249,7 @@ def _check_spelling(key: str, name: str, item: Any) -> None:
 
 
 def _check_image(key: str, name: str, item: Any, images: Sequence[str]) -> None:
-    """A key that names an image is a mistake: the image would not be looked at."""
+    """Raises DataError for a key that names an image, which would not be looked at."""
     named = _names_image(name) or _near(name) in ("image", "images")
     files = [text for text in _texts_in(item) if _IMAGE_FILE.match(text)]
     if images:
@@ -264,7 +264,7 @@ def _check_image(key: str, name: str, item: Any, images: Sequence[str]) -> None:
 
 
 def _texts_in(item: Any) -> Iterator[str]:
-    """The strings of a value, of its elements, and of objects among these."""
+    """Gives the strings of a value, of its elements, and of objects among these."""
     for one in item if isinstance(item, list) else [item]:
         for text in one.values() if isinstance(one, dict) else [one]:
             if isinstance(text, str):
@@ -272,7 +272,7 @@ def _texts_in(item: Any) -> Iterator[str]:
 
 
 def _short(value: Any) -> str:
-    """A value for a message."""
+    """Gives a value for a message."""
     if value is None or isinstance(value, bool):
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, dict):

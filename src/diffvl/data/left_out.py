@@ -73,7 +73,7 @@ class LeftOut:
             self._require_budget(samples)
 
     def kinds(self) -> dict[str, int]:
-        """How many of each kind, the most frequent first."""
+        """Counts how many of each kind, the most frequent first."""
         return kinds_of(self._found.values())
 
     def _line(self, problem: Problem, step: int) -> str:

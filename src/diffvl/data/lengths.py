@@ -22,7 +22,7 @@ _BAR_FROM = 2000  # records
 
 
 def lengths_of(table: RecordTable, processor: DiffVLProcessor, console: Console) -> numpy.ndarray:
-    """[usable rows] int32: tokens, images included, of each of `table.usable`; REFUSED where there are none."""
+    """Measures the tokens, images included, of each of `table.usable`, int32; REFUSED where there are none."""
     file = cache_folder() / f"{_name(table, processor)}.npy"
     if file.exists():
         return numpy.load(file)
@@ -47,7 +47,7 @@ def _measure(table: RecordTable, rows: numpy.ndarray, processor: DiffVLProcessor
 
 
 def _name(table: RecordTable, processor: DiffVLProcessor) -> str:
-    """By all that the tokens of a record follow from."""
+    """Names the file by all that the tokens of a record follow from."""
     tokenizer = processor.tokenizer
     facts = [_FORMAT, table.content, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
     facts += [processor.image_tokens, processor.image_token, processor.stop_token, processor.system_turn]

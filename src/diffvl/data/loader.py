@@ -68,11 +68,11 @@ class SampleDataset(Dataset):
         return len(self.indices) if self.rows is None else len(self.rows)
 
     def record(self, place: int) -> Record:
-        """The place-th record, whatever rows there are."""
+        """Gives the place-th record, whatever rows there are."""
         return self.records[int(self.indices[place])]
 
     def part(self, places: numpy.ndarray) -> "SampleDataset":
-        """The records at these places."""
+        """Gives the records at these places."""
         lengths = None if self.lengths is None else self.lengths[places]
         return SampleDataset(
             self.records, self.path, self.indices[places], self.processor, self.max_length, lengths, known=self.known
@@ -89,7 +89,7 @@ class SampleDataset(Dataset):
         )
 
     def problems(self) -> list[Problem]:
-        """What is wrong with the text of these records: a pass over all of them."""
+        """Tells what is wrong with the text of these records: a pass over all of them."""
         found = []
         for index, record in ((int(index), self.records[int(index)]) for index in self.indices):
             try:
@@ -110,7 +110,7 @@ class SampleDataset(Dataset):
 
 
 def problem_of(record: Record, index: int, path: Path, error: DataError) -> Problem:
-    """What is wrong with a record that its file gave."""
+    """Tells what is wrong with a record that its file gave."""
     line = int(record.source.rpartition(":")[2].partition(" ")[0])  # after it may stand which record of the line it is
     message = str(error).removeprefix(f"{record.source}: ")
     return Problem(error.kind, path, line, index + 1, None if record.id == record.source else record.id, message)
@@ -123,8 +123,8 @@ class StageData:
 
 
 def longest_sample(context: int | None, block_size: int, grid: str) -> int | None:
-    """Tokens that a sample may have, so that the last block of its last answer still ends inside the trunk's context of so
-    many positions; None where there is no limit. Next-token models have blocks of 1."""
+    """Counts the tokens that a sample may have, so that the last block of its last answer still ends inside the trunk's context;
+    None where there is no limit. Next-token models have blocks of 1."""
     if context is None:
         return None
     return context // block_size * block_size if grid == "absolute" else context - block_size + 1
@@ -169,7 +169,7 @@ def load_data(
 
 
 def open_samples(path: Path, data: Data, processor: DiffVLProcessor, console: Console, tables: RecordTables) -> SampleDataset:
-    """One file's samples. Records that are longer than `max_length` or do not fit the chat template are never cut. With
+    """Opens one file's samples. Records that are longer than `max_length` or do not fit the chat template are never cut. With
     `check_lengths` they are told now, and nothing else is changed by it; packing leaves them out now; otherwise they are met when
     their turn comes."""
     table = tables.open(path, data)
@@ -194,7 +194,7 @@ def open_samples(path: Path, data: Data, processor: DiffVLProcessor, console: Co
 
 @cache
 def _tell_forgiven(path: Path, long: int, records: int, limit: int) -> None:
-    """Once a run, of which two stages may read one file."""
+    """Warns once a run, of which two stages may read one file."""
     log.warning("%s: %d of %d records are longer than %d tokens and left out", path, long, records, limit)
 
 

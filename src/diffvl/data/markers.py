@@ -39,29 +39,29 @@ _OTHER_MEDIA = re.compile(r"(?:^|\n)\s*(<(?:video|audio|speech)>)\s*(?:\n|$)", r
 
 
 def pieces_between(text: str) -> list[str]:
-    """The text cut at its markers, one piece more than there are markers; the pieces are what a model reads."""
+    """Cuts a text at its markers, one piece more than there are markers; the pieces are what a model reads."""
     if "<" not in text and ESCAPE not in text:
         return [text]
     return [_ESCAPED.sub("", piece) for piece in _MARKER.split(text)]
 
 
 def count_markers(text: str) -> int:
-    """The images that the text shows."""
+    """Counts the images that the text shows."""
     return len(_MARKER.findall(text)) if IMAGE_MARKER in text else 0
 
 
 def with_markers(text: str, num_images: int) -> str:
-    """A text without markers, with one for each image in front of it, each on a line of its own: LLaVA's habit."""
+    """Gives a text without markers, with one for each image in front of it, each on a line of its own: LLaVA's habit."""
     return f"{IMAGE_MARKER}\n" * num_images + text
 
 
 def plain(text: str) -> str:
-    """A text without images as a model reads it."""
+    """Gives a text without images as a model reads it."""
     return _ESCAPED.sub("", text) if ESCAPE in text else text
 
 
 def mistaken_marker(text: str, images: bool) -> str | None:
-    """What looks like a marker of an image and is none.
+    """Tells what looks like a marker of an image and is none.
 
     Args:
         images: the record has images, so that a spelling that could be something else most likely means one.
@@ -73,6 +73,6 @@ def mistaken_marker(text: str, images: bool) -> str | None:
 
 
 def other_media(text: str) -> str | None:
-    """The marker of a video or a sound, where it stands on a line of its own."""
+    """Gives the marker of a video or a sound, where it stands on a line of its own."""
     found = _OTHER_MEDIA.search(text) if "<" in text else None
     return found[1] if found else None

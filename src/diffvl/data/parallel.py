@@ -28,7 +28,7 @@ class _Places(Dataset, Generic[T]):
 
 
 def map_places(work: Callable[[int], T], count: int, pays_from: int, console: Console, text: str) -> Iterator[T]:
-    """`work(place)` for every place below `count`, in order.
+    """Gives `work(place)` for every place below `count`, in order.
 
     Args:
         work: must return a user's mistake as a value: an error raised in another process would lose its form.

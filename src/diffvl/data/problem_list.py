@@ -35,7 +35,7 @@ def require_usable(problems: Sequence[Problem], path: Path, total: int, data: Da
 
 
 def is_forgiven(problem: Problem, data: Data) -> bool:
-    """Whether a record may be left out without counting: `too_long: drop` asks for it."""
+    """Tells whether a record may be left out without counting: `too_long: drop` asks for it."""
     return problem.kind == TOO_LONG and data.too_long == "drop"
 
 
@@ -51,7 +51,7 @@ def advice_on(problems: Sequence[Problem], in_training: bool = False) -> str:
 
 
 def over_budget(count: int, total: int, data: Data) -> str:
-    """What to say where more records are wrong than may be skipped."""
+    """Tells what to say where more records are wrong than may be skipped."""
     return (
         f"{count} of {total} records cannot be used ({count / total:.2%}), more than data.max_skipped={data.max_skipped:g} "
         "lets pass: correct them or raise it"
@@ -59,7 +59,7 @@ def over_budget(count: int, total: int, data: Data) -> str:
 
 
 def as_error(problems: Sequence[Problem], path: Path, advice: str = "") -> DataError:
-    """The problems of one file as one error; at least one."""
+    """Joins the problems of one file into one error; at least one."""
     if len(problems) == 1:
         return DataError(f"{problems[0]}; {advice}" if advice else str(problems[0]), kind=problems[0].kind)
     counts = kinds_of(problems)
@@ -78,12 +78,12 @@ def as_error(problems: Sequence[Problem], path: Path, advice: str = "") -> DataE
 
 
 def kinds_of(problems: Iterable[Problem]) -> dict[str, int]:
-    """How many there are of each kind, the most frequent first."""
+    """Counts how many there are of each kind, the most frequent first."""
     return dict(Counter(problem.kind for problem in problems).most_common())
 
 
 def as_line(problem: Problem) -> dict[str, Any]:
-    """A problem as an object of a JSON-lines file."""
+    """Gives a problem as an object of a JSON-lines file."""
     return {
         "kind": problem.kind,
         "file": str(problem.path),
@@ -95,13 +95,13 @@ def as_line(problem: Problem) -> dict[str, Any]:
 
 
 def from_line(line: dict[str, Any]) -> Problem:
-    """What `as_line` was made from."""
+    """Reads back what `as_line` has written."""
     return Problem(line["kind"], Path(line["file"]), line["line"], line["record"], line["id"], line["message"])
 
 
 def _write_list(problems: Sequence[Problem], path: Path) -> Path:
-    """All problems as JSON lines, in the cache: a run that is refused leaves no directory of its own. The next list of the same
-    file takes this one's place."""
+    """Writes all problems as JSON lines into the cache: a run that is refused leaves no directory of its own. The next list of
+    the same file takes this one's place."""
     name = hashlib.sha256(os.path.abspath(path).encode("utf-8", "surrogateescape")).hexdigest()[:8]
     file = Path(datasets_config.HF_DATASETS_CACHE) / "diffvl-problems" / f"{path.stem}-{name}.jsonl"
     try:

@@ -25,11 +25,11 @@ class Problem:
         return f"{self.path}:{self.line}: {self.message} (record {self.number}{name})"
 
     def error(self) -> DataError:
-        """The problem as the error of a run that stops at it."""
+        """Gives the problem as the error of a run that stops at it."""
         return DataError(str(self), kind=self.kind)
 
 
 def place_of(name: str, line: int, number: int) -> str:
-    """Where a record stands in its file, in words. The line alone, unless others may stand in it too, as they do in a `.json`
-    file without line ends."""
+    """Tells where a record stands in its file, in words. The line alone, unless others may stand in it too, as they do in a
+    `.json` file without line ends."""
     return f"{name}:{line} (record {number})" if name.lower().endswith(".json") and number >= line else f"{name}:{line}"

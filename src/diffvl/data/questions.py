@@ -32,7 +32,7 @@ class Question:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """All questions of a file.
+    """Reads all questions of a file.
 
     Raises:
         DataError: naming file and line of the first problems, and the number of the others.
@@ -56,7 +56,7 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def summary(problems: Sequence[DataError]) -> DataError:
-    """Several problems as one; at least one."""
+    """Joins several problems into one; at least one."""
     if len(problems) == 1:
         return problems[0]
     lines = first_few([str(problem) for problem in problems], NUM_SHOWN)

@@ -71,7 +71,7 @@ class Record:
 
 
 def iterate_records(path: Path, image_folder: str | Path | None = None, unpaired_turns: Unpaired = "error") -> Iterator[Record]:
-    """The file's records in order, read as they are asked for. Raises DataError at the first problem."""
+    """Reads the file's records in order, read as they are asked for. Raises DataError at the first problem."""
     for item in parse_file(path, image_folder, unpaired_turns):
         if isinstance(item, Problem):
             raise item.error()
@@ -84,7 +84,7 @@ def iterate_records(path: Path, image_folder: str | Path | None = None, unpaired
 def parse_file(
     path: Path, image_folder: str | Path | None = None, unpaired_turns: Unpaired = "error"
 ) -> Iterator[Record | Problem]:
-    """Every record of the file, or in its place what is wrong with it. At the end it logs which keys were not used.
+    """Reads every record of the file, or in its place what is wrong with it. At the end it logs which keys were not used.
 
     Args:
         image_folder: where relative paths of images start; default: the data file's folder.
@@ -164,7 +164,7 @@ class _Reader:
 
 
 def _form_of(value: dict[str, Any]) -> str:
-    """The key under which a record has its turns."""
+    """Gives the key under which a record has its turns."""
     forms = [form for form in _FORMS if value.get(form) is not None]
     if not forms:
         raise DataError(
@@ -178,7 +178,7 @@ def _form_of(value: dict[str, Any]) -> str:
 
 
 def _parse_turns(items: Any, form: str, tell: Callable[[str], object]) -> tuple[tuple[Turn, ...], list[Content]]:
-    """The turns as they stand there, and what their contents carry beside text."""
+    """Gives the turns as they stand there, and what their contents carry beside text."""
     if not isinstance(items, list) or not items:
         raise DataError(f"`{form}` must be a list of turns with at least one in it, got {kind_of(items)}", "no turns")
     turns: list[Turn] = []
@@ -218,7 +218,7 @@ def _about_role(speaker: Any) -> str:
 
 
 def _own_text(text: str, where: str, role: Role) -> str:
-    """The text of a turn in which no image can stand, as a model reads it."""
+    """Gives the text of a turn in which no image can stand, as a model reads it."""
     if count_markers(text):
         raise DataError(
             f"{where}: {IMAGE_MARKER} in a turn of {_SPEAKERS[role]}; images stand in user turns only. "
@@ -229,7 +229,7 @@ def _own_text(text: str, where: str, role: Role) -> str:
 
 
 def _all_images(named: list[str], contents: list[Content]) -> list[str]:
-    """The record's images, whether it names them itself or their parts do."""
+    """Gives the record's images, whether it names them itself or their parts do."""
     carried = [path for content in contents for path in content.paths]
     if not carried:
         return named
@@ -263,7 +263,7 @@ def _place_markers(turns: tuple[Turn, ...], num_images: int) -> tuple[Turn, ...]
 
 
 def _refuse_mistaken(number: int, text: str, num_images: int, num_markers: int) -> None:
-    """A text that holds what only looks like a marker: read as text, and the image would stand elsewhere."""
+    """Raises DataError for a text that holds what only looks like a marker: read as text, its image would stand elsewhere."""
     found = mistaken_marker(text, images=num_images > 0)
     if found is not None:
         meant = f"the marker of an image is {IMAGE_MARKER}, one for each in the order of `image`"
@@ -300,7 +300,8 @@ def _paired(turns: tuple[Turn, ...], images: list[str]) -> tuple[tuple[Turn, ...
 
 
 def _check_order(turns: tuple[Turn, ...], left_out: int) -> None:
-    """`left_out`: turns at the start that are not among `turns`, for the numbers in messages."""
+    """Raises DataError for turns out of order. `left_out`: turns at the start that are not among `turns`, for the numbers in
+    messages."""
     spoken = turns[1:] if turns[0].role == "system" else turns
     first = len(turns) - len(spoken) + left_out + 1
     if not spoken or spoken[0].role != "user":

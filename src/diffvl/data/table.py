@@ -64,7 +64,7 @@ class RecordTable(Sequence[Record]):
         return RecordTable, (self._file, self.path, self.bytes_digest)
 
     def __len__(self) -> int:
-        """Rows: records and problems."""
+        """Counts the entries: records and problems."""
         return len(self._table)
 
     @overload
@@ -94,7 +94,7 @@ class RecordTable(Sequence[Record]):
         return hashlib.blake2b(self.digests.tobytes(), digest_size=16).hexdigest()
 
     def images_exist(self) -> bool:
-        """Whether all images are still there."""
+        """Tells whether all images are still there."""
         files = ExistingFiles()
         chunks = self._table.column("images").chunks
         return all(image in files for chunk in chunks for image in chunk.flatten().to_pylist())
@@ -103,7 +103,7 @@ class RecordTable(Sequence[Record]):
 def open_records(
     path: Path, data: Data | None = None, console: Console = _QUIET, look: bool = True, advise: bool = True
 ) -> RecordTable:
-    """The file's records as a memory-mapped table.
+    """Opens the file's records as a memory-mapped table.
 
     Args:
         data: its `image_folder`, `on_error` and `max_skipped` count; default: a file with its images and without problems.
@@ -139,7 +139,7 @@ class RecordTables:
         self._opened: dict[tuple[str, ...], RecordTable] = {}
 
     def open(self, path: Path, data: Data) -> RecordTable:
-        """The file's records. Raises DataError as `open_records`."""
+        """Opens the file's records. Raises DataError as `open_records`."""
         key = (str(path), *(str(getattr(data, name)) for name in _READING))
         if key in self._opened:
             require_usable(self._opened[key].problems, path, len(self._opened[key]), data)
@@ -172,29 +172,29 @@ def _content_of(path: Path) -> _Content:
 
 
 def content_digest(path: Path) -> str:
-    """A digest of a file's bytes. Raises DataError if it cannot be read."""
+    """Computes a digest of a file's bytes. Raises DataError if it cannot be read."""
     return _content_of(path).digest
 
 
 def _cache_path(path: Path, content: _Content, reading: dict[str, Any]) -> Path:
-    """By all that the rows follow from. The file's own path counts too: messages name it."""
+    """Names the table by all that its entries follow from. The file's own path counts too: messages name it."""
     facts = [_FORMAT, content.digest, os.path.abspath(path), _images_below(path, reading), reading]
     name = hashlib.sha256(json.dumps(facts, default=str).encode("utf-8", "surrogateescape")).hexdigest()[:32]
     return cache_folder() / f"{name}.arrow"
 
 
 def _images_below(path: Path, reading: dict[str, Any]) -> str:
-    """The folder at which relative paths of images start."""
+    """Gives the folder at which relative paths of images start."""
     return os.path.abspath(reading["image_folder"] or path.parent)
 
 
 def cache_folder() -> Path:
-    """Where tables and measured lengths lie."""
+    """Tells where tables and measured lengths lie."""
     return Path(datasets_config.HF_DATASETS_CACHE) / "diffvl"
 
 
 def cache_error(path: Path, error: OSError) -> DataError:
-    """What to say where nothing can be written into the cache folder."""
+    """Tells what to say where nothing can be written into the cache folder."""
     advice = "set HF_DATASETS_CACHE to a folder that can be written"
     return DataError(f"{path}: its record cache {cache_folder()} cannot be written ({error}); {advice}")
 
@@ -233,7 +233,7 @@ def _write_table(path: Path, table: Path, reading: dict[str, Any], console: Cons
 
 
 def _record_row(record: Record, images_below: str) -> tuple[str, tuple[str, ...], None, int]:
-    """Turned into JSON field by field, so that a field more in Record or Turn is kept without a word here."""
+    """Turns a record into JSON field by field, so that a field more in Record or Turn is kept without a word here."""
     fields = {**vars(record), "turns": [vars(turn) for turn in record.turns]}
     images = fields.pop("images")
     text = json.dumps(fields, ensure_ascii=False)

@@ -45,12 +45,12 @@ class Check:
 
 
 def below(name: str, error: float) -> Check:
-    """An error that must vanish; nan does not."""
+    """Judges an error that must vanish; nan does not."""
     return Check(name, error <= TOLERANCE, error, f"< {TOLERANCE:g}")
 
 
 def above(name: str, change: float) -> Check:
-    """A change that must show."""
+    """Judges a change that must show."""
     return Check(name, change > TOLERANCE, change, f"> {TOLERANCE:g}")
 
 
@@ -83,7 +83,7 @@ def _run(name: str, check: Callable[[], Check]) -> Check:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, on one line of bounded length."""
+    """Tells what an exception says, on one line of bounded length."""
     words = " ".join(str(error).split())
     return f"{type(error).__name__}: {words}"[:300] if words else type(error).__name__
 
@@ -108,8 +108,8 @@ def leaking(probe: ProbeText) -> ProbeText:
 
 @torch.no_grad()
 def _decoding_error(probe: ProbeText) -> float:
-    """Noisy logits of each block of the first sample against those over a cache of the clean tokens before it, which were stored
-    by a forward of their own, or by the same forward."""
+    """Compares the noisy logits of each block of the first sample with those over a cache of the clean tokens before it, which
+    were stored by a forward of their own, or by the same forward."""
     expected, row = probe.logits()[0], 0
     apart, fused = BlockCache(), BlockCache()
     clean = probe.is_clean()
@@ -130,8 +130,8 @@ def _decoding_error(probe: ProbeText) -> float:
 
 
 def _cached(probe: ProbeText, cache: BlockCache, past: torch.Tensor, fresh: torch.Tensor, store: bool | int) -> torch.Tensor:
-    """Logits of the tokens at `fresh` over the cached ones at `past`, as the decoder asks for them: where nothing is stored,
-    without a mask but for windows."""
+    """Computes the logits of the tokens at `fresh` over the cached ones at `past`, as the decoder asks for them: where nothing is
+    stored, without a mask but for windows."""
     rows = {name: row[:1, torch.cat([past, fresh])] for name, row in probe.layout.rows.items()}
     layout = Layout(**rows, context=probe.layout.context)
     queries = slice(len(past), None)
@@ -165,7 +165,7 @@ def _embeddings_error(probe: ProbeText) -> float:
 
 @contextmanager
 def head_on(trunk: PreTrainedModel, rows: torch.Tensor) -> Iterator[None]:
-    """The head of the trunk runs on some rows only, as in the DiffVL model."""
+    """Lets the head of the trunk run on some rows only, as in the DiffVL model."""
     head: Any = trunk.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, arguments: (arguments[0][rows][None],))
     try:
@@ -176,7 +176,7 @@ def head_on(trunk: PreTrainedModel, rows: torch.Tensor) -> Iterator[None]:
 
 @torch.no_grad()
 def _rows_error(probe: ProbeText) -> float:
-    """The head on some rows only, as decoding asks for it."""
+    """Runs the head on some rows only, as decoding asks for it."""
     rows = probe.layout.noisy.bool() & probe.layout.valid
     with head_on(probe.trunk, rows):
         some = forward(probe.trunk, probe.ids, probe.layout).logits[0].float()
@@ -185,7 +185,7 @@ def _rows_error(probe: ProbeText) -> float:
 
 @torch.no_grad()
 def _chunks_error(probe: ProbeText) -> float:
-    """The head apart from the rest of the model, as the loss asks for it."""
+    """Runs the head apart from the rest of the model, as the loss asks for it."""
     rows = probe.layout.noisy.bool() & probe.layout.valid
     flat = rows.flatten().nonzero()[:, 0]
     some = mapped_rows(probe.trunk, lambda: forward(probe.trunk, probe.ids, probe.layout), flat, lambda logits, _: logits.float())
@@ -193,7 +193,7 @@ def _chunks_error(probe: ProbeText) -> float:
 
 
 def _gradients(probe: ProbeText) -> Check:
-    """Backward of the masked-token loss in training mode: every gradient is finite, and the mask token gets one."""
+    """Runs backward of the masked-token loss in training mode: every gradient is finite, and the mask token gets one."""
     trunk, mask_id = probe.trunk, vocabulary(probe.trunk) - 1
     masked = probe.ids == mask_id
     truth = torch.cat([probe.ids[:, : probe.clean_length], probe.ids[:, : probe.clean_length].gather(1, probe.stream.source)], 1)
@@ -216,7 +216,7 @@ def _gradients(probe: ProbeText) -> Check:
 
 @torch.no_grad()
 def _new_token_error(trunk: PreTrainedModel) -> float:
-    """One more row in the embedding table: the other logits stay, and the new token can be read."""
+    """Adds one row to the embedding table: the other logits stay, and the new token can be read."""
     before = probe_text(trunk, "block")
     expected, size = before.logits(), vocabulary(trunk)
     trunk.resize_token_embeddings(size + 1, mean_resizing=False)
@@ -230,7 +230,7 @@ def _new_token_error(trunk: PreTrainedModel) -> float:
 
 @torch.no_grad()
 def _direct_error(probe: ProbeText) -> float:
-    """Each noisy block against a forward over the clean text before it and itself, one stream, nothing twice."""
+    """Compares each noisy block with a forward over the clean text before it and itself, one stream, nothing twice."""
     expected, tokens, worst = probe.logits()[0], tokens_of(probe), 0.0
     for block in probe.noisy_blocks():
         prefix = [token for token in tokens if not token.noisy and token.block < block]
@@ -247,7 +247,7 @@ def _direct_error(probe: ProbeText) -> float:
 
 @torch.no_grad()
 def _doubled_error(probe: ProbeText) -> float:
-    """The published form: the whole clean text once more as the noisy stream, prompts included."""
+    """Compares with the published form: the whole clean text once more as the noisy stream, prompts included."""
     expected, tokens = probe.logits()[0], tokens_of(probe)
     clean, noisy = ([token for token in tokens if token.noisy == kind] for kind in (False, True))
     answered = {token.block for token in noisy}

@@ -75,7 +75,7 @@ class Verdict:
         return largest(errors) if errors else None
 
     def as_json(self) -> dict[str, Any]:
-        """Without infinities, which JSON does not know."""
+        """Gives all figures, without infinities, which JSON does not know."""
         figures = asdict(self) | {"attention_holds": self.attention_holds, "worst_error": self.worst_error}
         figures["seconds"] = round(self.seconds, 3)
         return _finite(figures)
@@ -93,7 +93,7 @@ def _finite(value: Any) -> Any:
 
 
 def examine(model: str, trust_remote_code: bool = False) -> Verdict:
-    """The verdict on a name of `diffvl models`, a hub id, a directory (a DiffVL one: on its trunk) or a .gguf file.
+    """Judges a name of `diffvl models`, a hub id, a directory (a DiffVL one: on its trunk) or a .gguf file.
 
     Raises:
         UsageError: for a name that is none of these.
@@ -125,7 +125,7 @@ def examine(model: str, trust_remote_code: bool = False) -> Verdict:
 
 
 def _against_files(repo: str, config: PretrainedConfig, revision: str | None) -> Refusal | str:
-    """What stands against the files of a checkpoint whose configuration is not refused, or a remark, or nothing."""
+    """Tells what stands against the files of a checkpoint whose configuration is not refused, or a remark, or nothing."""
     if isinstance(config, DiffVLConfig) or refusal(config) is not None:
         return ""
     if Path(repo).is_dir() and not has_weights(Path(repo)):
@@ -138,7 +138,7 @@ def _against_files(repo: str, config: PretrainedConfig, revision: str | None) ->
 
 
 def _with_template(verdict: Verdict, repo: str, revision: str | None, trust_remote_code: bool) -> Verdict:
-    """The verdict on a model whose architecture is supported, by its chat template."""
+    """Judges the chat template of a model whose architecture is supported."""
     try:
         return replace(verdict, template=look_at_template(repo, verdict.model_type, trust_remote_code, revision))
     except (CheckpointError, UnsupportedModelError) as error:
@@ -147,7 +147,7 @@ def _with_template(verdict: Verdict, repo: str, revision: str | None, trust_remo
 
 
 def judge(model: str, config: PretrainedConfig, trust_remote_code: bool = False) -> Verdict:
-    """The verdict on a configuration."""
+    """Judges a configuration."""
     if isinstance(config, DiffVLConfig):
         config = config.text_config
     kind = config.model_type
@@ -178,8 +178,8 @@ def judge(model: str, config: PretrainedConfig, trust_remote_code: bool = False)
 
 
 def exact_up_to(config: PretrainedConfig) -> tuple[str, int] | None:
-    """(setting, tokens) of an architecture that counts tokens by their place in the row, from which on noisy tokens, which stand
-    after the clean ones, are taken for later ones than they are."""
+    """Gives (setting, tokens) of an architecture that counts tokens by their place in the row, from which on noisy tokens, which
+    stand after the clean ones, are taken for later ones than they are."""
     settings = config.get_text_config(decoder=True)
     step = getattr(settings, "floor_scale", None)  # of Llama 4: layers without rope sharpen with the index
     if step and getattr(settings, "attn_temperature_tuning", False) and not all(settings.no_rope_layers):
@@ -209,7 +209,7 @@ def diagnose(trunk: PreTrainedModel, checks: tuple[Check, ...]) -> tuple[Answer,
 
 
 def _by_name(failed: dict[str, Check]) -> Refusal:
-    """Where no experiment knows better: the first failed check, in words."""
+    """Puts the first failed check in words, where no experiment knows better."""
     meaning = {
         "AR parity": "with an explicit causal mask its logits are not its own",
         "no leak": "a noisy block sees its own clean copy or later tokens",
@@ -231,7 +231,7 @@ def _by_name(failed: dict[str, Check]) -> Refusal:
 
 
 def _line(trunk: PreTrainedModel) -> list[Token]:
-    """The clean text of the first sample."""
+    """Gives the clean text of the first sample."""
     return [token for token in tokens_of(probe_text(trunk, "causal")) if not token.noisy]
 
 

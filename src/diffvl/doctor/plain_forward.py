@@ -25,7 +25,7 @@ class Token:
 
 
 def tokens_of(probe: ProbeText) -> list[Token]:
-    """The first sample, both streams, without padding."""
+    """Gives the first sample, both streams, without padding."""
     rows = {name: row[0].tolist() for name, row in probe.layout.rows.items()}
     ids = probe.ids[0].tolist()
     places = [place for place, valid in enumerate(rows["valid"]) if valid]
@@ -33,7 +33,7 @@ def tokens_of(probe: ProbeText) -> list[Token]:
 
 
 def plain_forward(trunk: PreTrainedModel, tokens: list[Token], sees: Callable[[Token, Token], bool]) -> torch.Tensor:
-    """Logits [T, V] of a list of tokens under a rule between two of them; windows and chunks go by position."""
+    """Computes the logits [T, V] of a list of tokens under a rule between two of them; windows and chunks go by position."""
     config = text_config(trunk)
 
     def mask(window: int | None, chunk: int | None) -> torch.Tensor:

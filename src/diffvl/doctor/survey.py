@@ -49,12 +49,12 @@ COMPLETIONS: dict[str, dict[str, Any]] = {
 
 
 def model_types() -> list[str]:
-    """Every causal-LM model type that the installed transformers knows, in alphabetical order."""
+    """Lists every causal-LM model type that the installed transformers knows, in alphabetical order."""
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def default_config(model_type: str) -> transformers.PretrainedConfig:
-    """The default configuration, as a decoder where the type can be an encoder too."""
+    """Gives the default configuration, as a decoder where the type can be an encoder too."""
     config = transformers.CONFIG_MAPPING[model_type](**COMPLETIONS.get(model_type, {}))
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
@@ -62,7 +62,7 @@ def default_config(model_type: str) -> transformers.PretrainedConfig:
 
 
 def judge_type(model_type: str) -> Verdict:
-    """The verdict on a model type's default configuration."""
+    """Judges a model type's default configuration."""
     start = time.perf_counter()
     try:
         config = default_config(model_type)
@@ -82,7 +82,7 @@ Judge = Callable[[str], Verdict]
 def survey(
     types: Sequence[str], console: Console, seconds: float = SECONDS_PER_MODEL, judged_by: Judge = judge_type
 ) -> list[Verdict]:
-    """A verdict for each type, whatever it does to the process that judges it; `judged_by` must be importable there."""
+    """Judges each type, whatever it does to the process that judges it; `judged_by` must be importable there."""
     with _children(judged_by) as ask:
         return [ask(model_type, seconds) for model_type in track(console, types, len(types), "probing")]
 
@@ -123,7 +123,7 @@ class Child:
             raise RuntimeError("the process that probes models did not start")
 
     def ask(self, model_type: str, seconds: float) -> Verdict | str:
-        """The verdict, or what happened instead."""
+        """Gives the verdict, or what happened instead."""
         self.connection.send(model_type)
         if not self.connection.poll(seconds):
             return f"no answer within {seconds:g} s"
@@ -146,7 +146,7 @@ class Child:
 
 
 def serve(connection: Connection, judged_by: Judge) -> None:
-    """The child: model types in, verdicts out, in silence, until the other end is closed."""
+    """Works as the child: model types in, verdicts out, in silence, until the other end is closed."""
     silence = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(silence, stream.fileno())
@@ -186,7 +186,7 @@ def write_page(verdicts: Sequence[Verdict], file: Path) -> None:
 
 
 def page(verdicts: Sequence[Verdict], file: Path) -> str:
-    """The survey as markdown."""
+    """Writes the survey as markdown."""
     facts = {
         "out": file.as_posix() if not file.is_absolute() else file.name,
         "date": datetime.now(UTC).date().isoformat(),

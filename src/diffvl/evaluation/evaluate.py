@@ -36,7 +36,7 @@ SHOWN_SAMPLES = 12
 
 
 def evaluate_directory(directory: Path, data: Path, limit: int | None, settings: DecodeSettings) -> dict[str, float | int | str]:
-    """All figures of a checkpoint on a file; `limit` is the number of records looked at, and no others are read.
+    """Measures a checkpoint on a file; `limit` is the number of records looked at, and no others are read.
 
     Raises:
         CheckpointError, DataError, UsageError.
@@ -76,7 +76,7 @@ def evaluate_directory(directory: Path, data: Path, limit: int | None, settings:
 
 
 def _open(path: Path, reading: Data, limit: int | None, decoder: Decoder, console: Console) -> SampleDataset:
-    """The records to look at. Raises DataError with all that do not fit the checkpoint."""
+    """Opens the records to look at. Raises DataError with all that do not fit the checkpoint."""
     if limit is None:
         table = open_records(path, reading, console, advise=False)
         samples = SampleDataset(table, path, table.usable, decoder.processor, context_length(decoder))
@@ -90,7 +90,7 @@ def _open(path: Path, reading: Data, limit: int | None, decoder: Decoder, consol
 
 
 def measured(decoder: Decoder, samples: SampleDataset, count: int, console: Console) -> dict[str, float]:
-    """The teacher-forced figures of the first `count` records."""
+    """Measures the teacher-forced figures of the first `count` records."""
     pad_samples = partial(collate, pad_token_id=decoder.processor.pad_token_id)
     problems: list[Problem] = []
 
@@ -110,7 +110,7 @@ def measured(decoder: Decoder, samples: SampleDataset, count: int, console: Cons
 
 
 def own_objective(config: DiffVLConfig) -> Objective:
-    """The objective that a checkpoint was trained on, as far as measuring needs it."""
+    """Gives the objective that a checkpoint was trained on, as far as measuring needs it."""
     if config.decoding == "ar":
         return ArObjective()
     return BlockDiffusionObjective.model_validate(
@@ -148,7 +148,8 @@ def held_out_answers(
 
 
 def _chosen(held_out: SampleDataset, data: Data) -> list[Record]:
-    """Up to SHOWN_SAMPLES records from all over the set; those that cannot be used are left out, by the rule of `on_error`."""
+    """Gives up to SHOWN_SAMPLES records from all over the set; those that cannot be used are left out, by the rule of
+    `on_error`."""
     count = min(SHOWN_SAMPLES, len(held_out))
     stride = len(held_out) / count
     chosen = []

@@ -59,7 +59,7 @@ class Corruption:
 
 
 def loss_of(model: Any, config: DiffVLConfig, batch: Batch, objective: Objective, draw: Draw) -> LossOutput:
-    """The objective that the stage asks for."""
+    """Computes the objective that the stage asks for."""
     if isinstance(objective, ArObjective):
         return ar(model, config, batch)
     return block_diffusion(model, config, batch, objective, draw)
@@ -70,8 +70,8 @@ MEASURE_NOISE = UniformNoise(t_min=1e-3, t_max=1.0, draws="stratified")
 
 @torch.no_grad()
 def measure(model: Any, config: DiffVLConfig, batches: Iterable[Any], objective: Objective) -> dict[str, torch.Tensor]:
-    """The sums of LossOutput over a held-out set, under one fixed noise law and seed whatever the training noise was, and in
-    blocks of the size that the checkpoint decodes with, so that figures of different runs can be compared."""
+    """Computes the sums of LossOutput over a held-out set, under one fixed noise law and seed whatever the training noise was,
+    and in blocks of the size that the checkpoint decodes with, so that figures of different runs can be compared."""
     if isinstance(objective, BlockDiffusionObjective):
         plain = {"noise": MEASURE_NOISE, "ar_weight": 0.0, "position_bias": 0.0, "complementary": False, "block_curriculum": {}}
         objective = objective.model_copy(update=plain)
@@ -83,7 +83,7 @@ def measure(model: Any, config: DiffVLConfig, batches: Iterable[Any], objective:
 
 
 def curriculum_state(objective: Objective, progress: float) -> dict[str, float]:
-    """Where the objective's curricula stand at a point of the stage; empty for an objective that does not move."""
+    """Tells where the objective's curricula stand at a point of the stage; empty for an objective that does not move."""
     if isinstance(objective, ArObjective):
         return {}
     state: dict[str, float] = {f"noise_{name}": value for name, value in noise_state(objective.noise, progress).items()}
@@ -93,13 +93,13 @@ def curriculum_state(objective: Objective, progress: float) -> dict[str, float]:
 
 
 def measured_sums(objective: Objective) -> list[str]:
-    """The names of what `measure` sums under an objective."""
+    """Gives the names of what `measure` sums under an objective."""
     names = ["correct", "cross_entropy", "predicted"]
     return names if isinstance(objective, ArObjective) else ["correct", "cross_entropy", "eligible", "predicted"]
 
 
 def ar(model: Any, config: DiffVLConfig, batch: Batch) -> LossOutput:
-    """Next-token cross-entropy on answers: position i - 1 predicts token i, under the trunk's own causal attention."""
+    """Computes next-token cross-entropy on answers: position i - 1 predicts token i, under the trunk's own causal attention."""
     ids, valid = batch["input_ids"], batch["valid"]
     packed = packed_rows(clean_layout(torch.zeros_like(ids), valid, context="causal"), batch["row"], config)
     at = followed_by_answer(batch["answer_index"])
@@ -111,7 +111,7 @@ def ar(model: Any, config: DiffVLConfig, batch: Batch) -> LossOutput:
 
 
 def block_diffusion(model: Any, config: DiffVLConfig, batch: Batch, objective: BlockDiffusionObjective, draw: Draw) -> LossOutput:
-    """Masked-token cross-entropy on noised answer blocks."""
+    """Computes masked-token cross-entropy on noised answer blocks."""
     ids, answer, valid = batch["input_ids"], batch["answer_index"], batch["valid"]
     # 1. The grid, and the blocks that hold answers.
     block_size = objective.block_size_at(draw.progress)
@@ -195,7 +195,7 @@ def corrupt(stream: NoisyStream, objective: BlockDiffusionObjective, draw: Draw,
 def predicting_rows(
     stream: NoisyStream, masked: torch.Tensor, target: str, noisy_start: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where in the samples' streams [S, W] the prediction of each masked token is read, in row-major order of these tokens.
+    """Tells where in the samples' streams [S, W] the prediction of each masked token is read, in row-major order of these tokens.
 
     `same`: at the token itself. `shift`: at the token before it, inside the noisy block where it has one there, otherwise at
     the last clean token before the block.
@@ -212,7 +212,7 @@ def predicting_rows(
 
 
 def followed_by_answer(answer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sample, column) of the clean tokens whose next token belongs to an answer."""
+    """Gives (sample, column) of the clean tokens whose next token belongs to an answer."""
     return (answer[:, 1:] > 0).nonzero(as_tuple=True)  # type: ignore[return-value]
 
 
@@ -236,7 +236,8 @@ def _predict(
     at_M: torch.Tensor,
     targets_M: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One forward: cross-entropy of each target at its row, [M] with the graph, and whether it is the likeliest token, [M]."""
+    """Runs one forward: cross-entropy of each target at its row, [M] with the graph, and whether it is the likeliest token,
+    [M]."""
     ids = packed.moved(ids_SW, 0)
     dtype = scores_dtype(model, ids.device.type)
 
@@ -263,8 +264,8 @@ def _predict(
 
 
 def scores_dtype(model: Any, device_type: str) -> torch.dtype:
-    """The type in which the trunk computes attention scores. A mask that eager attention adds to them must have it: one in fp32
-    would turn bf16 scores, the largest tensors of such a layer, into fp32 ones."""
+    """Gives the type in which the trunk computes attention scores. A mask that eager attention adds to them must have it: one in
+    fp32 would turn bf16 scores, the largest tensors of such a layer, into fp32 ones."""
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
@@ -272,7 +273,7 @@ def scores_dtype(model: Any, device_type: str) -> torch.dtype:
 
 
 def rates(sums: dict[str, float]) -> dict[str, float]:
-    """Training figures of a log line."""
+    """Computes the training figures of a log line."""
     predicted = max(sums["predicted"], 1.0)
     if "eligible" not in sums:
         return {"next_token_accuracy": sums["correct"] / predicted}
@@ -280,7 +281,7 @@ def rates(sums: dict[str, float]) -> dict[str, float]:
 
 
 def scores(sums: dict[str, float]) -> dict[str, float]:
-    """Held-out figures, over answer tokens and first stops."""
+    """Computes the held-out figures, over answer tokens and first stops."""
     kind = "masked" if "eligible" in sums else "next_token"
     predicted = sums["predicted"]
     return {

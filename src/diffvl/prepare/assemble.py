@@ -165,7 +165,7 @@ def add_tokens(tokenizer: Any, family: Family, table_rows: int) -> tuple[int, in
 
 
 def load_tower_parts(source: Source) -> tuple[PretrainedConfig, Any]:
-    """Configuration and image processor of the vision tower."""
+    """Reads configuration and image processor of the vision tower."""
     config = weights.tower_config(source.vision_tower, source.trust_remote_code)
     try:
         processor = AutoImageProcessor.from_pretrained(source.vision_tower, trust_remote_code=source.trust_remote_code)
@@ -245,7 +245,7 @@ def assemble(trunk: Any, tower: Any, parts: Parts, recipe: Recipe) -> DiffVLForC
 
 
 def _stop_ids(trunk: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: str) -> list[int]:
-    """The template's stop token first, then whatever else ends a text for this checkpoint."""
+    """Gives the template's stop token first, then whatever else ends a text for this checkpoint."""
     generation = trunk.generation_config.eos_token_id if trunk.generation_config is not None else None
     others = generation if isinstance(generation, list) else [generation]
     ids = [tokenizer.convert_tokens_to_ids(stop), *others, tokenizer.eos_token_id]
@@ -276,7 +276,7 @@ def grow_table(trunk: Any, known: int, tokens: int, new_ids: list[int]) -> None:
 
 
 def _reference_logits(trunk: PreTrainedModel, vocabulary: int) -> torch.Tensor:
-    """The source's own logits on the probe, in fp32 arithmetic."""
+    """Computes the source's own logits on the probe, in fp32 arithmetic."""
     dtype = trunk.dtype
     trunk.float().eval()
     logits = proof.native_logits(trunk, conversations(range(vocabulary))[0])

@@ -26,7 +26,7 @@ SYSTEM_SETTING = "prepare.system_turn=first_question"
 
 
 def load_tokenizer(model: str, model_type: str, trust_remote_code: bool = False, revision: str | None = None) -> Any:
-    """The checkpoint's tokenizer; it must be a fast one and have a chat template.
+    """Loads the checkpoint's tokenizer; it must be a fast one and have a chat template.
 
     Of several named templates it keeps the default one. A template that writes reasoning into some answers is replaced by the
     family's, and one that asks for the date gives the same date from here on, wherever the tokenizer is used.
@@ -131,7 +131,7 @@ def _prove(encoder: ChatEncoder, roles: tuple[str, ...]) -> None:
 
 
 def system_advice(encoder: ChatEncoder) -> str:
-    """What there is to know about system turns, in words; empty if they work."""
+    """Tells what there is to know about system turns, in words; empty if they work."""
     fault = encoder.template.system_fault()
     return (
         f"its chat template takes no system turn ({fault}); {SYSTEM_SETTING} puts it in front of the first question"
@@ -141,7 +141,7 @@ def system_advice(encoder: ChatEncoder) -> str:
 
 
 def look_at_template(model: str, model_type: str, trust_remote_code: bool, revision: str | None) -> str:
-    """`doctor`: whether the template of a checkpoint can be trained on.
+    """Tells `doctor` whether the template of a checkpoint can be trained on.
 
     Returns:
         what there is to know, in words: system turns that do not work, or that there is no tokenizer to look at.
@@ -158,6 +158,6 @@ def look_at_template(model: str, model_type: str, trust_remote_code: bool, revis
 
 
 def _turns(roles: tuple[str, ...], form: str = "{}", placeholder: str = "") -> list[Turn]:
-    """A chat of these roles, with an image in every question."""
+    """Gives a chat of these roles, with an image in every question."""
     words = {"system": "manner", "user": f"{placeholder}question", "assistant": "answer"}
     return [(role, form.format(f"{words[role]} {number}")) for number, role in enumerate(roles)]

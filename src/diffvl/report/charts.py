@@ -21,14 +21,14 @@ _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 300, 64, 606, 14, 258  # SVG units, 640 
 
 
 def draw_charts(measures: dict[str, Measure]) -> list[str]:
-    """A figure of each chart that has something to show; held-out curves come last, on top of the others."""
+    """Gives a figure of each chart that has something to show; held-out curves come last, on top of the others."""
     ordered = sorted(measures.values(), key=lambda measure: measure.key.startswith("eval_"))
     groups = {title: [m for m in ordered if m.points and is_named(m.key, words)] for title, words in _CHARTS.items()}
     return [_chart(title, group) for title, group in groups.items() if group]
 
 
 def _chart(title: str, measures: list[Measure]) -> str:
-    """One chart as a figure: SVG, legend, and a caption that says what a reader could mistake."""
+    """Draws one chart as a figure: SVG, legend, and a caption that says what a reader could mistake."""
     ticks_y = _vertical_ticks(title, [value for measure in measures for _, value in measure.points])
     low, high = ticks_y[0], ticks_y[-1]
     last_step = max(1, *(step for measure in measures for step, _ in measure.points))
@@ -79,7 +79,7 @@ def _vertical_ticks(title: str, values: list[float]) -> list[float]:
 
 
 def _lines(measure: Measure) -> list[tuple[str, str, Points]]:
-    """(style, legend, points) of the lines that one measure is drawn as."""
+    """Gives (style, legend, points) of the lines that one measure is drawn as."""
     if measure.key.startswith("eval_"):
         return [("dots", f"{measure.key} (held out)", measure.points)]
     thin = measure.points
@@ -96,7 +96,7 @@ def _lines(measure: Measure) -> list[tuple[str, str, Points]]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers, four to eight of them, that enclose low and high."""
+    """Chooses round numbers, four to eight of them, that enclose low and high."""
     if low == high:
         high = low + 1
     rough = (high - low) / 5

@@ -6,5 +6,5 @@ from diffvl.terminal.console import visible
 
 
 def escape(text: str) -> str:
-    """Text for the page: what is no text there, as control characters are, is shown as on a terminal."""
+    """Escapes text for the page: what is no text there, as control characters are, is shown as on a terminal."""
     return html.escape(visible(text))

@@ -72,7 +72,7 @@ th, td { text-align: left; padding: 4px 20px 4px 0; border-bottom: 1px solid var
 
 
 def _page(run: StageRun) -> str:
-    """The whole page; a section without content is left out."""
+    """Writes the whole page; a section without content is left out."""
     settings = f"<details><summary>run.yaml</summary><pre>{escape(run.settings)}</pre></details>"
     sections = {
         "Curves": ("curves", draw_charts(run.measures)),
@@ -100,7 +100,7 @@ def _page(run: StageRun) -> str:
 
 
 def _tiles(run: StageRun) -> str:
-    """The headline figures: (value, what it is)."""
+    """Gives the headline figures: (value, what it is)."""
     tiles: list[tuple[str, str]] = []
     for name, measure, points in headlines(run):
         if best_of(measure.key, points) is not None:
@@ -126,14 +126,14 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _words(value: Any) -> str:
-    """A value of `diffvl.json` in one line."""
+    """Gives a value of `diffvl.json` in one line."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {_words(inner)}" for key, inner in value.items())
     return ", ".join(_words(inner) for inner in value) if isinstance(value, list) else str(value)
 
 
 def _card(sample: dict[str, Any]) -> str:
-    """One sample: image, question, truth and the answers, each marked right or wrong."""
+    """Shows one sample: image, question, truth and the answers, each marked right or wrong."""
     lines = [f"<dt>truth</dt><dd>{escape(sample['truth'])}</dd>"]
     for name, answer in answers_of(sample):
         style, mark = ("right", "✓") if is_exact(answer, sample["truth"]) else ("wrong", "✗")
@@ -143,7 +143,7 @@ def _card(sample: dict[str, Any]) -> str:
 
 
 def _image(path: Path) -> str:
-    """The image as the model saw it, inlined at most `IMAGE_SIDE` pixels a side. The page says so where the file is gone or
+    """Inlines the image as the model saw it, at most `IMAGE_SIDE` pixels a side. The page says so where the file is gone or
     no image."""
     try:
         flat = open_image(str(path), "report")

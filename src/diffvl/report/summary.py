@@ -14,7 +14,7 @@ TERMINAL_SAMPLES = 4
 
 
 def print_summary(directory: Path, console: Console) -> None:
-    """The run in a few lines: loss and evaluation first, last and best, some answers, where the report is.
+    """Prints the run in a few lines: loss and evaluation first, last and best, some answers, where the report is.
 
     Raises:
         CheckpointError: as `write_report`.

@@ -58,7 +58,7 @@ PROCESSOR_MAP = {"AutoProcessor": "processing_diffvl.DiffVLProcessor"}
 
 
 def partial(directory: Path) -> Path:
-    """Where a directory is built before it gets its name."""
+    """Gives the name under which a directory is built before it gets its own."""
     return directory.with_name(directory.name + PARTIAL)
 
 
@@ -96,8 +96,8 @@ def write_checkpoint(model: DiffVLForConditionalGeneration, processor: DiffVLPro
 
 
 def _generation_config(model: DiffVLForConditionalGeneration) -> GenerationConfig:
-    """The trunk's stop and pad ids, and what block decoding needs. Sampling settings of the AR model are not kept: they
-    were tuned for another decoder."""
+    """Keeps the trunk's stop and pad ids, and adds what block decoding needs. Sampling settings of the AR model are not kept:
+    they were tuned for another decoder."""
     config, own = model.config, model.language_model.generation_config
     pad = own.pad_token_id if own is not None else None
     return GenerationConfig(
@@ -110,7 +110,7 @@ def _generation_config(model: DiffVLForConditionalGeneration) -> GenerationConfi
 
 
 def write_state(directory: Path, recipe: Recipe, state: dict[str, Any]) -> None:
-    """`run.yaml` (the resolved recipe) and `diffvl.json` (where this came from)."""
+    """Writes `run.yaml` (the resolved recipe) and `diffvl.json` (where this came from)."""
     facts = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": machine.versions(),
@@ -153,7 +153,7 @@ def load_model(directory: Path, dtype: torch.dtype | None = None) -> DiffVLForCo
 
 
 def load_description(directory: Path) -> tuple[DiffVLConfig, DiffVLProcessor]:
-    """What `load_checkpoint` reads, without the weights."""
+    """Reads what `load_checkpoint` reads, but for the weights."""
     require_diffvl(directory)
     config, processor = _told(
         directory, lambda: (DiffVLConfig.from_pretrained(directory), DiffVLProcessor.from_pretrained(directory))
@@ -203,12 +203,12 @@ def _told(directory: Path, load: Callable[[], T]) -> T:
 
 
 def saved_dtype(directory: Path) -> torch.dtype:
-    """The dtype in which a checkpoint's weights are stored."""
+    """Gives the dtype in which a checkpoint's weights are stored."""
     return getattr(torch, read_json(directory / "config.json")["dtype"])
 
 
 def read_state(directory: Path) -> dict[str, Any]:
-    """`diffvl.json` of a finished directory. Raises CheckpointError if there is none."""
+    """Reads `diffvl.json` of a finished directory. Raises CheckpointError if there is none."""
     path = directory / STATE_FILE
     if not path.is_file():
         raise CheckpointError(f"{directory}: no {STATE_FILE} there; expected a directory that `diffvl convert` finished")
@@ -216,7 +216,7 @@ def read_state(directory: Path) -> dict[str, Any]:
 
 
 def newest_finished(runs: Path, stage: StageName) -> Path | None:
-    """The stage directory under `runs/*/` that was finished last, or None."""
+    """Finds the stage directory under `runs/*/` that was finished last, or None."""
     finished = [path.parent for path in runs.glob(f"*/{stage}/{STATE_FILE}")]
     return max(finished, key=lambda path: read_state(path)["created"], default=None)
 

@@ -31,7 +31,7 @@ NO_ROOM = {
 
 
 def no_room(error: BaseException | None) -> str | None:
-    """Why the disk takes no more, or None where the error is another one.
+    """Tells why the disk takes no more, or None where the error is another one.
 
     Rust and C++ libraries (safetensors, tokenizers, torch) hand the system's words on without its number, and some wrap them.
     """
@@ -126,7 +126,7 @@ def share(directory: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a checkpoint. Raises CheckpointError naming the file."""
+    """Reads a JSON object from a checkpoint. Raises CheckpointError naming the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -34,7 +34,7 @@ ADAPTER_FILE = "adapter_config.json"
 
 
 def load_config(name: str, trust_remote_code: bool, revision: str | None = None) -> PretrainedConfig:
-    """Configuration of a directory, a .gguf file or a hub id.
+    """Reads the configuration of a directory, a .gguf file or a hub id.
 
     Raises:
         CheckpointError: if there is none, or it cannot be read or fetched.
@@ -66,7 +66,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def _settings(name: str, revision: str | None) -> dict[str, Any]:
-    """config.json as it stands there."""
+    """Reads config.json as it stands there."""
     path = Path(name)
     if path.is_file():
         raise CheckpointError(f"{path}: expected a directory with config.json and weights, or a .gguf file")
@@ -101,7 +101,7 @@ def _require_token_ids(file: Path, settings: dict[str, Any]) -> None:
 
 
 def _refuse_adapter(name: str, revision: str | None) -> None:
-    """transformers loads an adapter beside the weights, or its base model in its place, without a word."""
+    """Refuses an adapter: transformers loads one beside the weights, or its base model in its place, without a word."""
     path = Path(name)
     if path.is_dir():
         file: str | None = str(path / ADAPTER_FILE) if (path / ADAPTER_FILE).is_file() else None
@@ -142,7 +142,7 @@ def refuse_quantized(name: str, settings: dict[str, Any]) -> None:
 
 
 def quantized(name: str, method: str) -> str:
-    """The message about quantized weights; it names the original where the README does."""
+    """Gives the message about quantized weights; it names the original where the README does."""
     original = _base_model(Path(name) / "README.md")
     where = f" ({original}, says its README.md)" if original else ""
     return (
@@ -163,7 +163,7 @@ def _method(found: Any) -> str:
 
 
 def _base_model(readme: Path) -> str | None:
-    """`base_model` in the front matter of a model card."""
+    """Reads `base_model` in the front matter of a model card."""
     if not readme.is_file():
         return None
     parts = readme.read_text(encoding="utf-8", errors="replace").split("---", 2)
@@ -208,7 +208,7 @@ def told(name: str, load: Callable[[], T]) -> T:
 
 @contextmanager
 def quiet_report() -> Iterator[None]:
-    """transformers prints what does not fit as a table; it is told in one message instead."""
+    """Silences transformers, which prints what does not fit as a table; it is told in one message instead."""
     before = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     try:

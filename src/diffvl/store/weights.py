@@ -48,7 +48,7 @@ def check_trunk(name: str, config: PretrainedConfig, revision: str | None = None
 
 
 def check_tower(name: str, config: PretrainedConfig) -> None:
-    """The same for `load_tower`."""
+    """Gives the same for `load_tower`."""
     _check(AutoModel, name, config, None)
 
 
@@ -70,7 +70,8 @@ def _check(auto_class: Any, name: str, config: PretrainedConfig, revision: str |
 
 
 def _hub_headers(name: str, revision: str | None) -> Headers | None:
-    """Headers of a hub checkpoint, of which the beginning of each file is fetched; None where the hub does not give them."""
+    """Reads the headers of a hub checkpoint, of which the beginning of each file is fetched; None where the hub does not give
+    them."""
     try:
         found = huggingface_hub.get_safetensors_metadata(name, revision=revision)
     except (OSError, NO_CONNECTION, NotASafetensorsRepoError, SafetensorsParsingError):
@@ -90,7 +91,7 @@ def _refuse_odd_types(name: str, headers: Headers) -> None:
 
 
 def _load_empty(auto_class: Any, name: str, config: PretrainedConfig, headers: Headers) -> tuple[Any, dict[str, Any]]:
-    """transformers' loader on tensors without content; the model, and what it found."""
+    """Runs transformers' loader on tensors without content; the model, and what it found."""
     try:
         with torch.device("meta"):
             model_class = type(auto_class.from_config(copy.deepcopy(config)))
@@ -136,7 +137,7 @@ def _require_fit(name: str, model: PreTrainedModel, info: dict[str, Any], header
 
 
 def _kind(key: str) -> str:
-    """A tensor's name without the numbers of layers."""
+    """Gives a tensor's name without the numbers of layers."""
     return re.sub(r"\.\d+(?=\.|$)", ".#", key)
 
 
@@ -160,7 +161,8 @@ def _shape(sizes: Any) -> str:
 
 
 def _file_key(key: str, file_keys: Headers) -> str | None:
-    """The name in the files of a parameter of the model, which may have a prefix more or less there; None where it has no own."""
+    """Gives the name in the files of a parameter of the model, which may have a prefix more or less there; None where it has no
+    own."""
     if key in file_keys:
         return key
     found = [other for other in file_keys if other.endswith(f".{key}") or key.endswith(f".{other}")]
@@ -194,7 +196,7 @@ def _require_tied(name: str, model: Any, headers: Headers | None = None) -> None
 
 
 def load_trunk(name: str, config: PretrainedConfig, revision: str | None = None) -> PreTrainedModel:
-    """The AR checkpoint as a stock causal LM in its own dtype; a .gguf file is dequantised."""
+    """Loads the AR checkpoint as a stock causal LM in its own dtype; a .gguf file is dequantised."""
     path = Path(name)
     model = _load_gguf(path) if is_gguf(path) else _load(AutoModelForCausalLM, name, config=config, revision=revision)
     require_finite(name, model)
@@ -202,7 +204,7 @@ def load_trunk(name: str, config: PretrainedConfig, revision: str | None = None)
 
 
 def tower_config(name: str, trust_remote_code: bool) -> PretrainedConfig:
-    """Configuration of a vision model with patch tokens; of a two-tower model (CLIP, SigLIP) that of the vision half.
+    """Reads the configuration of a vision model with patch tokens; of a two-tower model (CLIP, SigLIP) that of the vision half.
 
     Raises:
         CheckpointError, UnsupportedModelError.
@@ -221,7 +223,7 @@ def tower_config(name: str, trust_remote_code: bool) -> PretrainedConfig:
 
 
 def load_tower(name: str, config: PretrainedConfig) -> PreTrainedModel:
-    """The vision model of `tower_config` with its weights."""
+    """Loads the vision model of `tower_config` with its weights."""
     model = _load(AutoModel, name, config=config)
     require_finite(name, model)
     return model
@@ -259,7 +261,7 @@ def _load_gguf(path: Path) -> PreTrainedModel:
 
 @torch.no_grad()
 def not_finite(model: torch.nn.Module) -> str | None:
-    """The first parameter or buffer with a value that is no finite number, with its place; None where all are."""
+    """Gives the first parameter or buffer with a value that is no finite number, with its place; None where all are."""
     for name, tensor in model.state_dict().items():
         if not tensor.is_floating_point() or tensor.numel() == 0:
             continue

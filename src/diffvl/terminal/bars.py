@@ -86,12 +86,12 @@ def track(
 
 
 def number(value: float, digits: int = 4) -> str:
-    """So many significant digits; a whole number in full."""
+    """Writes a figure with `digits` significant digits; a whole number in full."""
     if float(value).is_integer() and abs(value) < 1e12:
         return f"{value:,.0f}"
     return f"{value:.{digits}g}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def duration(seconds: float) -> str:
-    """h:mm:ss"""
+    """Writes seconds as h:mm:ss."""
     return str(timedelta(seconds=round(seconds)))
