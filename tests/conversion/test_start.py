@@ -1,9 +1,6 @@
 """The start of a run: its data is read and measured once and by one process, its model is loaded once."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -17,8 +14,8 @@ import tiny_runs
 from helpers import QUIET
 from tiny_runs import record, stage, succeed, write_data, write_recipe
 from transformers import AutoImageProcessor, AutoTokenizer
+from two_processes import on_two_processes
 
-from diffvl.cli import main as cli
 from diffvl.config.recipe import Data
 from diffvl.conversion.samples import SAMPLE_SETTINGS
 from diffvl.data import lengths, table
@@ -126,33 +123,6 @@ def test_barriers_are_patient(monkeypatch: pytest.MonkeyPatch):
 # --- two processes ---------------------------------------------------------------------------------------------------------
 
 
-def on_two_processes(*words: object) -> list[tuple[int, str, str]]:
-    """(exit code, stdout, stderr) of each process of a command (gloo)."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    meeting |= {"PYTHONPATH": str(Path(cli.__file__).parents[2])}
-    program = [sys.executable, "-m", "diffvl.cli.main", *map(str, words)]
-    started = [
-        subprocess.Popen(
-            program,
-            env={**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [one.communicate(timeout=400) for one in started]
-    finally:
-        for one in started:
-            one.kill()
-            one.wait()
-    return [(one.returncode, out, err) for one, (out, err) in zip(started, said, strict=True)]
-
-
 def test_a_command_on_two_processes(source: Callable[[str], Path], tower: Path, tmp_path: Path):
     """One reads, measures, prepares and answers, the other waits; a mistake that one finds ends both."""
     file = write_data(tmp_path, *[record()] * 5)
@@ -161,10 +131,11 @@ def test_a_command_on_two_processes(source: Callable[[str], Path], tower: Path, 
     )
     words = ("convert", source("llama"), "--recipe", recipe, "--out", tmp_path / "out")
     bad = write_data(tmp_path, record(), record(answer=""), name="bad.json")
-    ended = on_two_processes(*words, "--data", bad)
-    assert [code for code, _, _ in ended] == [2, 2]
-    assert all("bad.json:3: turn 2: empty answer" in err and "Traceback" not in err for _, _, err in ended)
+    program = (sys.executable, "-m", "diffvl.cli.main", *words)
+    ended = on_two_processes([*program, "--data", bad])
+    assert [one.code for one in ended] == [2, 2]
+    assert all("bad.json:3: turn 2: empty answer" in one.err and "Traceback" not in one.err for one in ended)
     assert not (tmp_path / "out").exists()
-    ended = on_two_processes(*words)
-    assert [code for code, _, _ in ended] == [0, 0], ended
-    assert ended[1][1] == "" and len((tmp_path / "out" / "diffuse" / "samples.jsonl").read_text().splitlines()) == 1
+    ended = on_two_processes(program)
+    assert [one.code for one in ended] == [0, 0], ended
+    assert ended[1].out == "" and len((tmp_path / "out" / "diffuse" / "samples.jsonl").read_text().splitlines()) == 1

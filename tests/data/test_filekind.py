@@ -108,6 +108,11 @@ def test_a_record_with_objects_in_it_is_a_record(tmp_path: Path) -> None:
         ("a.zip", "it is packed: unpack it"),
         ("a.parquet", "it is a table: write its rows into a .jsonl file"),
         ("a.tsv", "it is a table"),
+        (
+            "a.csv",
+            "a.csv: unknown kind of data file '.csv'; expected .json (one list) or .jsonl (one object per line); it is a table: "
+            "write its rows into a .jsonl file, one object per line, and its images into files",
+        ),
         ("a.ndjson", "it has one object per line, it seems: name it .jsonl"),
         ("a.yaml", "expected .json (one list) or .jsonl (one object per line)"),
     ],
@@ -120,7 +125,7 @@ def test_names_of_another_kind(name: str, says: str, tmp_path: Path) -> None:
 
 
 def test_what_ends_a_file_is_marked(tmp_path: Path) -> None:
-    """Behind a broken element of a list nothing can be placed; a broken line is one record."""
+    """After a broken element of a list nothing can be placed; a broken line is one record."""
     path = tmp_path / "train.json"
     path.write_text(f"[{LINE},\n{{oops}},\n{LINE}]")
     *_, (_, error) = read_objects(path)
