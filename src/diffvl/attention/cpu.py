@@ -4,7 +4,7 @@ FlexAttention has no backward on a CPU, and a dense mask computes everything tha
 into groups, and each group looks at its keys in parts that need no mask where all is allowed: the clean stream of a sample is one
 call of the causal kernel, plus the few keys after the diagonal that a block shows its own tokens. The parts of a group are
 joined by their log-sum-exps: the softmax over all keys is the parts' own, weighted (FlashAttention, arXiv 2205.14135, section
-3.1). tests/test_attention.py holds values and gradients against dense attention.
+3.1). tests/attention/test_attention.py holds values and gradients against dense attention.
 
 Shapes: B batch, H heads, T tokens, Q queries of a group, K keys of a part, QT and KT tiles, n tiles of a band, w their width.
 """
@@ -98,13 +98,13 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         q, k, v, output, sums = ctx.saved_tensors
-        of_q, of_k, of_v = (torch.zeros_like(state) for state in (q, k, v))
+        q_gradient, k_gradient, v_gradient = (torch.zeros_like(state) for state in (q, k, v))
         for group in ctx.plan:
             rows = (slice(None), slice(None), group.queries)
             given = gradient[rows], q[rows], output[rows], sums[rows]
             for part in group.parts:
-                of_q[rows] += part.gradients(*given, k, v, of_k, of_v, ctx.scale)
-        return of_q, of_k, of_v, None, None
+                q_gradient[rows] += part.gradients(*given, k, v, k_gradient, v_gradient, ctx.scale)
+        return q_gradient, k_gradient, v_gradient, None, None
 
 
 # --- parts -------------------------------------------------------------------------------------------------------------------
@@ -135,8 +135,8 @@ class Slab:
         log_sum: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        of_k: torch.Tensor,
-        of_v: torch.Tensor,
+        k_gradient: torch.Tensor,
+        v_gradient: torch.Tensor,
         scale: float | None,
     ) -> torch.Tensor:
         """Gives the share of the queries' gradient; those of the keys and values are added in place."""
@@ -144,8 +144,8 @@ class Slab:
         bias = _bias(self.allowed, self.biases, q.dtype)
         given = (gradient, q, k[columns], v[columns], output, log_sum)
         share, keys, values = _flash_backward(*given, 0.0, self.causal, attn_mask=bias, scale=scale)
-        of_k[columns] += keys
-        of_v[columns] += values
+        k_gradient[columns] += keys
+        v_gradient[columns] += values
         return share
 
 
@@ -176,8 +176,8 @@ class Band:
         log_sum: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        of_k: torch.Tensor,
-        of_v: torch.Tensor,
+        k_gradient: torch.Tensor,
+        v_gradient: torch.Tensor,
         scale: float | None,
     ) -> torch.Tensor:
         """Does as Slab's."""
@@ -185,8 +185,8 @@ class Band:
         keys, values = (self._cut(state[:, :, self.keys], self.allowed.shape[-1]) for state in (k, v))
         sums = self._tiled(log_sum[..., None])[..., 0].contiguous()
         given = (self._tiled(gradient), self._tiled(q), keys, values, self._tiled(output), sums)
-        share, of_keys, of_values = _flash_backward(*given, 0.0, False, attn_mask=bias, scale=scale)
-        for total, one in ((of_k, of_keys), (of_v, of_values)):
+        share, key_share, value_share = _flash_backward(*given, 0.0, False, attn_mask=bias, scale=scale)
+        for total, one in ((k_gradient, key_share), (v_gradient, value_share)):
             flat = one.unflatten(0, (len(q), -1)).transpose(1, 2).flatten(2, 3)
             total.index_add_(2, self.keys, flat.to(total.dtype))
         return self._joined(share, q)

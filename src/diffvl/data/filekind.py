@@ -51,9 +51,9 @@ def check_bytes(path: Path) -> None:
     with path.open("rb") as file:
         head = file.read(_HEAD)
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    for starts, words in _MAGIC:
+    for starts, meaning in _MAGIC:
         if head.startswith(starts) or start.startswith(starts):
-            raise DataError(f"{path}: {words}", KIND)
+            raise DataError(f"{path}: {meaning}", KIND)
     if b"\0" in head:
         raise DataError(f"{path}: is no UTF-8 text (it holds zero bytes): save the file as UTF-8 JSON", KIND)
 

@@ -26,10 +26,12 @@ def lengths_of(table: RecordTable, processor: DiffVLProcessor, console: Console)
     file = cache_folder() / f"{_name(table, processor)}.npy"
     if file.exists():
         return numpy.load(file)
-    shown = console if len(table.usable) >= _BAR_FROM else terminal.console(quiet=True)
-    rows = table.usable
-    measured = map_places(partial(_measure, table, rows, processor), len(rows), _PAYS_FROM, shown, f"measuring {table.path.name}")
-    lengths = numpy.fromiter(measured, dtype=numpy.int32, count=len(rows))
+    bar_console = console if len(table.usable) >= _BAR_FROM else terminal.console(quiet=True)
+    indices = table.usable
+    measured = map_places(
+        partial(_measure, table, indices, processor), len(indices), _PAYS_FROM, bar_console, f"measuring {table.path.name}"
+    )
+    lengths = numpy.fromiter(measured, dtype=numpy.int32, count=len(indices))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file, shared=True) as beside, beside.open("wb") as opened:
@@ -39,9 +41,9 @@ def lengths_of(table: RecordTable, processor: DiffVLProcessor, console: Console)
     return lengths
 
 
-def _measure(table: RecordTable, rows: numpy.ndarray, processor: DiffVLProcessor, place: int) -> int:
+def _measure(table: RecordTable, indices: numpy.ndarray, processor: DiffVLProcessor, place: int) -> int:
     try:
-        return len(encode_record(table[int(rows[place])], processor).ids)
+        return len(encode_record(table[int(indices[place])], processor).ids)
     except DataError:
         return REFUSED
 

@@ -295,8 +295,8 @@ def _paired(turns: tuple[Turn, ...], images: list[str]) -> tuple[tuple[Turn, ...
         del kept[-1]
     if len(kept) == start:
         raise DataError("no question with an answer in it; remove the record", _ORDER)
-    shown = sum(count_markers(turn.text) for turn in kept if turn.role == "user")
-    return tuple(kept), images[:shown], left_out
+    num_images = sum(count_markers(turn.text) for turn in kept if turn.role == "user")
+    return tuple(kept), images[:num_images], left_out
 
 
 def _check_order(turns: tuple[Turn, ...], left_out: int) -> None:

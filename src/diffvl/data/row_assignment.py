@@ -1,7 +1,7 @@
 """Which samples share a row: first fit, by a tree over the room that is left in the rows.
 
-The rows are a function of the lengths and the order alone. So the packer has no state to lose: what a resumed run packs is what
-the interrupted one packed, and the position of the sampler among the rows is the packer's position.
+The rows are a function of the lengths and the order alone. So packing has no state to lose: what a resumed run packs is what
+the interrupted one packed.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """Data file -> a memory-mapped table of its records, which every process opens and none holds in memory.
 
 The table lies in the cache folder of `datasets` and is built once for each content of the data file: a file that was touched, or
-copied over itself, is not read again. A row is a record, or what is wrong with it, so the number of a row is the number of the
-record in its file, whatever is left out.
+copied over itself, is not read again. An entry is a record, or what is wrong with it, so the number of an entry is the number of
+the record in its file, whatever is left out.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from diffvl.store.files import replacing
 from diffvl.terminal import console as terminal
 from diffvl.terminal.bars import track
 
-_NUM_ROWS = 1024  # records per Arrow batch
+_BATCH_ENTRIES = 1024  # records per Arrow batch
 _BAR_FROM = 5000  # records; fewer are read before a bar could be seen
 _CHUNK = 1 << 20  # bytes
 _QUIET = terminal.console(quiet=True)
@@ -39,19 +39,19 @@ _READING = ("image_folder", "unpaired_turns")  # settings of `Data` by which a f
 _FORMAT = 3  # of the Arrow cache: raise it when what is read out of a file changes
 _SCHEMA = pa.schema(
     [
-        ("record", pa.string()),  # JSON of the fields of Record but for images; null in the row of a problem
+        ("record", pa.string()),  # JSON of the fields of Record but for images; null for a problem
         ("images", pa.list_(pa.string())),
-        ("problem", pa.string()),  # JSON of the fields of Problem but for path and number; null in the row of a record
-        ("digest", pa.uint64()),  # of what training sees of the record; 0 in the row of a problem
+        ("problem", pa.string()),  # JSON of the fields of Problem but for path and number; null for a record
+        ("digest", pa.uint64()),  # of what training sees of the record; 0 for a problem
     ]
 )
 
 
 class RecordTable(Sequence[Record]):
-    """All records of a data file, read as they are asked for. `usable` are the rows that hold one.
+    """All records of a data file, read as they are asked for. `usable` are the entries that hold one.
 
-    usable: row numbers, rising, int64. digests [rows], uint64: equal where training would see the same (images by their names
-    below the image folder); 0 at problems. path: the data file, bytes_digest: of its bytes.
+    usable: numbers of entries, rising, int64. digests [entries], uint64: equal where training would see the same (images by
+    their names below the image folder); 0 at problems. path: the data file, bytes_digest: of its bytes.
     """
 
     def __init__(self, file: Path, path: Path, bytes_digest: str) -> None:
@@ -73,11 +73,11 @@ class RecordTable(Sequence[Record]):
     def __getitem__(self, index: slice) -> list[Record]: ...
     def __getitem__(self, index: int | slice) -> Record | list[Record]:
         if isinstance(index, slice):
-            return [self[row] for row in range(*index.indices(len(self)))]
+            return [self[number] for number in range(*index.indices(len(self)))]
         if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
+            raise IndexError(f"entry {index} of {len(self)}")
         text = self._table.column("record")[index].as_py()
-        assert text is not None, f"row {index} holds a problem"
+        assert text is not None, f"entry {index} holds a problem"
         fields = json.loads(text)
         turns = tuple(Turn(**turn) for turn in fields.pop("turns"))
         return Record(**fields, turns=turns, images=tuple(self._table.column("images")[index].as_py()))
@@ -86,7 +86,9 @@ class RecordTable(Sequence[Record]):
     def problems(self) -> list[Problem]:
         bad = numpy.flatnonzero(self._table.column("problem").is_valid().to_numpy())
         texts = self._table.column("problem").take(pa.array(bad)).to_pylist()
-        return [Problem(path=self.path, number=int(row) + 1, **json.loads(text)) for row, text in zip(bad, texts, strict=True)]
+        return [
+            Problem(path=self.path, number=int(index) + 1, **json.loads(text)) for index, text in zip(bad, texts, strict=True)
+        ]
 
     @cached_property
     def content(self) -> str:
@@ -224,15 +226,15 @@ def _write_table(path: Path, table: Path, reading: dict[str, Any], console: Cons
                 column.clear()
 
         for item in track(console, parse_file(path, **reading), expected, f"reading {path.name}"):
-            row = _problem_row(item) if isinstance(item, Problem) else _record_row(item, images_below)
-            for column, value in zip(columns, row, strict=True):
+            entry = _problem_entry(item) if isinstance(item, Problem) else _record_entry(item, images_below)
+            for column, value in zip(columns, entry, strict=True):
                 column.append(value)
-            if len(columns[0]) == _NUM_ROWS:
+            if len(columns[0]) == _BATCH_ENTRIES:
                 write()
         write()
 
 
-def _record_row(record: Record, images_below: str) -> tuple[str, tuple[str, ...], None, int]:
+def _record_entry(record: Record, images_below: str) -> tuple[str, tuple[str, ...], None, int]:
     """Turns a record into JSON field by field, so that a field more in Record or Turn is kept without a word here."""
     fields = {**vars(record), "turns": [vars(turn) for turn in record.turns]}
     images = fields.pop("images")
@@ -244,6 +246,6 @@ def _record_row(record: Record, images_below: str) -> tuple[str, tuple[str, ...]
     return text, images, None, int.from_bytes(hashlib.blake2b(facts, digest_size=8).digest(), "little") or 1
 
 
-def _problem_row(problem: Problem) -> tuple[None, None, str, int]:
+def _problem_entry(problem: Problem) -> tuple[None, None, str, int]:
     fields = {key: value for key, value in vars(problem).items() if key not in ("path", "number")}
     return None, None, json.dumps(fields), 0

@@ -158,9 +158,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--trunk", choices=TRUNKS, default="qwen2")
     parser.add_argument("--tower", choices=(*TOWERS, FULL_CLIP), default="siglip")
     parser.add_argument("--seed", type=int, default=0)
-    words = parser.parse_args(argv)
-    print(make_trunk(words.out / f"trunk-{words.trunk}", words.trunk, words.seed))
-    print(make_tower(words.out / f"tower-{words.tower}", words.tower, words.seed))
+    arguments = parser.parse_args(argv)
+    print(make_trunk(arguments.out / f"trunk-{arguments.trunk}", arguments.trunk, arguments.seed))
+    print(make_tower(arguments.out / f"tower-{arguments.tower}", arguments.tower, arguments.seed))
 
 
 def _trunk_settings(model_type: str) -> dict:

@@ -84,8 +84,8 @@ def _run(name: str, check: Callable[[], Check]) -> Check:
 
 def first_line(error: BaseException) -> str:
     """Tells what an exception says, on one line of bounded length."""
-    words = " ".join(str(error).split())
-    return f"{type(error).__name__}: {words}"[:300] if words else type(error).__name__
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:300] if text else type(error).__name__
 
 
 # --- checks with training's own masks ------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from diffvl.store.published import load_config
 from diffvl.store.tensorfiles import has_weights
 
 ONLY_CONFIGURATION = "there are no weights beside config.json: only the architecture was judged"
-Answer = Literal["supported", "not supported", "unknown"]
+Support = Literal["supported", "not supported", "unknown"]
 
 # Refused for what the rest of diffvl cannot do yet: whether their attention follows masks is worth measuring all the same.
 MEASURED_ANYWAY = {
@@ -53,7 +53,7 @@ class Verdict:
 
     model: str
     model_type: str
-    answer: Answer
+    answer: Support
     kind: str = ""
     reason: str = ""
     limit: int | None = None
@@ -163,8 +163,8 @@ def judge(model: str, config: PretrainedConfig, trust_remote_code: bool = False)
     except (UnsupportedModelError, *MODEL_FAULTS) as error:
         if refused is not None:
             return verdict
-        words = f"{kind}: no tiny copy of it could be built ({first_line(error)})"
-        return replace(verdict, answer="unknown", kind="no tiny copy", reason=words)
+        message = f"{kind}: no tiny copy of it could be built ({first_line(error)})"
+        return replace(verdict, answer="unknown", kind="no tiny copy", reason=message)
     if refused is not None:
         return verdict
     if not all(check.passed for check in verdict.checks):
@@ -172,8 +172,8 @@ def judge(model: str, config: PretrainedConfig, trust_remote_code: bool = False)
         answer, found = diagnose(build(config, trust_remote_code), verdict.checks)
         return replace(verdict, answer=answer, kind=found.kind, reason=f"{kind}: {found.message}")
     if found := exact_up_to(config):
-        words = f"exact while clean and noisy tokens together are at most {found[1]:,} ({found[0]} in its config.json)"
-        return replace(verdict, limit=found[1], reason=words)
+        message = f"exact while clean and noisy tokens together are at most {found[1]:,} ({found[0]} in its config.json)"
+        return replace(verdict, limit=found[1], reason=message)
     return verdict
 
 
@@ -190,7 +190,7 @@ def exact_up_to(config: PretrainedConfig) -> tuple[str, int] | None:
 # --- why not -------------------------------------------------------------------------------------------------------------
 
 
-def diagnose(trunk: PreTrainedModel, checks: tuple[Check, ...]) -> tuple[Answer, Refusal]:
+def diagnose(trunk: PreTrainedModel, checks: tuple[Check, ...]) -> tuple[Support, Refusal]:
     """Finds the reason for failed checks, by experiments on the copy."""
     failed = {check.name: check for check in checks if not check.passed}
     try:
@@ -200,8 +200,8 @@ def diagnose(trunk: PreTrainedModel, checks: tuple[Check, ...]) -> tuple[Answer,
         return "unknown", Refusal("no tiny copy", f"its tiny copy does not run ({first_line(error)})")
     if all(check.fault for check in failed.values()) and "AR parity" in failed:
         fault = failed["AR parity"].fault
-        words = f"its code takes no mask with an entry for every two tokens (it said: {fault})"
-        return "not supported", Refusal("takes no 4-D mask", words)
+        message = f"its code takes no mask with an entry for every two tokens (it said: {fault})"
+        return "not supported", Refusal("takes no 4-D mask", message)
     for experiment in EXPERIMENTS:
         if found := experiment(trunk, failed):
             return "not supported", found
@@ -249,8 +249,8 @@ def _looks_ahead(trunk: PreTrainedModel, failed: dict[str, Check]) -> Refusal | 
     if not moved > TOLERANCE:
         return None
     hint = "; as a decoder it needs is_decoder: true" if getattr(trunk.config, "is_decoder", True) is False else ""
-    words = f"it is not autoregressive: its own tokens see later ones (they move by {moved:.2g} std){hint}"
-    return Refusal("not autoregressive", words)
+    message = f"it is not autoregressive: its own tokens see later ones (they move by {moved:.2g} std){hint}"
+    return Refusal("not autoregressive", message)
 
 
 @torch.no_grad()
@@ -270,8 +270,8 @@ def _keeps_causal(trunk: PreTrainedModel, failed: dict[str, Check]) -> Refusal |
     before, after = (plain_forward(trunk, line, lambda q, k: True) for line in (tokens, other))
     if not spread((after - before)[0], before) <= TOLERANCE:
         return None
-    words = "it keeps a causal mask of its own, whatever mask it is given: the tokens of a noisy block cannot see each other"
-    return Refusal("causal mask of its own", words)
+    message = "it keeps a causal mask of its own, whatever mask it is given: the tokens of a noisy block cannot see each other"
+    return Refusal("causal mask of its own", message)
 
 
 @torch.no_grad()
@@ -280,8 +280,8 @@ def _other_positions(trunk: PreTrainedModel, failed: dict[str, Check]) -> Refusa
     spaced = [replace(token, position=3 * token.position) for token in tokens]
     causal = plain_forward(trunk, tokens, _causal)
     if "direct forward" in failed and spread(plain_forward(trunk, spaced, _causal) - causal, causal) < TOLERANCE:
-        words = "it ignores position_ids, but a noised block must stand at the positions of its clean copy"
-        return Refusal("ignores position_ids", words)
+        message = "it ignores position_ids, but a noised block must stand at the positions of its clean copy"
+        return Refusal("ignores position_ids", message)
     if "AR parity" not in failed:
         return None
     native = native_logits(trunk, torch.tensor([[token.id for token in tokens]]))[0]
@@ -291,8 +291,8 @@ def _other_positions(trunk: PreTrainedModel, failed: dict[str, Check]) -> Refusa
     shifted = plain_forward(trunk, [replace(token, position=token.position + first) for token in tokens], _causal)
     if not spread(shifted - native, native) <= TOLERANCE:
         return None
-    words = "its positions do not start at 0 but one after pad_token_id, as in RoBERTa; diffvl gives positions from 0"
-    return Refusal("positions that do not start at 0", words)
+    message = "its positions do not start at 0 but one after pad_token_id, as in RoBERTa; diffvl gives positions from 0"
+    return Refusal("positions that do not start at 0", message)
 
 
 EXPERIMENTS: tuple[Callable[[PreTrainedModel, dict[str, Check]], Refusal | None], ...] = (

@@ -67,8 +67,8 @@ def judge_type(model_type: str) -> Verdict:
     try:
         config = default_config(model_type)
     except MODEL_FAULTS as error:
-        words = f"{model_type}: its default configuration cannot be made ({first_line(error)})"
-        return Verdict(model_type, model_type, "unknown", "no configuration", words)
+        message = f"{model_type}: its default configuration cannot be made ({first_line(error)})"
+        return Verdict(model_type, model_type, "unknown", "no configuration", message)
     found = judge(model_type, config)
     return Verdict(**{**vars(found), "model_type": model_type, "seconds": time.perf_counter() - start})
 
@@ -114,10 +114,10 @@ class Child:
 
     def __init__(self, judged_by: Judge) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would share torch's threads
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, judged_by), daemon=True)
+        self.connection, child_end = context.Pipe()
+        self.process = context.Process(target=serve, args=(child_end, judged_by), daemon=True)
         self.process.start()
-        theirs.close()
+        child_end.close()
         if not self.connection.poll(SECONDS_TO_START) or self._received() != "ready":
             self.end()
             raise RuntimeError("the process that probes models did not start")
@@ -231,9 +231,11 @@ def _almost(verdicts: Sequence[Verdict]) -> str:
         for verdict in _of(verdicts, "not supported")
         if verdict.attention_holds
     ]
-    words = "Masks and positions steer these as they should; something else stands in the way (next section).\n\n"
+    introduction = "Masks and positions steer these as they should; something else stands in the way (next section).\n\n"
     return (
-        "## Attention passes, refused for another reason\n\n" + words + _table(("model type", "class", "probed as", "why"), rows)
+        "## Attention passes, refused for another reason\n\n"
+        + introduction
+        + _table(("model type", "class", "probed as", "why"), rows)
     )
 
 
@@ -252,10 +254,10 @@ def _refused(verdicts: Sequence[Verdict]) -> str:
 
 def _unknown(verdicts: Sequence[Verdict]) -> str:
     rows = [(f"`{verdict.model_type}`", _class(verdict), verdict.reason) for verdict in _of(verdicts, "unknown")]
-    words = (
+    introduction = (
         "The tiny copy could not be made or run, so nothing is claimed; `diffvl doctor` on a real checkpoint may do better.\n\n"
     )
-    return "## Unknown\n\n" + words + _table(("model type", "class", "what happened"), rows)
+    return "## Unknown\n\n" + introduction + _table(("model type", "class", "what happened"), rows)
 
 
 def _class(verdict: Verdict) -> str:

@@ -32,7 +32,7 @@ from diffvl.terminal import console as terminal
 from diffvl.terminal.bars import track
 
 BATCH_SIZE = 8
-SHOWN_SAMPLES = 12
+NUM_SAMPLES = 12
 
 
 def evaluate_directory(directory: Path, data: Path, limit: int | None, settings: DecodeSettings) -> dict[str, float | int | str]:
@@ -128,7 +128,7 @@ def held_out_answers(
     Raises:
         DataError: if one of the records cannot be used and is not to be left out.
     """
-    shown: list[dict[str, Any]] = []
+    answered: list[dict[str, Any]] = []
     records = _chosen(held_out, data)
     chunks = [records[start : start + BATCH_SIZE] for start in range(0, len(records), BATCH_SIZE)]
     for chunk in track(console, chunks, len(chunks), "answering held-out questions"):
@@ -136,7 +136,7 @@ def held_out_answers(
         chats = [chat_before(record, turn) for record, turn in zip(chunk, turns, strict=True)]
         answers = answer_chats(decoder, chats, settings, shorten=True)
         for record, turn, given in zip(chunk, turns, answers, strict=True):
-            shown.append(
+            answered.append(
                 {
                     "image": record.images[0] if record.images else None,
                     "question": "".join(pieces_between(record.turns[turn - 1].text)).strip(),
@@ -144,13 +144,13 @@ def held_out_answers(
                     "answer": given.text,
                 }
             )
-    return shown
+    return answered
 
 
 def _chosen(held_out: SampleDataset, data: Data) -> list[Record]:
-    """Gives up to SHOWN_SAMPLES records from all over the set; those that cannot be used are left out, by the rule of
+    """Gives up to NUM_SAMPLES records from all over the set; those that cannot be used are left out, by the rule of
     `on_error`."""
-    count = min(SHOWN_SAMPLES, len(held_out))
+    count = min(NUM_SAMPLES, len(held_out))
     stride = len(held_out) / count
     chosen = []
     for place in (int(number * stride) for number in range(count)):

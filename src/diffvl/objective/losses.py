@@ -2,7 +2,7 @@
 
 `ar` is next-token cross-entropy on answers. `block_diffusion` is the masked-token objective of BD3-LM, SDAR-VL and
 DiffusionVL, on the short layout: the clean stream once, then only the blocks that hold answer tokens. Both ask the head for
-the rows that carry loss and no others.
+the places that carry loss and no others.
 
 Shapes: S samples, L clean length, R noisy length, W = L + R for each noisy copy; packed into B rows of T tokens; M predicted
 tokens, V vocabulary.
@@ -130,7 +130,7 @@ def block_diffusion(model: Any, config: DiffVLConfig, batch: Batch, objective: B
     # 4. One forward; the head runs where a masked token is predicted, and for the AR term where an answer's token follows.
     clean_length, noisy_length = ids.shape[1], stream.source.shape[1]
     at = [
-        packed.place[predicting_rows(stream, copy.masked, objective.target, clean_length + number * noisy_length)]
+        packed.place[predicting_places(stream, copy.masked, objective.target, clean_length + number * noisy_length)]
         for number, copy in enumerate(copies)
     ]
     targets = [clean_of_noisy[copy.masked] for copy in copies]
@@ -176,23 +176,23 @@ def corrupt(stream: NoisyStream, objective: BlockDiffusionObjective, draw: Draw,
     corruption, or two with complementary masks."""
     masked = torch.zeros_like(stream.eligible)
     p = torch.ones(stream.eligible.shape, dtype=torch.float64, device=stream.block.device)
-    for row, sample in enumerate(samples.tolist()):
-        length = int(stream.valid[row].sum())
+    for number, sample in enumerate(samples.tolist()):
+        length = int(stream.valid[number].sum())
         generator = sample_generator(draw.seed, draw.step, sample)
-        blocks, block_R = torch.unique(stream.block[row, :length].cpu(), return_inverse=True)
-        eligible_R = stream.eligible[row, :length].cpu()
+        blocks, block_R = torch.unique(stream.block[number, :length].cpu(), return_inverse=True)
+        eligible_R = stream.eligible[number, :length].cpu()
         num_blocks = int(blocks[-1]) + 1 if len(blocks) else 0  # text after the last answer is not counted
         t_K = mask_ratios(objective.noise, blocks, num_blocks, draw.progress, generator)
         p_R = mask_probabilities(t_K, block_R, eligible_R, objective.position_bias)
         masked_R = masked_tokens(p_R, eligible_R, generator)
-        p[row, :length] = p_R.to(p.device)
-        masked[row, :length] = masked_R.to(masked.device)
+        p[number, :length] = p_R.to(p.device)
+        masked[number, :length] = masked_R.to(masked.device)
     if not objective.complementary:
         return [Corruption(masked, p)]
     return [Corruption(masked, p), Corruption(stream.eligible & ~masked, 1 - p)]
 
 
-def predicting_rows(
+def predicting_places(
     stream: NoisyStream, masked: torch.Tensor, target: str, noisy_start: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tells where in the samples' streams [S, W] the prediction of each masked token is read, in row-major order of these tokens.
@@ -236,7 +236,7 @@ def _predict(
     at_M: torch.Tensor,
     targets_M: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Runs one forward: cross-entropy of each target at its row, [M] with the graph, and whether it is the likeliest token,
+    """Runs one forward: cross-entropy of each target at its place, [M] with the graph, and whether it is the likeliest token,
     [M]."""
     ids = packed.moved(ids_SW, 0)
     dtype = scores_dtype(model, ids.device.type)

@@ -113,14 +113,18 @@ def read_parts(source: Source, recipe: Recipe, config: PretrainedConfig | None =
     tower_config, image_processor = load_tower_parts(source)
     weights.check_tower(source.vision_tower, tower_config)
     image_size = square_processor(image_processor, tower_config, recipe.prepare)
-    rows = config.get_text_config(decoder=True).vocab_size
-    stop, known = stop_token(tokenizer), min(len(tokenizer), rows)
-    if len(tokenizer) > rows:
-        missing = f"the {len(tokenizer) - rows:,} missing rows are added and start at the mean of the others"
+    table_size = config.get_text_config(decoder=True).vocab_size
+    stop, known = stop_token(tokenizer), min(len(tokenizer), table_size)
+    if len(tokenizer) > table_size:
+        missing = f"the {len(tokenizer) - table_size:,} missing rows are added and start at the mean of the others"
         log.warning(
-            "%s: its tokenizer has %s tokens, its table %s rows; %s", source.model, f"{len(tokenizer):,}", f"{rows:,}", missing
+            "%s: its tokenizer has %s tokens, its table %s rows; %s",
+            source.model,
+            f"{len(tokenizer):,}",
+            f"{table_size:,}",
+            missing,
         )
-    mask_id, image_id = add_tokens(tokenizer, family, rows)
+    mask_id, image_id = add_tokens(tokenizer, family, table_size)
     side = image_size // tower_config.patch_size // shuffle_factor(recipe.prepare)
     processor = DiffVLProcessor(
         image_processor,
@@ -139,7 +143,7 @@ def read_parts(source: Source, recipe: Recipe, config: PretrainedConfig | None =
 # --- tokenizer ----------------------------------------------------------------------------------------------------------
 
 
-def add_tokens(tokenizer: Any, family: Family, table_rows: int) -> tuple[int, int]:
+def add_tokens(tokenizer: Any, family: Family, table_size: int) -> tuple[int, int]:
     """Gives the tokenizer a mask token and an image token; returns their ids.
 
     A token that is there already is used. The mask token takes the family's agreed row where that row is a spare one (the
@@ -147,7 +151,7 @@ def add_tokens(tokenizer: Any, family: Family, table_rows: int) -> tuple[int, in
     """
     if tokenizer.mask_token is None:
         agreed = family.mask_token.id
-        if agreed is not None and len(tokenizer) <= agreed < table_rows:
+        if agreed is not None and len(tokenizer) <= agreed < table_size:
             reserved = [f"<|reserved_{number}|>" for number in range(len(tokenizer), agreed)]
             tokenizer.add_tokens(reserved, special_tokens=True)
         tokenizer.add_special_tokens({"mask_token": family.mask_token.text})
@@ -260,11 +264,11 @@ def grow_table(trunk: Any, known: int, tokens: int, new_ids: list[int]) -> None:
         known: tokens that have a row.
         tokens: tokens of the tokenizer now.
     """
-    rows = trunk.get_input_embeddings().weight.shape[0]
+    old_size = trunk.get_input_embeddings().weight.shape[0]
     size = max(tokens, max(new_ids) + 1)
-    if size > rows:
+    if size > old_size:
         trunk.resize_token_embeddings(size, mean_resizing=False)
-    fresh = sorted({*range(rows, size), *(token for token in new_ids if token >= known)})
+    fresh = sorted({*range(old_size, size), *(token for token in new_ids if token >= known)})
     with torch.no_grad():
         for table in (trunk.get_input_embeddings(), trunk.get_output_embeddings()):
             for values in (table.weight, getattr(table, "bias", None)):

@@ -77,9 +77,9 @@ def stop_token(tokenizer: Any) -> str:
     try:
         text = ChatTemplate(tokenizer, "").render(turns, add_generation_prompt=False)
     except (ChatTemplateError, *FAULTS) as error:
-        words = str(error.__cause__ or error)
+        reason = str(error.__cause__ or error)
         raise UnsupportedModelError(
-            f"{name}: its chat template refuses a question and an answer ({words}); correct it"
+            f"{name}: its chat template refuses a question and an answer ({reason}); correct it"
         ) from error
     if answer not in text:
         raise UnsupportedModelError(f"{name}: its chat template leaves the answer out, or writes another; correct it")
@@ -159,5 +159,5 @@ def look_at_template(model: str, model_type: str, trust_remote_code: bool, revis
 
 def _turns(roles: tuple[str, ...], form: str = "{}", placeholder: str = "") -> list[Turn]:
     """Gives a chat of these roles, with an image in every question."""
-    words = {"system": "manner", "user": f"{placeholder}question", "assistant": "answer"}
-    return [(role, form.format(f"{words[role]} {number}")) for number, role in enumerate(roles)]
+    texts = {"system": "manner", "user": f"{placeholder}question", "assistant": "answer"}
+    return [(role, form.format(f"{texts[role]} {number}")) for number, role in enumerate(roles)]

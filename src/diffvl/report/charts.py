@@ -23,7 +23,7 @@ _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 300, 64, 606, 14, 258  # SVG units, 640 
 def draw_charts(measures: dict[str, Measure]) -> list[str]:
     """Gives a figure of each chart that has something to show; held-out curves come last, on top of the others."""
     ordered = sorted(measures.values(), key=lambda measure: measure.key.startswith("eval_"))
-    groups = {title: [m for m in ordered if m.points and is_named(m.key, words)] for title, words in _CHARTS.items()}
+    groups = {title: [m for m in ordered if m.points and is_named(m.key, parts)] for title, parts in _CHARTS.items()}
     return [_chart(title, group) for title, group in groups.items() if group]
 
 

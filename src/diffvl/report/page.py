@@ -82,9 +82,9 @@ def _page(run: StageRun) -> str:
         "Records left out": ("", [_table((), [(kind, f"{count:,}") for kind, count in run.left_out.items()])]),
         "Where it came from": ("", [_table((), [(key, _words(value)) for key, value in run.provenance.items()])]),
     }
-    shown = f"The first {PAGE_SAMPLES} of {len(run.samples):,}. " if len(run.samples) > PAGE_SAMPLES else ""
+    limit = f"The first {PAGE_SAMPLES} of {len(run.samples):,}. " if len(run.samples) > PAGE_SAMPLES else ""
     notes = {
-        "Samples": f"{shown}Right (✓): the truth word for word, white space apart. A handful of samples is no benchmark.",
+        "Samples": f"{limit}Right (✓): the truth word for word, white space apart. A handful of samples is no benchmark.",
         "Records left out": "Each is listed in left_out.jsonl beside this page, with its place and what is wrong with it.",
     }
     parts = [f"<h1>{escape(title_of(run))}</h1><p>{escape(str(run.directory.resolve()))}</p>"]

@@ -104,9 +104,9 @@ def summary_rows(run: StageRun) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def is_named(key: str, words: Sequence[str]) -> bool:
-    """Tells whether one of the words stands in the key of a measure."""
-    return any(word in key for word in words)
+def is_named(key: str, parts: Sequence[str]) -> bool:
+    """Tells whether one of the parts stands in the key of a measure."""
+    return any(part in key for part in parts)
 
 
 def best_of(key: str, points: Points) -> tuple[int, float] | None:

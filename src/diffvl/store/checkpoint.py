@@ -167,14 +167,14 @@ def load_description(directory: Path) -> tuple[DiffVLConfig, DiffVLProcessor]:
 
 def _require_tokens(directory: Path, config: DiffVLConfig, processor: DiffVLProcessor) -> None:
     """Raises CheckpointError unless mask and image token are the tokenizer's own and have rows in the trunk's embedding."""
-    tokenizer, rows = processor.tokenizer, config.text_config.vocab_size
+    tokenizer, size = processor.tokenizer, config.text_config.vocab_size
     tokens = {"mask_token_id": tokenizer.mask_token, "image_token_id": processor.image_token}
     for name, token in tokens.items():
         given, expected = getattr(config, name), tokenizer.convert_tokens_to_ids(token)
-        if given != expected or not 0 <= given < rows:
+        if given != expected or not 0 <= given < size:
             raise CheckpointError(
                 f"{directory / 'config.json'}: {name} is {given}, expected {expected}, which the tokenizer gives {token}; the "
-                f"embedding has {rows} rows. Set it back, or copy the checkpoint again"
+                f"embedding has {size} rows. Set it back, or copy the checkpoint again"
             )
 
 

@@ -38,12 +38,12 @@ def no_room(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             return NO_ROOM[error.errno]
-        words = str(error)
+        message = str(error)
         for number, reason in NO_ROOM.items():
-            by_name = number != errno.EFBIG and os.strerror(number) in words  # "File too large" may be said of anything
-            if by_name or f"os error {number})" in words or f"code: {number}," in words:
+            by_name = number != errno.EFBIG and os.strerror(number) in message  # "File too large" may be said of anything
+            if by_name or f"os error {number})" in message or f"code: {number}," in message:
                 return reason
-        if "PytorchStreamWriter failed writing" in words or ("inline_container.cc" in words and "unexpected pos" in words):
+        if "PytorchStreamWriter failed writing" in message or ("inline_container.cc" in message and "unexpected pos" in message):
             return "it could not be written to its end; most often no space is left"
         error = error.__cause__  # what an error was made from; not what was handled when it came (__context__)
     return None

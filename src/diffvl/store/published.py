@@ -57,8 +57,8 @@ def load_config(name: str, trust_remote_code: bool, revision: str | None = None)
 
 
 @cache
-def _say_once(words: str) -> None:
-    log.info(words)
+def _say_once(message: str) -> None:
+    log.info(message)
 
 
 def is_gguf(path: Path) -> bool:
@@ -158,8 +158,8 @@ def _method(found: Any) -> str:
     if method is None and any("load_in_" in key for key in found):
         method = "bitsandbytes"
     bits = found.get("bits") or next((size for size in (4, 8) if found.get(f"load_in_{size}bit")), None)
-    words = [str(method)] if method else []
-    return ", ".join([*words, *([f"{bits} bits"] if bits else [])]) or "quantization_config in its config.json"
+    parts = [str(method)] if method else []
+    return ", ".join([*parts, *([f"{bits} bits"] if bits else [])]) or "quantization_config in its config.json"
 
 
 def _base_model(readme: Path) -> str | None:

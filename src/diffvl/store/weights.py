@@ -127,12 +127,12 @@ def _require_fit(name: str, model: PreTrainedModel, info: dict[str, Any], header
     if mismatched:
         raise CheckpointError(_other_shape(name, model.config, mismatched, headers))
     if missing or unexpected:
-        words = [f"lacks {some(missing)}"] if missing else []
-        words += [f"has {some(unexpected)} besides"] if unexpected else []
+        faults = [f"lacks {some(missing)}"] if missing else []
+        faults += [f"has {some(unexpected)} besides"] if unexpected else []
         head = any(key.endswith(("lm_head.weight", "embed_out.weight")) for key in missing) and len(missing) == 1
         hint = '. If the embedding is the head, set "tie_word_embeddings": true in its config.json' if head else ""
         raise CheckpointError(
-            f"{name}: the weights do not fit the architecture of its config.json: the checkpoint {' and '.join(words)}{hint}"
+            f"{name}: the weights do not fit the architecture of its config.json: the checkpoint {' and '.join(faults)}{hint}"
         )
 
 
