@@ -67,7 +67,7 @@ class _Bounds:
     greatest: torch.Tensor
 
     @classmethod
-    def of(cls, row: torch.Tensor, chosen: torch.Tensor, tile: int) -> "_Bounds":
+    def over(cls, row: torch.Tensor, chosen: torch.Tensor, tile: int) -> "_Bounds":
         huge = torch.iinfo(torch.long).max // 4
         row = row.long()
         low = _tiled(torch.where(chosen, row, huge), tile, huge).amin(-1)
@@ -100,10 +100,10 @@ def _tiles(layout: Layout, tile: int, window: int | None, chunk: int | None) -> 
     noisy, valid = layout.noisy.bool(), layout.valid
     clean_tokens, noisy_tokens = valid & ~noisy, valid & noisy
     order = layout.position if layout.context == "causal" else layout.block
-    clean_order = _Bounds.of(order, clean_tokens, tile)
-    clean_block = _Bounds.of(layout.block, clean_tokens, tile)
-    noisy_block = _Bounds.of(layout.block, noisy_tokens, tile)
-    position, document = _Bounds.of(layout.position, valid, tile), _Bounds.of(layout.document, valid, tile)
+    clean_order = _Bounds.over(order, clean_tokens, tile)
+    clean_block = _Bounds.over(layout.block, clean_tokens, tile)
+    noisy_block = _Bounds.over(layout.block, noisy_tokens, tile)
+    position, document = _Bounds.over(layout.position, valid, tile), _Bounds.over(layout.document, valid, tile)
 
     clean_clean = clean_order.keys().least <= clean_order.queries().greatest
     noisy_clean = clean_block.keys().least < noisy_block.queries().greatest
@@ -122,7 +122,7 @@ def _tiles(layout: Layout, tile: int, window: int | None, chunk: int | None) -> 
         possible = possible & (position.keys().greatest > position.queries().least - window)
         full = full & (position.keys().least > position.queries().greatest - window)
     if chunk is not None:
-        chunks = _Bounds.of(torch.div(layout.position, chunk, rounding_mode="floor"), valid, tile)
+        chunks = _Bounds.over(torch.div(layout.position, chunk, rounding_mode="floor"), valid, tile)
         possible = possible & chunks.keys().meets(chunks.queries())
         full = full & chunks.queries().is_one() & chunks.keys().is_one() & chunks.keys().meets(chunks.queries())
     # A padding token sees itself.

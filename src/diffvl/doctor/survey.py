@@ -197,12 +197,12 @@ def page(verdicts: Sequence[Verdict], file: Path) -> str:
     return "\n".join(parts)
 
 
-def _of(verdicts: Sequence[Verdict], answer: str) -> list[Verdict]:
+def _with_answer(verdicts: Sequence[Verdict], answer: str) -> list[Verdict]:
     return [verdict for verdict in verdicts if verdict.answer == answer]
 
 
 def _counts(verdicts: Sequence[Verdict]) -> str:
-    good, bad = _of(verdicts, "supported"), _of(verdicts, "not supported")
+    good, bad = _with_answer(verdicts, "supported"), _with_answer(verdicts, "not supported")
     errors = [verdict.worst_error for verdict in good if verdict.worst_error is not None]
     smallest = [largest for verdict in bad if not verdict.attention_holds and (largest := verdict.worst_error) is not None]
     rows = [
@@ -210,7 +210,7 @@ def _counts(verdicts: Sequence[Verdict]) -> str:
         ("supported", len(good)),
         ("not supported", len(bad)),
         ("of these, attention passes", sum(verdict.attention_holds for verdict in bad)),
-        ("unknown", len(_of(verdicts, "unknown"))),
+        ("unknown", len(_with_answer(verdicts, "unknown"))),
         ("largest error of a supported one", f"{max(errors, default=0.0):.1e}"),
         ("smallest error of one whose attention fails", f"{min(smallest, default=0.0):.2g}"),
     ]
@@ -220,7 +220,7 @@ def _counts(verdicts: Sequence[Verdict]) -> str:
 def _supported(verdicts: Sequence[Verdict]) -> str:
     rows = [
         (f"`{verdict.model_type}`", _class(verdict), verdict.copy, f"{verdict.worst_error:.1e}", verdict.reason)
-        for verdict in _of(verdicts, "supported")
+        for verdict in _with_answer(verdicts, "supported")
     ]
     return "## Supported\n\n" + _table(("model type", "class", "probed as", "worst error", "limit"), rows)
 
@@ -228,7 +228,7 @@ def _supported(verdicts: Sequence[Verdict]) -> str:
 def _almost(verdicts: Sequence[Verdict]) -> str:
     rows = [
         (f"`{verdict.model_type}`", _class(verdict), verdict.copy, verdict.kind)
-        for verdict in _of(verdicts, "not supported")
+        for verdict in _with_answer(verdicts, "not supported")
         if verdict.attention_holds
     ]
     introduction = "Masks and positions steer these as they should; something else stands in the way (next section).\n\n"
@@ -240,7 +240,7 @@ def _almost(verdicts: Sequence[Verdict]) -> str:
 
 
 def _refused(verdicts: Sequence[Verdict]) -> str:
-    refused = _of(verdicts, "not supported")
+    refused = _with_answer(verdicts, "not supported")
     kinds = sorted({verdict.kind for verdict in refused})
     parts = ["## Not supported\n"]
     for kind in kinds:
@@ -253,7 +253,7 @@ def _refused(verdicts: Sequence[Verdict]) -> str:
 
 
 def _unknown(verdicts: Sequence[Verdict]) -> str:
-    rows = [(f"`{verdict.model_type}`", _class(verdict), verdict.reason) for verdict in _of(verdicts, "unknown")]
+    rows = [(f"`{verdict.model_type}`", _class(verdict), verdict.reason) for verdict in _with_answer(verdicts, "unknown")]
     introduction = (
         "The tiny copy could not be made or run, so nothing is claimed; `diffvl doctor` on a real checkpoint may do better.\n\n"
     )

@@ -298,7 +298,7 @@ def _prove(directory: Path, reference: torch.Tensor, parts: Parts) -> dict[str, 
     known = parts.known
     model, processor = checkpoint.load_checkpoint(directory, dtype=torch.float32)
     model.eval()
-    check_tower(model)
+    require_patches(model)
     _require_same_processor(directory, processor, parts.processor)
     with torch.no_grad():
         logits = model(conversations(range(known))[0]).logits[..., :known]
@@ -324,7 +324,7 @@ def _require_same_processor(directory: Path, written: DiffVLProcessor, source: D
 
 
 @torch.no_grad()
-def check_tower(model: DiffVLForConditionalGeneration) -> None:
+def require_patches(model: DiffVLForConditionalGeneration) -> None:
     """Shows the tower one black image. Towers that pool their patches, or cannot take another size, end here."""
     config = model.config
     kind, side = config.vision_config.model_type, config.image_size

@@ -145,7 +145,7 @@ def load_model(directory: Path, dtype: torch.dtype | None = None) -> DiffVLForCo
     loader: Any = DiffVLForConditionalGeneration
     arguments = {"dtype": dtype or "auto", "use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     with quiet_report():
-        model, info = _told(directory, lambda: loader.from_pretrained(directory, **arguments))
+        model, info = _explain_damage(directory, lambda: loader.from_pretrained(directory, **arguments))
     problems = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
     if any(problems.values()):
         raise CheckpointError(f"{directory}: the weights do not fit the configuration: {problems}")
@@ -155,7 +155,7 @@ def load_model(directory: Path, dtype: torch.dtype | None = None) -> DiffVLForCo
 def load_description(directory: Path) -> tuple[DiffVLConfig, DiffVLProcessor]:
     """Reads what `load_checkpoint` reads, but for the weights."""
     require_diffvl(directory)
-    config, processor = _told(
+    config, processor = _explain_damage(
         directory, lambda: (DiffVLConfig.from_pretrained(directory), DiffVLProcessor.from_pretrained(directory))
     )
     absent = [name for name in ("text_config", "vision_config") if getattr(config, name) is None]
@@ -194,7 +194,7 @@ def require_diffvl(directory: Path) -> None:
         )
 
 
-def _told(directory: Path, load: Callable[[], T]) -> T:
+def _explain_damage(directory: Path, load: Callable[[], T]) -> T:
     try:
         return load()
     except (SafetensorError, OSError, ValueError) as error:

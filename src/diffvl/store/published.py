@@ -42,7 +42,7 @@ def load_config(name: str, trust_remote_code: bool, revision: str | None = None)
     """
     path = Path(name)
     if is_gguf(path):
-        return told(name, lambda: AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
+        return explain_failures(name, lambda: AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
     settings = _settings(name, revision)
     refuse_quantized(name, settings)
     own = settings.get("auto_map")
@@ -53,7 +53,7 @@ def load_config(name: str, trust_remote_code: bool, revision: str | None = None)
     if own and known and trust_remote_code:
         _say_once(f"{name}: transformers' own class for {kind} is used, not the one that the checkpoint brings along")
     trusted = trust_remote_code and not known
-    return told(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=trusted, revision=revision))
+    return explain_failures(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=trusted, revision=revision))
 
 
 @cache
@@ -72,7 +72,7 @@ def _settings(name: str, revision: str | None) -> dict[str, Any]:
         raise CheckpointError(f"{path}: expected a directory with config.json and weights, or a .gguf file")
     _refuse_adapter(name, revision)
     if not path.is_dir():
-        return told(name, lambda: PretrainedConfig.get_config_dict(name, revision=revision))[0]
+        return explain_failures(name, lambda: PretrainedConfig.get_config_dict(name, revision=revision))[0]
     if not (path / "config.json").is_file():
         ggufs = sorted(file.name for file in path.glob("*.gguf"))
         hint = f"; to convert {ggufs[0]}, name the file itself: {path / ggufs[0]}" if ggufs else ""
@@ -108,7 +108,7 @@ def _refuse_adapter(name: str, revision: str | None) -> None:
     else:
         quietly = dict.fromkeys(("gated_repo", "missing_entries", "connection_errors"), False)
         arguments = {f"_raise_exceptions_for_{what}": value for what, value in quietly.items()}
-        file = told(name, lambda: cached_file(name, ADAPTER_FILE, revision=revision or "main", **arguments))
+        file = explain_failures(name, lambda: cached_file(name, ADAPTER_FILE, revision=revision or "main", **arguments))
     if file is None:
         return
     settings = read_json(Path(file))
@@ -181,7 +181,7 @@ def _base_model(readme: Path) -> str | None:
 # --- failures ------------------------------------------------------------------------------------------------------------
 
 
-def told(name: str, load: Callable[[], T]) -> T:
+def explain_failures(name: str, load: Callable[[], T]) -> T:
     """Runs a transformers loader; its many ways to fail become one message."""
     try:
         return load()

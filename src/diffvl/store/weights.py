@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import GgufConfig
 
 from diffvl.config.supported import OWN_CODE, is_remote, own_code
 from diffvl.errors import CheckpointError, UnsupportedModelError, first_line
-from diffvl.store.published import QUANTIZED, is_gguf, load_config, quantized, quiet_report, told
+from diffvl.store.published import QUANTIZED, explain_failures, is_gguf, load_config, quantized, quiet_report
 from diffvl.store.tensorfiles import FLOATS, Header, read_headers, read_tensor, some
 
 Headers = dict[str, Header]
@@ -236,14 +236,14 @@ def _load(auto_class: Any, name: str, **arguments: Any) -> PreTrainedModel:
                 name, use_safetensors=True, dtype="auto", ignore_mismatched_sizes=True, output_loading_info=True, **arguments
             )
 
-    model, info = told(name, load)
+    model, info = explain_failures(name, load)
     _require_fit(name, model, info, {}, half=auto_class is AutoModel)
     _require_tied(name, model)
     return model
 
 
 def _load_gguf(path: Path) -> PreTrainedModel:
-    model = told(
+    model = explain_failures(
         str(path),
         lambda: AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
