@@ -6,13 +6,14 @@ model type without a file in `convert/` gets the generic family, which is `Famil
 
 import difflib
 from functools import cache
+from pathlib import Path
 
 from pydantic import Field
 
 from diffvl.config.presets import presets
 from diffvl.config.recipe import Section
 from diffvl.config.resolve import parse, read_yaml
-from diffvl.errors import ConfigError
+from diffvl.errors import ConfigError, UsageError
 
 SIGLIP2 = "google/siglip2-so400m-patch14-384"  # the vision tower of the papers
 ALL_LINEAR = "all-linear"  # peft's own word for every linear layer but the head
@@ -79,6 +80,14 @@ def _checkpoints() -> dict[str, tuple[str, NamedCheckpoint]]:
 def named_checkpoint(name: str) -> tuple[str, NamedCheckpoint] | None:
     """Gives (model type, checkpoint) of a name of `diffvl models`, letter case ignored; None where there is no such name."""
     return _checkpoints().get(name.lower())
+
+
+def require_known(model: str) -> None:
+    """Raises UsageError where MODEL is neither a name of `diffvl models`, nor a path, nor a hub id."""
+    if named_checkpoint(model) is None and not Path(model).exists() and "/" not in model:
+        close = suggest(model)
+        hint = f"did you mean {', '.join(close)}? " if close else ""
+        raise UsageError(f"{model!r}: no such model name or directory; {hint}`diffvl models` lists the names")
 
 
 def suggest(name: str) -> list[str]:

@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 from transformers import PretrainedConfig
 
-from diffvl.config.families import family_of, named_checkpoint, suggest
+from diffvl.config.families import family_of, named_checkpoint, require_known
 from diffvl.config.presets import find_recipe
 from diffvl.config.recipe import STAGES, Lora, Recipe, StageName
 from diffvl.config.resolve import dump, read_yaml, resolve
@@ -118,10 +118,7 @@ def _plan_model(request: ConvertRequest, model: str) -> Plan:
     repo, revision, tower = model, None, recipe.prepare.vision_tower
     if named is not None:
         repo, revision, tower = named[1].repo, named[1].revision, tower or named[1].vision_tower
-    elif not path.exists() and "/" not in model:
-        close = suggest(model)
-        hint = f"did you mean {', '.join(close)}? " if close else ""
-        raise UsageError(f"{model!r}: no such model name or directory; {hint}`diffvl models` lists the names")
+    require_known(model)
     config = load_config(repo, request.trust_remote_code, revision)
     check_supported(config)
     source = Source(repo, revision, tower or family_of(config.model_type).vision_tower, request.trust_remote_code)

@@ -16,12 +16,12 @@ from typing import Any, Literal
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from diffvl.config.families import named_checkpoint, suggest
+from diffvl.config.families import named_checkpoint, require_known
 from diffvl.config.supported import OWN_CODE, Refusal, refusal
 from diffvl.doctor.checks import MODEL_FAULTS, Check, first_line, run_checks
 from diffvl.doctor.plain_forward import Token, plain_forward, tokens_of
 from diffvl.doctor.tiny_copy import FIRST_ORDINARY, build, describe, ordinary_tokens, probe_text
-from diffvl.errors import CheckpointError, UnsupportedModelError, UsageError
+from diffvl.errors import CheckpointError, UnsupportedModelError
 from diffvl.prepare.attention_proof import TOLERANCE, largest, native_logits, spread
 from diffvl.prepare.probe_text import conversations
 from diffvl.prepare.templates import look_at_template
@@ -100,11 +100,8 @@ def examine(model: str, trust_remote_code: bool = False) -> Verdict:
         CheckpointError: if its configuration is missing, damaged or cannot be fetched.
     """
     start = time.perf_counter()
+    require_known(model)
     named = named_checkpoint(model)
-    if named is None and not Path(model).exists() and "/" not in model:
-        close = suggest(model)
-        hint = f"did you mean {', '.join(close)}? " if close else ""
-        raise UsageError(f"{model!r}: no such model name or directory; {hint}`diffvl models` lists the names")
     repo, revision = (named[1].repo, named[1].revision) if named else (model, None)
     try:
         config = load_config(repo, trust_remote_code, revision)
