@@ -8,32 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import tiny_runs
 import torch
-from tiny_runs import Workshop, copy, cut, record, refused, the_message, tree, workshop, write_data
+from tiny_runs import Workshop, copy, cut, record, refused, the_message, tree, write_data
 
 from diffvl.train.order import StepOrder
 
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The hub is not asked (its library has read the environment already), and no run of the checkout is found."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(scope="session")
-def run(
-    tmp_path_factory: pytest.TempPathFactory, source: Callable[[str], Path], tower: Path, shapes: dict[str, Path]
-) -> tiny_runs.Run:
-    return tiny_runs.finished_run(tmp_path_factory, source, tower, shapes)
-
-
-@pytest.fixture
-def convert(source: Callable[[str], Path], tower: Path, shapes: dict[str, Path], tmp_path: Path) -> Workshop:
-    return workshop(source, tower, shapes, tmp_path)
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 # --- data ------------------------------------------------------------------------------------------------------------------

@@ -30,13 +30,6 @@ CHECKPOINT = {
 }
 
 
-@pytest.fixture(scope="session")
-def run(
-    tmp_path_factory: pytest.TempPathFactory, source: Callable[[str], Path], tower: Path, shapes: dict[str, Path]
-) -> tiny_runs.Run:
-    return tiny_runs.finished_run(tmp_path_factory, source, tower, shapes)
-
-
 @pytest.fixture(autouse=True)
 def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No run of the checkout is found, and none is left in it."""

@@ -28,13 +28,6 @@ from diffvl.store import checkpoint, published
 from diffvl.train import launch as processes
 
 
-@pytest.fixture(scope="session")
-def run(
-    tmp_path_factory: pytest.TempPathFactory, source: Callable[[str], Path], tower: Path, shapes: dict[str, Path]
-) -> tiny_runs.Run:
-    return tiny_runs.finished_run(tmp_path_factory, source, tower, shapes)
-
-
 @pytest.mark.parametrize("holdout", [0, 1])
 def test_a_stage_loads_its_model_and_measures_its_data_once(
     holdout: int, source: Callable[[str], Path], tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
