@@ -79,10 +79,10 @@ def _run(name: str, check: Callable[[], Check]) -> Check:
     try:
         return check()
     except MODEL_FAULTS as error:
-        return Check(name, False, None, "runs", first_line(error))
+        return Check(name, False, None, "runs", describe_fault(error))
 
 
-def first_line(error: BaseException) -> str:
+def describe_fault(error: BaseException) -> str:
     """Tells what an exception says, on one line of bounded length."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:300] if text else type(error).__name__

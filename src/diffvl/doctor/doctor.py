@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from diffvl.config.families import named_checkpoint, require_known
 from diffvl.config.supported import OWN_CODE, Refusal, refusal
-from diffvl.doctor.checks import MODEL_FAULTS, Check, first_line, run_checks
+from diffvl.doctor.checks import MODEL_FAULTS, Check, describe_fault, run_checks
 from diffvl.doctor.plain_forward import Token, plain_forward, tokens_of
 from diffvl.doctor.tiny_copy import FIRST_ORDINARY, build, describe, ordinary_tokens, probe_text
 from diffvl.errors import CheckpointError, UnsupportedModelError
@@ -108,7 +108,7 @@ def examine(model: str, trust_remote_code: bool = False) -> Verdict:
     except UnsupportedModelError as error:
         verdict = Verdict(model, "", "not supported", error.kind or "unknown to transformers", str(error))
     except MODEL_FAULTS as error:
-        verdict = Verdict(model, "", "unknown", "no configuration", f"its configuration cannot be read: {first_line(error)}")
+        verdict = Verdict(model, "", "unknown", "no configuration", f"its configuration cannot be read: {describe_fault(error)}")
     else:
         against = _against_files(repo, config, revision)
         if isinstance(against, Refusal):
@@ -160,7 +160,7 @@ def judge(model: str, config: PretrainedConfig, trust_remote_code: bool = False)
     except (UnsupportedModelError, *MODEL_FAULTS) as error:
         if refused is not None:
             return verdict
-        message = f"{kind}: no tiny copy of it could be built ({first_line(error)})"
+        message = f"{kind}: no tiny copy of it could be built ({describe_fault(error)})"
         return replace(verdict, answer="unknown", kind="no tiny copy", reason=message)
     if refused is not None:
         return verdict
@@ -194,7 +194,7 @@ def diagnose(trunk: PreTrainedModel, checks: tuple[Check, ...]) -> tuple[Support
         if not bool(native_logits(trunk, conversations(ordinary_tokens(trunk))[0]).isfinite().all()):
             return "unknown", Refusal("no tiny copy", "its tiny copy gives logits that are no finite numbers")
     except MODEL_FAULTS as error:
-        return "unknown", Refusal("no tiny copy", f"its tiny copy does not run ({first_line(error)})")
+        return "unknown", Refusal("no tiny copy", f"its tiny copy does not run ({describe_fault(error)})")
     if all(check.fault for check in failed.values()) and "AR parity" in failed:
         fault = failed["AR parity"].fault
         message = f"its code takes no mask with an entry for every two tokens (it said: {fault})"

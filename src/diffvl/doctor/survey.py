@@ -22,7 +22,7 @@ import transformers
 from rich.console import Console
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from diffvl.doctor.checks import MODEL_FAULTS, first_line
+from diffvl.doctor.checks import MODEL_FAULTS, describe_fault
 from diffvl.doctor.doctor import Verdict, judge
 from diffvl.machine import versions
 from diffvl.store.files import replace_text
@@ -67,7 +67,7 @@ def judge_type(model_type: str) -> Verdict:
     try:
         config = default_config(model_type)
     except MODEL_FAULTS as error:
-        message = f"{model_type}: its default configuration cannot be made ({first_line(error)})"
+        message = f"{model_type}: its default configuration cannot be made ({describe_fault(error)})"
         return Verdict(model_type, model_type, "unknown", "no configuration", message)
     found = judge(model_type, config)
     return Verdict(**{**vars(found), "model_type": model_type, "seconds": time.perf_counter() - start})
