@@ -124,7 +124,7 @@ def test_a_command_on_two_processes(source: Callable[[str], Path], tower: Path, 
     )
     words = ("convert", source("llama"), "--recipe", recipe, "--out", tmp_path / "out")
     bad = write_data(tmp_path, record(), record(answer=""), name="bad.json")
-    program = (sys.executable, "-m", "diffvl.cli.main", *words)
+    program = (sys.executable, "-m", "diffvl.cli", *words)
     ended = on_two_processes([*program, "--data", bad])
     assert [one.code for one in ended] == [2, 2]
     assert all("bad.json:3: turn 2: empty answer" in one.err and "Traceback" not in one.err for one in ended)

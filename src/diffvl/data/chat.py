@@ -66,7 +66,7 @@ def _refuse_image_token(record: Record, token: str) -> None:
     for number, turn in enumerate(record.turns, 1):
         if any(token in piece for piece in (pieces_between(turn.text) if turn.role == "user" else [turn.text])):
             raise DataError(
-                f"{record.source}: record {record.id}: turn {number}: the text {token} is what this checkpoint reads as a "
+                f"{record.source}: record {record.id}: turn {number}: the text {token} is what this checkpoint reads as an "
                 "image, so it cannot stand there as text: spell it otherwise (< image >, say) or leave the record out",
                 "image token in the text",
             )
