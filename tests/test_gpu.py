@@ -12,7 +12,8 @@ from decode_chats import CHATS
 from helpers import CONTEXTS, batch, metrics, objective, sample, stage_recipe
 from training_runs import run
 
-from diffvl.attention.choose import FLEX, choose
+from diffvl.attention.block_mask import FLEX
+from diffvl.attention.choose import choose
 from diffvl.hub import generation_diffvl
 from diffvl.hub.answers_diffvl import BlockGenerationOutput
 from diffvl.objective.losses import Draw, block_diffusion

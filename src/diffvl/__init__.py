@@ -109,14 +109,14 @@ def generate(
     """
     from PIL.Image import Image
 
-    from diffvl.data.images import open_picture
+    from diffvl.data.images import open_image
     from diffvl.decode.answer import Decoder, answer_chats, user_message
     from diffvl.errors import UsageError
 
     if not isinstance(model, Decoder):
         raise UsageError(f"generate answers with what diffvl.load gives, not with {model!r}: load the checkpoint first")
     several = [images] if isinstance(images, str | PathLike | Image) else images
-    opened = [image if isinstance(image, Image) else open_picture(str(image), "images") for image in several]
+    opened = [image if isinstance(image, Image) else open_image(str(image), "images") for image in several]
     chosen = _decode_settings(settings)
     try:
         return answer_chats(model, [[user_message(prompt, opened)]], chosen)[0]

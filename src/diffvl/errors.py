@@ -1,7 +1,9 @@
-"""Mistakes that a user can mend. The command line prints the message alone and exits with `EXIT_CODE`.
+"""Mistakes that a user can correct. The command line prints the message alone and exits with `EXIT_CODE`.
 
 A message says what is wrong, where (file and line, or key path), what was expected, and what to do.
 """
+
+from collections.abc import Sequence
 
 EXIT_CODE = 2
 
@@ -19,7 +21,7 @@ class DataError(DiffvlError):
 
     Args:
         kind: a few words for counting such errors; the same for all records that they apply to.
-        ends: whether nothing behind it in the file can be read, so that leaving out one record would leave out all the others.
+        ends: whether nothing after it in the file can be read, so that leaving out one record would leave out all the others.
     """
 
     def __init__(self, message: str, kind: str = "other", ends: bool = False) -> None:
@@ -53,3 +55,16 @@ class UsageError(DiffvlError):
 
 class TrainingError(DiffvlError):
     """A run cannot go on; the last good checkpoint stays."""
+
+
+# --- words for messages ----------------------------------------------------------------------------------------------------
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, without what it adds in further lines; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def first_few(texts: Sequence[str], limit: int) -> list[str]:
+    """The first texts, and how many more there are where there are more than `limit`."""
+    return [*texts[:limit], *([f"and {len(texts) - limit} more"] if len(texts) > limit else [])]

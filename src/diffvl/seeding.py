@@ -6,7 +6,7 @@ import torch
 
 
 def sample_generator(seed: int, step: int, sample: int) -> torch.Generator:
-    """A CPU generator for one sample in one optimiser step. Its seed is a hash, so that neighbours do not correlate."""
+    """Makes a CPU generator for one sample in one optimiser step. Its seed is a hash, so that neighbours do not correlate."""
     return torch.Generator().manual_seed(_hashed(f"{seed}/{step}/{sample}"))
 
 

@@ -13,13 +13,14 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from diffvl.attention import cpu as tiles
-from diffvl.attention.choose import block_mask, bucket, choose, training_masks
+from diffvl.attention import cpu
+from diffvl.attention.block_mask import block_mask, bucket, training_masks
+from diffvl.attention.choose import choose
 from diffvl.attention.cpu import TILED, tiled_attention
 from diffvl.demo.standins import TRUNKS
 from diffvl.errors import ConfigError
-from diffvl.hub.layout_diffvl import Layout, block_index, clean_layout, noisy_stream
-from diffvl.objective.losses import Draw, block_diffusion, noisy_layout
+from diffvl.hub.layout_diffvl import Layout, block_index, clean_layout, noisy_layout, noisy_stream
+from diffvl.objective.losses import Draw, block_diffusion
 from diffvl.objective.packing import pack
 
 CPU = torch.device("cpu")
@@ -106,8 +107,8 @@ def test_tiles_of_sdpa_are_dense_sdpa(context: str, monkeypatch: pytest.MonkeyPa
     expected = torch.autograd.grad((dense * dense.detach().sin()).sum(), (q, k, v))
     module, groups = torch.nn.Identity(), set()
     for cost in (0, 200, 10**9):
-        monkeypatch.setattr(tiles, "CALL_COST", cost)
-        monkeypatch.setattr(tiles, "CPU_TILE", 8)
+        monkeypatch.setattr(cpu, "CALL_COST", cost)
+        monkeypatch.setattr(cpu, "CPU_TILE", 8)
         mask = block_mask(layout, 8)
         ours, _ = tiled_attention(module, q, k, v, mask, scaling=0.3)
         ours = ours.transpose(1, 2)
@@ -142,9 +143,9 @@ def test_clean_streams_go_through_the_causal_kernel(context: str, block_size: in
     whole = long_rows(context, block_size)
     layout = Layout(**{name: row[rows_taken] for name, row in whole.rows.items()}, context=context)
     mask = block_mask(layout, 64, window)
-    plan = tiles.plan_of(mask)
-    causal = [part for group in plan for part in group.parts if isinstance(part, tiles.Slab) and part.causal]
-    bands = [part for group in plan for part in group.parts if isinstance(part, tiles.Band)]
+    plan = cpu.plan_of(mask)
+    causal = [part for group in plan for part in group.parts if isinstance(part, cpu.Slab) and part.causal]
+    bands = [part for group in plan for part in group.parts if isinstance(part, cpu.Band)]
     assert bool(causal) == (window is None and block_size <= 64 and rows_taken == [0])
     assert bool(bands) == (bool(causal) and context == "block")
     covered = sorted(index for group in plan for index in range(group.queries.start, group.queries.stop))
@@ -180,7 +181,7 @@ def test_flex_attention_understands_the_mask(compiled: bool):
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("model_type", [model_type for model_type in TRUNKS if model_type != "gemma2"])
 def test_the_loss_does_not_depend_on_the_implementation(model_type: str, context: str, loaded: Callable[[str], Loaded]):
-    """Loss and gradients of a packed batch with pictures, complementary masks and an AR term, dense and in tiles."""
+    """Loss and gradients of a packed batch with pictures, complementary masks and an AR term, dense and in cpu."""
     model, _ = loaded(model_type)
     term = {"ar_weight": 0.3} if context == "causal" else {}
     settings = objective(context=context, complementary=True, weight="effective", **term)

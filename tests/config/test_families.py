@@ -6,20 +6,11 @@ from pathlib import Path
 import pytest
 import transformers
 
-from diffvl.config.families import (
-    ALL_LINEAR,
-    Family,
-    all_families,
-    check_supported,
-    family_of,
-    find_recipe,
-    named_checkpoint,
-    presets,
-    recipe_names,
-    suggest,
-)
+from diffvl.config.families import ALL_LINEAR, Family, all_families, family_of, named_checkpoint, suggest
+from diffvl.config.presets import find_recipe, presets, recipe_names
 from diffvl.config.recipe import BetaNoise, BlockDiffusionObjective, Recipe
 from diffvl.config.resolve import parse, read_yaml, resolve
+from diffvl.config.supported import check_supported
 from diffvl.errors import ConfigError, UnsupportedModelError
 
 FAMILY_FILES = sorted(presets("convert").iterdir())

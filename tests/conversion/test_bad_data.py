@@ -8,32 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import tiny_runs
 import torch
-from tiny_runs import Workshop, copy, cut, record, refused, the_message, tree, workshop, write_data
+from tiny_runs import Workshop, copy, cut, record, refused, the_message, tree, write_data
 
 from diffvl.train.order import StepOrder
 
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The hub is not asked (its library has read the environment already), and no run of the checkout is found."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(scope="session")
-def run(
-    tmp_path_factory: pytest.TempPathFactory, source: Callable[[str], Path], tower: Path, shapes: dict[str, Path]
-) -> tiny_runs.Run:
-    return tiny_runs.finished_run(tmp_path_factory, source, tower, shapes)
-
-
-@pytest.fixture
-def convert(source: Callable[[str], Path], tower: Path, shapes: dict[str, Path], tmp_path: Path) -> Workshop:
-    return workshop(source, tower, shapes, tmp_path)
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 # --- data ------------------------------------------------------------------------------------------------------------------
@@ -71,35 +53,35 @@ def test_several_bad_records_are_told_at_once(convert: Workshop, tmp_path: Path)
     refuse_data(convert, file, says=[f"{file}: 2 problems", f"{file}:2: turn 2: empty answer", f"{file}:4: image file not found"])
 
 
-@pytest.mark.parametrize("content", [b"I am no picture", b"", None], ids=["text", "empty", "cut short"])
-def test_a_corrupt_picture_is_found_before_training(content: bytes | None, convert: Workshop, tmp_path: Path):
+@pytest.mark.parametrize("content", [b"I am no image", b"", None], ids=["text", "empty", "cut short"])
+def test_a_corrupt_image_is_found_before_training(content: bytes | None, convert: Workshop, tmp_path: Path):
     file = write_data(tmp_path, record(), record(image="bad.png"))
     if content is None:
         shutil.copy(tmp_path / "good.png", tmp_path / "bad.png")
         cut(tmp_path / "bad.png")
     else:
         (tmp_path / "bad.png").write_bytes(content)
-    refuse_data(convert, file, says=[f"data.json:3: picture {tmp_path}/bad.png cannot be read", "replace it or leave it out"])
+    refuse_data(convert, file, says=[f"data.json:3: image {tmp_path}/bad.png cannot be read", "replace it or leave it out"])
 
 
-def test_a_corrupt_held_out_picture(convert: Workshop, tmp_path: Path):
+def test_a_corrupt_held_out_image(convert: Workshop, tmp_path: Path):
     file = write_data(tmp_path, record(image="bad.png"))
-    (tmp_path / "bad.png").write_text("I am no picture", encoding="utf-8")
-    convert.refuses("--set", f"stages.diffuse.data.eval={file}", says=[f"data.json:2: picture {tmp_path}/bad.png cannot be read"])
+    (tmp_path / "bad.png").write_text("I am no image", encoding="utf-8")
+    convert.refuses("--set", f"stages.diffuse.data.eval={file}", says=[f"data.json:2: image {tmp_path}/bad.png cannot be read"])
 
 
 def test_a_record_longer_than_max_length(convert: Workshop, tmp_path: Path):
     """With a check of all lengths, before any work; otherwise when its turn comes."""
     file = write_data(tmp_path, record(), record(answer="Yes. " * 200), record(answer="No. " * 200))
     check = ("--set", "stages.align.data.check_lengths=true", "--set", "stages.diffuse.data.check_lengths=true")
-    says = [f"{file}: 2 problems", f"{file}:3: 1047 tokens, pictures included, where at most 400 are allowed (record 2)"]
+    says = [f"{file}: 2 problems", f"{file}:3: 1047 tokens, images included, where at most 400 are allowed (record 2)"]
     says += [f"{file}:4: 847 tokens", "raise data.max_length, or set data.too_long=drop to leave them out"]
     refuse_data(convert, file, *check, says=says)
     drop = ("--set", "stages.align.data.too_long=drop", "--set", "stages.diffuse.data.too_long=drop")
     all_long = write_data(tmp_path, record(answer="Yes. " * 200), name="long.json")
     refuse_data(convert, all_long, *check, *drop, says=[f"{all_long}: all 1 records are longer than 400 tokens"])
     words = ("convert", convert.trunk, "--recipe", convert.recipe, "--out", convert.out, "--data", file)
-    message = refused(*words, says=["tokens, pictures included, where at most 400 are allowed (record "])
+    message = refused(*words, says=["tokens, images included, where at most 400 are allowed (record "])
     assert message.endswith("(data.check_lengths=true finds all of them before training)\n")
     assert sorted(path.name for path in convert.out.iterdir()) == ["align.partial", "prepared"]
 
@@ -146,21 +128,21 @@ def test_the_last_block_must_end_inside_the_context(convert: Workshop):
 
 @dataclass(frozen=True)
 class Interrupted:
-    """An align run stopped at a bad picture. words: the command that began it."""
+    """An align run stopped at a bad image. words: the command that began it."""
 
     words: tuple[object, ...]
     out: Path
-    picture: Path
+    image: Path
     line: int
     message: str
 
 
 def interrupt(convert: Workshop, folder: Path, workers: int, **more: object) -> Interrupted:
     """A set too large to look at beforehand (check_images=0), read by so many loader processes, with a bad
-    picture in the fifth of six steps."""
+    image in the fifth of six steps."""
     fifth = StepOrder(rows=6, batch_size=1, accumulation=1, seed=0).micro_batches(4)[0][0]
     file = write_data(folder, *(record(image="bad.png" if number == fifth else "good.png") for number in range(6)))
-    (folder / "bad.png").write_text("I am no picture", encoding="utf-8")
+    (folder / "bad.png").write_text("I am no image", encoding="utf-8")
     settings = {"data.workers": workers, "data.check_images": 0, "save_every": 1, "batch_size": 1, "steps": 6, **more}
     changes = [word for key, value in settings.items() for word in ("--set", f"stages.align.{key}={value}")]
     words = (
@@ -181,17 +163,17 @@ def interrupt(convert: Workshop, folder: Path, workers: int, **more: object) -> 
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_bad_picture_of_a_large_set_stops_the_run_at_its_step_and_it_can_go_on(workers: int, convert: Workshop, tmp_path: Path):
+def test_a_bad_image_of_a_large_set_stops_the_run_at_its_step_and_it_can_go_on(workers: int, convert: Workshop, tmp_path: Path):
     interrupted = interrupt(convert, tmp_path, workers)
-    picture = interrupted.picture
-    reason = f"cannot identify image file '{picture}'"
-    told = f"data.json:{interrupted.line}: picture {picture} cannot be read ({reason}); replace it or leave it out (record "
+    image = interrupted.image
+    reason = f"cannot identify image file '{image}'"
+    told = f"data.json:{interrupted.line}: image {image} cannot be read ({reason}); replace it or leave it out (record "
     assert told in interrupted.message and "set data.on_error=skip" in interrupted.message
     work = interrupted.out / "align.partial"
     assert sorted(path.name for path in interrupted.out.iterdir()) == ["align.partial", "prepared"]
     assert sorted(path.name for path in (work / "checkpoints").iterdir()) == ["checkpoint-3", "checkpoint-4"]
     if workers:
-        shutil.copy(interrupted.picture.with_name("good.png"), interrupted.picture)
+        shutil.copy(interrupted.image.with_name("good.png"), interrupted.image)
         tiny_runs.succeed(*interrupted.words, "--resume")
     else:  # or it goes on without the record, as the message says
         skip = ("--set", "stages.align.data.on_error=skip", "--set", "stages.align.data.max_skipped=0.2")
@@ -212,7 +194,7 @@ def test_a_training_checkpoint_with_a_file_cut_short(convert: Workshop, tmp_path
         refused(*interrupted.words, "--resume", says=says)
         (last / name).write_bytes(spare)
     shutil.rmtree(last)
-    shutil.copy(interrupted.picture.with_name("good.png"), interrupted.picture)
+    shutil.copy(interrupted.image.with_name("good.png"), interrupted.image)
     assert "going on after step 3" in tiny_runs.succeed(*interrupted.words, "--resume").out
 
 
@@ -271,7 +253,7 @@ def test_data_that_changed_is_refused(convert: Workshop, tmp_path: Path):
 def test_data_that_changed_is_accepted_where_it_is_asked_for(convert: Workshop, tmp_path: Path):
     """With a record more, so that an epoch has another number of steps."""
     interrupted = interrupt(convert, tmp_path, workers=0, steps="null", epochs=1)
-    shutil.copy(interrupted.picture.with_name("good.png"), interrupted.picture)
+    shutil.copy(interrupted.image.with_name("good.png"), interrupted.image)
     write_data(tmp_path, *[record(answer="A blue dot.")] * 7)
     tiny_runs.succeed(*interrupted.words, "--resume", "--accept-changed-data")
     state = json.loads((interrupted.out / "align" / "diffvl.json").read_text(encoding="utf-8"))
@@ -284,7 +266,7 @@ def test_data_that_changed_is_accepted_where_it_is_asked_for(convert: Workshop, 
 
 
 @pytest.fixture
-def good_picture(tmp_path: Path) -> Path:
+def good_image(tmp_path: Path) -> Path:
     write_data(tmp_path, record())
     return tmp_path / "good.png"
 
@@ -296,14 +278,14 @@ def good_picture(tmp_path: Path) -> Path:
         (["--steps", "5"], "is 5, expected 1 to the block size, 4"),
         (["--prompt", "Hi " * 400], "tokens and 128 new ones do not fit the context of 512: shorten the prompt or lower"),
         (["--max-new-tokens", "500"], "and 500 new ones do not fit the context of 512: shorten the prompt or lower"),
-        (["--image", "none.png"], "--image: picture none.png does not exist"),
-        (["--image", "."], "--image: picture . cannot be read"),
-        (["--image", "text.png"], "--image: picture text.png cannot be read (cannot identify image file"),
+        (["--image", "none.png"], "--image: image none.png does not exist"),
+        (["--image", "."], "--image: image . cannot be read"),
+        (["--image", "text.png"], "--image: image text.png cannot be read (cannot identify image file"),
         (["--image", "good.png", "--prompt", "<image><image>"], "the prompt has 2 <image> markers, 1 images were given"),
     ],
 )
-def test_generate(words: list[str], says: str, run: tiny_runs.Run, good_picture: Path):
-    good_picture.with_name("text.png").write_text("I am no picture", encoding="utf-8")
+def test_generate(words: list[str], says: str, run: tiny_runs.Run, good_image: Path):
+    good_image.with_name("text.png").write_text("I am no image", encoding="utf-8")
     refused("generate", run.diffuse, "--prompt", "What is it?", *words, says=[says])
 
 
@@ -367,15 +349,15 @@ def test_a_run_whose_own_records_are_damaged(run: tiny_runs.Run, tmp_path: Path)
 def test_data_to_evaluate_on(run: tiny_runs.Run, tmp_path: Path):
     refused("evaluate", run.diffuse, "--data", tmp_path / "none.json", says=["none.json: no such data file"])
     file = write_data(tmp_path, record(image="bad.png"))
-    (tmp_path / "bad.png").write_text("I am no picture", encoding="utf-8")
-    refused("evaluate", run.diffuse, "--data", file, says=[f"data.json:2: picture {tmp_path}/bad.png cannot be read"])
+    (tmp_path / "bad.png").write_text("I am no image", encoding="utf-8")
+    refused("evaluate", run.diffuse, "--data", file, says=[f"data.json:2: image {tmp_path}/bad.png cannot be read"])
     file = write_data(tmp_path, record(answer="Yes. " * 200))
-    says = [f"{file}:2: 1047 tokens, pictures included, where at most 512 are allowed", "remove these records"]
+    says = [f"{file}:2: 1047 tokens, images included, where at most 512 are allowed", "remove these records"]
     refused("evaluate", run.diffuse, "--data", file, says=says)
 
 
 def test_evaluate_reads_no_more_than_it_needs(run: tiny_runs.Run, tmp_path: Path):
-    """What is wrong behind the limit is not met: neither text, nor a picture, nor the file's end."""
+    """What is wrong after the limit is not met: neither text, nor an image, nor the file's end."""
     file = write_data(tmp_path, record(), record(), record(answer="Yes. " * 200), record(image="none.png"))
     file.write_text(file.read_text(encoding="utf-8").rstrip().removesuffix("]") + ", {oops", encoding="utf-8")
     figures = json.loads(tiny_runs.succeed("evaluate", run.diffuse, "--data", file, "--limit", 2, "--json").out)
@@ -384,16 +366,16 @@ def test_evaluate_reads_no_more_than_it_needs(run: tiny_runs.Run, tmp_path: Path
     refused("evaluate", run.diffuse, "--data", file, "--limit", 4, says=["data.json:5: image file not found"])
 
 
-def test_a_bad_picture_in_a_process_of_its_own(run: tiny_runs.Run, tmp_path: Path):
+def test_a_bad_image_in_a_process_of_its_own(run: tiny_runs.Run, tmp_path: Path):
     """What a user sees: the message, and nothing else."""
     long = record(answer="Yes. " * 200)
     file = write_data(tmp_path, record(image="bad.png"), record(), long)
-    (tmp_path / "bad.png").write_text("I am no picture", encoding="utf-8")
+    (tmp_path / "bad.png").write_text("I am no image", encoding="utf-8")
     words = ("convert", "--from", run.align, "--stage", "diffuse", "--data", file, "--out", tmp_path / "out")
     ended = tiny_runs.process(*words, "--set", "stages.diffuse.data.too_long=drop")
     assert ended.code == 2
     assert ended.err == f"error: {the_message(ended.err)}"
-    assert the_message(ended.err).startswith(f"{file}:2: picture {tmp_path}/bad.png cannot be read")
+    assert the_message(ended.err).startswith(f"{file}:2: image {tmp_path}/bad.png cannot be read")
     assert not (tmp_path / "out").exists()
 
 

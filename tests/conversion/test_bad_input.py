@@ -6,35 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import tiny_runs
 import torch
 import yaml
-from tiny_runs import Workshop, copy, cut, refused, the_message, tree, workshop
+from tiny_runs import Workshop, copy, cut, refused, the_message, tree
 from transformers import AutoConfig, AutoModelForCausalLM, ResNetConfig, ResNetModel, SwinConfig, SwinModel
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 
 from diffvl.demo import standins
 
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The hub is not asked (its library has read the environment already), and no run of the checkout is found."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(scope="session")
-def run(
-    tmp_path_factory: pytest.TempPathFactory, source: Callable[[str], Path], tower: Path, shapes: dict[str, Path]
-) -> tiny_runs.Run:
-    return tiny_runs.finished_run(tmp_path_factory, source, tower, shapes)
-
-
-@pytest.fixture
-def convert(source: Callable[[str], Path], tower: Path, shapes: dict[str, Path], tmp_path: Path) -> Workshop:
-    return workshop(source, tower, shapes, tmp_path)
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 # --- MODEL -----------------------------------------------------------------------------------------------------------------
@@ -117,15 +99,15 @@ def test_a_diffvl_directory_as_model(run: tiny_runs.Run, convert: Workshop):
         (None, "its tokenizer has no chat template, so prompts and answers cannot be told apart; use an instruct checkpoint"),
         (
             "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}",
-            "its chat template writes no special token behind an answer, so decoding could not stop",
+            "its chat template writes no special token after an answer, so decoding could not stop",
         ),
         (
             "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n<think></think>{% endif %}",
             "the chat template is not prefix-stable: the prompt of an answer is not the beginning of the whole chat",
         ),
-        ("{% for m in messages %}{{ m['content'] }}<|im_end|>", "refuses a question with an answer (Unexpected end of template"),
-        ("{% for m in messages %}{{ m['content'] + 1 }}{% endfor %}", "refuses a question with an answer (can only concatenate"),
+        ("{% for m in messages %}{{ m['content'] }}<|im_end|>", "refuses a question and an answer (Unexpected end of template"),
+        ("{% for m in messages %}{{ m['content'] + 1 }}{% endfor %}", "refuses a question and an answer (can only concatenate"),
         ("<|im_start|>{{ messages[0]['content'] }}<|im_end|>", "its chat template leaves the answer out"),
         (
             "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"

@@ -16,7 +16,7 @@ from helpers import QUIET, metrics, weights_of
 from tiny_runs import record, stage, succeed, tree, write_data, write_gguf, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from diffvl.config.families import find_recipe, recipe_names
+from diffvl.config.presets import find_recipe, recipe_names
 from diffvl.config.recipe import Recipe
 from diffvl.config.resolve import dump, read_yaml, resolve
 from diffvl.decode.answer import answer, load_for_decoding
@@ -29,13 +29,6 @@ CHECKPOINT = {
     *("config.json", "generation_config.json", "model.safetensors", "processor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
 }
-
-
-@pytest.fixture(scope="session")
-def run(
-    tmp_path_factory: pytest.TempPathFactory, source: Callable[[str], Path], tower: Path, shapes: dict[str, Path]
-) -> tiny_runs.Run:
-    return tiny_runs.finished_run(tmp_path_factory, source, tower, shapes)
 
 
 @pytest.fixture(autouse=True)
@@ -258,7 +251,7 @@ def prepared_with(tower: Path, trunk: Path, directory: Path, **settings: Any) ->
     ],
 )
 def test_towers_and_connectors(kind: str, settings: dict[str, Any], source: Callable[[str], Path], tmp_path: Path):
-    """Each prepares, looks at the picture, and answers; two pictures of different content give different answers."""
+    """Each prepares, looks at the image, and answers; two images of different content give different answers."""
     directory = prepared_with(standins.make_tower(tmp_path / "tower", kind), source("qwen3"), tmp_path / "prepared", **settings)
     decoder = load_for_decoding(directory)
     side = settings.get("image_size", standins.IMAGE_SIZE) // standins.PATCH_SIZE // (2 if "image_size" in settings else 1)
@@ -282,17 +275,17 @@ def generated(directory: Path, *words: object) -> dict[str, Any]:
 
 
 def test_generate(run: tiny_runs.Run, shapes: dict[str, Path]):
-    picture = shapes["test"].parent / "images" / "test" / "00000.png"
+    image = shapes["test"].parent / "images" / "test" / "00000.png"
     for directory in (run.align, run.diffuse):
-        replies = [generated(directory, "--image", picture, "--max-new-tokens", 8) for _ in range(2)]
+        replies = [generated(directory, "--image", image, "--max-new-tokens", 8) for _ in range(2)]
         for reply in replies:
             assert 1 <= reply["tokens"] <= 8
             assert reply["seconds"] > 0
         assert replies[0]["text"] == replies[1]["text"]
-    one_step = generated(run.diffuse, "--image", picture, "--max-new-tokens", 8, "--steps", 1)
+    one_step = generated(run.diffuse, "--image", image, "--max-new-tokens", 8, "--steps", 1)
     sure = generated(run.diffuse, "--max-new-tokens", 8, "--strategy", "low_confidence_dynamic", "--threshold", 0)
     assert one_step["forwards"] < replies[0]["forwards"] and sure["forwards"] < replies[0]["forwards"]
-    plain = succeed("generate", run.diffuse, "--prompt", "How many shapes are there?", "--max-new-tokens", 8, "--image", picture)
+    plain = succeed("generate", run.diffuse, "--prompt", "How many shapes are there?", "--max-new-tokens", 8, "--image", image)
     assert plain.out == replies[0]["text"] + "\n" and not plain.err
 
 

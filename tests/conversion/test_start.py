@@ -1,10 +1,8 @@
 """The start of a run: its data is read and measured once and by one process, its model is loaded once."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -15,23 +13,19 @@ import pytest
 import tiny_runs
 from helpers import QUIET
 from tiny_runs import record, stage, succeed, write_data, write_recipe
+from transformers import AutoImageProcessor, AutoTokenizer
+from two_processes import on_two_processes
 
-from diffvl.cli import main as cli
 from diffvl.config.recipe import Data
-from diffvl.conversion.samples import SHOWN
-from diffvl.data import lengths
+from diffvl.conversion.samples import SAMPLE_SETTINGS
+from diffvl.data import lengths, table
 from diffvl.data.loader import load_data
 from diffvl.decode import answer as decode
 from diffvl.evaluation.evaluate import held_out_answers
-from diffvl.store import checkpoint
+from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
+from diffvl.hub.processing_diffvl import DiffVLProcessor
+from diffvl.store import checkpoint, published
 from diffvl.train import launch as processes
-
-
-@pytest.fixture(scope="session")
-def run(
-    tmp_path_factory: pytest.TempPathFactory, source: Callable[[str], Path], tower: Path, shapes: dict[str, Path]
-) -> tiny_runs.Run:
-    return tiny_runs.finished_run(tmp_path_factory, source, tower, shapes)
 
 
 @pytest.mark.parametrize("holdout", [0, 1])
@@ -40,8 +34,8 @@ def test_a_stage_loads_its_model_and_measures_its_data_once(
 ):
     loaded: list[str] = []
     measured: list[int] = []
-    load, measure = checkpoint.load_checkpoint, lengths._measure
-    monkeypatch.setattr(checkpoint, "load_checkpoint", lambda path, **named: (loaded.append(path.name), load(path, **named))[1])
+    load, measure = checkpoint.load_model, lengths._measure
+    monkeypatch.setattr(checkpoint, "load_model", lambda path, *dtype: (loaded.append(path.name), load(path, *dtype))[1])
     monkeypatch.setattr(decode, "load_checkpoint", lambda path: pytest.fail(f"{path} loaded to answer"))
     monkeypatch.setattr(lengths, "_measure", lambda *arguments: (measured.append(arguments[-1]), measure(*arguments))[1])
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -55,6 +49,41 @@ def test_a_stage_loads_its_model_and_measures_its_data_once(
     assert len(samples.splitlines()) == holdout
 
 
+def test_nothing_is_opened_twice(source: Callable[[str], Path], tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Both stages read the same files. What was written is read once more, to prove it; a model once more for each stage."""
+    opened: dict[str, Counter[str]] = {}
+
+    def count(owner: Any, name: str) -> None:
+        call, counter = getattr(owner, name), opened.setdefault(f"{owner.__name__.rpartition('.')[2]}.{name}", Counter())
+
+        def counted(path: Any, *arguments: Any, **named: Any) -> Any:
+            counter[Path(path).name] += 1
+            return call(path, *arguments, **named)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(published, "_settings")  # of a checkpoint that others published: its config.json
+    count(table, "_content_of")
+    count(table, "parse_file")
+    for owner in (AutoTokenizer, AutoImageProcessor, DiffVLProcessor, DiffVLForConditionalGeneration):
+        count(owner, "from_pretrained")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    train, held_out = (write_data(tmp_path, *[record(answer=answer)] * 2, name=f"{answer}.json") for answer in ("Red.", "Blue."))
+    stages = {name: stage(name, train, data={"eval": str(held_out)}) for name in ("align", "diffuse")}
+    recipe = write_recipe(tmp_path / "recipe.yaml", tower, **stages)
+    succeed("convert", source("llama"), "--recipe", recipe, "--out", tmp_path / "out")
+    trunk = source("llama").name
+    assert opened == {
+        "published._settings": {trunk: 1, tower.name: 1},
+        "table._content_of": {train.name: 1, held_out.name: 1},
+        "table.parse_file": {train.name: 1, held_out.name: 1},
+        "AutoTokenizer.from_pretrained": {trunk: 1, "prepared.partial": 1},
+        "AutoImageProcessor.from_pretrained": {tower.name: 1, "prepared.partial": 1},
+        "DiffVLProcessor.from_pretrained": {"prepared.partial": 1},
+        "DiffVLForConditionalGeneration.from_pretrained": {"prepared.partial": 1, "prepared": 1, "align": 1},
+    }
+
+
 @pytest.mark.parametrize(("name", "when", "start"), [("align", "after", "align"), ("diffuse", "before", "align")])
 def test_the_model_in_memory_answers_as_its_checkpoint_does(
     name: str, when: str, start: str, run: tiny_runs.Run, shapes: dict[str, Path]
@@ -64,7 +93,7 @@ def test_the_model_in_memory_answers_as_its_checkpoint_does(
     data = Data(train=str(file), holdout=1, max_length=tiny_runs.MAX_LENGTH)
     held_out = load_data(data, decoder.processor, None).held_out
     assert held_out is not None
-    (fresh,) = held_out_answers(decoder, held_out, data, SHOWN, QUIET)
+    (fresh,) = held_out_answers(decoder, held_out, data, SAMPLE_SETTINGS, QUIET)
     (told,) = map(json.loads, (run.root / name / "samples.jsonl").read_text(encoding="utf-8").splitlines())
     assert told[when] == fresh["answer"] and told["question"] == fresh["question"]
 
@@ -87,33 +116,6 @@ def test_barriers_are_patient(monkeypatch: pytest.MonkeyPatch):
 # --- two processes ---------------------------------------------------------------------------------------------------------
 
 
-def on_two_processes(*words: object) -> list[tuple[int, str, str]]:
-    """(exit code, stdout, stderr) of each process of a command (gloo)."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    meeting |= {"PYTHONPATH": str(Path(cli.__file__).parents[2])}
-    program = [sys.executable, "-m", "diffvl.cli.main", *map(str, words)]
-    started = [
-        subprocess.Popen(
-            program,
-            env={**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [one.communicate(timeout=400) for one in started]
-    finally:
-        for one in started:
-            one.kill()
-            one.wait()
-    return [(one.returncode, out, err) for one, (out, err) in zip(started, said, strict=True)]
-
-
 def test_a_command_on_two_processes(source: Callable[[str], Path], tower: Path, tmp_path: Path):
     """One reads, measures, prepares and answers, the other waits; a mistake that one finds ends both."""
     file = write_data(tmp_path, *[record()] * 5)
@@ -122,10 +124,11 @@ def test_a_command_on_two_processes(source: Callable[[str], Path], tower: Path, 
     )
     words = ("convert", source("llama"), "--recipe", recipe, "--out", tmp_path / "out")
     bad = write_data(tmp_path, record(), record(answer=""), name="bad.json")
-    ended = on_two_processes(*words, "--data", bad)
-    assert [code for code, _, _ in ended] == [2, 2]
-    assert all("bad.json:3: turn 2: empty answer" in err and "Traceback" not in err for _, _, err in ended)
+    program = (sys.executable, "-m", "diffvl.cli", *words)
+    ended = on_two_processes([*program, "--data", bad])
+    assert [one.code for one in ended] == [2, 2]
+    assert all("bad.json:3: turn 2: empty answer" in one.err and "Traceback" not in one.err for one in ended)
     assert not (tmp_path / "out").exists()
-    ended = on_two_processes(*words)
-    assert [code for code, _, _ in ended] == [0, 0], ended
-    assert ended[1][1] == "" and len((tmp_path / "out" / "diffuse" / "samples.jsonl").read_text().splitlines()) == 1
+    ended = on_two_processes(program)
+    assert [one.code for one in ended] == [0, 0], ended
+    assert ended[1].out == "" and len((tmp_path / "out" / "diffuse" / "samples.jsonl").read_text().splitlines()) == 1

@@ -32,7 +32,7 @@ def next_lines(directory: Path, stages: tuple[str, ...]) -> list[list[str]]:
 
 @pytest.mark.parametrize("question", QUESTIONS, ids=ascii)
 def test_what_a_conversion_ends_with(question: str, tmp_path: Path):
-    directory, image = tmp_path / NASTY, "pictures/a b's [x].png"
+    directory, image = tmp_path / NASTY, "images/a b's [x].png"
     directory.mkdir()
     sample = {"image": image, "question": question, "truth": "x", "before": "y", "after": "z"}
     (directory / "samples.jsonl").write_text(json.dumps(sample) + "\n", encoding="utf-8")
@@ -44,9 +44,9 @@ def test_what_a_conversion_ends_with(question: str, tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == [NASTY]
 
 
-def test_a_run_without_held_out_pictures(tmp_path: Path):
+def test_a_run_without_held_out_images(tmp_path: Path):
     (tmp_path / "samples.jsonl").touch()
-    ask = ["diffvl", "generate", str(tmp_path), "--image", "FILE", "--prompt", "What does the picture show?"]
+    ask = ["diffvl", "generate", str(tmp_path), "--image", "FILE", "--prompt", "What does the image show?"]
     assert next_lines(tmp_path, ("diffuse",))[0] == ask
 
 

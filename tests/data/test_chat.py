@@ -1,4 +1,4 @@
-"""Records -> messages and samples: what marks mean in the tokens, and texts that a checkpoint would take for pictures."""
+"""Records -> messages and samples: what marks mean in the tokens, and texts that a checkpoint would take for images."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from helpers import picture
 from diffvl.config.recipe import Data
 from diffvl.data.chat import encode_record, messages_of, sample_of
 from diffvl.data.records import Record, Turn
-from diffvl.data.table import open_records, record_at
+from diffvl.data.table import open_records
 from diffvl.decode.answer import user_message
 from diffvl.errors import DataError, UsageError
 from diffvl.evaluation.answer_turns import answer_turns, questions
@@ -49,13 +49,13 @@ def test_the_table_keeps_the_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     turns[1]["loss"] = False
     path = tmp_path / "train.json"
     path.write_text(json.dumps([{"conversations": turns}, {"conversations": [*turns[:2], *turns]}]), encoding="utf-8")
-    first, second = (record_at(open_records(path), place) for place in range(2))
+    first, second = (open_records(path)[place] for place in range(2))
     assert first.turns == DRAFTED and [turn.trained for turn in second.turns] == [True, False, True, False, True, True]
     # Read in another way, it is another table.
     path.write_text(json.dumps([{"conversations": [turns[1], *turns]}]), encoding="utf-8")
     with pytest.raises(DataError, match=r"data\.unpaired_turns=drop"):
         open_records(path)
-    assert record_at(open_records(path, Data(unpaired_turns="drop")), 0).turns == DRAFTED
+    assert open_records(path, Data(unpaired_turns="drop"))[0].turns == DRAFTED
 
 
 LITERAL = (Turn("user", r"<image>What is \<image>?"), Turn("assistant", "SVG has <image> tags."))
@@ -83,7 +83,7 @@ def test_a_literal_marker_reaches_the_tokenizer_as_text(loaded: Callable[[str], 
 
 
 @pytest.mark.parametrize("turn", [0, 1])
-def test_a_literal_that_the_checkpoint_reads_as_a_picture(turn: int, loaded: Callable[[str], Loaded]) -> None:
+def test_a_literal_that_the_checkpoint_reads_as_an_image(turn: int, loaded: Callable[[str], Loaded]) -> None:
     _, processor = loaded("llama")
     assert processor.image_token == "<image>"
     turns = list(DRAFTED[:1] + DRAFTED[3:])
@@ -91,6 +91,6 @@ def test_a_literal_that_the_checkpoint_reads_as_a_picture(turn: int, loaded: Cal
     with pytest.raises(DataError) as caught:
         encode_record(Record("q7", (), tuple(turns), "x.json:1"), processor)
     assert str(caught.value).startswith(
-        f"x.json:1: record q7: turn {turn + 1}: the text <image> is what this checkpoint reads as a picture, so it cannot stand"
+        f"x.json:1: record q7: turn {turn + 1}: the text <image> is what this checkpoint reads as an image, so it cannot stand"
     )
     assert caught.value.kind == "image token in the text"

@@ -17,13 +17,13 @@ MANY = json.dumps([ONE] * 30)
 
 FILES: dict[str, tuple[str, str | bytes, str]] = {
     "lines": (".json", f"{LINE}\n{LINE}\n", ":1: holds one object per line: name it train.jsonl"),
-    "lines behind blank ones": (".json", f"\n\n{LINE}\n{LINE}\n", ":3: holds one object per line: name it train.jsonl"),
+    "lines after blank ones": (".json", f"\n\n{LINE}\n{LINE}\n", ":3: holds one object per line: name it train.jsonl"),
     "pretty objects": (
         ".json",
         f"{PRETTY}\n{PRETTY}\n",
-        ":1: holds objects one behind the other: put them into one list, [..., ...]",
+        ":1: holds objects one after the other: put them into one list, [..., ...]",
     ),
-    "objects and commas": (".json", f"{LINE},\n{LINE}\n", ":1: holds objects one behind the other: put them into one list"),
+    "objects and commas": (".json", f"{LINE},\n{LINE}\n", ":1: holds objects one after the other: put them into one list"),
     "one record": (".json", PRETTY, ":1: holds one record alone: put [ and ] around it"),
     "one record with lists": (".json", json.dumps({"objects": [{"x": 1}], **ONE}), ":1: holds one record alone"),
     "records by name": (
@@ -108,6 +108,11 @@ def test_a_record_with_objects_in_it_is_a_record(tmp_path: Path) -> None:
         ("a.zip", "it is packed: unpack it"),
         ("a.parquet", "it is a table: write its rows into a .jsonl file"),
         ("a.tsv", "it is a table"),
+        (
+            "a.csv",
+            "a.csv: unknown kind of data file '.csv'; expected .json (one list) or .jsonl (one object per line); it is a table: "
+            "write its rows into a .jsonl file, one object per line, and its images into files",
+        ),
         ("a.ndjson", "it has one object per line, it seems: name it .jsonl"),
         ("a.yaml", "expected .json (one list) or .jsonl (one object per line)"),
     ],
@@ -120,7 +125,7 @@ def test_names_of_another_kind(name: str, says: str, tmp_path: Path) -> None:
 
 
 def test_what_ends_a_file_is_marked(tmp_path: Path) -> None:
-    """Behind a broken element of a list nothing can be placed; a broken line is one record."""
+    """After a broken element of a list nothing can be placed; a broken line is one record."""
     path = tmp_path / "train.json"
     path.write_text(f"[{LINE},\n{{oops}},\n{LINE}]")
     *_, (_, error) = read_objects(path)

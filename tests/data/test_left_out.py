@@ -21,16 +21,16 @@ from diffvl.store.metrics import read_json_lines
 from diffvl.train import loop
 
 NUM = 10
-PICTURES, LONG = (2, 7), 5  # numbers, from 0, of the records with a damaged picture, and of one that is too long
+IMAGES, LONG = (2, 7), 5  # numbers, from 0, of the records with a damaged image, and of one that is too long
 
 
 def data_file(folder: Path) -> Path:
     """Ten records, of which three cannot be used; that is seen only when their turn comes."""
     values = [record(answer="Red. " * (number + 1)) for number in range(NUM)]
-    for number in PICTURES:
+    for number in IMAGES:
         values[number]["image"] = "bad.png"
     values[LONG] = record(answer="Yes. " * 200)
-    (folder / "bad.png").write_text("I am no picture", encoding="utf-8")
+    (folder / "bad.png").write_text("I am no image", encoding="utf-8")
     return write_data(folder, *values)
 
 
@@ -55,7 +55,7 @@ def whole(prepared: Callable[[str], Path], tmp_path_factory: pytest.TempPathFact
 
 def test_what_is_left_out_is_counted_and_listed(whole: Path):
     found = listed(whole)
-    assert sorted(number for _, number, _ in found) == sorted((*PICTURES, LONG))
+    assert sorted(number for _, number, _ in found) == sorted((*IMAGES, LONG))
     assert {kind for _, number, kind in found if number == LONG} == {"too long"}
     state = json.loads((whole / "diffvl.json").read_text(encoding="utf-8"))
     assert sum(state["left_out"].values()) == 3 and state["left_out"]["too long"] == 1
@@ -79,7 +79,7 @@ def test_the_others_are_learnt_as_if_nothing_were_missing(whole: Path, prepared:
         file = write_data(tmp_path, *[record(answer="Red. " * (number + 1)) for number in range(NUM)])
         run(prepared("llama"), recipe_of(file, 8, 1, data={"on_error": "stop", "max_skipped": 0.01}), tmp_path / "good")
     for step, samples in seen:
-        assert steps[step] == [number for number in samples if number not in (*PICTURES, LONG)]
+        assert steps[step] == [number for number in samples if number not in (*IMAGES, LONG)]
 
 
 @pytest.mark.parametrize("cut", [1, 2])
@@ -117,11 +117,11 @@ def test_a_resumed_run_has_the_same_list(prepared: Callable[[str], Path], tmp_pa
 
 
 def test_packed_rows_lose_their_samples(prepared: Callable[[str], Path], tmp_path: Path):
-    """What is too long is not packed; a picture is found damaged when its row's turn comes."""
+    """What is too long is not packed; an image is found damaged when its row's turn comes."""
     more = {"data": {"row_length": 512}, "steps": None, "epochs": 1}
     work = run(prepared("llama"), recipe_of(data_file(tmp_path), 1, 1, **more), tmp_path / "run")
     assert listed(work)[0] == (0, LONG, "too long")
-    assert sorted(number for step, number, _ in listed(work) if step) == sorted(PICTURES)
+    assert sorted(number for step, number, _ in listed(work) if step) == sorted(IMAGES)
 
 
 def test_a_run_on_nothing_stops(prepared: Callable[[str], Path], tmp_path: Path):

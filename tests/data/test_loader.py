@@ -15,10 +15,10 @@ from helpers import QUIET
 from tiny_runs import record, write_data
 
 from diffvl.config.recipe import MAX_SKIPPED, Data
-from diffvl.data import lengths, loader, passes
+from diffvl.data import lengths, loader, parallel
 from diffvl.data.chat import TOO_LONG, Sample
 from diffvl.data.collate import NO_SAMPLE, PROBLEMS, collate, is_filler
-from diffvl.data.loader import StageData, check_pictures, load_data, num_workers
+from diffvl.data.loader import StageData, check_images, load_data, num_workers
 from diffvl.data.problems import Problem
 from diffvl.errors import DataError
 from diffvl.hub.processing_diffvl import DiffVLProcessor
@@ -85,8 +85,8 @@ def test_several_processes_measure_the_same(tmp_path: Path, processor: DiffVLPro
     alone = load_data(packed, processor, 512).train
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "another")
     monkeypatch.setattr(lengths, "_PAYS_FROM", 1)
-    monkeypatch.setattr(passes, "_AT_ONCE", 2)
-    monkeypatch.setattr(passes, "num_cores", lambda: 2)
+    monkeypatch.setattr(parallel, "_AT_ONCE", 2)
+    monkeypatch.setattr(parallel, "num_cores", lambda: 2)
     together = load_data(packed, processor, 512).train
     assert alone.lengths is not None and together.lengths is not None
     assert together.lengths.tolist() == alone.lengths.tolist() and together.indices.tolist() == list(range(9))
@@ -97,9 +97,7 @@ def test_a_length_check_tells_all_in_one_go(tmp_path: Path, processor: DiffVLPro
     with pytest.raises(DataError) as caught:
         load_data(settings(file, check_lengths=True), processor, 512)
     message = str(caught.value)
-    assert message.startswith(
-        f"{file}: 3 problems\n  too long: 2\n    {file}:3: 1047 tokens, pictures included, where at most 400"
-    )
+    assert message.startswith(f"{file}: 3 problems\n  too long: 2\n    {file}:3: 1047 tokens, images included, where at most 400")
     assert "does not fit the chat template: 1" in message and f"{file}:4: record" in message
     skip = settings(file, check_lengths=True, on_error="skip", max_skipped=0.75)
     assert load_data(skip, processor, 512).train.indices.tolist() == [0, 1, 2, 3]  # it only checks
@@ -119,12 +117,12 @@ def test_what_is_dropped_counts_for_nothing(tmp_path: Path, processor: DiffVLPro
 
 def test_a_problem_stands_for_its_record(tmp_path: Path, processor: DiffVLProcessor):
     file = write_data(tmp_path, {**record(image="bad.png"), "id": "x"}, LONG, record(answer="A <|MASK|> here."))
-    (tmp_path / "bad.png").write_text("I am no picture")
+    (tmp_path / "bad.png").write_text("I am no image")
     problems = [load_data(settings(file), processor, 512).train[place][0] for place in range(3)]
     assert [isinstance(problem, Problem) for problem in problems] == [True] * 3
     bad, long, masked = map(str, problems)
-    assert bad.startswith(f"{file}:2: picture {tmp_path}/bad.png cannot be read") and bad.endswith("(record 1, id 'x')")
-    assert long == f"{file}:3: 1047 tokens, pictures included, where at most 400 are allowed (record 2)"
+    assert bad.startswith(f"{file}:2: image {tmp_path}/bad.png cannot be read") and bad.endswith("(record 1, id 'x')")
+    assert long == f"{file}:3: 1047 tokens, images included, where at most 400 are allowed (record 2)"
     assert masked.startswith(f"{file}:4: record data.json:4 does not fit") and [p.kind for p in problems][1] == TOO_LONG  # type: ignore[union-attr]
 
 
@@ -139,20 +137,20 @@ def test_places_stay_empty(tmp_path: Path, processor: DiffVLProcessor):
     assert is_filler(empty) and empty["sample"].tolist() == [NO_SAMPLE] and "pixel_values" not in empty
 
 
-def test_all_damaged_pictures_are_told_at_once(tmp_path: Path, processor: DiffVLProcessor):
+def test_all_damaged_images_are_told_at_once(tmp_path: Path, processor: DiffVLProcessor):
     file = write_data(tmp_path, record(), *[record(image="bad.png")] * 7)
-    (tmp_path / "bad.png").write_text("I am no picture")
+    (tmp_path / "bad.png").write_text("I am no image")
     data = settings(file)
     samples = StageData(load_data(data, processor, 512).train, None)
     with pytest.raises(DataError) as caught:
-        check_pictures(samples, data, QUIET)
+        check_images(samples, data, QUIET)
     lines = str(caught.value).split("\n")
-    assert lines[0] == f"{file}: 7 problems" and lines[1].startswith(f"  {file}:3: picture {tmp_path}/bad.png cannot be read")
+    assert lines[0] == f"{file}: 7 problems" and lines[1].startswith(f"  {file}:3: image {tmp_path}/bad.png cannot be read")
     assert lines[6] == "  and 2 more" and len(Path(lines[7].removeprefix("all of them: ")).read_text().splitlines()) == 7
-    check_pictures(samples, settings(file, check_images=7), QUIET)
-    check_pictures(samples, settings(file, on_error="skip", max_skipped=0.9), QUIET)
+    check_images(samples, settings(file, check_images=7), QUIET)
+    check_images(samples, settings(file, on_error="skip", max_skipped=0.9), QUIET)
     with pytest.raises(DataError, match="7 of 8 records cannot be used"):
-        check_pictures(samples, settings(file, on_error="skip"), QUIET)
+        check_images(samples, settings(file, on_error="skip"), QUIET)
 
 
 def test_workers_for_large_sets(monkeypatch: pytest.MonkeyPatch):

@@ -51,16 +51,16 @@ def answer(text: Any = "Yes.", **keys: Any) -> dict[str, Any]:
 # --- the field test ------------------------------------------------------------------------------------------------------
 
 ANSWERED = [("user", "<image>\nWhat is it?"), ("assistant", "A red dot.")]
-PICTURE_KEY = "pictures stand under the key `image` (a path or a list of paths); rename it or remove it"
+IMAGE_KEY = "images stand under the key `image` (a path or a list of paths); rename it or remove it"
 OUTCOMES: dict[str, list[Any]] = {  # turns, or what the problem says
     "first_gpt": [ANSWERED, "turn 1 is from assistant (gpt): .*; data.unpaired_turns=drop leaves such turns out"],
     "image_empty_string": [ANSWERED, [("user", "What is it?"), ("assistant", "A red dot.")]],
-    "image_url": ["a picture is a file, not a URL: https://example.org/a.png; fetch it and give the path of its file"],
-    "key_img_misspelt": [f"`{key}` is 'a.png': {PICTURE_KEY}" for key in ("img", "image_path", "Image")],
+    "image_url": ["an image is a file, not a URL: https://example.org/a.png; fetch it and give the path of its file"],
+    "key_img_misspelt": [f"`{key}` is 'a.png': {IMAGE_KEY}" for key in ("img", "image_path", "Image")],
     "key_tools": ["`tools`: calls of tools are not supported: leave such records out, or write the calls as text"],
     "key_top_level_system": [[("system", "Answer in French."), *ANSWERED]],
     "key_video": [ANSWERED, "`video`: videos and sounds are not supported: leave such records out"],
-    "marker_numbered": ["turn 1: <image_1> looks like a picture, but the marker of a picture is <image>, one for each"],
+    "marker_numbered": ["turn 1: <image_1> looks like an image, but the marker of an image is <image>, one for each"],
     "marker_svg_answer": [ANSWERED, "turn 2: <image> in a turn of assistant (gpt).* write \\<image> (in JSON: \\\\<image>)"],
     "turn_loss_false": [[("user", "Hi"), ("assistant", "BAD DRAFT"), ("user", "Again"), ("assistant", "Good.")]],
     "turn_train_false": [[("user", "Hi"), ("assistant", "BAD DRAFT"), ("user", "Again"), ("assistant", "Good.")]],
@@ -145,7 +145,7 @@ def test_values_that_say_nothing_are_no_keys(key: str, tmp_path: Path, caplog: p
     assert caplog.text == ""
 
 
-def test_nan_is_no_picture(tmp_path: Path) -> None:
+def test_nan_is_no_image(tmp_path: Path) -> None:
     """What a table with missing values is saved as."""
     item = one(tmp_path, {"conversations": GOOD, "image": float("nan"), "id": float("nan")})
     assert isinstance(item, Record) and item.images == () and item.id == "train.jsonl:1"
@@ -162,9 +162,9 @@ def test_nan_is_no_picture(tmp_path: Path) -> None:
         *[("pic_path", "a"), ("jpg", "a"), ("media", {"type": "image", "file": "a.png"}), ("files", [{"path": "a.png"}])],
     ],
 )
-def test_a_picture_under_another_key_is_a_mistake(key: str, value: Any, tmp_path: Path) -> None:
+def test_an_image_under_another_key_is_a_mistake(key: str, value: Any, tmp_path: Path) -> None:
     item = one(tmp_path, {"conversations": GOOD, key: value})
-    assert isinstance(item, Problem) and item.kind == "picture under another key"
+    assert isinstance(item, Problem) and item.kind == "image under another key"
     assert item.message.startswith(f"`{key}` is ") and "the key `image`" in item.message and len(item.message) < 250
 
 
@@ -181,7 +181,7 @@ def test_a_picture_under_another_key_is_a_mistake(key: str, value: Any, tmp_path
         ("depth_image", "b.png", False),
     ],
 )
-def test_another_picture_beside_the_record_s_own(key: str, value: Any, passes: bool, tmp_path: Path) -> None:
+def test_another_image_beside_the_record_s_own(key: str, value: Any, passes: bool, tmp_path: Path) -> None:
     item = one(tmp_path, {"image": "a.png", "conversations": GOOD, key: value})
     assert isinstance(item, Record if passes else Problem)
 
@@ -265,7 +265,7 @@ def test_records_of_another_form(value: Any, says: str, tmp_path: Path) -> None:
 def test_keys_of_a_turn_that_others_act_on(key: str, value: Any, tmp_path: Path) -> None:
     item = one(tmp_path, chat(user(), answer(**{key: value})))
     assert isinstance(item, Problem) and item.message.startswith(f"turn 2: `{key}`"), item
-    assert item.kind in ("key not supported", "picture under another key")
+    assert item.kind in ("key not supported", "image under another key")
 
 
 def test_a_turn_without_text_but_with_a_call_says_so(tmp_path: Path) -> None:
@@ -350,12 +350,12 @@ def test_content_as_parts(content: Any, keys: dict[str, Any], text: str, images:
         (["What?"], {}, "part 1: expected an object with `type`, got a string"),
         ({"parts": ["What?"]}, {}, "`content` must be a string or a list of parts, got an object"),
         ([{"type": "text"}], {}, "part 1: `text` must be a string, got null"),
-        ([{"type": "image", "bytes": "iVBOR"}], {}, "part 1: `bytes` is not supported: write the picture into a file"),
+        ([{"type": "image", "bytes": "iVBOR"}], {}, "part 1: `bytes` is not supported: write the image into a file"),
         ([{"type": "image", "image": "a.png", "max_pixels": 9}], {}, "part 1: `max_pixels` is not supported"),
         ([{"type": "image", "image": "a.png"}, PLACE], {}, "some parts of type image have a path and some have none"),
         ([{"type": "image", "image": "a.png"}], {"image": "b.png"}, "paths both in `image` and in parts of turns"),
         ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBOR"}}], {}, "not its bytes as text"),
-        ([{"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}], {}, "a picture is a file, not a URL"),
+        ([{"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}], {}, "an image is a file, not a URL"),
         ([PLACE, TEXT], {}, "more <image> than images: 1 in the text, 0 in the record"),
     ],
 )
@@ -365,26 +365,26 @@ def test_parts_that_are_refused(content: Any, keys: dict[str, Any], says: str, t
     assert item.kind != "other"
 
 
-# --- pictures ------------------------------------------------------------------------------------------------------------
+# --- images ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("image", "says"),
     [
-        ("s3://bucket/a.png", "a picture is a file, not a URL: s3://bucket/a.png; fetch it and give the path of its file"),
+        ("s3://bucket/a.png", "an image is a file, not a URL: s3://bucket/a.png; fetch it and give the path of its file"),
         ("file:///tmp/a.png", "not a URL: file:///tmp/a.png; write the path alone"),
-        ("data:image/png;base64,iVBORw0KGgo=", "a picture is a file, not its bytes as text: data:image/png;base64,iVBORw0KGgo="),
+        ("data:image/png;base64,iVBORw0KGgo=", "an image is a file, not its bytes as text: data:image/png;base64,iVBORw0KGgo="),
         ("iVBOR" * 1000, "not its bytes as text: iVBORiVBOR"),
         ("no.png", "no.png (relative paths start at the data file's folder; set data.image_folder if they start elsewhere)"),
         ("", None),
         ([], None),
-        ({"path": "a.png"}, "`image` must be a path or a list of paths, got an object; write the picture into a file"),
+        ({"path": "a.png"}, "`image` must be a path or a list of paths, got an object; write the image into a file"),
         (["a.png", None], "`image` must be a path or a list of paths, got null"),
         ("sub", "image is a folder:"),
         ("sub\\c.png", "write its path with / instead of \\"),
     ],
 )
-def test_what_stands_in_the_place_of_a_picture(image: Any, says: str | None, tmp_path: Path) -> None:
+def test_what_stands_in_the_place_of_an_image(image: Any, says: str | None, tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "c.png").touch()
     item = one(tmp_path, {"image": image, "conversations": GOOD})
@@ -395,15 +395,15 @@ def test_what_stands_in_the_place_of_a_picture(image: Any, says: str | None, tmp
 
 
 def test_image_folder(tmp_path: Path) -> None:
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "c.png").touch()
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "c.png").touch()
     value = {"image": "c.png", "conversations": GOOD}
-    item = one(tmp_path, value, image_folder=tmp_path / "pictures")
-    assert isinstance(item, Record) and item.images == (str(tmp_path / "pictures" / "c.png"),)
+    item = one(tmp_path, value, image_folder=tmp_path / "images")
+    assert isinstance(item, Record) and item.images == (str(tmp_path / "images" / "c.png"),)
     absolute = {"image": str(tmp_path / "a.png"), "conversations": GOOD}
-    item = one(tmp_path, absolute, image_folder=tmp_path / "pictures")
+    item = one(tmp_path, absolute, image_folder=tmp_path / "images")
     assert isinstance(item, Record) and item.images == (str(tmp_path / "a.png"),)
-    item = one(tmp_path, {"image": "a.png", "conversations": GOOD}, image_folder=str(tmp_path / "pictures"))
+    item = one(tmp_path, {"image": "a.png", "conversations": GOOD}, image_folder=str(tmp_path / "images"))
     assert isinstance(item, Problem) and item.message.endswith("a.png (relative paths start at data.image_folder)")
     with pytest.raises(DataError, match=r"data\.image_folder: .*/none is no folder"):
         one(tmp_path, value, image_folder=tmp_path / "none")
@@ -420,11 +420,11 @@ def test_image_folder(tmp_path: Path) -> None:
     ],
 )
 def test_markers_of_others_are_refused(marker: str, tmp_path: Path) -> None:
-    """With pictures and without: nobody writes these but for a picture."""
+    """With images and without: nobody writes these but for an image."""
     for keys in ({"image": "a.png"}, {}):
         item = one(tmp_path, {**keys, "conversations": [{"from": "human", "value": f"{marker}\nWhat?"}, GOOD[1]]})
         assert isinstance(item, Problem) and item.kind == "image markers"
-        assert f"turn 1: {marker} looks like a picture, but the marker of a picture is <image>" in item.message
+        assert f"turn 1: {marker} looks like an image, but the marker of an image is <image>" in item.message
     escaped = {"conversations": [{"from": "human", "value": f"What is \\{marker}?"}, GOOD[1]]}
     assert isinstance(one(tmp_path, escaped), Record)
 
@@ -432,10 +432,10 @@ def test_markers_of_others_are_refused(marker: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "marker", ["<img>", "<Image>", "<IMAGE>", "[image]", "[IMG_1]", "{image}", "<image/>", "<picture>", "<images>"]
 )
-def test_likely_markers_are_refused_in_records_with_pictures(marker: str, tmp_path: Path) -> None:
+def test_likely_markers_are_refused_in_records_with_images(marker: str, tmp_path: Path) -> None:
     turns = [{"from": "human", "value": f"{marker} What?"}, GOOD[1]]
     item = one(tmp_path, {"image": "a.png", "conversations": turns})
-    assert isinstance(item, Problem) and f"{marker} looks like a picture" in item.message
+    assert isinstance(item, Problem) and f"{marker} looks like an image" in item.message
     assert isinstance(one(tmp_path, {"conversations": turns}), Record)
     placed = [{"from": "human", "value": f"<image>\nWhat does {marker} mean?"}, GOOD[1]]
     assert isinstance(one(tmp_path, {"image": "a.png", "conversations": placed}), Record)
@@ -468,11 +468,11 @@ def test_a_literal_marker(tmp_path: Path) -> None:
     ]
     item = one(tmp_path, {"conversations": [{"from": "human", "value": r"Is \<image> a tag?"}, GOOD[1]]})
     assert isinstance(item, Record) and item.images == ()
-    # In a record with a picture and no marker, the picture goes to the front as ever.
+    # In a record with an image and no marker, the image goes to the front as ever.
     item = one(tmp_path, {"image": "a.png", "conversations": [{"from": "human", "value": r"Is \<image> there?"}, GOOD[1]]})
     assert turns_of(item)[0] == ("user", "<image>\nIs \\<image> there?")
     item = one(tmp_path, {"conversations": [{"from": "human", "value": "Is <image> a tag?"}, GOOD[1]]})
-    assert isinstance(item, Problem) and item.message.endswith("The pictures' key is `image`, and \\<image> is that text itself")
+    assert isinstance(item, Problem) and item.message.endswith("The images' key is `image`, and \\<image> is that text itself")
 
 
 # --- unpaired turns ------------------------------------------------------------------------------------------------------
@@ -496,10 +496,10 @@ def test_turns_out_of_order_say_what_can_be_done(turns: list[Any], advice: str, 
 
 
 @pytest.mark.parametrize("before", [[], [HELLO], [HELLO, HELLO]])
-@pytest.mark.parametrize("behind", [[], [MORE], [MORE, MORE]])
-def test_unpaired_turns_are_left_out_on_request(before: list[Any], behind: list[Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("after", [[], [MORE], [MORE, MORE]])
+def test_unpaired_turns_are_left_out_on_request(before: list[Any], after: list[Any], tmp_path: Path) -> None:
     system = {"from": "system", "value": "S"}
-    turns = [system, *before, *GOOD, *behind]
+    turns = [system, *before, *GOOD, *after]
     item = one(tmp_path, {"image": "a.png", "conversations": turns}, unpaired_turns="drop")
     assert turns_of(item) == [("system", "S"), ("user", "<image>\nHi"), ("assistant", "Yes.")]
     # Numbers in messages are those of the file.
@@ -507,7 +507,7 @@ def test_unpaired_turns_are_left_out_on_request(before: list[Any], behind: list[
     assert isinstance(item, Problem) and item.message.startswith(f"turn {4 + len(before)} is from assistant (gpt), expected user")
 
 
-def test_the_pictures_of_a_question_left_out_go_with_it(tmp_path: Path) -> None:
+def test_the_images_of_a_question_left_out_go_with_it(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "<image>Hi"}, GOOD[1], {"from": "human", "value": "And <image>?"}]
     item = one(tmp_path, {"image": ["a.png", "b.png"], "conversations": turns}, unpaired_turns="drop")
     assert isinstance(item, Record) and item.images == (str(tmp_path / "a.png"),)

@@ -9,7 +9,7 @@ import datasets.config
 import pytest
 
 from diffvl.data.records import Record, Turn, iterate_records
-from diffvl.data.table import open_records, record_at
+from diffvl.data.table import open_records
 from diffvl.errors import DataError
 
 GOOD = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes."}]
@@ -82,7 +82,7 @@ def test_both_forms_and_both_files_give_the_same_record(tmp_path: Path, suffix: 
     assert (second.id, second.images, second.turns) == (first.id, first.images, first.turns)
     assert second.source == f"train{suffix}:{line + 1}"
     dataset = open_records(path)
-    assert [record_at(dataset, index) for index in range(len(dataset))] == [first, second]
+    assert [dataset[index] for index in range(len(dataset))] == [first, second]
 
 
 def test_missing_markers_are_put_before_the_first_user_text(tmp_path: Path) -> None:
@@ -102,9 +102,7 @@ def test_given_markers_stay_where_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize("absent", [{}, {"image": None}, {"images": []}])
 def test_text_only_record(tmp_path: Path, absent: dict[str, Any]) -> None:
     path = write(tmp_path, ".jsonl", [{"conversations": GOOD, **absent}])
-    assert record_at(open_records(path), 0) == Record(
-        "train.jsonl:1", (), (Turn("user", "Hi"), Turn("assistant", "Yes.")), "train.jsonl:1"
-    )
+    assert open_records(path)[0] == Record("train.jsonl:1", (), (Turn("user", "Hi"), Turn("assistant", "Yes.")), "train.jsonl:1")
 
 
 def test_absolute_image_path(tmp_path: Path) -> None:
@@ -118,7 +116,7 @@ def test_absolute_image_path(tmp_path: Path) -> None:
 def test_relative_data_path_gives_absolute_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, ".json", [{"image": image(tmp_path, "a.png"), "conversations": GOOD}])
     monkeypatch.chdir(tmp_path)
-    assert record_at(open_records(Path("train.json")), 0).images == (str(tmp_path / "a.png"),)
+    assert open_records(Path("train.json"))[0].images == (str(tmp_path / "a.png"),)
 
 
 # --- what is refused: the record -----------------------------------------------------------------------------------------
@@ -290,18 +288,18 @@ def test_unchanged_file_is_not_read_again(tmp_path: Path, suffix: str, cache: Pa
     first = open_records(path)
     monkeypatch.setattr("diffvl.data.records.read_objects", lambda path: pytest.fail("read again"))
     second = open_records(path)
-    assert record_at(second, 0) == record_at(first, 0)
+    assert second[0] == first[0]
     assert second.content == first.content
     assert len(list(cache.iterdir())) == 1
 
 
 def test_changed_file_is_read_again(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path, suffix, [{"conversations": turns("Hi", "One.")}])
-    assert record_at(open_records(path), 0).turns[1].text == "One."
+    assert open_records(path)[0].turns[1].text == "One."
     status = path.stat()
     write(tmp_path, suffix, [{"conversations": turns("Hi", "Two.")}])  # the same size
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    assert record_at(open_records(path), 0).turns[1].text == "Two."
+    assert open_records(path)[0].turns[1].text == "Two."
 
 
 def test_image_lost_after_the_first_reading_is_told(tmp_path: Path, suffix: str) -> None:
@@ -313,9 +311,9 @@ def test_image_lost_after_the_first_reading_is_told(tmp_path: Path, suffix: str)
 
 def test_more_records_than_one_batch(tmp_path: Path) -> None:
     dataset = open_records(write(tmp_path, ".jsonl", [{"id": number, "conversations": GOOD} for number in range(2500)]))
-    assert [record_at(dataset, index).id for index in (0, 1023, 1024, 2499)] == ["0", "1023", "1024", "2499"]
+    assert [dataset[index].id for index in (0, 1023, 1024, 2499)] == ["0", "1023", "1024", "2499"]
     assert len(dataset) == 2500
-    assert record_at(dataset, 3).source == "train.jsonl:4"
+    assert dataset[3].source == "train.jsonl:4"
 
 
 def test_cache_that_cannot_be_written(tmp_path: Path, cache: Path) -> None:

@@ -12,8 +12,8 @@ import pytest
 from tiny_runs import record, write_data
 
 from diffvl.config.recipe import Data
-from diffvl.data import files, table
-from diffvl.data.files import Files
+from diffvl.data import existing_files, table
+from diffvl.data.existing_files import ExistingFiles
 from diffvl.data.records import Record
 from diffvl.data.table import open_records
 from diffvl.errors import DataError
@@ -61,7 +61,7 @@ def test_a_file_is_known_by_its_bytes(tmp_path: Path, parsed: list[Path]):
 
 
 def test_a_moved_set_has_the_same_content(tmp_path: Path):
-    """Though its pictures have other absolute paths, and its file another name and another layout."""
+    """Though its images have other absolute paths, and its file another name and another layout."""
     path = write_data(tmp_path, {**record(), "id": "a"}, record(answer="Blue."))
     other = tmp_path / "moved" / "renamed.jsonl"
     other.parent.mkdir()
@@ -78,19 +78,19 @@ def test_a_table_travels_to_a_process_that_is_not_forked(tmp_path: Path):
     assert there[1].source == "data.json:3" and len(there) == 2
 
 
-def test_a_picture_that_comes_back_is_found(tmp_path: Path):
+def test_an_image_that_comes_back_is_found(tmp_path: Path):
     path = write_data(tmp_path, record(), TEXT)
-    picture = (tmp_path / "good.png").read_bytes()
+    image = (tmp_path / "good.png").read_bytes()
     assert len(open_records(path).usable) == 2
     (tmp_path / "good.png").unlink()
     assert open_records(path, look=False).usable.tolist() == [0, 1]
     assert open_records(path, SKIP).usable.tolist() == [1]
-    (tmp_path / "good.png").write_bytes(picture)
+    (tmp_path / "good.png").write_bytes(image)
     assert open_records(path, SKIP, look=False).usable.tolist() == [1]
     assert open_records(path, SKIP).usable.tolist() == [0, 1]
 
 
-# --- pictures that lie elsewhere -------------------------------------------------------------------------------------------
+# --- images that lie elsewhere -------------------------------------------------------------------------------------------
 
 
 def test_pictures_of_another_folder(tmp_path: Path):
@@ -102,7 +102,7 @@ def test_pictures_of_another_folder(tmp_path: Path):
     assert open_records(path, Data(image_folder=str(elsewhere)))[0].images == (str(elsewhere / "good.png"),)
 
 
-def test_many_pictures_of_a_folder_are_looked_for_by_one_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_many_images_of_a_folder_are_looked_for_by_one_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     names = [str(tmp_path / f"{number}.png") for number in range(100)]
     for name in names[1:]:
         Path(name).touch()
@@ -111,8 +111,8 @@ def test_many_pictures_of_a_folder_are_looked_for_by_one_listing(tmp_path: Path,
     (tmp_path / "folder.png").mkdir()
     asked: list[str] = []
     isfile = os.path.isfile
-    monkeypatch.setattr(files.os.path, "isfile", lambda name: (asked.append(name), isfile(name))[1])
-    there = Files()
+    monkeypatch.setattr(existing_files.os.path, "isfile", lambda name: (asked.append(name), isfile(name))[1])
+    there = ExistingFiles()
     assert [name for name in names if name not in there] == names[:1]
     assert len(asked) < 10
     odd = [str(tmp_path / name) for name in ("link.png", "lost.png", "folder.png", "sub/none.png")]
@@ -163,7 +163,7 @@ def test_a_malformed_line_can_be_skipped(tmp_path: Path):
 
 
 def test_problems_are_counted_by_kind_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path):
-    kinds = {"none.png": "picture missing", "": "empty answer"}
+    kinds = {"none.png": "image missing", "": "empty answer"}
 
     def parse(path: Path, **reading: Any) -> Any:
         for item in whole(path, **reading):
@@ -178,7 +178,7 @@ def test_problems_are_counted_by_kind_and_listed(tmp_path: Path, monkeypatch: py
     path.write_text(json.dumps([{**value, "id": f"r{number}"} for number, value in enumerate(bad)]))
     lines = refused(path).split("\n")
     assert lines[0] == f"{path}: 9 problems"
-    assert [line for line in lines if not line.startswith("    ")][1:3] == ["  picture missing: 7", "  empty answer: 2"]
+    assert [line for line in lines if not line.startswith("    ")][1:3] == ["  image missing: 7", "  empty answer: 2"]
     assert [line.rpartition(" (")[2] for line in lines[2:5]] == [f"record {n + 1}, id 'r{n}')" for n in range(3)]
     assert lines[5] == "    and 4 more"
     listed = Path(lines[-2].removeprefix("all of them: "))

@@ -10,7 +10,7 @@ import datasets.config
 import pytest
 from PIL import Image
 
-from diffvl.data.table import open_records, record_at
+from diffvl.data.table import open_records
 from diffvl.demo.shapes import CELLS, COLOURS, KINDS, NUMBERS, SHAPES, SPLITS, Content, draw_picture, is_test, write_shapes
 from diffvl.errors import DataError
 
@@ -207,7 +207,7 @@ def test_files_are_read_by_records(folder: Path, tmp_path: Path, monkeypatch: py
     for split, file in files.items():
         dataset = open_records(file)
         assert len(dataset) == SIZES[split]
-        record = record_at(dataset, 7)
+        record = dataset[7]
         assert record.id == f"{split}-00007"
         assert record.source == f"{split}.json:9"
         assert record.images == (str(folder / f"images/{split}/00007.png"),)

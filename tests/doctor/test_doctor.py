@@ -16,13 +16,13 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
 
 from diffvl.cli import main as cli
-from diffvl.config.families import refusal
+from diffvl.config.supported import refusal
 from diffvl.demo import standins
 from diffvl.doctor import doctor
+from diffvl.doctor.checks import Check, above, below
 from diffvl.doctor.doctor import Verdict, exact_up_to, examine, judge
-from diffvl.doctor.probe import Check, above, below
 from diffvl.hub import layout_diffvl
-from diffvl.prepare.proof import TOLERANCE, largest, smallest
+from diffvl.prepare.attention_proof import TOLERANCE, largest, smallest
 
 CHECKS = [
     *("AR parity", "no leak", "a leak is caught", "block sees itself", "clean stream untouched", "direct forward"),
@@ -155,7 +155,7 @@ def test_a_causal_mask_inside_the_model_is_caught_by_measurement():
     ("model_type", "settings", "kind", "words"),
     [
         ("bert", {}, "not autoregressive", "as a decoder it needs is_decoder: true"),
-        ("roberta", {"is_decoder": True}, "positions that do not start at 0", "one behind pad_token_id"),
+        ("roberta", {"is_decoder": True}, "positions that do not start at 0", "one after pad_token_id"),
         ("openai-gpt", {}, "takes no 4-D mask", "its code takes no mask with an entry for every two tokens (it said: "),
     ],
 )

@@ -10,12 +10,13 @@ from conftest import Loaded
 from helpers import batch, objective, sample
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffvl.attention.choose import block_mask, choose
+from diffvl.attention.block_mask import block_mask
+from diffvl.attention.choose import choose
 from diffvl.attention.cpu import TILED
 from diffvl.demo.standins import HIDDEN
 from diffvl.hub import modeling_diffvl
-from diffvl.hub.layout_diffvl import block_index, clean_layout, noisy_stream
-from diffvl.objective.losses import Draw, block_diffusion, noisy_layout
+from diffvl.hub.layout_diffvl import block_index, clean_layout, noisy_layout, noisy_stream
+from diffvl.objective.losses import Draw, block_diffusion
 
 
 class Shapes(TorchDispatchMode):

@@ -17,9 +17,9 @@ from diffvl.config.recipe import BlockDiffusionObjective
 from diffvl.data.chat import Sample
 from diffvl.demo.standins import TRUNKS, WINDOW
 from diffvl.hub.configuration_diffvl import DiffVLConfig
-from diffvl.hub.layout_diffvl import Layout, NoisyStream, attention_masks, block_index, clean_layout, noisy_stream
+from diffvl.hub.layout_diffvl import Layout, NoisyStream, attention_masks, block_index, clean_layout, noisy_layout, noisy_stream
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
-from diffvl.objective.losses import Corruption, Draw, block_diffusion, corrupt, noisy_layout
+from diffvl.objective.losses import Corruption, Draw, block_diffusion, corrupt
 
 Model = DiffVLForConditionalGeneration
 

@@ -16,12 +16,12 @@ from conftest import Loaded
 from PIL import Image, ImageCms
 
 from diffvl.data.chat import sample_of
-from diffvl.data.images import open_picture
+from diffvl.data.images import open_image
 from diffvl.data.records import Record, Turn
 from diffvl.decode.answer import ask
 from diffvl.errors import DataError
 from diffvl.hub.processing_diffvl import as_seen, images_as_seen
-from diffvl.report.page import _picture
+from diffvl.report.page import _image
 
 CASES = Path(__file__).parents[1] / "data" / "cases" / "pictures"
 RED, BLUE, BLACK, WHITE = (255, 0, 0), (0, 0, 255), (0, 0, 0), (255, 255, 255)
@@ -53,7 +53,7 @@ CLEAR = ["rgba_black_on_transparent.png", "p_trns.png", "gif_trns.gif", "rgba.we
 
 @pytest.mark.parametrize("name", TURNED)
 def test_pictures_are_turned_as_a_viewer_turns_them(name: str) -> None:
-    seen = open_picture(str(CASES / name), "x.json:1")
+    seen = open_image(str(CASES / name), "x.json:1")
     assert (seen.mode, seen.size) == ("RGB", (60, 40))
     assert near(seen.getpixel((4, 4)), RED)
     assert near(seen.getpixel((55, 35)), BLUE)
@@ -62,7 +62,7 @@ def test_pictures_are_turned_as_a_viewer_turns_them(name: str) -> None:
 
 @pytest.mark.parametrize("name", CLEAR)
 def test_transparent_pictures_are_laid_on_white(name: str) -> None:
-    seen = open_picture(str(CASES / name), "x.json:1")
+    seen = open_image(str(CASES / name), "x.json:1")
     assert seen.mode == "RGB" and near(seen.getpixel((0, 0)), WHITE)
     extrema: Any = seen.getextrema()
     low, high = extrema[0]
@@ -179,7 +179,7 @@ def test_numbers_that_are_no_brightness_are_refused(mode: str, values: tuple[flo
         as_seen(deep(mode, *values))
     deep(mode, *values).save(tmp_path / "a.tiff")
     with pytest.raises(DataError, match=r"x\.json:3: picture .*a\.tiff cannot be read \(values from "):
-        open_picture(str(tmp_path / "a.tiff"), "x.json:3")
+        open_image(str(tmp_path / "a.tiff"), "x.json:3")
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"])
@@ -238,23 +238,23 @@ def test_files_cut_short(form: str, tmp_path: Path) -> None:
         with pytest.raises(
             DataError, match=r"x\.json:3: picture .*/a cannot be read \(.*\); replace it or leave it out"
         ) as caught:
-            open_picture(str(tmp_path / "a"), "x.json:3")
+            open_image(str(tmp_path / "a"), "x.json:3")
         assert caught.value.kind == "picture cannot be read"
 
 
 def test_pictures_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     upright().save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1300)  # PIL warns from here and refuses from twice as many
-    assert open_picture(str(tmp_path / "a.png"), "x.json:3").size == (60, 40)
+    assert open_image(str(tmp_path / "a.png"), "x.json:3").size == (60, 40)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(DataError, match=r"cannot be read \(Image size \(2400 pixels\) exceeds limit"):
-        open_picture(str(tmp_path / "a.png"), "x.json:3")
+        open_image(str(tmp_path / "a.png"), "x.json:3")
 
 
 @pytest.mark.parametrize("name", ["https://example.org/a.png", "data:image/png;base64,iVBOR"])
 def test_pictures_are_not_fetched(name: str) -> None:
     with pytest.raises(DataError, match="is no file: pictures are not fetched, give the path of a file"):
-        open_picture(name, "--image")
+        open_image(name, "--image")
     with pytest.raises(ValueError, match="is no file: images are not fetched"):
         images_as_seen([name])
 
@@ -267,7 +267,7 @@ def test_one_picture_in_all_places(name: str, loaded: Callable[[str], Loaded], t
     """Training, decoding, the exported processor's ways in and the report: the pixels are those of `as_seen`."""
     _, processor = loaded("llama")
     path = CASES / name
-    seen = open_picture(str(path), "x")
+    seen = open_image(str(path), "x")
     expected = processor.image_processor(images=[seen], return_tensors="pt")["pixel_values"]
 
     def chat(**picture: Any) -> dict[str, Any]:
@@ -291,7 +291,7 @@ def test_one_picture_in_all_places(name: str, loaded: Callable[[str], Loaded], t
             found.append(processor(images=images, text=[text], return_tensors="pt")["pixel_values"])
     for pixels in found:
         assert pixels is not None and torch.equal(pixels, expected)
-    embedded = re.search(r'src="data:image/jpeg;base64,([^"]+)"', _picture(path))
+    embedded = re.search(r'src="data:image/jpeg;base64,([^"]+)"', _image(path))
     assert embedded is not None
     with Image.open(io.BytesIO(base64.b64decode(embedded[1]))) as shown:
         assert shown.size == seen.size

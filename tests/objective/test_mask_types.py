@@ -9,7 +9,7 @@ import torch
 from helpers import QUIET, batch, metrics, objective, sample, stage_recipe, text_only
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffvl.attention.choose import training_masks
+from diffvl.attention.block_mask import training_masks
 from diffvl.objective import losses as objectives
 from diffvl.objective.losses import Draw, block_diffusion, scores_dtype
 from diffvl.store.checkpoint import load_checkpoint

@@ -11,7 +11,7 @@ from helpers import batch, objective
 from diffvl.config.recipe import ArObjective
 from diffvl.data.chat import Sample
 from diffvl.hub.layout_diffvl import NoisyStream, block_index, noisy_stream
-from diffvl.objective.losses import Draw, ar, block_diffusion, loss_of, measure, predicting_rows, rates, scores
+from diffvl.objective.losses import Draw, ar, block_diffusion, loss_of, measure, predicting_places, rates, scores
 
 ROWS, VOCABULARY, MASK, IMAGE = 20, 16, 14, 15  # rows 16 to 19 are spare
 COST = math.log(VOCABULARY - 2)  # uniform over what may be predicted
@@ -100,7 +100,7 @@ def test_loss_of_picks_the_objective():
     assert float(loss_of(flat, CONFIG, two_samples(), settings, HERE).loss) == pytest.approx(15 * COST, rel=1e-5)
 
 
-def test_predicting_rows():
+def test_predicting_places():
     """`shift`: the token before, in the noisy block where it has one there, else in the clean stream."""
     answer = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 0]])
     block = block_index(answer, 4, "absolute")
@@ -108,9 +108,9 @@ def test_predicting_rows():
     assert stream.position[0].tolist() == list(range(12))
     masked = torch.zeros(1, 12, dtype=torch.bool)
     masked[0, [3, 4, 6, 8, 9]] = True
-    same = predicting_rows(stream, masked, "same", 10)
+    same = predicting_places(stream, masked, "same", 10)
     assert same[1].tolist() == [13, 14, 16, 18, 19]
-    shift = predicting_rows(stream, masked, "shift", 10)
+    shift = predicting_places(stream, masked, "shift", 10)
     assert shift[0].tolist() == [0] * 5
     # 3: noisy 2. 4 begins a block: clean 3. 6: noisy 5. 8 begins a block: clean 7. 9, a padding stop: noisy 8.
     assert shift[1].tolist() == [12, 3, 15, 7, 18]

@@ -13,8 +13,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from diffvl.data.textscore import is_exact
 from diffvl.errors import CheckpointError, ConfigError
-from diffvl.report.page import is_right, print_summary, write_report
+from diffvl.report.page import write_report
+from diffvl.report.summary import print_summary
 
 VOID = {"meta", "img", "br"}
 
@@ -148,12 +150,12 @@ def test_pictures_are_scaled_on_white_and_missing_ones_are_named(stage: Path) ->
     source = next(attributes["src"] for tag, attributes in shown.tags if tag == "img")
     image = Image.open(io.BytesIO(base64.b64decode(str(source).partition(",")[2])))
     assert image.size == (224, 112) and image.getpixel((5, 5)) == (255, 255, 255)
-    assert f"picture not shown (picture missing): {stage.parent / 'gone.png'} Colour?" in shown.text
-    (stage.parent / "gone.png").write_bytes(b"no picture")
-    assert "picture not shown (picture cannot be read)" in page(stage).text
+    assert f"image not shown (image missing): {stage.parent / 'gone.png'} Colour?" in shown.text
+    (stage.parent / "gone.png").write_bytes(b"no image")
+    assert "image not shown (image cannot be read)" in page(stage).text
 
 
-def test_small_pictures_are_not_enlarged(stage: Path) -> None:
+def test_small_images_are_not_enlarged(stage: Path) -> None:
     Image.new("L", (40, 30)).save(stage.parent / "clear.png")
     sizes = [(a["width"], a["height"]) for tag, a in page(stage).tags if tag == "img"]
     assert sizes == [("40", "30")]
@@ -301,7 +303,7 @@ def test_summary_in_the_terminal(stage: Path) -> None:
     ],
 )
 def test_right_is_word_for_word(answer: str, truth: str, right: bool) -> None:
-    assert is_right(answer, truth) is right
+    assert is_exact(answer, truth) is right
 
 
 # --- mistakes ------------------------------------------------------------------------------------------------------------
@@ -328,8 +330,8 @@ def test_directory_without_measurements(tmp_path: Path) -> None:
             CheckpointError,
             r"samples\.jsonl: sample 1: truth, after should be text",
         ),
-        ("diffvl.json", "{", CheckpointError, r"diffvl\.json: not valid JSON .*; restore it from a copy or remove it"),
-        ("diffvl.json", "[]", CheckpointError, r"diffvl\.json: expected a JSON object, not list"),
+        ("diffvl.json", "{", CheckpointError, r"diffvl\.json: damaged, not readable as JSON .*; copy the checkpoint again"),
+        ("diffvl.json", "[]", CheckpointError, r"diffvl\.json: expected a JSON object, got list"),
         ("run.yaml", "- a", ConfigError, r"run\.yaml: expected a mapping of settings at the top, got list"),
     ],
 )

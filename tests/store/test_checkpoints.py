@@ -14,7 +14,7 @@ from broken_checkpoints import broken
 from tiny_runs import Workshop, command, the_message, workshop
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from diffvl.config.families import check_supported
+from diffvl.config.supported import check_supported
 from diffvl.demo import standins
 from diffvl.errors import DiffvlError
 from diffvl.store.published import load_config

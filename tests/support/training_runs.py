@@ -1,14 +1,12 @@
 """Whole runs of `train`: in one process, ended by a crash, and in two processes."""
 
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import QUIET, metrics
+from two_processes import on_two_processes
 
 from diffvl.config.recipe import Recipe
 from diffvl.config.resolve import dump
@@ -45,39 +43,15 @@ def crash(start: Path, recipe: Recipe, directory: Path, step: int, resume: bool,
 def run_two(start: Path, recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
     """metrics.jsonl of a run on two processes (gloo)."""
     ended = two_processes(start, recipe, folder)
-    assert [code for code, _ in ended] == [0, 0], "\n".join(said for _, said in ended)
+    assert [code for code, _ in ended] == [0, 0], "\n".join(text for _, text in ended)
     return metrics(partial(folder / "run"))
 
 
 def two_processes(start: Path, recipe: Recipe, folder: Path) -> list[tuple[int, str]]:
-    """(exit code, what it said) of each of the two processes of a run."""
+    """(exit code, what it printed) of each of the two processes of a run."""
     (folder / "recipe.yaml").write_text(dump(recipe))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free.getsockname()[1]),
-            "WORLD_SIZE": "2",
-            "OMP_NUM_THREADS": "1",
-        }
-    words = [sys.executable, Path(__file__).with_name("train_process.py"), start, folder / "recipe.yaml", folder / "run"]
-    processes = [
-        subprocess.Popen(
-            words,
-            env={**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=400)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+    program = [sys.executable, Path(__file__).with_name("train_process.py"), start, folder / "recipe.yaml", folder / "run"]
+    return [(ended.code, ended.out + ended.err) for ended in on_two_processes(program)]
 
 
 def require_same_steps(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:

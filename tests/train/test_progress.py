@@ -209,10 +209,10 @@ def test_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -> 
 def test_bad_lines_are_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
-    with pytest.raises(CheckpointError, match=r"metrics\.jsonl:2: not valid JSON .*; mend or remove this line"):
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl:2: not valid JSON .*; correct or remove this line"):
         read_json_lines(path)
     path.write_text('{"step": 1}\n[2]\n')
-    with pytest.raises(CheckpointError, match=r"metrics\.jsonl:2: expected a JSON object, not list; mend or remove it"):
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl:2: expected a JSON object, not list; correct or remove it"):
         read_json_lines(path)
     path.write_text('{"question": "line\u2028separator"}\n\n{"a": 1}')  # one record a newline, and no newline at the end
     assert read_json_lines(path) == [{"question": "line\u2028separator"}, {"a": 1}]

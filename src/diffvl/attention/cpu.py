@@ -2,9 +2,9 @@
 
 FlexAttention has no backward on a CPU, and a dense mask computes everything that it then throws away. Here the queries are cut
 into groups, and each group looks at its keys in parts that need no mask where all is allowed: the clean stream of a sample is one
-call of the causal kernel, plus the few keys behind the diagonal that a block shows its own tokens. The parts of a group are
+call of the causal kernel, plus the few keys after the diagonal that a block shows its own tokens. The parts of a group are
 joined by their log-sum-exps: the softmax over all keys is the parts' own, weighted (FlashAttention, arXiv 2205.14135, section
-3.1). tests/test_attention.py holds values and gradients against dense attention.
+3.1). tests/attention/test_attention.py holds values and gradients against dense attention.
 
 Shapes: B batch, H heads, T tokens, Q queries of a group, K keys of a part, QT and KT tiles, n tiles of a band, w their width.
 """
@@ -19,11 +19,11 @@ from transformers.integrations.sdpa_attention import repeat_kv
 
 TILED = "tiled"
 CPU_TILE = 64
-# A new group of query tiles costs kernel calls; so many wasted scores are worth one.
+# A new group of query tiles costs kernel calls; this many wasted scores are worth one.
 CALL_COST = 8 * CPU_TILE * CPU_TILE
 SHORTEST_RUN = 4  # tiles of a clean stream from which on the causal kernel pays
 
-# torch's own CPU kernels behind scaled_dot_product_attention; called by name, because joining parts needs the log-sum-exp.
+# torch's own CPU kernels under scaled_dot_product_attention; called by name, because joining parts needs the log-sum-exp.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -42,8 +42,8 @@ def tiled_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function of transformers that executes a BlockMask. Query [B, H, T, head], key and value [B, KV heads, T,
-    head] -> [B, T, H, head].
+    """Executes a BlockMask, as an attention function of transformers. Query [B, H, T, head], key and value [B, KV heads,
+    T, head] -> [B, T, H, head].
 
     Raises:
         ValueError: for another kind of mask, or a model that changes scores in a way that torch's kernel does not know.
@@ -98,13 +98,13 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         q, k, v, output, sums = ctx.saved_tensors
-        of_q, of_k, of_v = (torch.zeros_like(state) for state in (q, k, v))
+        q_gradient, k_gradient, v_gradient = (torch.zeros_like(state) for state in (q, k, v))
         for group in ctx.plan:
             rows = (slice(None), slice(None), group.queries)
             given = gradient[rows], q[rows], output[rows], sums[rows]
             for part in group.parts:
-                of_q[rows] += part.gradients(*given, k, v, of_k, of_v, ctx.scale)
-        return of_q, of_k, of_v, None, None
+                q_gradient[rows] += part.gradients(*given, k, v, k_gradient, v_gradient, ctx.scale)
+        return q_gradient, k_gradient, v_gradient, None, None
 
 
 # --- parts -------------------------------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ class Slab:
     biases: dict[torch.dtype, torch.Tensor] = field(default_factory=dict)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output [B, H, Q, head] and log-sum-exp [B, H, Q] over these keys alone."""
+        """Computes output [B, H, Q, head] and log-sum-exp [B, H, Q] over these keys alone."""
         bias = _bias(self.allowed, self.biases, q.dtype)
         output, log_sum = _flash(q, k[:, :, self.keys], v[:, :, self.keys], 0.0, self.causal, attn_mask=bias, scale=scale)
         return _without(self.blind, output, log_sum)
@@ -135,23 +135,23 @@ class Slab:
         log_sum: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        of_k: torch.Tensor,
-        of_v: torch.Tensor,
+        k_gradient: torch.Tensor,
+        v_gradient: torch.Tensor,
         scale: float | None,
     ) -> torch.Tensor:
-        """The share of the queries' gradient; those of the keys and values are added in place."""
+        """Gives the share of the queries' gradient; those of the keys and values are added in place."""
         columns = (slice(None), slice(None), self.keys)
         bias = _bias(self.allowed, self.biases, q.dtype)
         given = (gradient, q, k[columns], v[columns], output, log_sum)
         share, keys, values = _flash_backward(*given, 0.0, self.causal, attn_mask=bias, scale=scale)
-        of_k[columns] += keys
-        of_v[columns] += values
+        k_gradient[columns] += keys
+        v_gradient[columns] += values
         return share
 
 
 @dataclass(frozen=True)
 class Band:
-    """The keys just behind the diagonal, for tiles of w queries at once: a tile looks at its own w tokens and, where blocks lie
+    """The keys just after the diagonal, for tiles of w queries at once: a tile looks at its own w tokens and, where blocks lie
     across tiles, at w more. keys: their indices [n * K], K = w or 2w. allowed: bool [B, n, w, K]."""
 
     width: int
@@ -160,7 +160,7 @@ class Band:
     biases: dict[torch.dtype, torch.Tensor] = field(default_factory=dict)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """As Slab's."""
+        """Does as Slab's."""
         allowed = self.allowed.flatten(0, 1)[:, None]
         bias = _bias(allowed, self.biases, q.dtype)
         keys, values = (self._cut(state[:, :, self.keys], allowed.shape[-1]) for state in (k, v))
@@ -176,23 +176,23 @@ class Band:
         log_sum: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        of_k: torch.Tensor,
-        of_v: torch.Tensor,
+        k_gradient: torch.Tensor,
+        v_gradient: torch.Tensor,
         scale: float | None,
     ) -> torch.Tensor:
-        """As Slab's."""
+        """Does as Slab's."""
         bias = _bias(self.allowed.flatten(0, 1)[:, None], self.biases, q.dtype)
         keys, values = (self._cut(state[:, :, self.keys], self.allowed.shape[-1]) for state in (k, v))
         sums = self._tiled(log_sum[..., None])[..., 0].contiguous()
         given = (self._tiled(gradient), self._tiled(q), keys, values, self._tiled(output), sums)
-        share, of_keys, of_values = _flash_backward(*given, 0.0, False, attn_mask=bias, scale=scale)
-        for total, one in ((of_k, of_keys), (of_v, of_values)):
+        share, key_share, value_share = _flash_backward(*given, 0.0, False, attn_mask=bias, scale=scale)
+        for total, one in ((k_gradient, key_share), (v_gradient, value_share)):
             flat = one.unflatten(0, (len(q), -1)).transpose(1, 2).flatten(2, 3)
             total.index_add_(2, self.keys, flat.to(total.dtype))
         return self._joined(share, q)
 
     def _tiled(self, states: torch.Tensor) -> torch.Tensor:
-        """[B, H, Q, x] -> [B * n, H, w, x], the last tile filled up."""
+        """Cuts [B, H, Q, x] -> [B * n, H, w, x], the last tile filled up."""
         short = self.allowed.shape[1] * self.width - states.shape[2]
         return self._cut(torch.nn.functional.pad(states, (0, 0, 0, short)), self.width)
 
@@ -202,19 +202,19 @@ class Band:
 
     @staticmethod
     def _joined(tiles: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """[B * n, H, w, x] -> [B, H, Q, x]."""
+        """Joins [B * n, H, w, x] -> [B, H, Q, x]."""
         return tiles.unflatten(0, (len(like), -1)).transpose(1, 2).flatten(2, 3)[:, :, : like.shape[2]]
 
 
 def _bias(allowed: torch.Tensor | None, made: dict[torch.dtype, torch.Tensor], dtype: torch.dtype) -> torch.Tensor | None:
-    """The additive form of a mask, made once for all layers."""
+    """Makes the additive form of a mask, made once for all layers."""
     if allowed is not None and dtype not in made:
         made[dtype] = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, float("-inf"))
     return made.get(dtype)
 
 
 def _without(blind: torch.Tensor | None, output: torch.Tensor, log_sum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nothing from keys that a query does not see; the kernel says nothing useful of a softmax over none."""
+    """Takes nothing from keys that a query does not see; the kernel says nothing useful of a softmax over none."""
     if blind is None:
         return output, log_sum
     return output.masked_fill(blind[..., None], 0.0), log_sum.masked_fill(blind, float("-inf"))
@@ -246,7 +246,8 @@ def plan_of(mask: BlockMask) -> list[Group]:
 
 
 def _tables(mask: BlockMask) -> tuple[torch.Tensor, torch.Tensor]:
-    """bool [QT, KT]: the tiles that some row of the batch needs, and those that are allowed as a whole in every row."""
+    """Gives two tables, bool [QT, KT]: the tiles that some row of the batch needs, and those that are allowed as a whole in every
+    row."""
     assert mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None
     lists = ((mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices))
     partial, full = (
@@ -259,7 +260,7 @@ def _tables(mask: BlockMask) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _rule(mask: BlockMask, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """The rule for indices that broadcast, [B, ...]; nothing is allowed behind the last token."""
+    """Applies the rule to indices that broadcast, [B, ...]; nothing is allowed after the last token."""
     last = mask.seq_lengths[0] - 1
     batch = torch.arange(mask.kv_indices.shape[0]).view(-1, *[1] * queries.dim())
     allowed = mask.mask_mod(batch, torch.zeros_like(batch), queries.clamp_max(last)[None], keys.clamp_max(last)[None])
@@ -267,8 +268,8 @@ def _rule(mask: BlockMask, queries: torch.Tensor, keys: torch.Tensor) -> torch.T
 
 
 def _grouped(visible: torch.Tensor) -> list[tuple[int, int, torch.Tensor]]:
-    """(first, end, key tiles) of runs of query tiles: a run grows while the scores wasted on keys that only some of its tiles
-    see cost less than one more call."""
+    """Gives (first, end, key tiles) of runs of query tiles: a run grows while the scores wasted on keys that only some of its
+    tiles see cost less than one more call."""
     runs: list[tuple[int, int, torch.Tensor]] = []
     for number, keys in enumerate(visible):
         if runs:
@@ -284,7 +285,8 @@ def _grouped(visible: torch.Tensor) -> list[tuple[int, int, torch.Tensor]]:
 
 
 def _masked_group(mask: BlockMask, first: int, end: int, key_tiles: torch.Tensor) -> Group:
-    """Runs of keys that all the queries see, and one part from the first to the last of the others, where the rule decides."""
+    """Finds runs of keys that all the queries see, and one part from the first to the last of the others, where the rule
+    decides."""
     length, tile = mask.seq_lengths[0], mask.BLOCK_SIZE[0]
     queries = slice(first * tile, min(end * tile, length))
     within = key_tiles.repeat_interleave(tile)[:length].nonzero()[:, 0]
@@ -303,7 +305,7 @@ def _masked_group(mask: BlockMask, first: int, end: int, key_tiles: torch.Tensor
 
 
 def _whole(everybody: torch.Tensor, low: int) -> list[Slab]:
-    """Runs of keys that need no mask."""
+    """Finds runs of keys that need no mask."""
     edges = torch.nn.functional.pad(everybody.long(), (1, 1)).diff()
     starts, stops = (edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist()
     return [Slab(slice(low + start, low + stop)) for start, stop in zip(starts, stops, strict=True)]
@@ -313,7 +315,7 @@ def _whole(everybody: torch.Tensor, low: int) -> list[Slab]:
 
 
 def _causal_runs(visible: torch.Tensor, full: torch.Tensor) -> list[tuple[int, int]]:
-    """Ranges of query tiles that see all of the range's tiles before their own, one tile before the range and one behind their
+    """Ranges of query tiles that see all of the range's tiles before their own, one tile before the range and one after their
     own at most: clean streams."""
     runs, first, count = [], 0, len(visible)
     while first < count:
@@ -332,7 +334,7 @@ def _goes_on(visible: torch.Tensor, full: torch.Tensor, first: int, tile: int) -
 
 
 def _run_groups(mask: BlockMask, first: int, end: int, visible: torch.Tensor) -> list[Group]:
-    """The run as one group of causal parts, if the rule agrees token by token; as masked groups if it does not."""
+    """Turns the run into one group of causal parts, if the rule agrees token by token; as masked groups if it does not."""
     length, tile = mask.seq_lengths[0], mask.BLOCK_SIZE[0]
     queries = slice(first * tile, min(end * tile, length))
     index = torch.arange(queries.start, queries.stop)
@@ -346,7 +348,7 @@ def _run_groups(mask: BlockMask, first: int, end: int, visible: torch.Tensor) ->
 
 
 def _band(mask: BlockMask, queries: slice) -> Band | None:
-    """What the queries see behind the diagonal; None if it reaches too far, or if something up to it is hidden."""
+    """Tells what the queries see after the diagonal; None if it reaches too far, or if something up to it is hidden."""
     for width in (8, 16, 32, CPU_TILE):
         starts = torch.arange(queries.start, queries.stop, width)
         q_index = starts[:, None, None] + torch.arange(width)[None, :, None]

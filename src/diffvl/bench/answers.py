@@ -26,11 +26,11 @@ from diffvl.bench.machine import describe_run, load_average, pick_device
 from diffvl.bench.timing import schedule
 from diffvl.bench.workload import load_block_decoder
 from diffvl.data.records import Record, iterate_records
+from diffvl.data.textscore import edit_similarity, is_exact
 from diffvl.decode.answer import Answer, Decoder, answer_chats
 from diffvl.errors import UsageError
 from diffvl.evaluation.answer_turns import chat_before, questions
 from diffvl.evaluation.reading import reading_of
-from diffvl.evaluation.textscore import edit_similarity, is_exact
 from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.terminal.bars import track
 

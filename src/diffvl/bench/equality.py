@@ -20,7 +20,7 @@ from diffvl.config.recipe import BlockDiffusionObjective
 from diffvl.errors import TrainingError
 from diffvl.hub.configuration_diffvl import never_predicted
 from diffvl.objective.losses import Draw
-from diffvl.prepare.proof import largest
+from diffvl.prepare.attention_proof import largest
 
 CHECKED_TRUNK = TrunkSize(hidden=128, layers=2, heads=2, kv_heads=1, intermediate=256, vocabulary=512)
 WEIGHT_STD = 0.15

@@ -2,18 +2,15 @@
 
 import datetime
 import os
-import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from diffvl.errors import UsageError
+from diffvl.machine import cpu_model, num_cores, versions
 
-CPUINFO = Path("/proc/cpuinfo")
 MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
 BUFFER_BYTES = {"cpu": 2**28, "cuda": 2**32}
 ROUNDS = 10  # of which the fastest counts
@@ -24,12 +21,10 @@ def describe_machine() -> dict[str, Any]:
     or None, versions, date."""
     return {
         "cpu": cpu_model(),
-        "cores": usable_cores(),
+        "cores": num_cores(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
+        **{name: versions()[name] for name in ("torch", "transformers", "python")},
         "date": datetime.date.today().isoformat(),
     }
 
@@ -42,23 +37,6 @@ def describe_run(device: torch.device, dtype: torch.dtype, load_before: float) -
         "threads": torch.get_num_threads(),
         "load_before": load_before,
     }
-
-
-def usable_cores() -> int:
-    """Counts the cores that this process may run on, where the system says; all of them elsewhere."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def cpu_model() -> str:
-    """Reads the processor's name for itself; Linux alone keeps it in a file."""
-    if CPUINFO.is_file():
-        for line in CPUINFO.read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def load_average() -> float:

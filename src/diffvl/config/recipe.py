@@ -1,4 +1,4 @@
-"""The configuration tree of a run, one frozen `Recipe`. `settings.py` reads and writes it.
+"""The configuration tree of a run, one frozen `Recipe`. `resolve.py` reads and writes it.
 
 Unknown keys are errors at every level. Settings that only make sense together live in one variant (a noise schedule, an
 objective, a connector), so that a setting without effect is an unknown key, never silently ignored.
@@ -104,7 +104,7 @@ Noise = Annotated[UniformNoise | ClampNoise | RampNoise | BetaNoise | FullNoise,
 
 
 def _reaches_one(noise: Noise) -> bool:
-    """Whether 1/(1 - t) has an infinite mean: uniform laws that end at 1, and Beta laws whose second shape is 1 or less."""
+    """Tells whether 1/(1 - t) has an infinite mean: uniform laws that end at 1, and Beta laws whose second shape is 1 or less."""
     if not isinstance(noise, BetaNoise):
         return noise.schedule != "full" and noise.t_max == 1.0
     ends = ((noise.mean_start, noise.concentration_start), (noise.mean_end, noise.concentration_end))
@@ -143,7 +143,7 @@ class BlockDiffusionObjective(Section):
     )
 
     def block_size_at(self, progress: float) -> int:
-        """The block size at a point of the stage, 0 to 1."""
+        """Gives the block size at a point of the stage, 0 to 1."""
         reached = [share for share in self.block_curriculum if share <= progress]
         return self.block_curriculum[max(reached)] if reached else self.block_size
 
@@ -271,7 +271,7 @@ class Optim(Section):
 class Data(Section):
     train: str | None = Field(default=None, description="LLaVA-format .json or .jsonl; `--data` sets it")
     image_folder: str | None = Field(
-        default=None, description="where relative paths of pictures start; default: the folder of the data file"
+        default=None, description="where relative paths of images start; default: the folder of the data file"
     )
     eval: str | None = Field(default=None, description="held-out file of the same format")
     holdout: int = Field(default=0, ge=0, description="without `eval`: this many records are set apart from `train`")
@@ -285,7 +285,7 @@ class Data(Section):
     )
     too_long: Literal["error", "drop"] = Field(default="error", description="`drop` leaves longer records out and says how many")
     on_error: Literal["stop", "skip"] = Field(
-        default="stop", description="`skip` leaves records out that are wrong or whose pictures cannot be read, and lists them"
+        default="stop", description="`skip` leaves records out that are wrong or whose images cannot be read, and lists them"
     )
     max_skipped: float = Field(
         default=MAX_SKIPPED,
@@ -301,7 +301,7 @@ class Data(Section):
         description="tokenise every record before training, to find those that are too long; packing does so anyway",
     )
     check_images: int = Field(
-        default=5000, ge=0, description="every picture of a set of up to this many records is decoded once before training"
+        default=5000, ge=0, description="every image of a set of up to this many records is decoded once before training"
     )
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping from `path`. Raises ConfigError naming the file (and line, where YAML knows it)."""
+    """Reads a YAML mapping from `path`. Raises ConfigError naming the file (and line, where YAML knows it)."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -27,7 +27,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def resolve(tree: dict[str, Any], assignments: list[str], where: str) -> Recipe:
-    """The one place where a recipe becomes a `Recipe`.
+    """Turns a recipe into a `Recipe`; nothing else does.
 
     Args:
         tree: the recipe as read; it is not changed.
@@ -43,7 +43,7 @@ def resolve(tree: dict[str, Any], assignments: list[str], where: str) -> Recipe:
 
 
 def parse(kind: type[SectionT], tree: dict[str, Any], where: str) -> SectionT:
-    """The tree as a section of this kind. Raises ConfigError with every problem at once; `where` names the source in it."""
+    """Reads the tree as a section of this kind. Raises ConfigError with every problem at once; `where` names the source in it."""
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
@@ -72,13 +72,13 @@ def _assign(tree: dict[str, Any], assignment: str) -> None:
 
 
 def _describe(error: ValidationError, tree: dict[str, Any], where: str) -> str:
-    """All problems of a validation, one line each: key path as `--set` takes it, what was expected, what was got."""
+    """Lists all problems of a validation, one line each: key path as `--set` takes it, what was expected, what was got."""
     lines = [f"  {_problem(details, tree)}" for details in error.errors()]
     return f"{where}: {len(lines)} wrong setting{'s' if len(lines) > 1 else ''}\n" + "\n".join(lines)
 
 
 def _problem(details: ErrorDetails, tree: dict[str, Any]) -> str:
-    """One problem in words."""
+    """Puts one problem in words."""
     path = _key_path(details["loc"], tree)
     if details["type"] == "extra_forbidden":
         return f"{path}: unknown key"
@@ -94,7 +94,7 @@ def _problem(details: ErrorDetails, tree: dict[str, Any]) -> str:
 
 
 def _key_path(location: tuple[int | str, ...], tree: dict[str, Any]) -> str:
-    """The dotted path of a setting; pydantic's own steps (a variant's name, `[key]`), which no file has, are left out."""
+    """Writes the dotted path of a setting; pydantic's own steps (a variant's name, `[key]`), which no file has, are left out."""
     names: list[str] = []
     node: Any = tree
     for step in location:
@@ -108,5 +108,5 @@ def _key_path(location: tuple[int | str, ...], tree: dict[str, Any]) -> str:
 
 
 def dump(recipe: Recipe) -> str:
-    """The recipe as YAML; reading it back gives the same recipe."""
+    """Writes the recipe as YAML; reading it back gives the same recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -12,6 +12,7 @@ from diffvl.data.table import content_digest
 from diffvl.errors import ConfigError
 from diffvl.store import checkpoint
 from diffvl.store.checkpoint import recipe_of
+from diffvl.store.files import read_json
 
 BEFORE_FILE = "before.json"  # of an unfinished stage: where it started from, and that checkpoint's answers
 # Settings that change no step which was taken: with them a run looks for mistakes, or goes on where it would have stopped.
@@ -22,37 +23,36 @@ _DATA_PATHS = ("data.train", "data.eval", "data.image_folder")  # settings that 
 
 
 def is_finished(directory: Path) -> bool:
-    """Whether `directory` is a complete one: only those have the file."""
+    """Tells whether a directory is complete: only those have the file."""
     return (directory / checkpoint.STATE_FILE).is_file()
 
 
 def require_same_source(model: str, vision_tower: str, recipe: Recipe, prepared: Path) -> None:
     """Raises ConfigError unless `prepared` was made from this checkpoint and tower with these settings."""
-    begun = recipe_of(prepared)
-    begun_model, begun_tower = checkpoint.read_state(prepared)["parents"]
-    ours = _source_facts(model, vision_tower, recipe)
-    _refuse_changes(ours, _source_facts(begun_model, begun_tower, begun), prepared)
+    first_model, first_tower = checkpoint.read_state(prepared)["parents"]
+    first = _source_facts(first_model, first_tower, recipe_of(prepared))
+    _refuse_changes(first, _source_facts(model, vision_tower, recipe), prepared)
 
 
 def require_same_stage(recipe: Recipe, stage: StageName, start: Path, directory: Path) -> None:
-    """Raises ConfigError unless the run in `directory`, finished or not, began with these settings and from `start`. A
-    directory in which nothing was begun is always right."""
+    """Raises ConfigError unless the run in `directory`, finished or not, began with these settings and from `start`. Any settings
+    are right for a directory in which no run has begun."""
     if not (directory / checkpoint.RECIPE_FILE).is_file():
         return
-    begun = recipe_of(directory)
-    ours, theirs = _flat(recipe.stages[stage].model_dump()), _flat(begun.stages[stage].model_dump())
+    first_recipe = recipe_of(directory)
+    first, now = (_flat(one.stages[stage].model_dump()) for one in (first_recipe, recipe))
     for key in (*_WITHOUT_INFLUENCE, *_paths_of_same_content(recipe, stage, directory)):
-        ours.pop(key, None)
-        theirs.pop(key, None)
-    ours |= {"seed": recipe.seed, "start": one_spelling(str(start))}
-    theirs |= {"seed": begun.seed, "start": one_spelling(_begun_from(directory))}
-    if not Path(theirs["start"]).exists():  # the run was moved since
-        del ours["start"], theirs["start"]
-    _refuse_changes(ours, theirs, directory)
+        first.pop(key, None)
+        now.pop(key, None)
+    first |= {"seed": first_recipe.seed, "start": one_spelling(_first_start(directory))}
+    now |= {"seed": recipe.seed, "start": one_spelling(str(start))}
+    if not Path(first["start"]).exists():  # the run was moved since
+        del first["start"], now["start"]
+    _refuse_changes(first, now, directory)
 
 
 def one_spelling(name: str) -> str:
-    """The name of a checkpoint; where it is a path, its absolute one."""
+    """Gives the name of a checkpoint; where it is a path, its absolute one."""
     return str(Path(name).resolve()) if Path(name).exists() else name
 
 
@@ -61,22 +61,24 @@ def _source_facts(model: str, vision_tower: str, recipe: Recipe) -> dict[str, An
     return _flat(recipe.prepare.model_dump(), "prepare.") | facts
 
 
-def _begun_from(directory: Path) -> str:
+def _first_start(directory: Path) -> str:
+    """Reads which checkpoint the run in `directory` began from."""
     if is_finished(directory):
         return checkpoint.read_state(directory)["parents"][0]
-    return checkpoint.read_json(directory / BEFORE_FILE)["start"]
+    return read_json(directory / BEFORE_FILE)["start"]
 
 
-def _refuse_changes(ours: dict[str, Any], theirs: dict[str, Any], directory: Path) -> None:
-    changed = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+def _refuse_changes(first: dict[str, Any], now: dict[str, Any], directory: Path) -> None:
+    changed = sorted(key for key in first.keys() | now.keys() if first.get(key) != now.get(key))
     if changed:
-        lines = "\n".join(f"  {key}: began with {theirs.get(key)!r}, asked for {ours.get(key)!r}" for key in changed)
+        lines = "\n".join(f"  {key}: began with {first.get(key)!r}, asked for {now.get(key)!r}" for key in changed)
         raise ConfigError(
             f"{directory} has other settings, so --resume cannot continue it:\n{lines}\nuse the same, or another --out"
         )
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turns nested sections into one level, by their dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -84,14 +86,14 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _paths_of_same_content(recipe: Recipe, stage: StageName, directory: Path) -> list[str]:
-    """The path settings that need not be the same, because what they lead to is compared: by `require_same_data` where the stage
-    is unfinished, here by the files' bytes where it is finished and its data is not read again."""
+    """Lists the path settings that need not be the same, because what they lead to is compared: by `require_same_data` where the
+    stage is unfinished, here by the files' bytes where it is finished and its data is not read again."""
     if not is_finished(directory):
         return list(_DATA_PATHS) if (directory / DATA_FILE).is_file() else []
-    begun = checkpoint.read_state(directory).get("data", {})
+    first = checkpoint.read_state(directory).get("data", {})
     same = []
     for name in ("train", "eval"):
         path = getattr(recipe.stages[stage].data, name)
-        if name in begun and path is not None and Path(path).is_file() and content_digest(Path(path)) == begun[name]["blake2b"]:
+        if name in first and path is not None and Path(path).is_file() and content_digest(Path(path)) == first[name]["blake2b"]:
             same.append(f"data.{name}")
     return [*same, "data.image_folder"] if same else []

@@ -1,73 +1,32 @@
-"""`diffvl convert`: prepare, then the stages asked for, then a report. Plans first, checks the plan, then works.
+"""`diffvl convert`: prepare, then the stages asked for, then a report. Plans first, opens what will be read, then works.
 
 Directories under the run's root: `prepared`, `align`, `diffuse`; each appears under its name only when it is complete.
 """
 
-import copy
-import json
-import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-import yaml
 from rich.console import Console
-from transformers import AutoModelForCausalLM
 
-from diffvl.attention.choose import choose
-from diffvl.config.families import check_supported, family_of, find_recipe, named_checkpoint, suggest
-from diffvl.config.recipe import STAGES, Lora, Recipe, StageName
-from diffvl.config.resolve import dump, read_yaml, resolve
-from diffvl.conversion.resume import BEFORE_FILE, is_finished, one_spelling, require_same_source, require_same_stage
+from diffvl.config.recipe import Recipe, StageName
+from diffvl.conversion.inputs import open_inputs
+from diffvl.conversion.plan import ConvertRequest, Plan, check_targets, describe, make_plan
+from diffvl.conversion.resume import BEFORE_FILE
 from diffvl.conversion.samples import answering
-from diffvl.data.fingerprint import DATA_FILE, DIGESTS_FILE, require_same_data
-from diffvl.data.loader import check_pictures, load_data
-from diffvl.errors import ConfigError, UsageError
-from diffvl.prepare.assemble import Source, prepare, read_parts
-from diffvl.report.page import print_summary, write_report
+from diffvl.data.fingerprint import DATA_FILE, DIGESTS_FILE
+from diffvl.data.loader import StageData
+from diffvl.errors import UsageError
+from diffvl.prepare.assemble import prepare
+from diffvl.report.page import write_report
+from diffvl.report.summary import print_summary
 from diffvl.store import checkpoint
 from diffvl.store.metrics import read_json_lines
-from diffvl.store.published import load_config
 from diffvl.terminal import console as terminal
-from diffvl.terminal.bars import quiet_libraries, spinner_or_line
+from diffvl.terminal.bars import quiet_libraries
 from diffvl.terminal.console import say, shell_line
 from diffvl.train import checkpoints
-from diffvl.train.accelerator import precision, require_trackers
+from diffvl.train.accelerator import require_trackers
 from diffvl.train.launch import agreed, main_first, main_only, process_state
-from diffvl.train.stage import longest_trainable, train
-
-DEFAULT_RECIPE = "llava"
-PREPARED = "prepared"
-
-
-@dataclass(frozen=True)
-class ConvertRequest:
-    """The words of the command. `start` is --from; `assignments` are the --set strings."""
-
-    model: str | None = None
-    stage: StageName | None = None
-    recipe: str | None = None
-    data: Path | None = None
-    start: Path | None = None
-    out: Path | None = None
-    lora: bool = False
-    assignments: tuple[str, ...] = ()
-    resume: bool = False
-    accept_changed_data: bool = False
-    dry_run: bool = False
-    trust_remote_code: bool = False
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What will happen. source: the AR checkpoint to prepare, or None when `start` is a DiffVL directory already."""
-
-    source: Source | None
-    start: Path
-    root: Path
-    stages: tuple[StageName, ...]
-    recipe: Recipe
+from diffvl.train.stage import train
 
 
 def convert(request: ConvertRequest) -> Path:
@@ -83,227 +42,35 @@ def convert(request: ConvertRequest) -> Path:
         raise UsageError("--accept-changed-data has no effect without --resume")
     plan = agreed(lambda: make_plan(request, console))
     describe(plan, console)
-    agreed(lambda: _check_targets(plan, request.resume))
+    agreed(lambda: check_targets(plan, request.resume))
     agreed(lambda: require_trackers(plan.recipe.trackers))
-    main_first(lambda: _check_data(plan, request.accept_changed_data, console))
+    inputs = main_first(lambda: open_inputs(plan, request.accept_changed_data, console))
     if request.dry_run:
         say(console, "dry run: nothing was written")
         return plan.root
-    start = plan.start
-    source = plan.source
-    if source is not None and agreed(lambda: not is_finished(start)):
-        main_only(lambda: prepare(source, plan.recipe, plan.start, console))
+    start, source, parts = plan.start, plan.source, inputs.parts
+    if source is not None and parts is not None:
+        main_only(lambda: prepare(source, plan.recipe, plan.start, console, parts))
     for stage in plan.stages:
         directory = plan.root / stage
-        if is_finished(directory):
+        if stage in inputs.data:
+            _run_stage(start, plan.recipe, stage, directory, request.resume, inputs.data[stage], console)
+        else:
             say(console, (stage, "bold"), f": finished already, kept: {directory}")
             if process.is_main_process:
                 _tidy(directory)
-        else:
-            run_stage(start, plan.recipe, stage, directory, request.resume, console)
         start = directory
     if process.is_main_process:
         _say_next(start, plan, console)
     return start
 
 
-# --- planning ------------------------------------------------------------------------------------------------------------
-
-
-def make_plan(request: ConvertRequest, console: Console) -> Plan:
-    """Resolves names, recipe and directories; touches no weights."""
-    if request.model is not None and request.start is not None:
-        raise UsageError(
-            "MODEL and --from exclude each other: MODEL starts from an AR checkpoint, --from from a DiffVL directory"
-        )
-    if request.model is not None:
-        return _plan_model(request, request.model)
-    return _plan_start(request, request.start or _newest_align(request, console))
-
-
-def _plan_start(request: ConvertRequest, start: Path) -> Plan:
-    """A plan that goes on from a DiffVL directory, by its own recipe unless another one is named."""
-    checkpoint.require_diffvl(start)
-    state = checkpoint.read_state(start)
-    earlier = resolve(read_yaml(start / checkpoint.RECIPE_FILE), [], str(start / checkpoint.RECIPE_FILE))
-    if any(text.partition("=")[0].partition(".")[0].strip() == "prepare" for text in request.assignments):
-        raise ConfigError(f"--set prepare.* has no effect: {start} is prepared already")
-    tree = read_yaml(find_recipe(request.recipe)) if request.recipe else yaml.safe_load(dump(earlier))
-    tree["prepare"] = earlier.prepare.model_dump(mode="json")
-    tree["model"] = earlier.model
-    stages: tuple[StageName, ...] = _stages(request, tree)
-    if request.stage is None and state["kind"] in STAGES:
-        stages = tuple(name for name in STAGES[STAGES.index(state["kind"]) + 1 :] if name in stages)
-        if not stages:
-            raise UsageError(
-                f"{start} is a finished {state['kind']} run and the recipe has no later stage: name one with --stage"
-            )
-    root = request.out or (start.parent if start.name in (PREPARED, *STAGES) else Path("runs") / start.name)
-    return Plan(None, start, root, stages, _resolve(request, tree, stages))
-
-
-def _plan_model(request: ConvertRequest, model: str) -> Plan:
-    named = named_checkpoint(model)
-    path = Path(model)
-    name = path.stem if path.suffix == ".gguf" else path.resolve().name if path.exists() else path.name
-    root = request.out or Path("runs") / name
-    if request.stage == "diffuse" and is_finished(root / "align"):
-        plan = _plan_start(request, root / "align")
-        if one_spelling(plan.recipe.model or "") != one_spelling(model):
-            raise UsageError(f"{plan.start} was made from {plan.recipe.model}, not from {model}: choose another --out")
-        return plan
-    recipe_name = request.recipe or (named[1].recipe if named else DEFAULT_RECIPE)
-    tree = read_yaml(find_recipe(recipe_name))
-    tree["model"] = model
-    stages = _stages(request, tree)
-    recipe = _resolve(request, tree, stages)
-    if request.stage == "diffuse" and "align" in recipe.stages:
-        aligned, words = root / "align", shell_line("diffvl", "convert", path, "--stage", "align")
-        raise UsageError(f"--stage diffuse needs an aligned model, and {aligned} is not there. Type: {words}")
-    if path.exists() and (path / "config.json").is_file():
-        _refuse_diffvl(path)
-    repo, revision, tower = model, None, recipe.prepare.vision_tower
-    if named is not None:
-        repo, revision, tower = named[1].repo, named[1].revision, tower or named[1].vision_tower
-    elif not path.exists() and "/" not in model:
-        close = suggest(model)
-        hint = f"did you mean {', '.join(close)}? " if close else ""
-        raise UsageError(f"{model!r}: no such model name or directory; {hint}`diffvl models` lists the names")
-    config = load_config(repo, request.trust_remote_code, revision)
-    check_supported(config)
-    tower = tower or family_of(config.model_type).vision_tower
-    return Plan(Source(repo, revision, tower, request.trust_remote_code), root / PREPARED, root, stages, recipe)
-
-
-def _refuse_diffvl(path: Path) -> None:
-    if checkpoint.read_json(path / "config.json").get("model_type") == "diffvl":
-        words = shell_line("diffvl", "convert", "--from", path, "--stage", "diffuse")
-        raise UsageError(f"{path} is a DiffVL directory already; to go on from it: {words}")
-
-
-def _newest_align(request: ConvertRequest, console: Console) -> Path:
-    if request.stage != "diffuse":
-        raise UsageError(
-            "name a MODEL (see `diffvl models`), or a DiffVL directory with --from. Example: diffvl convert smollm2-135m"
-        )
-    runs = Path("runs")
-    found = checkpoint.newest_finished(runs, "align")
-    if found is None:
-        raise UsageError(
-            "--stage diffuse without MODEL goes on from the newest finished align run, and there is none under runs/. "
-            "Type: diffvl convert MODEL --stage align"
-        )
-    say(console, "going on from the newest align run: ", (str(found), "bold"))
-    return found
-
-
-def _stages(request: ConvertRequest, tree: dict[str, Any]) -> tuple[StageName, ...]:
-    known = tree.get("stages")
-    known = known if isinstance(known, dict) else {}
-    if request.stage is None:
-        return tuple(name for name in STAGES if name in known)
-    if request.stage not in known:
-        raise UsageError(f"--stage {request.stage}: the recipe has no such stage, only {', '.join(known) or 'none'}")
-    return (request.stage,)
-
-
-def _resolve(request: ConvertRequest, tree: dict[str, Any], stages: tuple[StageName, ...]) -> Recipe:
-    """The recipe with --data, --lora and --set on top, in this order."""
-    if any(text.partition("=")[0].strip() == "model" for text in request.assignments):
-        raise ConfigError("--set model=... has no effect: name the checkpoint as MODEL")
-    assignments = []
-    if request.data is not None:
-        assignments += [f"stages.{name}.data.train={json.dumps(str(request.data), ensure_ascii=False)}" for name in stages]
-    if request.lora:
-        if "diffuse" not in stages:
-            raise UsageError("--lora has no effect: the diffuse stage is not run")
-        section = tree["stages"]["diffuse"]
-        if not isinstance(section, dict) or section.get("lora") is None:
-            assignments.append(f"stages.diffuse.lora={Lora().model_dump_json()}")
-    where = f"recipe {request.recipe}" if request.recipe else "recipe"
-    return resolve(tree, [*assignments, *request.assignments], where)
-
-
-def _check_targets(plan: Plan, resume: bool) -> None:
-    """Refuses to touch what is there: finished directories, foreign ones, interrupted runs with other settings."""
-    _check_root(plan.root)
-    if plan.source is not None:
-        if resume and is_finished(plan.start):
-            require_same_source(plan.source.model, plan.source.vision_tower, plan.recipe, plan.start)
-        else:
-            checkpoint.require_empty(plan.start)
-    start = plan.start
-    for name in plan.stages:
-        directory = plan.root / name
-        if is_finished(directory) and resume:
-            require_same_stage(plan.recipe, name, start, directory)
-        else:
-            checkpoint.require_empty(directory)
-            work = checkpoint.partial(directory)
-            if work.exists() and not resume:
-                raise UsageError(f"{work} holds an interrupted run: continue it with --resume, or remove it")
-            require_same_stage(plan.recipe, name, start, work)
-        start = directory
-
-
-def _check_root(root: Path) -> None:
-    """Raises UsageError unless the run's directory can be written and holds nothing but a run."""
-    there = next(path for path in (root, *root.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        kind = "not a directory" if not there.is_dir() else "not writable"
-        raise UsageError(f"{root} cannot be made: {there} is {kind}. Choose another --out")
-    if root.is_dir() and any(root.iterdir()) and not any(_ours(path) for path in root.iterdir()):
-        raise UsageError(f"{root} is not empty and holds no diffvl run; nothing was written. Choose another --out")
-
-
-def _ours(path: Path) -> bool:
-    return path.name.removesuffix(checkpoint.PARTIAL) in (PREPARED, *STAGES)
-
-
-def _check_data(plan: Plan, accept_changed: bool, console: Console) -> None:
-    """Reads the data of every stage to come, and asks the trunk for what a stage wants of it, before any work: a mistake in the
-    last one must not cost the first one's hours. What the main process reads is remembered for the others."""
-    process = process_state()
-    if plan.source is not None and not is_finished(plan.start):
-        parts = read_parts(plan.source, plan.recipe)
-        trunk, processor = parts.config.get_text_config(decoder=True), parts.processor
-    else:
-        config, processor = checkpoint.load_description(plan.start)
-        trunk = config.text_config
-    for name in plan.stages:
-        if is_finished(plan.root / name):
-            continue
-        stage = plan.recipe.stages[name]
-        try:
-            with spinner_or_line(console, f"checking the data of {name}"):
-                _check_attention(trunk, stage.attention, plan)
-                longest = longest_trainable(trunk, stage.objective)
-                data = load_data(stage.data, processor, longest, console, look=process.is_local_main_process)
-        except ConfigError as error:
-            raise ConfigError(f"{name}: {error}") from error
-        if not accept_changed:
-            require_same_data(checkpoint.partial(plan.root / name), data)
-        if process.is_main_process:
-            check_pictures(data, stage.data, console)
-
-
-def _check_attention(trunk: Any, wanted: str, plan: Plan) -> None:
-    """Asks an empty copy of the trunk whether it takes what a stage names. Raises ConfigError if it does not."""
-    if wanted == "auto":
-        return
-    trusted = plan.source is not None and plan.source.trust_remote_code
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(copy.deepcopy(trunk), trust_remote_code=trusted)
-    choose(empty, wanted, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-# --- working -------------------------------------------------------------------------------------------------------------
-
-
-def run_stage(start: Path, recipe: Recipe, stage: StageName, directory: Path, resume: bool, console: Console) -> None:
-    """One stage from start to report; the directory gets its name when everything in it is written."""
+def _run_stage(
+    start: Path, recipe: Recipe, stage: StageName, directory: Path, resume: bool, data: StageData, console: Console
+) -> None:
+    """Runs one stage from start to report; the directory gets its name when everything in it is written."""
     onlooker = answering(start, checkpoint.partial(directory), recipe.stages[stage].data, console)
-    train(start, recipe, stage, directory, resume, console, onlooker)
+    train(start, recipe, stage, directory, resume, console, onlooker, data)
     main_only(lambda: _finish(directory, console))
 
 
@@ -321,38 +88,12 @@ def _tidy(directory: Path) -> None:
         (directory / name).unlink(missing_ok=True)
 
 
-# --- telling -------------------------------------------------------------------------------------------------------------
-
-
-def describe(plan: Plan, console: Console) -> None:
-    """The plan in a few lines, before anything is done."""
-    if plan.source is not None:
-        say(console, ("prepare", "bold"), f" {plan.source.model} + {plan.source.vision_tower} -> {plan.start}")
-    else:
-        say(console, ("start", "bold"), f" from {plan.start}")
-    for name in plan.stages:
-        stage = plan.recipe.stages[name]
-        length = f"{stage.steps} steps" if stage.steps is not None else f"{stage.epochs:g} epochs"
-        objective = stage.objective
-        detail = objective.kind
-        if objective.kind == "block_diffusion":
-            detail += f" (block {objective.block_size}, {objective.context} context, {objective.noise.schedule} noise)"
-        trains = ", ".join(f"{part} {rate:g}" for part, rate in stage.trainable.items())
-        say(
-            console,
-            (name, "bold"),
-            f" {detail}; trains {trains}{' with LoRA' if stage.lora else ''}; {length} of "
-            f"{stage.batch_size} x {stage.accumulation} samples per device, {precision(stage)}; data {stage.data.train} "
-            f"-> {plan.root / name}",
-        )
-
-
 def _say_next(directory: Path, plan: Plan, console: Console) -> None:
+    """Prints what was written, and commands to go on with."""
     say(console, "\nwrote ", (str(directory), "bold"), " (a checkpoint that loads without diffvl, and report.html)")
     if plan.stages[-1:] == ("align",) and "diffuse" in plan.recipe.stages:
-        words = shell_line("diffvl", "convert", "--from", directory, "--stage", "diffuse", "--data", "FILE")
-        say(console, f"next: {words}")
+        say(console, "next: ", shell_line("diffvl", "convert", "--from", directory, "--stage", "diffuse", "--data", "FILE"))
     samples = [line for line in read_json_lines(directory / "samples.jsonl") if line.get("image")]
-    image, question = (samples[0]["image"], samples[0]["question"]) if samples else ("FILE", "What does the picture show?")
+    image, question = (samples[0]["image"], samples[0]["question"]) if samples else ("FILE", "What does the image show?")
     say(console, "next: ", shell_line("diffvl", "generate", directory, "--image", Path(image), "--prompt", question))
     say(console, "next: ", shell_line("diffvl", "evaluate", directory, "--data", "FILE"))

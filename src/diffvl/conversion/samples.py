@@ -17,15 +17,16 @@ from diffvl.data.loader import SampleDataset
 from diffvl.decode.answer import Decoder
 from diffvl.evaluation.evaluate import held_out_answers
 from diffvl.hub.settings_diffvl import DecodeSettings
-from diffvl.report.page import SAMPLES_FILE
-from diffvl.store import checkpoint
+from diffvl.report.stage_run import SAMPLES_FILE
+from diffvl.store.files import read_json, replace_text
 from diffvl.train.stage import Onlooker
 
-SHOWN = DecodeSettings(max_new_tokens=48)
+SAMPLE_SETTINGS = DecodeSettings(max_new_tokens=48)
 
 
 def answering(start: Path, work: Path, data: Data, console: Console) -> Onlooker:
-    """Answers before training, kept in the unfinished directory `work` for a resume, and writes the samples after it."""
+    """Makes the onlooker that answers before training and again after it, and then writes the samples. The first answers are kept
+    in the unfinished directory `work`, for a resume."""
     before = work / BEFORE_FILE
 
     def answer(model: Any, processor: Any, held_out: SampleDataset | None) -> list[dict[str, Any]]:
@@ -33,15 +34,15 @@ def answering(start: Path, work: Path, data: Data, console: Console) -> Onlooker
             return []
         device = "cuda" if torch.cuda.is_available() else "cpu"
         decoder = Decoder(torch.nn.Module.to(model.eval(), device), processor)
-        return held_out_answers(decoder, held_out, data, SHOWN, console)
+        return held_out_answers(decoder, held_out, data, SAMPLE_SETTINGS, console)
 
     def answer_before(*loaded: Any) -> None:
         if not before.is_file():
             facts = {"start": str(start), "answers": answer(*loaded)}
-            checkpoint.replace_text(before, json.dumps(facts, ensure_ascii=False))
+            replace_text(before, json.dumps(facts, ensure_ascii=False))
 
     def answer_after(*loaded: Any) -> None:
-        _write(work / SAMPLES_FILE, checkpoint.read_json(before)["answers"], answer(*loaded))
+        _write(work / SAMPLES_FILE, read_json(before)["answers"], answer(*loaded))
 
     return Onlooker(answer_before, answer_after)
 
@@ -49,6 +50,6 @@ def answering(start: Path, work: Path, data: Data, console: Console) -> Onlooker
 def _write(file: Path, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
     lines = []
     for old, new in zip(before, after, strict=True):
-        shown = {key: new[key] for key in ("image", "question", "truth")}
-        lines.append(json.dumps({**shown, "before": old["answer"], "after": new["answer"]}, ensure_ascii=False) + "\n")
-    checkpoint.replace_text(file, "".join(lines))
+        asked = {key: new[key] for key in ("image", "question", "truth")}
+        lines.append(json.dumps({**asked, "before": old["answer"], "after": new["answer"]}, ensure_ascii=False) + "\n")
+    replace_text(file, "".join(lines))

@@ -1,4 +1,4 @@
-"""Record -> Sample: the chat template's own text, its answer tokens, its pictures."""
+"""Record -> Sample: the chat template's own text, its answer tokens, its images."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from jinja2.exceptions import TemplateError
 
-from diffvl.data.images import open_picture
+from diffvl.data.images import open_image
 from diffvl.data.markers import pieces_between
 from diffvl.data.records import Record
 from diffvl.errors import DataError
@@ -28,7 +28,7 @@ class Sample:
 
 
 def messages_of(record: Record) -> list[dict[str, Any]]:
-    """The record as chat messages; every `<image>` marker becomes a picture part."""
+    """Turns a record into chat messages; every `<image>` marker becomes an image part."""
     messages = []
     for turn in record.turns:
         pieces = pieces_between(turn.text) if turn.role == "user" else [turn.text]
@@ -43,7 +43,7 @@ def messages_of(record: Record) -> list[dict[str, Any]]:
 
 
 def encode_record(record: Record, processor: DiffVLProcessor, longest: int | None = None) -> ChatEncoding:
-    """Token ids and answer marks of a record.
+    """Turns a record into token ids and answer marks.
 
     Raises:
         DataError: naming the record, if the chat template or the processor refuses it, or it has more than `longest` tokens.
@@ -55,35 +55,35 @@ def encode_record(record: Record, processor: DiffVLProcessor, longest: int | Non
         message = f"{record.source}: record {record.id} does not fit the model's chat template: {error}"
         raise DataError(message, kind="does not fit the chat template") from error
     if longest is not None and len(encoding.ids) > longest:
-        told = f"{record.source}: {len(encoding.ids)} tokens, pictures included, where at most {longest} are allowed"
+        told = f"{record.source}: {len(encoding.ids)} tokens, images included, where at most {longest} are allowed"
         raise DataError(told, kind=TOO_LONG)
     return encoding
 
 
 def _refuse_image_token(record: Record, token: str) -> None:
-    """Raises DataError for a text in which the checkpoint would see a picture: an escaped `<image>`, say, where its own token
+    """Raises DataError for a text in which the checkpoint would see an image: an escaped `<image>`, say, where its own token
     is spelled so."""
     for number, turn in enumerate(record.turns, 1):
         if any(token in piece for piece in (pieces_between(turn.text) if turn.role == "user" else [turn.text])):
             raise DataError(
-                f"{record.source}: record {record.id}: turn {number}: the text {token} is what this checkpoint reads as a "
-                "picture, so it cannot stand there as text: spell it otherwise (< image >, say) or leave the record out",
+                f"{record.source}: record {record.id}: turn {number}: the text {token} is what this checkpoint reads as an "
+                "image, so it cannot stand there as text: spell it otherwise (< image >, say) or leave the record out",
                 "image token in the text",
             )
 
 
 def sample_of(record: Record, index: int, processor: DiffVLProcessor, longest: int | None = None) -> Sample:
-    """The whole sample, pictures decoded and resized. Raises DataError as `encode_record`, or for a picture."""
+    """Builds the whole sample, images decoded and resized. Raises DataError as `encode_record`, or for an image."""
     encoding = encode_record(record, processor, longest)
     pixel_values = None
     if record.images:
-        pictures = [open_picture(path, record.source) for path in record.images]
-        pixel_values = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+        images = [open_image(path, record.source) for path in record.images]
+        pixel_values = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
     return Sample(encoding.ids, _marked_untrained(encoding.answer, record), pixel_values, index)
 
 
 def _marked_untrained(answer: list[int], record: Record) -> list[int]:
-    """The marks, negative in the answers that are not to be trained on."""
+    """Gives the marks, negative in the answers that are not to be trained on."""
     trained = [turn.trained for turn in record.turns if turn.role == "assistant"]
     if all(trained):
         return answer

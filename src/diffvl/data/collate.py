@@ -17,7 +17,7 @@ class Batch(TypedDict):
     """One line a sample; the objective packs them into rows. input_ids [S, L]. answer_index [S, L]: 0 outside answers, k
     inside the k-th, -k where that one is not trained on. valid [S, L]: False for padding. labels [S, L]: the ids of tokens of
     trained answers, -100 elsewhere; their number is the loss normaliser. sample [S]: dataset indices. row [S]: the row that
-    each sample stands in, rising from 0. pixel_values [N, 3, side, side], absent in a batch without pictures."""
+    each sample stands in, rising from 0. pixel_values [N, 3, side, side], absent in a batch without images."""
 
     input_ids: torch.Tensor
     answer_index: torch.Tensor
@@ -56,14 +56,14 @@ def collate(rows: Sequence[Sequence[Sample | Problem]], pad_token_id: int) -> di
         "sample": torch.tensor([sample.index for sample in good]),
         "row": torch.tensor(places),
     }
-    pictures = [sample.pixel_values for sample in good if sample.pixel_values is not None]
-    if pictures:
-        batch["pixel_values"] = torch.cat(pictures)
+    images = [sample.pixel_values for sample in good if sample.pixel_values is not None]
+    if images:
+        batch["pixel_values"] = torch.cat(images)
     if problems:
         batch[PROBLEMS] = problems
     return batch
 
 
 def is_filler(batch: dict[str, Any]) -> bool:
-    """Whether nothing is left of a batch: it goes through the model and teaches nothing."""
+    """Tells whether nothing is left of a batch: it goes through the model and teaches nothing."""
     return bool(batch["sample"][0] == NO_SAMPLE)

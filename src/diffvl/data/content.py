@@ -1,7 +1,7 @@
-"""The content of a turn -> its text with markers, and the pictures that its parts carry.
+"""The content of a turn -> its text with markers, and the images that its parts carry.
 
-Content is text, or a list of parts as in a chat request: `{"type": "text", "text": ...}` and pictures,
-`{"type": "image"}` (the record's next picture), `{"type": "image", "image": PATH}` or
+Content is text, or a list of parts as in a chat request: `{"type": "text", "text": ...}` and images,
+`{"type": "image"}` (the record's next image), `{"type": "image", "image": PATH}` or
 `{"type": "image_url", "image_url": {"url": PATH}}`. Parts are joined without anything between, as chat templates do.
 """
 
@@ -14,15 +14,15 @@ from diffvl.data.markers import IMAGE_MARKER
 from diffvl.errors import DataError
 
 _TEXTS = ("text", "input_text", "output_text")
-_PICTURES = ("image", "image_url", "input_image")
+_IMAGES = ("image", "image_url", "input_image")
 _PATHS = ("image", "image_url", "path", "url")
-# Others change the picture by these.
+# Others change the image by these.
 _REFUSED = ("min_pixels", "max_pixels", "resized_height", "resized_width", "bytes", "base64", "data", "source", "file_id")
 
 
 @dataclass(frozen=True)
 class Content:
-    """text: with a marker for every picture part. paths: those that parts carry. placeholders: parts that carry none."""
+    """text: with a marker for every image part. paths: those that parts carry. placeholders: parts that carry none."""
 
     text: str
     paths: tuple[str, ...] = ()
@@ -30,7 +30,7 @@ class Content:
 
 
 def read_content(value: Any, what: str) -> Content:
-    """Raises DataError for content that is neither text nor parts of text and pictures; `what` names it in messages."""
+    """Raises DataError for content that is neither text nor parts of text and images; `what` names it in messages."""
     if not isinstance(value, list):
         return Content(text_of(value, what, "a string or a list of parts" if isinstance(value, dict) else "a string"))
     pieces: list[str] = []
@@ -43,7 +43,7 @@ def read_content(value: Any, what: str) -> Content:
             raise DataError(f"{where}: expected an object with `type`, got {kind_of(part)}", "part of a turn")
         if kind in _TEXTS:
             pieces.append(text_of(part.get("text"), f"{where}: `text`"))
-        elif kind in _PICTURES:
+        elif kind in _IMAGES:
             pieces.append(IMAGE_MARKER)
             path = _path_of(part, where)
             paths += [] if path is None else [path]
@@ -57,25 +57,25 @@ def read_content(value: Any, what: str) -> Content:
 
 
 def _path_of(part: dict[str, Any], where: str) -> str | None:
-    """The path that a picture part carries, if any."""
+    """Gives the path that an image part carries, if any."""
     refused = [key for key in _REFUSED if not is_absent(part.get(key))]
     if refused:
-        raise DataError(f"{where}: `{refused[0]}` is not supported: write the picture into a file and give its path", "picture")
+        raise DataError(f"{where}: `{refused[0]}` is not supported: write the image into a file and give its path", "image")
     given = {key: part[key] for key in _PATHS if not is_absent(part.get(key))}
     if not given:
         return None
     if len(given) > 1:
-        raise DataError(f"{where}: {' and '.join(f'`{key}`' for key in given)}: keep one of them", "picture")
+        raise DataError(f"{where}: {' and '.join(f'`{key}`' for key in given)}: keep one of them", "image")
     key, path = next(iter(given.items()))
     if isinstance(path, dict):
         path = path.get("url") or path.get("path")
     if not isinstance(path, str) or not path:
-        raise DataError(f"{where}: `{key}` must be a path, got {kind_of(part[key])}", "picture")
+        raise DataError(f"{where}: `{key}` must be a path, got {kind_of(part[key])}", "image")
     return text_of(path, f"{where}: `{key}`")
 
 
 def text_of(value: Any, what: str, expected: str = "a string") -> str:
-    """`value` if it is text that UTF-8 can hold: JSON can spell half of a surrogate pair, which no tokenizer takes."""
+    """Gives `value` if it is text that UTF-8 can hold: JSON can spell half of a surrogate pair, which no tokenizer takes."""
     if not isinstance(value, str):
         raise DataError(f"{what} must be {expected}, got {kind_of(value)}", "text")
     if not value.isascii():
@@ -87,7 +87,7 @@ def text_of(value: Any, what: str, expected: str = "a string") -> str:
 
 
 def kind_of(value: Any) -> str:
-    """A JSON value's kind in words."""
+    """Gives a JSON value's kind in words."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, list):

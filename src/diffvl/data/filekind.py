@@ -12,7 +12,7 @@ TURNS = ("conversations", "messages")
 
 _HEAD = 4096  # bytes looked at
 _UNPACK = "is packed: unpack it, and name the .json or .jsonl file in it"
-_TABLE = "is a table: write its rows into a .jsonl file, one object per line, and its pictures into files"
+_TABLE = "is a table: write its rows into a .jsonl file, one object per line, and its images into files"
 _RENAME = "has one object per line, it seems: name it .jsonl"
 _BY_SUFFIX = {
     **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"), _UNPACK),
@@ -39,7 +39,7 @@ class Reader(Protocol):
 
 
 def unknown_suffix(path: Path) -> DataError:
-    """Why a file of this name is not read."""
+    """Tells why a file of this name is not read."""
     suffix = path.suffix.lower()
     expected = "expected .json (one list) or .jsonl (one object per line)"
     advice = f"; it {_BY_SUFFIX[suffix]}" if suffix in _BY_SUFFIX else ""
@@ -51,27 +51,27 @@ def check_bytes(path: Path) -> None:
     with path.open("rb") as file:
         head = file.read(_HEAD)
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    for starts, words in _MAGIC:
+    for starts, meaning in _MAGIC:
         if head.startswith(starts) or start.startswith(starts):
-            raise DataError(f"{path}: {words}", KIND)
+            raise DataError(f"{path}: {meaning}", KIND)
     if b"\0" in head:
         raise DataError(f"{path}: is no UTF-8 text (it holds zero bytes): save the file as UTF-8 JSON", KIND)
 
 
 def not_a_list(reader: Reader, path: Path) -> DataError:
-    """What a `.json` file is that begins with something else than `[`; the reader stands there."""
+    """Tells what a `.json` file is that begins with something else than `[`; the reader stands there."""
     line, first = reader.line, reader.peek()
     if first != "{":
         return DataError(f"{path}:{line}: expected a list of objects, [...], at the top, got {first!r}", KIND)
     found, keys = _read_object(reader)
     if found is None:
-        behind = reader.peek()
-        if behind in ("{", ","):
+        following = reader.peek()
+        if following in ("{", ","):
             one_line = reader.line == line + 1 or reader.line == line
             found = (
                 f"holds one object per line: name it {path.stem}.jsonl"
-                if behind == "{" and one_line
-                else "holds objects one behind the other: put them into one list, [..., ...], with commas between them"
+                if following == "{" and one_line
+                else "holds objects one after the other: put them into one list, [..., ...], with commas between them"
             )
         elif any(key in TURNS for key in keys):
             found = "holds one record alone: put [ and ] around it"
@@ -113,7 +113,7 @@ def _is_json(text: str) -> bool:
 
 
 def _whole_value(reader: Reader) -> bool:
-    """Whether a whole object stands here, in however many lines."""
+    """Tells whether a whole object stands here, in however many lines."""
     try:
         reader.value()
     except (ValueError, RecursionError):
@@ -122,7 +122,7 @@ def _whole_value(reader: Reader) -> bool:
 
 
 def _read_list_start(reader: Reader, path: Path) -> str | None:
-    """What a `.jsonl` file is that begins with a list."""
+    """Tells what a `.jsonl` file is that begins with a list."""
     reader.skip()
     if reader.peek() == "]":
         return None
@@ -137,7 +137,7 @@ def _read_list_start(reader: Reader, path: Path) -> str | None:
 
 
 def _read_object(reader: Reader) -> tuple[str | None, list[str]]:
-    """What an object is that is no record, None if it may be one (then it is read to its end); and its keys so far."""
+    """Tells what an object is that is no record, None if it may be one (then it is read to its end); and its keys so far."""
     keys: list[str] = []
     reader.skip()
     try:
@@ -159,7 +159,8 @@ def _read_object(reader: Reader) -> tuple[str | None, list[str]]:
 
 
 def _judge_value(reader: Reader, keys: list[str]) -> str | None:
-    """What the object is by one of its values, the reader standing before it; None if that says nothing, then it is read."""
+    """Tells what the object is by one of its values, the reader standing before it; None if that says nothing, then it is
+    read."""
     key = keys[-1]
     if reader.peek() == "[" and key not in TURNS and not any(name in keys for name in TURNS):
         # Not read as a whole: it may be the whole file.

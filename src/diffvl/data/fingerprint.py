@@ -10,7 +10,7 @@ import numpy
 from diffvl.data.loader import SampleDataset, StageData
 from diffvl.data.table import RecordTable
 from diffvl.errors import DataError
-from diffvl.store import checkpoint
+from diffvl.store.files import read_json, replace_text, replacing
 
 DATA_FILE, DIGESTS_FILE = "data.json", "data.npz"  # of an unfinished stage: what it reads, in short and record by record
 
@@ -27,12 +27,12 @@ class FileRecord:
     used: int
 
     def facts(self) -> dict[str, Any]:
-        """In short, for JSON."""
+        """Sums the file up for JSON."""
         return {"file": self.file, "blake2b": self.bytes_digest, "content": self.records_digest, "records": self.used}
 
 
 def data_record(data: StageData) -> dict[str, FileRecord]:
-    """What a stage reads: `train`, and `eval` where it is a file of its own."""
+    """Tells what a stage reads: `train`, and `eval` where it is a file of its own."""
     samples = {"train": data.train}
     if data.held_out is not None and data.held_out.path != data.train.path:
         samples["eval"] = data.held_out
@@ -51,31 +51,29 @@ def facts_of(record: dict[str, FileRecord]) -> dict[str, Any]:
 
 def write_data_record(work: Path, record: dict[str, FileRecord]) -> None:
     """Leaves the record in an unfinished stage's directory."""
-    digests = work / DIGESTS_FILE
-    with checkpoint.partial(digests).open("wb") as file:
+    with replacing(work / DIGESTS_FILE) as beside, beside.open("wb") as file:
         numpy.savez(file, allow_pickle=False, **{name: one.digests for name, one in record.items()})
-    checkpoint.partial(digests).replace(digests)
-    checkpoint.replace_text(work / DATA_FILE, json.dumps(facts_of(record), ensure_ascii=False))
+    replace_text(work / DATA_FILE, json.dumps(facts_of(record), ensure_ascii=False))
 
 
 def is_same_data(work: Path, record: dict[str, FileRecord]) -> bool:
-    """Whether a stage's data is that with which the unfinished run in `work` began, if one did."""
-    return not (work / DATA_FILE).is_file() or not _changes(checkpoint.read_json(work / DATA_FILE), record)
+    """Tells whether a stage's data is that with which the unfinished run in `work` began, if one did."""
+    return not (work / DATA_FILE).is_file() or not _changes(read_json(work / DATA_FILE), record)
 
 
 def require_same_data(work: Path, data: StageData) -> None:
-    """Raises DataError unless a stage's data is that with which the unfinished run in `work` began. Pictures are known by their
+    """Raises DataError unless a stage's data is that with which the unfinished run in `work` began. Images are known by their
     names only."""
     record = data_record(data)
     if is_same_data(work, record):
         return
-    begun = checkpoint.read_json(work / DATA_FILE)
-    changed = _changes(begun, record)
+    at_start = read_json(work / DATA_FILE)
+    changed = _changes(at_start, record)
     digests: dict[str, numpy.ndarray] = {}
     if (work / DIGESTS_FILE).is_file():
         with numpy.load(work / DIGESTS_FILE) as stored:
             digests = dict(stored)
-    lines = [_told_change(name, begun.get(name), record.get(name), digests) for name in changed]
+    lines = [_told_change(name, at_start.get(name), record.get(name), digests) for name in changed]
     raise DataError(
         f"{work}: the data is not what the run began with, so --resume would not continue it:\n"
         + "\n".join(f"  {line}" for line in lines)
@@ -84,10 +82,10 @@ def require_same_data(work: Path, data: StageData) -> None:
     )
 
 
-def _changes(begun: dict[str, Any], record: dict[str, FileRecord]) -> list[str]:
-    """The files whose records are others than those that the run began with."""
+def _changes(at_start: dict[str, Any], record: dict[str, FileRecord]) -> list[str]:
+    """Gives the files whose records are others than those that the run began with."""
     now = {name: one.records_digest for name, one in record.items()}
-    then = {name: facts["content"] for name, facts in begun.items()}
+    then = {name: facts["content"] for name, facts in at_start.items()}
     return sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
 
 

@@ -1,31 +1,31 @@
-"""Picture file -> RGB picture as it is seen (see `hub.processing_diffvl`), or a DataError that names the file and the record."""
+"""Image file -> RGB image as it is seen (see `hub.processing_diffvl`), or a DataError that names the file and the record."""
 
 import warnings
 
 from PIL import Image, UnidentifiedImageError
 
+from diffvl.data.image_paths import IMAGE_MISSING
 from diffvl.errors import DataError
 from diffvl.hub.processing_diffvl import as_seen
 
-UNREADABLE = "picture cannot be read"
-MISSING = "picture missing"
+UNREADABLE = "image cannot be read"
 
 
-def open_picture(path: str, source: str) -> Image.Image:
-    """Decodes the whole picture, so that a file cut short is found here.
+def open_image(path: str, source: str) -> Image.Image:
+    """Decodes the whole image, so that a file cut short is found here.
 
     Raises:
-        DataError: naming `source` (file and line of the record) and the picture.
+        DataError: naming `source` (file and line of the record) and the image.
     """
     if "://" in path or path.startswith("data:"):
-        raise DataError(f"{source}: {path[:80]} is no file: pictures are not fetched, give the path of a file", MISSING)
+        raise DataError(f"{source}: {path[:80]} is no file: images are not fetched, give the path of a file", IMAGE_MISSING)
     try:
         with warnings.catch_warnings():
-            # A large picture is none to be warned of; PIL refuses those that are too large.
+            # A large image is none to be warned of; PIL refuses those that are too large.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
-                return as_seen(picture)
+            with Image.open(path) as image:
+                return as_seen(image)
     except FileNotFoundError as error:
-        raise DataError(f"{source}: picture {path} does not exist", MISSING) from error
+        raise DataError(f"{source}: image {path} does not exist", IMAGE_MISSING) from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{source}: picture {path} cannot be read ({error}); replace it or leave it out", UNREADABLE) from error
+        raise DataError(f"{source}: image {path} cannot be read ({error}); replace it or leave it out", UNREADABLE) from error

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from diffvl.data.filekind import KIND, check_bytes, check_lines, not_a_list, unknown_suffix
-from diffvl.errors import DataError
+from diffvl.errors import DataError, first_line
 
 MALFORMED = "malformed JSON"
 _SUFFIXES = (".json", ".jsonl")
@@ -30,8 +30,8 @@ def check_path(path: Path) -> None:
 
 
 def read_objects(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line, value) of every object in the file; the value is a DataError, with its place, where there is no object to read,
-    and with `ends` where nothing behind it can be read.
+    """Gives (line, value) of every object in the file; the value is a DataError, with its place, where there is no object to
+    read, and with `ends` where nothing after it can be read.
 
     Raises:
         DataError: for a file of another kind than its name says.
@@ -45,7 +45,7 @@ def read_objects(path: Path) -> Iterator[tuple[int, Any]]:
         with path.open(encoding="utf-8-sig") as file:
             for line, value in read(file, path):
                 if isinstance(value, DataError) and is_list:
-                    value.ends = True  # behind a broken element of a list nothing more can be placed
+                    value.ends = True  # after a broken element of a list nothing more can be placed
                 yield line, value
     except UnicodeDecodeError:
         line = _undecodable_line(path)
@@ -62,7 +62,7 @@ def _check_lines(path: Path) -> None:
 
 
 def _undecodable_line(path: Path) -> int:
-    """1-based; the text reader decodes in chunks and does not know the line it stopped at."""
+    """Finds the line, from 1: the text reader decodes in chunks and does not know the line it stopped at."""
     with path.open("rb") as file:
         return next(number for number, line in enumerate(file, 1) if line.decode("utf-8", "ignore").encode() != line)
 
@@ -81,7 +81,7 @@ def _read_lines(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _read_list(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
-    """The elements of one JSON list, one in memory at a time. After malformed JSON nothing more can be placed: it ends."""
+    """Gives the elements of one JSON list, one in memory at a time. After malformed JSON nothing more can be placed: it ends."""
     cursor = _Cursor(file)
     first = cursor.peek()
     if not first:
@@ -119,8 +119,8 @@ def _malformed(path: Path, line: int, column: int, message: str) -> DataError:
 
 
 def _too_large(path: Path, line: int, error: Exception) -> DataError:
-    """JSON that Python does not read: thousands of brackets in one another, a number of thousands of digits."""
-    return DataError(f"{path}:{line}: JSON that cannot be read: {str(error).splitlines()[0]}", MALFORMED)
+    """Names JSON that Python does not read: thousands of brackets in one another, a number of thousands of digits."""
+    return DataError(f"{path}:{line}: JSON that cannot be read: {first_line(error)}", MALFORMED)
 
 
 class _Cursor:
@@ -165,7 +165,7 @@ class _Cursor:
                 return value
 
     def place(self, position: int | None = None) -> tuple[int, int]:
-        """(line, column), both from 1, of a position in the text held; steps to it."""
+        """Gives (line, column), both from 1, of a position in the text held; steps to it."""
         self._advance(self._position if position is None else position)
         return self.line, self._position - self._line_start + 1
 

@@ -14,7 +14,7 @@ from os.path import basename
 from pathlib import Path
 from typing import Any
 
-from diffvl.errors import DataError
+from diffvl.errors import DataError, first_few
 
 USED = frozenset({"id", "image", "images", "conversations", "messages", "system"})
 # Says where a record is from and changes nothing in any trainer: not even told.
@@ -40,7 +40,7 @@ _ANYWHERE = {
     _TOOLS: ("tools", "functions", "functioncall", "toolcall", "toolcalls", "toolchoice", "observation"),
     _PREFERENCE: ("chosen", "rejected", "rejectedresponse", "rejectedmessages", "rejectedimages", "ktotag"),
     _TEMPLATE: ("chattemplatekwargs", "documents"),
-    "every picture gets the size that the checkpoint was prepared for: remove the key": (
+    "every image gets the size that the checkpoint was prepared for: remove the key": (
         *("minpixels", "maxpixels", "resizedheight", "resizedwidth", "mmprocessorkwargs", "imageskwargs"),
     ),
     "the key is named `system`: rename it": ("systemprompt", "systemmessage", "systeminstruction", "sys"),
@@ -71,9 +71,7 @@ _MARKS = {
     **dict.fromkeys(("masked", "mask"), False),
 }
 
-_PICTURE = re.compile(
-    r"image|img|picture|photo|screenshot|pixelvalues|^(?:frames?|(?:pics?|png|jpe?g)(?:path|file|url|name)?s?)$"
-)
+_IMAGE = re.compile(r"image|img|picture|photo|screenshot|pixelvalues|^(?:frames?|(?:pics?|png|jpe?g)(?:path|file|url|name)?s?)$")
 _ABOUT = re.compile(
     r"^(?:num|n|has|is|no|with|max|min|total)(?=image|img|picture|photo)|(?:id|ids|idx|index|width|height|sizes?|shape|captions?|"
     r"desc|descriptions?|source|type|hash|md5|sha\d*|license|num|count|labels?|class|category|tags?|text|quality|score|aspect|"
@@ -81,7 +79,7 @@ _ABOUT = re.compile(
     r"durationsec)$"
 )
 _SOUNDS = re.compile(r"video|audio|speech|^sounds?$|^pointclouds?$")
-_PICTURE_FILE = re.compile(r"[^\n]+\.(?:png|jpe?g|webp|gif|bmp|tiff?|avif|heic|jp2)$", re.IGNORECASE)
+_IMAGE_FILE = re.compile(r"[^\n]+\.(?:png|jpe?g|webp|gif|bmp|tiff?|avif|heic|jp2)$", re.IGNORECASE)
 
 _NUM_TOLD = 20  # unused keys of a file
 
@@ -106,24 +104,22 @@ class UnusedKeys:
     places: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def add(self, keys: Iterable[str], place: str) -> None:
-        """The keys of one record, each once."""
+        """Counts the keys of one record, each once."""
         for key in keys:
             count, first = self.places.get(key, (0, place))
             self.places[key] = count + 1, first
 
     def warning(self, path: Path) -> str:
-        """What is told of them, one line; empty if there were none."""
+        """Writes one line about them; empty if there were none."""
         told = [
             f"{key} ({count} {'record, in' if count == 1 else 'records, first in'} {place})"
             for key, (count, place) in self.places.items()
         ]
-        if len(told) > _NUM_TOLD:
-            told[_NUM_TOLD:] = [f"and {len(told) - _NUM_TOLD} more"]
-        return f"{path}: keys that are not used: {', '.join(told)}" if told else ""
+        return f"{path}: keys that are not used: {', '.join(first_few(told, _NUM_TOLD))}" if told else ""
 
 
 def is_absent(value: Any) -> bool:
-    """Whether a value says nothing."""
+    """Tells whether a value says nothing."""
     return all(map(_is_blank, value)) if isinstance(value, list) else _is_blank(value)
 
 
@@ -137,7 +133,7 @@ def check_record_keys(value: dict[str, Any], images: Sequence[str], tell: Callab
     """Goes through the keys that a record has beside those that are used; tells the harmless ones.
 
     Raises:
-        DataError: naming the first key that another trainer would act on, or that names a picture.
+        DataError: naming the first key that another trainer would act on, or that names an image.
     """
     for key, item in value.items():
         if key in USED:
@@ -150,12 +146,12 @@ def check_record_keys(value: dict[str, Any], images: Sequence[str], tell: Callab
             _check_switch(key, item, *_SWITCHES[name])
             continue
         _check_spelling(key, name, item)
-        _check_picture(key, name, item, images)
+        _check_image(key, name, item, images)
         tell(f"`{key}`")
 
 
 def check_turn_keys(item: dict[str, Any], used: Sequence[str], where: str, tell: Callable[[str], object]) -> None:
-    """The same for a turn; what marks it as trained on or not is read by `trained_of`."""
+    """Goes through the keys of a turn; what marks it as trained on or not is read by `trained_of`."""
     for key, value in item.items():
         if key in used:
             continue
@@ -163,13 +159,13 @@ def check_turn_keys(item: dict[str, Any], used: Sequence[str], where: str, tell:
         if name in _TURN_METADATA or name in _MARKS or is_absent(value):
             continue
         _check_refused(key, name, value, _REFUSED_IN_TURN, where)
-        if _names_picture(name) and not isinstance(value, bool | int | float):
-            raise DataError(f"{where}`{key}`: {_PICTURE_KEY} of the record, not of a turn", "picture under another key")
+        if _names_image(name) and not isinstance(value, bool | int | float):
+            raise DataError(f"{where}`{key}`: {_IMAGE_KEY} of the record, not of a turn", "image under another key")
         tell(f"`{key}` of a turn")
 
 
 def trained_of(item: dict[str, Any], answer: bool, where: str) -> bool:
-    """Whether a turn is to be trained on, by the marks that it carries.
+    """Tells whether a turn is to be trained on, by the marks that it carries.
 
     Raises:
         DataError: for a mark that asks for something else, or for two that differ.
@@ -197,7 +193,7 @@ def trained_of(item: dict[str, Any], answer: bool, where: str) -> bool:
 
 
 def missing_turns(value: dict[str, Any]) -> str:
-    """What a record without turns has instead, as the end of a message; empty if it is nothing known."""
+    """Tells what a record without turns has instead, as the end of a message; empty if it is nothing known."""
     for names, advice in _FORMS:
         if all(not is_absent(value.get(name)) for name in names):
             return f"; this record has {' and '.join(f'`{name}`' for name in names)}: {advice}"
@@ -209,24 +205,24 @@ def missing_turns(value: dict[str, Any]) -> str:
 
 # --- rules ---------------------------------------------------------------------------------------------------------------
 
-_PICTURE_KEY = "pictures stand under the key `image` (a path or a list of paths)"
+_IMAGE_KEY = "images stand under the key `image` (a path or a list of paths)"
 
 
 @cache
 def _normal(key: str) -> str:
-    """A key without case and punctuation."""
+    """Gives a key without case and punctuation."""
     return re.sub(r"[\W_]+", "", key.lower())
 
 
 @cache
 def _near(name: str) -> str:
-    """The used key that a name seems to mean, '' if none."""
+    """Gives the used key that a name seems to mean, '' if none."""
     return next(iter(difflib.get_close_matches(name, ("image", "images", "system", "conversations", "messages"), 1, 0.79)), "")
 
 
 @cache
-def _names_picture(name: str) -> bool:
-    return bool(_PICTURE.search(name)) and not _ABOUT.search(name)
+def _names_image(name: str) -> bool:
+    return bool(_IMAGE.search(name)) and not _ABOUT.search(name)
 
 
 def _check_refused(key: str, name: str, item: Any, refused: dict[str, str], where: str) -> None:
@@ -252,23 +248,23 @@ def _check_spelling(key: str, name: str, item: Any) -> None:
         raise DataError(f"`{key}` looks like `{meant}`: rename it or remove it", "key not supported")
 
 
-def _check_picture(key: str, name: str, item: Any, images: Sequence[str]) -> None:
-    """A key that names a picture is a mistake: the picture would not be looked at."""
-    named = _names_picture(name) or _near(name) in ("image", "images")
-    files = [text for text in _texts_in(item) if _PICTURE_FILE.match(text)]
+def _check_image(key: str, name: str, item: Any, images: Sequence[str]) -> None:
+    """Raises DataError for a key that names an image, which would not be looked at."""
+    named = _names_image(name) or _near(name) in ("image", "images")
+    files = [text for text in _texts_in(item) if _IMAGE_FILE.match(text)]
     if images:
         own = {basename(image) for image in images}
         wrong = named and any("://" not in file and basename(file) not in own for file in files)
-        advice = "; list all pictures of the record there"
+        advice = "; list all images of the record there"
     else:
         wrong = bool(files) or (named and not isinstance(item, bool | int | float))
         advice = ""
     if wrong:
-        raise DataError(f"`{key}` is {_short(item)}: {_PICTURE_KEY}{advice}; rename it or remove it", "picture under another key")
+        raise DataError(f"`{key}` is {_short(item)}: {_IMAGE_KEY}{advice}; rename it or remove it", "image under another key")
 
 
 def _texts_in(item: Any) -> Iterator[str]:
-    """The strings of a value, of its elements, and of objects among these."""
+    """Gives the strings of a value, of its elements, and of objects among these."""
     for one in item if isinstance(item, list) else [item]:
         for text in one.values() if isinstance(one, dict) else [one]:
             if isinstance(text, str):
@@ -276,7 +272,7 @@ def _texts_in(item: Any) -> Iterator[str]:
 
 
 def _short(value: Any) -> str:
-    """A value for a message."""
+    """Gives a value for a message."""
     if value is None or isinstance(value, bool):
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
 """Which records a run has left out, each once: counted, listed in a file of the run, and stopped at where there are too many.
 
 The list is that of an uninterrupted run whatever happens: every line has its step, and a run that goes on from a checkpoint drops
-the lines behind it.
+the lines after it.
 """
 
 import json
@@ -73,7 +73,7 @@ class LeftOut:
             self._require_budget(samples)
 
     def kinds(self) -> dict[str, int]:
-        """How many of each kind, the most frequent first."""
+        """Counts how many of each kind, the most frequent first."""
         return kinds_of(self._found.values())
 
     def _line(self, problem: Problem, step: int) -> str:
@@ -87,14 +87,14 @@ class LeftOut:
     def _require_budget(self, samples: SampleDataset) -> None:
         path, total = samples.path, len(samples.records)
         if self._wrong[path] > self._data.max_skipped * total:
-            wrong = [problem for problem in self._of(path) if not is_forgiven(problem, self._data)]
+            wrong = [problem for problem in self._problems_in(path) if not is_forgiven(problem, self._data)]
             raise as_error(wrong, path, over_budget(len(wrong), total, self._data))
         if not self._used and self._all[path] >= min(total, _HOPELESS):
             told = "all" if self._all[path] == total else f"the first {self._all[path]}"
-            kinds = ", ".join(f"{count} {kind}" for kind, count in kinds_of(self._of(path)).items())
-            raise DataError(f"{path}: {told} records cannot be used ({kinds}); the first is {self._of(path)[0]}")
+            kinds = ", ".join(f"{count} {kind}" for kind, count in kinds_of(self._problems_in(path)).items())
+            raise DataError(f"{path}: {told} records cannot be used ({kinds}); the first is {self._problems_in(path)[0]}")
 
-    def _of(self, path: Path) -> list[Problem]:
+    def _problems_in(self, path: Path) -> list[Problem]:
         return [problem for problem in self._found.values() if problem.path == path]
 
 

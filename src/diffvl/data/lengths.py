@@ -2,17 +2,17 @@
 
 import hashlib
 import json
-import os
 from functools import partial
 
 import numpy
 from rich.console import Console
 
 from diffvl.data.chat import encode_record
-from diffvl.data.passes import over_places
-from diffvl.data.table import RecordTable, beside, cache_error, cache_folder
+from diffvl.data.parallel import map_places
+from diffvl.data.table import RecordTable, cache_error, cache_folder
 from diffvl.errors import DataError
 from diffvl.hub.processing_diffvl import DiffVLProcessor
+from diffvl.store.files import replacing
 from diffvl.terminal import console as terminal
 
 REFUSED = -1  # stands for the length of a record that does not fit the chat template
@@ -22,39 +22,34 @@ _BAR_FROM = 2000  # records
 
 
 def lengths_of(table: RecordTable, processor: DiffVLProcessor, console: Console) -> numpy.ndarray:
-    """[usable rows] int32: tokens, pictures included, of each of `table.usable`; REFUSED where there are none."""
+    """Measures the tokens, images included, of each of `table.usable`, int32; REFUSED where there are none."""
     file = cache_folder() / f"{_name(table, processor)}.npy"
     if file.exists():
         return numpy.load(file)
-    shown = console if len(table.usable) >= _BAR_FROM else terminal.console(quiet=True)
-    rows = table.usable
-    measured = over_places(
-        partial(_measure, table, rows, processor), len(rows), _PAYS_FROM, shown, f"measuring {table.path.name}"
+    bar_console = console if len(table.usable) >= _BAR_FROM else terminal.console(quiet=True)
+    indices = table.usable
+    measured = map_places(
+        partial(_measure, table, indices, processor), len(indices), _PAYS_FROM, bar_console, f"measuring {table.path.name}"
     )
-    lengths = numpy.fromiter(measured, dtype=numpy.int32, count=len(rows))
-    partial_file = beside(file)
+    lengths = numpy.fromiter(measured, dtype=numpy.int32, count=len(indices))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial_file.open("wb") as opened:
-                numpy.save(opened, lengths)
-            os.replace(partial_file, file)
-        finally:
-            partial_file.unlink(missing_ok=True)
+        with replacing(file, shared=True) as beside, beside.open("wb") as opened:
+            numpy.save(opened, lengths)
     except OSError as error:
         raise cache_error(table.path, error) from error
     return lengths
 
 
-def _measure(table: RecordTable, rows: numpy.ndarray, processor: DiffVLProcessor, place: int) -> int:
+def _measure(table: RecordTable, indices: numpy.ndarray, processor: DiffVLProcessor, place: int) -> int:
     try:
-        return len(encode_record(table[int(rows[place])], processor).ids)
+        return len(encode_record(table[int(indices[place])], processor).ids)
     except DataError:
         return REFUSED
 
 
 def _name(table: RecordTable, processor: DiffVLProcessor) -> str:
-    """By all that the tokens of a record follow from."""
+    """Names the file by all that the tokens of a record follow from."""
     tokenizer = processor.tokenizer
     facts = [_FORMAT, table.content, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
     facts += [processor.image_tokens, processor.image_token, processor.stop_token, processor.system_turn]

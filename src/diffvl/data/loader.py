@@ -20,16 +20,17 @@ from torch.utils.data import Dataset
 from diffvl.config.recipe import Data
 from diffvl.data.chat import Sample, encode_record, sample_of
 from diffvl.data.collate import PROBLEMS, is_filler
-from diffvl.data.images import open_picture
+from diffvl.data.images import open_image
 from diffvl.data.lengths import REFUSED, lengths_of
-from diffvl.data.packer import Rows, first_fit
-from diffvl.data.passes import num_cores, over_places
+from diffvl.data.parallel import map_places
 from diffvl.data.problem_list import is_forgiven, require_usable
 from diffvl.data.problems import Problem
 from diffvl.data.records import Record
-from diffvl.data.table import open_records
+from diffvl.data.row_assignment import RowAssignment, first_fit
+from diffvl.data.table import RecordTables
 from diffvl.errors import ConfigError, DataError
 from diffvl.hub.processing_diffvl import DiffVLProcessor
+from diffvl.machine import num_cores
 from diffvl.seeding import sample_generator
 from diffvl.terminal import console as terminal
 
@@ -38,7 +39,7 @@ log = logging.getLogger(__name__)
 _QUIET = terminal.console(quiet=True)
 _WORKERS_FROM = 1000  # samples from which a run is long enough for loader processes
 _MOST_WORKERS = 4
-_PICTURES_PAY_FROM = 500  # records from which several processes look at pictures faster than one
+_IMAGES_PAY_FROM = 500  # records from which several processes look at images faster than one
 
 
 class SampleDataset(Dataset):
@@ -55,7 +56,7 @@ class SampleDataset(Dataset):
         processor: DiffVLProcessor,
         max_length: int | None,
         lengths: numpy.ndarray | None = None,
-        rows: Rows | None = None,
+        rows: RowAssignment | None = None,
         known: Sequence[Problem] = (),
     ) -> None:
         """`indices` picks the records and orders them; `lengths` are their tokens, where these were measured; `rows` are of
@@ -67,19 +68,19 @@ class SampleDataset(Dataset):
         return len(self.indices) if self.rows is None else len(self.rows)
 
     def record(self, place: int) -> Record:
-        """The place-th record, whatever rows there are."""
+        """Gives the place-th record, whatever rows there are."""
         return self.records[int(self.indices[place])]
 
     def part(self, places: numpy.ndarray) -> "SampleDataset":
-        """The records at these places."""
+        """Gives the records at these places."""
         lengths = None if self.lengths is None else self.lengths[places]
         return SampleDataset(
             self.records, self.path, self.indices[places], self.processor, self.max_length, lengths, known=self.known
         )
 
     def packed(self, row_length: int, seed: int) -> "SampleDataset":
-        """The same records in rows of up to so many tokens. Which records share a row depends on the seed alone, so a resumed
-        run finds the same rows."""
+        """Puts the same records into rows of up to `row_length` tokens. Which records share a row depends on the seed alone, so
+        a resumed run finds the same rows."""
         assert self.lengths is not None
         order = torch.randperm(len(self.indices), generator=sample_generator(seed, step=-1, sample=-1)).tolist()
         rows = first_fit(self.lengths.tolist(), order, row_length)
@@ -88,7 +89,7 @@ class SampleDataset(Dataset):
         )
 
     def problems(self) -> list[Problem]:
-        """What is wrong with the text of these records: a pass over all of them."""
+        """Tells what is wrong with the text of these records: a pass over all of them."""
         found = []
         for index, record in ((int(index), self.records[int(index)]) for index in self.indices):
             try:
@@ -109,8 +110,8 @@ class SampleDataset(Dataset):
 
 
 def problem_of(record: Record, index: int, path: Path, error: DataError) -> Problem:
-    """What is wrong with a record that its file gave."""
-    line = int(record.source.rpartition(":")[2].partition(" ")[0])  # behind it may stand which record of the line it is
+    """Tells what is wrong with a record that its file gave."""
+    line = int(record.source.rpartition(":")[2].partition(" ")[0])  # after it may stand which record of the line it is
     message = str(error).removeprefix(f"{record.source}: ")
     return Problem(error.kind, path, line, index + 1, None if record.id == record.source else record.id, message)
 
@@ -122,20 +123,24 @@ class StageData:
 
 
 def longest_sample(context: int | None, block_size: int, grid: str) -> int | None:
-    """Tokens that a sample may have, so that the last block of its last answer still ends inside the trunk's context of so
-    many positions; None where there is no limit. Next-token models have blocks of 1."""
+    """Counts the tokens that a sample may have, so that the last block of its last answer still ends inside the trunk's context;
+    None where there is no limit. Next-token models have blocks of 1."""
     if context is None:
         return None
     return context // block_size * block_size if grid == "absolute" else context - block_size + 1
 
 
 def load_data(
-    data: Data, processor: DiffVLProcessor, longest: int | None, console: Console = _QUIET, look: bool = True
+    data: Data,
+    processor: DiffVLProcessor,
+    longest: int | None,
+    console: Console = _QUIET,
+    tables: RecordTables | None = None,
 ) -> StageData:
     """Opens a stage's files; measures their records where packing or `check_lengths` ask for it.
 
     Args:
-        longest: see `longest_sample`. look: see `open_records`.
+        longest: see `longest_sample`. tables: those of the other stages of a run, which may read the same files.
     Raises:
         DataError: naming the records that cannot be used, by the rule of `data.on_error`.
         ConfigError: if no file is given, or the held-out share leaves nothing to train on.
@@ -147,10 +152,11 @@ def load_data(
             f"data.max_length is {data.max_length}, but a sample in whole blocks may have {longest} tokens in this trunk's "
             f"context: set it to {longest} or less"
         )
-    train = open_samples(Path(data.train), data, processor, console, look)
+    tables = tables or RecordTables(console)
+    train = open_samples(Path(data.train), data, processor, console, tables)
     if data.eval is not None:
         unpacked = data.model_copy(update={"row_length": None})
-        return StageData(train, open_samples(Path(data.eval), unpacked, processor, console, look))
+        return StageData(train, open_samples(Path(data.eval), unpacked, processor, console, tables))
     if not data.holdout:
         return StageData(train, None)
     count = len(train.indices)
@@ -162,13 +168,11 @@ def load_data(
     return StageData(train.part(numpy.setdiff1d(numpy.arange(count), held)), train.part(held))
 
 
-def open_samples(
-    path: Path, data: Data, processor: DiffVLProcessor, console: Console = _QUIET, look: bool = True
-) -> SampleDataset:
-    """One file's samples. Records that are longer than `max_length` or do not fit the chat template are never cut. With
+def open_samples(path: Path, data: Data, processor: DiffVLProcessor, console: Console, tables: RecordTables) -> SampleDataset:
+    """Opens one file's samples. Records that are longer than `max_length` or do not fit the chat template are never cut. With
     `check_lengths` they are told now, and nothing else is changed by it; packing leaves them out now; otherwise they are met when
     their turn comes."""
-    table = open_records(path, data, console, look)
+    table = tables.open(path, data)
     everything = SampleDataset(table, path, table.usable, processor, data.max_length, known=table.problems)
     if not data.check_lengths and data.row_length is None:
         return everything
@@ -190,22 +194,22 @@ def open_samples(
 
 @cache
 def _tell_forgiven(path: Path, long: int, records: int, limit: int) -> None:
-    """Once a run, which opens its files several times."""
+    """Warns once a run, of which two stages may read one file."""
     log.warning("%s: %d of %d records are longer than %d tokens and left out", path, long, records, limit)
 
 
 def num_workers(data: Data, samples: int, processes: int) -> int:
-    """Loader processes of each of so many training processes on this machine."""
+    """Chooses how many loader processes each of the training processes on this machine has."""
     if data.workers is not None:
         return data.workers
     return 0 if samples < _WORKERS_FROM else max(1, min(_MOST_WORKERS, num_cores() // processes - 1))
 
 
-# --- pictures ------------------------------------------------------------------------------------------------------------
+# --- images ------------------------------------------------------------------------------------------------------------
 
 
-def check_pictures(stage: StageData, data: Data, console: Console) -> None:
-    """Decodes every picture of a set of up to `check_images` records: a damaged one is then found before training, not at its
+def check_images(stage: StageData, data: Data, console: Console) -> None:
+    """Decodes every image of a set of up to `check_images` records: a damaged one is then found before training, not at its
     step.
 
     Raises:
@@ -215,7 +219,7 @@ def check_pictures(stage: StageData, data: Data, console: Console) -> None:
         count = 0 if samples is None else len(samples.indices)
         if samples is None or count > data.check_images:
             continue
-        looked = over_places(partial(_look, samples), count, _PICTURES_PAY_FROM, console, "checking pictures")
+        looked = map_places(partial(_look, samples), count, _IMAGES_PAY_FROM, console, "checking images")
         problems = [problem for problem in looked if problem is not None]
         wrong = [problem for problem in samples.known if not is_forgiven(problem, data)]
         require_usable([*wrong, *problems] if problems else [], samples.path, len(samples.records), data)
@@ -225,7 +229,7 @@ def _look(samples: SampleDataset, place: int) -> Problem | None:
     record = samples.record(place)
     try:
         for path in record.images:
-            open_picture(path, record.source)
+            open_image(path, record.source)
     except DataError as error:
         return problem_of(record, int(samples.indices[place]), samples.path, error)
     return None

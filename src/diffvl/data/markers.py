@@ -1,8 +1,8 @@
-r"""Where pictures stand in a text: the marker `<image>`, how to write it as mere text, and what others write in its place.
+r"""Where images stand in a text: the marker `<image>`, how to write it as mere text, and what others write in its place.
 
 A backslash before the marker takes its meaning away: `\<image>` is the text `<image>`. The same holds for the spellings that
 can hardly be anything else (`<image_1>`, `<|image|>`), which are refused otherwise, because a model would read them as text
-and its picture would stand somewhere else.
+and its image would stand somewhere else.
 """
 
 import re
@@ -11,7 +11,7 @@ IMAGE_MARKER = "<image>"
 ESCAPE = "\\"
 
 _NAMES = r"(?:image|img|picture|pic|photo)"
-# Nobody writes these but for a picture: numbered ones, and the tokens of other models.
+# Nobody writes these but for an image: numbered ones, and the tokens of other models.
 _SURE = "|".join(
     (
         rf"<{_NAMES}[ _-]?\#?\d+>",
@@ -22,7 +22,7 @@ _SURE = "|".join(
         r"<(?:imageplaceholder|imagehere|im_patch|im_image|image_patch)>",
     )
 )
-# In a record with pictures these mean one; elsewhere they may be HTML, Markdown or prose.
+# In a record with images these mean one; elsewhere they may be HTML, Markdown or prose.
 _LIKELY = "|".join(
     (
         rf"(?!(?-i:{IMAGE_MARKER}))<{_NAMES}s?\s*/?>",
@@ -39,35 +39,40 @@ _OTHER_MEDIA = re.compile(r"(?:^|\n)\s*(<(?:video|audio|speech)>)\s*(?:\n|$)", r
 
 
 def pieces_between(text: str) -> list[str]:
-    """The text cut at its markers, one piece more than there are markers; the pieces are what a model reads."""
+    """Cuts a text at its markers, one piece more than there are markers; the pieces are what a model reads."""
     if "<" not in text and ESCAPE not in text:
         return [text]
     return [_ESCAPED.sub("", piece) for piece in _MARKER.split(text)]
 
 
 def count_markers(text: str) -> int:
-    """The pictures that the text shows."""
+    """Counts the images that the text shows."""
     return len(_MARKER.findall(text)) if IMAGE_MARKER in text else 0
 
 
+def with_markers(text: str, num_images: int) -> str:
+    """Gives a text without markers, with one for each image in front of it, each on a line of its own: LLaVA's habit."""
+    return f"{IMAGE_MARKER}\n" * num_images + text
+
+
 def plain(text: str) -> str:
-    """A text without pictures as a model reads it."""
+    """Gives a text without images as a model reads it."""
     return _ESCAPED.sub("", text) if ESCAPE in text else text
 
 
-def mistaken_marker(text: str, pictures: bool) -> str | None:
-    """What looks like a marker of a picture and is none.
+def mistaken_marker(text: str, images: bool) -> str | None:
+    """Tells what looks like a marker of an image and is none.
 
     Args:
-        pictures: the record has pictures, so that a spelling that could be something else most likely means one.
+        images: the record has images, so that a spelling that could be something else most likely means one.
     """
-    if not any(bracket in text for bracket in ("<[{" if pictures else "<")):
+    if not any(bracket in text for bracket in ("<[{" if images else "<")):
         return None  # most texts, which need no search
-    found = (_LIKELY_PATTERN if pictures else _SURE_PATTERN).search(text)
+    found = (_LIKELY_PATTERN if images else _SURE_PATTERN).search(text)
     return found[0] if found else None
 
 
 def other_media(text: str) -> str | None:
-    """The marker of a video or a sound, where it stands on a line of its own."""
+    """Gives the marker of a video or a sound, where it stands on a line of its own."""
     found = _OTHER_MEDIA.search(text) if "<" in text else None
     return found[1] if found else None

@@ -14,7 +14,7 @@ from datasets import config as datasets_config
 from diffvl.config.recipe import Data
 from diffvl.data.chat import TOO_LONG
 from diffvl.data.problems import Problem
-from diffvl.errors import DataError
+from diffvl.errors import DataError, first_few
 
 _NUM_SHOWN = 5  # problems told where all are of one kind
 _NUM_OF_KIND = 3  # problems told of each kind where there are several
@@ -22,7 +22,7 @@ _NUM_OF_KIND = 3  # problems told of each kind where there are several
 
 def require_usable(problems: Sequence[Problem], path: Path, total: int, data: Data, advise: bool = True) -> None:
     """Raises DataError unless the records that are left may stand for the file: there are no problems, or `on_error` is `skip`
-    and they are no more than `max_skipped` of all, and none hides what stands behind it."""
+    and they are no more than `max_skipped` of all, and none hides what comes after it."""
     if not problems:
         return
     ending = [problem for problem in problems if problem.ends]
@@ -35,12 +35,12 @@ def require_usable(problems: Sequence[Problem], path: Path, total: int, data: Da
 
 
 def is_forgiven(problem: Problem, data: Data) -> bool:
-    """Whether a record may be left out without counting: `too_long: drop` asks for it."""
+    """Tells whether a record may be left out without counting: `too_long: drop` asks for it."""
     return problem.kind == TOO_LONG and data.too_long == "drop"
 
 
 def advice_on(problems: Sequence[Problem], in_training: bool = False) -> str:
-    """What to do, other than to mend the records, where a run stops at these problems."""
+    """Says what to do, other than to correct the records, where a run stops at these problems."""
     lines = []
     if any(problem.kind == TOO_LONG for problem in problems):
         found = " (data.check_lengths=true finds all of them before training)" if in_training else ""
@@ -51,15 +51,15 @@ def advice_on(problems: Sequence[Problem], in_training: bool = False) -> str:
 
 
 def over_budget(count: int, total: int, data: Data) -> str:
-    """What to say where more records are wrong than may be skipped."""
+    """Tells what to say where more records are wrong than may be skipped."""
     return (
         f"{count} of {total} records cannot be used ({count / total:.2%}), more than data.max_skipped={data.max_skipped:g} "
-        "lets pass: mend them or raise it"
+        "lets pass: correct them or raise it"
     )
 
 
 def as_error(problems: Sequence[Problem], path: Path, advice: str = "") -> DataError:
-    """The problems of one file as one error; at least one."""
+    """Joins the problems of one file into one error; at least one."""
     if len(problems) == 1:
         return DataError(f"{problems[0]}; {advice}" if advice else str(problems[0]), kind=problems[0].kind)
     counts = kinds_of(problems)
@@ -71,21 +71,19 @@ def as_error(problems: Sequence[Problem], path: Path, advice: str = "") -> DataE
             lines.append(f"  {kind}: {count}")
             indent = "    "
         of_kind = [problem for problem in problems if problem.kind == kind]
-        lines += [f"{indent}{problem}" for problem in of_kind[:most]]
-        if count > most:
-            lines.append(f"{indent}and {count - most} more")
+        lines += [f"{indent}{text}" for text in first_few([str(problem) for problem in of_kind], most)]
     if len(problems) > sum(min(count, most) for count in counts.values()):
         lines.append(f"all of them: {_write_list(problems, path)}")
     return DataError("\n".join([*lines, advice] if advice else lines))
 
 
 def kinds_of(problems: Iterable[Problem]) -> dict[str, int]:
-    """How many there are of each kind, the most frequent first."""
+    """Counts how many there are of each kind, the most frequent first."""
     return dict(Counter(problem.kind for problem in problems).most_common())
 
 
 def as_line(problem: Problem) -> dict[str, Any]:
-    """A problem as an object of a JSON-lines file."""
+    """Gives a problem as an object of a JSON-lines file."""
     return {
         "kind": problem.kind,
         "file": str(problem.path),
@@ -97,13 +95,13 @@ def as_line(problem: Problem) -> dict[str, Any]:
 
 
 def from_line(line: dict[str, Any]) -> Problem:
-    """What `as_line` was made from."""
+    """Reads back what `as_line` has written."""
     return Problem(line["kind"], Path(line["file"]), line["line"], line["record"], line["id"], line["message"])
 
 
 def _write_list(problems: Sequence[Problem], path: Path) -> Path:
-    """All problems as JSON lines, in the cache: a run that is refused leaves no directory of its own. The next list of the same
-    file takes this one's place."""
+    """Writes all problems as JSON lines into the cache: a run that is refused leaves no directory of its own. The next list of
+    the same file takes this one's place."""
     name = hashlib.sha256(os.path.abspath(path).encode("utf-8", "surrogateescape")).hexdigest()[:8]
     file = Path(datasets_config.HF_DATASETS_CACHE) / "diffvl-problems" / f"{path.stem}-{name}.jsonl"
     try:

@@ -3,7 +3,7 @@
     {"prompt": "What is it?", "image": "a.png", "id": "a"}
 
 `image` is a path, `images` a list of them; both may be absent. Paths are relative to the file's folder. `id` is a string or a
-whole number, by default the number of the line. Another key is an error: misspelt, it would be a picture not looked at.
+whole number, by default the number of the line. Another key is an error: misspelt, it would be an image not looked at.
 """
 
 import os
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffvl.data.image_paths import require_path
 from diffvl.data.jsonfile import check_path, read_objects
 from diffvl.data.keys import is_absent
-from diffvl.data.picture_paths import require_path
-from diffvl.errors import DataError
+from diffvl.errors import DataError, first_few
 
 KEYS = ("prompt", "image", "images", "id")
 NUM_SHOWN = 5  # problems told in one error
@@ -32,7 +32,7 @@ class Question:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """All questions of a file.
+    """Reads all questions of a file.
 
     Raises:
         DataError: naming file and line of the first problems, and the number of the others.
@@ -56,12 +56,10 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def summary(problems: Sequence[DataError]) -> DataError:
-    """Several problems as one; at least one."""
+    """Joins several problems into one; at least one."""
     if len(problems) == 1:
         return problems[0]
-    lines = [str(problem) for problem in problems[:NUM_SHOWN]]
-    if len(problems) > NUM_SHOWN:
-        lines.append(f"and {len(problems) - NUM_SHOWN} more")
+    lines = first_few([str(problem) for problem in problems], NUM_SHOWN)
     return DataError(f"{len(problems)} problems, nothing was answered\n  " + "\n  ".join(lines))
 
 
@@ -81,7 +79,7 @@ def _question(value: Any, path: Path, line: int) -> Question:
     images = tuple(os.path.join(path.parent, image) for image in _images(value))
     for image in images:
         if not os.path.isfile(image):
-            raise DataError(f"picture {image} does not exist (relative paths start at the file's folder)")
+            raise DataError(f"image {image} does not exist (relative paths start at the file's folder)")
     return Question(name, prompt, images, f"{path}:{line}")
 
 
@@ -96,7 +94,7 @@ def _images(value: dict[str, Any]) -> list[str]:
         raise DataError("`images` must be a list of paths")
     paths = [image] if image is not None else images or []
     if not all(isinstance(path, str) and path for path in paths):
-        raise DataError("a picture must be named by its path")
+        raise DataError("an image must be named by its path")
     for path in paths:
         require_path(path)
     return paths

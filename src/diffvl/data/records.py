@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffvl.data.content import Content, kind_of, read_content, text_of
-from diffvl.data.files import Files
+from diffvl.data.existing_files import ExistingFiles
+from diffvl.data.image_paths import missing_image, named_images, require_path
 from diffvl.data.jsonfile import check_path, read_objects
 from diffvl.data.keys import UnusedKeys, check_record_keys, check_turn_keys, is_absent, missing_turns, trained_of
-from diffvl.data.markers import IMAGE_MARKER, count_markers, mistaken_marker, other_media, plain
-from diffvl.data.picture_paths import missing_picture, named_pictures, require_path
+from diffvl.data.markers import IMAGE_MARKER, count_markers, mistaken_marker, other_media, plain, with_markers
 from diffvl.data.problems import Problem, place_of
 from diffvl.errors import DataError
 
@@ -71,7 +71,7 @@ class Record:
 
 
 def iterate_records(path: Path, image_folder: str | Path | None = None, unpaired_turns: Unpaired = "error") -> Iterator[Record]:
-    """The file's records in order, read as they are asked for. Raises DataError at the first problem."""
+    """Reads the file's records in order, read as they are asked for. Raises DataError at the first problem."""
     for item in parse_file(path, image_folder, unpaired_turns):
         if isinstance(item, Problem):
             raise item.error()
@@ -84,11 +84,11 @@ def iterate_records(path: Path, image_folder: str | Path | None = None, unpaired
 def parse_file(
     path: Path, image_folder: str | Path | None = None, unpaired_turns: Unpaired = "error"
 ) -> Iterator[Record | Problem]:
-    """Every record of the file, or in its place what is wrong with it. At the end it logs which keys were not used.
+    """Reads every record of the file, or in its place what is wrong with it. At the end it logs which keys were not used.
 
     Args:
         image_folder: where relative paths of images start; default: the data file's folder.
-        unpaired_turns: what is done with an answer before the first question, and with a question behind the last answer.
+        unpaired_turns: what is done with an answer before the first question, and with a question after the last answer.
     Raises:
         DataError: for a file that is none of records, or has none.
     """
@@ -124,7 +124,7 @@ class _Reader:
         self.folder_is_set = image_folder is not None
         self.unpaired_turns = unpaired_turns
         self.unused = UnusedKeys()
-        self.files = Files()
+        self.files = ExistingFiles()
 
     def record(self, value: Any, source: str) -> Record:
         """Raises DataError without the place, which the caller knows."""
@@ -136,7 +136,7 @@ class _Reader:
         elif isinstance(name, bool) or not isinstance(name, int | str):
             raise DataError(f"`id` must be a string or a whole number, got {kind_of(name)}", "id")
         form = _form_of(value)
-        images = named_pictures(value)
+        images = named_images(value)
         unused: dict[str, None] = {}
         check_record_keys(value, images, unused.setdefault)
         turns, contents = _parse_turns(value[form], form, unused.setdefault)
@@ -159,12 +159,12 @@ class _Reader:
         require_path(image)
         path = os.path.join(self.folder, image)
         if path not in self.files:
-            raise missing_picture(path, image, self.folder_is_set)
+            raise missing_image(path, image, self.folder_is_set)
         return path
 
 
 def _form_of(value: dict[str, Any]) -> str:
-    """The key under which a record has its turns."""
+    """Gives the key under which a record has its turns."""
     forms = [form for form in _FORMS if value.get(form) is not None]
     if not forms:
         raise DataError(
@@ -178,7 +178,7 @@ def _form_of(value: dict[str, Any]) -> str:
 
 
 def _parse_turns(items: Any, form: str, tell: Callable[[str], object]) -> tuple[tuple[Turn, ...], list[Content]]:
-    """The turns as they stand there, and what their contents carry beside text."""
+    """Gives the turns as they stand there, and what their contents carry beside text."""
     if not isinstance(items, list) or not items:
         raise DataError(f"`{form}` must be a list of turns with at least one in it, got {kind_of(items)}", "no turns")
     turns: list[Turn] = []
@@ -218,7 +218,7 @@ def _about_role(speaker: Any) -> str:
 
 
 def _own_text(text: str, where: str, role: Role) -> str:
-    """The text of a turn in which no image can stand, as a model reads it."""
+    """Gives the text of a turn in which no image can stand, as a model reads it."""
     if count_markers(text):
         raise DataError(
             f"{where}: {IMAGE_MARKER} in a turn of {_SPEAKERS[role]}; images stand in user turns only. "
@@ -229,14 +229,14 @@ def _own_text(text: str, where: str, role: Role) -> str:
 
 
 def _all_images(named: list[str], contents: list[Content]) -> list[str]:
-    """The record's images, whether it names them itself or their parts do."""
+    """Gives the record's images, whether it names them itself or their parts do."""
     carried = [path for content in contents for path in content.paths]
     if not carried:
         return named
     if named and named != carried:
-        raise DataError("paths both in `image` and in parts of turns: keep one of them", "picture")
+        raise DataError("paths both in `image` and in parts of turns: keep one of them", "image")
     if not named and any(content.placeholders for content in contents):
-        raise DataError("some parts of type image have a path and some have none: give all of them one", "picture")
+        raise DataError("some parts of type image have a path and some have none: give all of them one", "image")
     return carried
 
 
@@ -253,29 +253,29 @@ def _place_markers(turns: tuple[Turn, ...], num_images: int) -> tuple[Turn, ...]
     if num_markers:
         more = "more" if num_markers > num_images else "fewer"
         counts = f"{num_markers} in the text, {num_images} in the record"
-        advice = "" if num_images else f". The pictures' key is `image`, and \\{IMAGE_MARKER} is that text itself"
+        advice = "" if num_images else f". The images' key is `image`, and \\{IMAGE_MARKER} is that text itself"
         raise DataError(f"{more} {IMAGE_MARKER} than images: {counts}; each image needs one marker{advice}", "image markers")
     if not asked:
         return turns  # and no question: the order is refused
     first = asked[0][0]
-    marked = replace(turns[first], text=f"{IMAGE_MARKER}\n" * num_images + turns[first].text)
+    marked = replace(turns[first], text=with_markers(turns[first].text, num_images))
     return (*turns[:first], marked, *turns[first + 1 :])
 
 
 def _refuse_mistaken(number: int, text: str, num_images: int, num_markers: int) -> None:
-    """A text that holds what only looks like a marker: read as text, and the picture would stand elsewhere."""
-    found = mistaken_marker(text, pictures=num_images > 0)
+    """Raises DataError for a text that holds what only looks like a marker: read as text, its image would stand elsewhere."""
+    found = mistaken_marker(text, images=num_images > 0)
     if found is not None:
-        meant = f"the marker of a picture is {IMAGE_MARKER}, one for each in the order of `image`"
+        meant = f"the marker of an image is {IMAGE_MARKER}, one for each in the order of `image`"
         advice = f"; for the text itself write \\{found}" if not num_images else ""
-        raise DataError(f"turn {number}: {found} looks like a picture, but {meant}{advice}", "image markers")
+        raise DataError(f"turn {number}: {found} looks like an image, but {meant}{advice}", "image markers")
     media = other_media(text)
     if media is not None and not num_markers:
         raise DataError(f"turn {number}: {media} stands there alone: videos and sounds are not supported", "key not supported")
 
 
 def _with_system(system: Any, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-    """The turns behind the system turn that a record's key `system` is."""
+    """Puts the turns after the system turn that a record's key `system` is."""
     if is_absent(system):
         return turns
     if turns[0].role == "system":
@@ -284,7 +284,7 @@ def _with_system(system: Any, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
 
 
 def _paired(turns: tuple[Turn, ...], images: list[str]) -> tuple[tuple[Turn, ...], list[str], int]:
-    """Turns and images without the answers before the first question and the questions behind the last answer; and how many
+    """Turns and images without the answers before the first question and the questions after the last answer; and how many
     were left out at the start."""
     kept = list(turns)
     start = 1 if kept[0].role == "system" else 0
@@ -295,12 +295,13 @@ def _paired(turns: tuple[Turn, ...], images: list[str]) -> tuple[tuple[Turn, ...
         del kept[-1]
     if len(kept) == start:
         raise DataError("no question with an answer in it; remove the record", _ORDER)
-    shown = sum(count_markers(turn.text) for turn in kept if turn.role == "user")
-    return tuple(kept), images[:shown], left_out
+    num_images = sum(count_markers(turn.text) for turn in kept if turn.role == "user")
+    return tuple(kept), images[:num_images], left_out
 
 
 def _check_order(turns: tuple[Turn, ...], left_out: int) -> None:
-    """`left_out`: turns at the start that are not among `turns`, for the numbers in messages."""
+    """Raises DataError for turns out of order. `left_out`: turns at the start that are not among `turns`, for the numbers in
+    messages."""
     spoken = turns[1:] if turns[0].role == "system" else turns
     first = len(turns) - len(spoken) + left_out + 1
     if not spoken or spoken[0].role != "user":

@@ -1,14 +1,13 @@
 """Data file -> a memory-mapped table of its records, which every process opens and none holds in memory.
 
 The table lies in the cache folder of `datasets` and is built once for each content of the data file: a file that was touched, or
-copied over itself, is not read again. A row is a record, or what is wrong with it, so the number of a row is the number of the
-record in its file, whatever is left out.
+copied over itself, is not read again. An entry is a record, or what is wrong with it, so the number of an entry is the number of
+the record in its file, whatever is left out.
 """
 
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,16 +20,17 @@ from datasets import config as datasets_config
 from rich.console import Console
 
 from diffvl.config.recipe import Data
-from diffvl.data.files import Files
+from diffvl.data.existing_files import ExistingFiles
 from diffvl.data.jsonfile import check_path
 from diffvl.data.problem_list import require_usable
 from diffvl.data.problems import Problem
 from diffvl.data.records import Record, Turn, parse_file
 from diffvl.errors import DataError
+from diffvl.store.files import replacing
 from diffvl.terminal import console as terminal
 from diffvl.terminal.bars import track
 
-_NUM_ROWS = 1024  # records per Arrow batch
+_BATCH_ENTRIES = 1024  # records per Arrow batch
 _BAR_FROM = 5000  # records; fewer are read before a bar could be seen
 _CHUNK = 1 << 20  # bytes
 _QUIET = terminal.console(quiet=True)
@@ -39,19 +39,19 @@ _READING = ("image_folder", "unpaired_turns")  # settings of `Data` by which a f
 _FORMAT = 3  # of the Arrow cache: raise it when what is read out of a file changes
 _SCHEMA = pa.schema(
     [
-        ("record", pa.string()),  # JSON of the fields of Record but for images; null in the row of a problem
+        ("record", pa.string()),  # JSON of the fields of Record but for images; null for a problem
         ("images", pa.list_(pa.string())),
-        ("problem", pa.string()),  # JSON of the fields of Problem but for path and number; null in the row of a record
-        ("digest", pa.uint64()),  # of what training sees of the record; 0 in the row of a problem
+        ("problem", pa.string()),  # JSON of the fields of Problem but for path and number; null for a record
+        ("digest", pa.uint64()),  # of what training sees of the record; 0 for a problem
     ]
 )
 
 
 class RecordTable(Sequence[Record]):
-    """All records of a data file, read as they are asked for. `usable` are the rows that hold one.
+    """All records of a data file, read as they are asked for. `usable` are the entries that hold one.
 
-    usable: row numbers, rising, int64. digests [rows], uint64: equal where training would see the same (pictures by their names
-    below the picture folder); 0 at problems. path: the data file, bytes_digest: of its bytes.
+    usable: numbers of entries, rising, int64. digests [entries], uint64: equal where training would see the same (images by
+    their names below the image folder); 0 at problems. path: the data file, bytes_digest: of its bytes.
     """
 
     def __init__(self, file: Path, path: Path, bytes_digest: str) -> None:
@@ -64,7 +64,7 @@ class RecordTable(Sequence[Record]):
         return RecordTable, (self._file, self.path, self.bytes_digest)
 
     def __len__(self) -> int:
-        """Rows: records and problems."""
+        """Counts the entries: records and problems."""
         return len(self._table)
 
     @overload
@@ -73,11 +73,11 @@ class RecordTable(Sequence[Record]):
     def __getitem__(self, index: slice) -> list[Record]: ...
     def __getitem__(self, index: int | slice) -> Record | list[Record]:
         if isinstance(index, slice):
-            return [self[row] for row in range(*index.indices(len(self)))]
+            return [self[number] for number in range(*index.indices(len(self)))]
         if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
+            raise IndexError(f"entry {index} of {len(self)}")
         text = self._table.column("record")[index].as_py()
-        assert text is not None, f"row {index} holds a problem"
+        assert text is not None, f"entry {index} holds a problem"
         fields = json.loads(text)
         turns = tuple(Turn(**turn) for turn in fields.pop("turns"))
         return Record(**fields, turns=turns, images=tuple(self._table.column("images")[index].as_py()))
@@ -86,7 +86,9 @@ class RecordTable(Sequence[Record]):
     def problems(self) -> list[Problem]:
         bad = numpy.flatnonzero(self._table.column("problem").is_valid().to_numpy())
         texts = self._table.column("problem").take(pa.array(bad)).to_pylist()
-        return [Problem(path=self.path, number=int(row) + 1, **json.loads(text)) for row, text in zip(bad, texts, strict=True)]
+        return [
+            Problem(path=self.path, number=int(index) + 1, **json.loads(text)) for index, text in zip(bad, texts, strict=True)
+        ]
 
     @cached_property
     def content(self) -> str:
@@ -94,8 +96,8 @@ class RecordTable(Sequence[Record]):
         return hashlib.blake2b(self.digests.tobytes(), digest_size=16).hexdigest()
 
     def images_exist(self) -> bool:
-        """Whether all pictures are still there."""
-        files = Files()
+        """Tells whether all images are still there."""
+        files = ExistingFiles()
         chunks = self._table.column("images").chunks
         return all(image in files for chunk in chunks for image in chunk.flatten().to_pylist())
 
@@ -103,11 +105,11 @@ class RecordTable(Sequence[Record]):
 def open_records(
     path: Path, data: Data | None = None, console: Console = _QUIET, look: bool = True, advise: bool = True
 ) -> RecordTable:
-    """The file's records as a memory-mapped table.
+    """Opens the file's records as a memory-mapped table.
 
     Args:
-        data: its `image_folder`, `on_error` and `max_skipped` count; default: a file with its pictures and without problems.
-        look: whether to look again for the pictures of a file that was read before. One process of a run does.
+        data: its `image_folder`, `on_error` and `max_skipped` count; default: a file with its images and without problems.
+        look: whether to look again for the images of a file that was read before. One process of a run does.
         advise: whether the error names the settings that would let the run go on.
     Raises:
         DataError: with the problems of the file, by the rule of `on_error`; nothing is left in the cache then.
@@ -130,9 +132,22 @@ def open_records(
     return opened
 
 
-def record_at(records: Sequence[Record], index: int) -> Record:
-    """The record of a row."""
-    return records[index]
+class RecordTables:
+    """The tables of a run: a data file is opened once, however many stages read it."""
+
+    def __init__(self, console: Console = _QUIET, look: bool = True) -> None:
+        """`look`: see `open_records`."""
+        self._console, self._look = console, look
+        self._opened: dict[tuple[str, ...], RecordTable] = {}
+
+    def open(self, path: Path, data: Data) -> RecordTable:
+        """Opens the file's records. Raises DataError as `open_records`."""
+        key = (str(path), *(str(getattr(data, name)) for name in _READING))
+        if key in self._opened:
+            require_usable(self._opened[key].problems, path, len(self._opened[key]), data)
+        else:
+            self._opened[key] = open_records(path, data, self._console, self._look)
+        return self._opened[key]
 
 
 # --- the file's content ----------------------------------------------------------------------------------------------------
@@ -159,57 +174,48 @@ def _content_of(path: Path) -> _Content:
 
 
 def content_digest(path: Path) -> str:
-    """A digest of a file's bytes. Raises DataError if it cannot be read."""
+    """Computes a digest of a file's bytes. Raises DataError if it cannot be read."""
     return _content_of(path).digest
 
 
 def _cache_path(path: Path, content: _Content, reading: dict[str, Any]) -> Path:
-    """By all that the rows follow from. The file's own path counts too: messages name it."""
-    facts = [_FORMAT, content.digest, os.path.abspath(path), _pictures_below(path, reading), reading]
+    """Names the table by all that its entries follow from. The file's own path counts too: messages name it."""
+    facts = [_FORMAT, content.digest, os.path.abspath(path), _images_below(path, reading), reading]
     name = hashlib.sha256(json.dumps(facts, default=str).encode("utf-8", "surrogateescape")).hexdigest()[:32]
     return cache_folder() / f"{name}.arrow"
 
 
-def _pictures_below(path: Path, reading: dict[str, Any]) -> str:
-    """The folder at which relative paths of pictures start."""
+def _images_below(path: Path, reading: dict[str, Any]) -> str:
+    """Gives the folder at which relative paths of images start."""
     return os.path.abspath(reading["image_folder"] or path.parent)
 
 
 def cache_folder() -> Path:
-    """Where tables and measured lengths lie."""
+    """Tells where tables and measured lengths lie."""
     return Path(datasets_config.HF_DATASETS_CACHE) / "diffvl"
 
 
 def cache_error(path: Path, error: OSError) -> DataError:
-    """What to say where nothing can be written into the cache folder."""
+    """Tells what to say where nothing can be written into the cache folder."""
     advice = "set HF_DATASETS_CACHE to a folder that can be written"
     return DataError(f"{path}: its record cache {cache_folder()} cannot be written ({error}); {advice}")
-
-
-def beside(file: Path) -> Path:
-    """A name for building `file` under; other processes, on this machine or others, build under others."""
-    return file.with_name(f"{file.name}.{uuid.uuid4().hex}.partial")
 
 
 # --- building the table ----------------------------------------------------------------------------------------------------
 
 
 def _build_table(path: Path, table: Path, reading: dict[str, Any], console: Console, expected: int) -> None:
-    """Writes beside `table` and renames at the end: other processes see a whole table or none."""
-    partial = beside(table)
+    """Writes the whole table or none."""
     try:
         table.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            _write_table(path, partial, reading, console if expected >= _BAR_FROM else _QUIET, expected)
-            os.replace(partial, table)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(table, shared=True) as beside:
+            _write_table(path, beside, reading, console if expected >= _BAR_FROM else _QUIET, expected)
     except OSError as error:  # of the cache only: reading the data file tells its own as DataError
         raise cache_error(path, error) from error
 
 
 def _write_table(path: Path, table: Path, reading: dict[str, Any], console: Console, expected: int) -> None:
-    pictures_below = _pictures_below(path, reading) + os.sep
+    images_below = _images_below(path, reading) + os.sep
     columns: tuple[list[Any], ...] = ([], [], [], [])
     with pa.OSFile(str(table), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
 
@@ -220,26 +226,26 @@ def _write_table(path: Path, table: Path, reading: dict[str, Any], console: Cons
                 column.clear()
 
         for item in track(console, parse_file(path, **reading), expected, f"reading {path.name}"):
-            row = _problem_row(item) if isinstance(item, Problem) else _record_row(item, pictures_below)
-            for column, value in zip(columns, row, strict=True):
+            entry = _problem_entry(item) if isinstance(item, Problem) else _record_entry(item, images_below)
+            for column, value in zip(columns, entry, strict=True):
                 column.append(value)
-            if len(columns[0]) == _NUM_ROWS:
+            if len(columns[0]) == _BATCH_ENTRIES:
                 write()
         write()
 
 
-def _record_row(record: Record, pictures_below: str) -> tuple[str, tuple[str, ...], None, int]:
-    """Turned into JSON field by field, so that a field more in Record or Turn is kept without a word here."""
+def _record_entry(record: Record, images_below: str) -> tuple[str, tuple[str, ...], None, int]:
+    """Turns a record into JSON field by field, so that a field more in Record or Turn is kept without a word here."""
     fields = {**vars(record), "turns": [vars(turn) for turn in record.turns]}
     images = fields.pop("images")
     text = json.dumps(fields, ensure_ascii=False)
     # Name and place of a record are not seen by training, and a set may be moved.
     seen = {key: value for key, value in fields.items() if key not in ("id", "source")}
-    named = [image.removeprefix(pictures_below) for image in images]
+    named = [image.removeprefix(images_below) for image in images]
     facts = json.dumps([seen, named], ensure_ascii=False).encode("utf-8", "surrogateescape")
     return text, images, None, int.from_bytes(hashlib.blake2b(facts, digest_size=8).digest(), "little") or 1
 
 
-def _problem_row(problem: Problem) -> tuple[None, None, str, int]:
+def _problem_entry(problem: Problem) -> tuple[None, None, str, int]:
     fields = {key: value for key, value in vars(problem).items() if key not in ("path", "number")}
     return None, None, json.dumps(fields), 0

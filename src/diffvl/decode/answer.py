@@ -17,12 +17,11 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import BatchFeature, CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
-from diffvl.data.images import open_picture
+from diffvl.data.images import open_image
 from diffvl.data.loader import longest_sample
-from diffvl.data.markers import IMAGE_MARKER, count_markers, pieces_between
+from diffvl.data.markers import IMAGE_MARKER, count_markers, pieces_between, with_markers
 from diffvl.data.questions import Question, summary
 from diffvl.decode.flags import flag
-from diffvl.dtypes import has_bf16
 from diffvl.errors import CheckpointError, DataError, UsageError
 from diffvl.hub.answers_diffvl import BlockGenerationOutput, OnStep
 from diffvl.hub.blocks_diffvl import Prefix
@@ -30,6 +29,7 @@ from diffvl.hub.cache_diffvl import on_every_device, require_static
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.hub.settings_diffvl import DecodeSettings
+from diffvl.machine import has_bf16
 from diffvl.store.checkpoint import load_checkpoint, read_json, saved_dtype
 
 Message = dict[str, Any]  # one of a conversation: role and content; image parts carry their images
@@ -114,7 +114,7 @@ def user_message(text: str, images: Sequence[Image.Image]) -> Message:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UsageError(f"the prompt is not valid UTF-8 text (character {error.start + 1}, {text[error.start]!r})") from error
-    marked = text if count_markers(text) else f"{IMAGE_MARKER}\n" * len(images) + text
+    marked = text if count_markers(text) else with_markers(text, len(images))
     num_markers = count_markers(marked)
     if num_markers != len(images):
         advice = "" if images else f" (for that text itself write \\{IMAGE_MARKER})"
@@ -129,7 +129,7 @@ def user_message(text: str, images: Sequence[Image.Image]) -> Message:
 
 def ask(prompt: str, images: Sequence[Path]) -> Message:
     """`user_message` with the images read from files. Raises DataError if one cannot be."""
-    return user_message(prompt, [open_picture(str(path), "--image") for path in images])
+    return user_message(prompt, [open_image(str(path), "--image") for path in images])
 
 
 def check_settings(settings: DecodeSettings, config: DiffVLConfig) -> None:
@@ -333,4 +333,4 @@ def answer_questions(
 
 
 def _message(question: Question) -> Message:
-    return user_message(question.prompt, [open_picture(path, question.source) for path in question.images])
+    return user_message(question.prompt, [open_image(path, question.source) for path in question.images])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from diffvl.data.images import open_picture
+from diffvl.data.images import open_image
 from diffvl.decode.answer import (
     Answer,
     Decoder,
@@ -143,7 +143,7 @@ class Chat:
             return
         try:
             path = meant_path(typed)
-            self.images.append(open_picture(str(path), "/image"))
+            self.images.append(open_image(str(path), "/image"))
         except (DiffvlError, RuntimeError) as error:  # RuntimeError: ~ of an unknown user
             self.complain(str(error))
             return

@@ -69,7 +69,7 @@ GEMMA = (
 
 
 def make_trunk(directory: Path, model_type: str, seed: int = 0) -> Path:
-    """Write a causal LM of `model_type` (one of TRUNKS) with tokenizer and chat template; returns `directory`."""
+    """Writes a causal LM of `model_type` (one of TRUNKS) with tokenizer and chat template; returns `directory`."""
     if model_type not in TRUNKS:
         raise UsageError(f"no stand-in trunk of type {model_type!r}: expected one of {', '.join(TRUNKS)}")
     tokenizer = make_tokenizer(model_type)
@@ -91,7 +91,7 @@ def make_trunk(directory: Path, model_type: str, seed: int = 0) -> Path:
 
 
 def make_tower(directory: Path, kind: str = "siglip", seed: int = 0) -> Path:
-    """Write a vision checkpoint (one of TOWERS, or "clip-full") with its PIL image processor; returns `directory`."""
+    """Writes a vision checkpoint (one of TOWERS, or "clip-full") with its PIL image processor; returns `directory`."""
     if kind not in (*TOWERS, FULL_CLIP):
         raise UsageError(f"no stand-in vision tower {kind!r}: expected one of {', '.join((*TOWERS, FULL_CLIP))}")
     with torch.random.fork_rng(devices=[]):
@@ -102,7 +102,7 @@ def make_tower(directory: Path, kind: str = "siglip", seed: int = 0) -> Path:
 
 
 def make_recurrent(directory: Path, seed: int = 0) -> Path:
-    """Write a Mamba checkpoint with tokenizer: an architecture that block diffusion through masks must refuse."""
+    """Writes a Mamba checkpoint with tokenizer: an architecture that block diffusion through masks must refuse."""
     tokenizer = make_tokenizer()
     config = AutoConfig.for_model(
         "mamba",
@@ -122,7 +122,8 @@ def make_recurrent(directory: Path, seed: int = 0) -> Path:
 
 
 def make_tokenizer(model_type: str = "llama") -> PreTrainedTokenizerFast:
-    """Byte-level BPE over all 256 bytes: any UTF-8 text survives encode and decode. ChatML, or Gemma's template and tokens.
+    """Makes a byte-level BPE over all 256 bytes: any UTF-8 text survives encode and decode. ChatML, or Gemma's template and
+    tokens.
 
     Qwen's class also normalises to NFC, here as in the published checkpoints: AutoTokenizer takes that class for
     `model_type: qwen2` whatever the directory declares, and what is written must be what is loaded.
@@ -151,15 +152,15 @@ def make_tokenizer(model_type: str = "llama") -> PreTrainedTokenizerFast:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`python -m diffvl.standins OUT`: write OUT/trunk-TYPE and OUT/tower-KIND and print the two paths."""
-    parser = argparse.ArgumentParser(prog="python -m diffvl.standins", description="Write a tiny random trunk and vision tower.")
+    """Runs `python -m diffvl.demo.standins OUT`: writes OUT/trunk-TYPE and OUT/tower-KIND and prints the two paths."""
+    parser = argparse.ArgumentParser(prog="python -m diffvl.demo.standins", description="Write a tiny random trunk and tower.")
     parser.add_argument("out", type=Path, help="directory to write into")
     parser.add_argument("--trunk", choices=TRUNKS, default="qwen2")
     parser.add_argument("--tower", choices=(*TOWERS, FULL_CLIP), default="siglip")
     parser.add_argument("--seed", type=int, default=0)
-    words = parser.parse_args(argv)
-    print(make_trunk(words.out / f"trunk-{words.trunk}", words.trunk, words.seed))
-    print(make_tower(words.out / f"tower-{words.tower}", words.tower, words.seed))
+    arguments = parser.parse_args(argv)
+    print(make_trunk(arguments.out / f"trunk-{arguments.trunk}", arguments.trunk, arguments.seed))
+    print(make_tower(arguments.out / f"tower-{arguments.tower}", arguments.tower, arguments.seed))
 
 
 def _trunk_settings(model_type: str) -> dict:
@@ -232,7 +233,7 @@ def _tower_model(kind: str) -> PreTrainedModel:
 
 
 def _image_processor(kind: str) -> BaseImageProcessor:
-    """The processor that each architecture is published with; they differ in mean, std and cropping."""
+    """Gives the processor that each architecture is published with; they differ in mean, std and cropping."""
     square = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     if kind == "siglip":
         return SiglipImageProcessorPil(size=square)
@@ -244,7 +245,7 @@ def _image_processor(kind: str) -> BaseImageProcessor:
 
 @torch.no_grad()
 def _rescale(model: nn.Module, embedding_std: float) -> None:
-    """Redraw every parameter in place: unit-variance projections, visible biases, norms off their neutral value."""
+    """Redraws every parameter in place: unit-variance projections, visible biases, norms off their neutral value."""
     drawn: set[int] = set()  # a tied head is the embedding's own tensor and must not be drawn again as a projection
     for name, module in model.named_modules():
         for key, weight in module.named_parameters(recurse=False):
@@ -267,7 +268,7 @@ def _rescale(model: nn.Module, embedding_std: float) -> None:
 
 @torch.no_grad()
 def _rescale_trunk(model: PreTrainedModel) -> None:
-    """`_rescale`, then the gain of the final norm such that logits have a std near LOGIT_STD, tied or not."""
+    """Rescales, then sets the gain of the final norm such that logits have a std near LOGIT_STD, tied or not."""
     tied, is_gemma = model.config.tie_word_embeddings, model.config.model_type == "gemma2"
     # A tied table must be small beside what the layers add, or every position predicts its own input.
     stream_std = 0.5 if tied else 1.0
@@ -280,7 +281,7 @@ def _rescale_trunk(model: PreTrainedModel) -> None:
 
 
 def _save(directory: Path, model: PreTrainedModel, companion: PreTrainedTokenizerFast | BaseImageProcessor) -> Path:
-    """Model, then tokenizer or image processor, into one directory, which is created if needed."""
+    """Saves the model, then tokenizer or image processor, into one directory, which is created if needed."""
     directory.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(directory)
     share(directory)

@@ -2,8 +2,8 @@
 
 Place in the flow: a question before `convert`. Read are configuration, tokenizer and the headers of the weight files; what is
 probed is a tiny random copy of the configuration, so the answer takes a second and no weights. Order: what `published` and
-`families` refuse, what is wrong with the files, the measurements of `probe`, and where one of those fails, a few experiments that
-tell why; then the chat template.
+`supported` refuse, what is wrong with the files, what `checks` measures and, where one of them fails, a few experiments that tell
+why; then the chat template.
 """
 
 import math
@@ -16,12 +16,14 @@ from typing import Any, Literal
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from diffvl.config.families import OWN_CODE, Refusal, named_checkpoint, refusal, suggest
-from diffvl.doctor.probe import MODEL_FAULTS, Check, first_line, probe
-from diffvl.doctor.streams import Streams, Token, plain_forward, text, tokens_of
-from diffvl.doctor.tiny_copy import FIRST_ORDINARY, build, describe
-from diffvl.errors import CheckpointError, UnsupportedModelError, UsageError
-from diffvl.prepare.proof import TOLERANCE, largest, native_logits, spread
+from diffvl.config.families import named_checkpoint, require_known
+from diffvl.config.supported import OWN_CODE, Refusal, refusal
+from diffvl.doctor.checks import MODEL_FAULTS, Check, describe_fault, run_checks
+from diffvl.doctor.plain_forward import Token, plain_forward, tokens_of
+from diffvl.doctor.tiny_copy import FIRST_ORDINARY, build, describe, ordinary_tokens, probe_text
+from diffvl.errors import CheckpointError, UnsupportedModelError
+from diffvl.prepare.attention_proof import TOLERANCE, largest, native_logits, spread
+from diffvl.prepare.probe_text import conversations
 from diffvl.prepare.templates import look_at_template
 from diffvl.store import weights
 from diffvl.store.checkpoint import DiffVLConfig  # importing it makes DiffVL directories known to transformers
@@ -29,7 +31,7 @@ from diffvl.store.published import load_config
 from diffvl.store.tensorfiles import has_weights
 
 ONLY_CONFIGURATION = "there are no weights beside config.json: only the architecture was judged"
-Answer = Literal["supported", "not supported", "unknown"]
+Support = Literal["supported", "not supported", "unknown"]
 
 # Refused for what the rest of diffvl cannot do yet: whether their attention follows masks is worth measuring all the same.
 MEASURED_ANYWAY = {
@@ -51,7 +53,7 @@ class Verdict:
 
     model: str
     model_type: str
-    answer: Answer
+    answer: Support
     kind: str = ""
     reason: str = ""
     limit: int | None = None
@@ -73,7 +75,7 @@ class Verdict:
         return largest(errors) if errors else None
 
     def as_json(self) -> dict[str, Any]:
-        """Without infinities, which JSON does not know."""
+        """Gives all figures, without infinities, which JSON does not know."""
         figures = asdict(self) | {"attention_holds": self.attention_holds, "worst_error": self.worst_error}
         figures["seconds"] = round(self.seconds, 3)
         return _finite(figures)
@@ -91,25 +93,22 @@ def _finite(value: Any) -> Any:
 
 
 def examine(model: str, trust_remote_code: bool = False) -> Verdict:
-    """The verdict on a name of `diffvl models`, a hub id, a directory (a DiffVL one: on its trunk) or a .gguf file.
+    """Judges a name of `diffvl models`, a hub id, a directory (a DiffVL one: on its trunk) or a .gguf file.
 
     Raises:
         UsageError: for a name that is none of these.
         CheckpointError: if its configuration is missing, damaged or cannot be fetched.
     """
     start = time.perf_counter()
+    require_known(model)
     named = named_checkpoint(model)
-    if named is None and not Path(model).exists() and "/" not in model:
-        close = suggest(model)
-        hint = f"did you mean {', '.join(close)}? " if close else ""
-        raise UsageError(f"{model!r}: no such model name or directory; {hint}`diffvl models` lists the names")
     repo, revision = (named[1].repo, named[1].revision) if named else (model, None)
     try:
         config = load_config(repo, trust_remote_code, revision)
     except UnsupportedModelError as error:
         verdict = Verdict(model, "", "not supported", error.kind or "unknown to transformers", str(error))
     except MODEL_FAULTS as error:
-        verdict = Verdict(model, "", "unknown", "no configuration", f"its configuration cannot be read: {first_line(error)}")
+        verdict = Verdict(model, "", "unknown", "no configuration", f"its configuration cannot be read: {describe_fault(error)}")
     else:
         against = _against_files(repo, config, revision)
         if isinstance(against, Refusal):
@@ -123,7 +122,7 @@ def examine(model: str, trust_remote_code: bool = False) -> Verdict:
 
 
 def _against_files(repo: str, config: PretrainedConfig, revision: str | None) -> Refusal | str:
-    """What stands against the files of a checkpoint whose configuration is not refused, or a remark, or nothing."""
+    """Tells what stands against the files of a checkpoint whose configuration is not refused, or a remark, or nothing."""
     if isinstance(config, DiffVLConfig) or refusal(config) is not None:
         return ""
     if Path(repo).is_dir() and not has_weights(Path(repo)):
@@ -136,7 +135,7 @@ def _against_files(repo: str, config: PretrainedConfig, revision: str | None) ->
 
 
 def _with_template(verdict: Verdict, repo: str, revision: str | None, trust_remote_code: bool) -> Verdict:
-    """The verdict on a model whose architecture is supported, by its chat template."""
+    """Judges the chat template of a model whose architecture is supported."""
     try:
         return replace(verdict, template=look_at_template(repo, verdict.model_type, trust_remote_code, revision))
     except (CheckpointError, UnsupportedModelError) as error:
@@ -145,7 +144,7 @@ def _with_template(verdict: Verdict, repo: str, revision: str | None, trust_remo
 
 
 def judge(model: str, config: PretrainedConfig, trust_remote_code: bool = False) -> Verdict:
-    """The verdict on a configuration."""
+    """Judges a configuration."""
     if isinstance(config, DiffVLConfig):
         config = config.text_config
     kind = config.model_type
@@ -157,12 +156,12 @@ def judge(model: str, config: PretrainedConfig, trust_remote_code: bool = False)
             return verdict
     try:
         trunk = build(config, trust_remote_code)
-        verdict = replace(verdict, copy=describe(trunk), checks=tuple(probe(trunk)))
+        verdict = replace(verdict, copy=describe(trunk), checks=tuple(run_checks(trunk)))
     except (UnsupportedModelError, *MODEL_FAULTS) as error:
         if refused is not None:
             return verdict
-        words = f"{kind}: no tiny copy of it could be built ({first_line(error)})"
-        return replace(verdict, answer="unknown", kind="no tiny copy", reason=words)
+        message = f"{kind}: no tiny copy of it could be built ({describe_fault(error)})"
+        return replace(verdict, answer="unknown", kind="no tiny copy", reason=message)
     if refused is not None:
         return verdict
     if not all(check.passed for check in verdict.checks):
@@ -170,14 +169,14 @@ def judge(model: str, config: PretrainedConfig, trust_remote_code: bool = False)
         answer, found = diagnose(build(config, trust_remote_code), verdict.checks)
         return replace(verdict, answer=answer, kind=found.kind, reason=f"{kind}: {found.message}")
     if found := exact_up_to(config):
-        words = f"exact while clean and noisy tokens together are at most {found[1]:,} ({found[0]} in its config.json)"
-        return replace(verdict, limit=found[1], reason=words)
+        message = f"exact while clean and noisy tokens together are at most {found[1]:,} ({found[0]} in its config.json)"
+        return replace(verdict, limit=found[1], reason=message)
     return verdict
 
 
 def exact_up_to(config: PretrainedConfig) -> tuple[str, int] | None:
-    """(setting, tokens) of an architecture that counts tokens by their place in the row, from which on noisy tokens, which stand
-    behind the clean ones, are taken for later ones than they are."""
+    """Gives (setting, tokens) of an architecture that counts tokens by their place in the row, from which on noisy tokens, which
+    stand after the clean ones, are taken for later ones than they are."""
     settings = config.get_text_config(decoder=True)
     step = getattr(settings, "floor_scale", None)  # of Llama 4: layers without rope sharpen with the index
     if step and getattr(settings, "attn_temperature_tuning", False) and not all(settings.no_rope_layers):
@@ -188,18 +187,18 @@ def exact_up_to(config: PretrainedConfig) -> tuple[str, int] | None:
 # --- why not -------------------------------------------------------------------------------------------------------------
 
 
-def diagnose(trunk: PreTrainedModel, checks: tuple[Check, ...]) -> tuple[Answer, Refusal]:
-    """The reason behind failed checks, found by experiments on the copy."""
+def diagnose(trunk: PreTrainedModel, checks: tuple[Check, ...]) -> tuple[Support, Refusal]:
+    """Finds the reason for failed checks, by experiments on the copy."""
     failed = {check.name: check for check in checks if not check.passed}
     try:
-        if not bool(native_logits(trunk, text(trunk)[0]).isfinite().all()):
+        if not bool(native_logits(trunk, conversations(ordinary_tokens(trunk))[0]).isfinite().all()):
             return "unknown", Refusal("no tiny copy", "its tiny copy gives logits that are no finite numbers")
     except MODEL_FAULTS as error:
-        return "unknown", Refusal("no tiny copy", f"its tiny copy does not run ({first_line(error)})")
+        return "unknown", Refusal("no tiny copy", f"its tiny copy does not run ({describe_fault(error)})")
     if all(check.fault for check in failed.values()) and "AR parity" in failed:
-        said = failed["AR parity"].fault
-        words = f"its code takes no mask with an entry for every two tokens (it said: {said})"
-        return "not supported", Refusal("takes no 4-D mask", words)
+        fault = failed["AR parity"].fault
+        message = f"its code takes no mask with an entry for every two tokens (it said: {fault})"
+        return "not supported", Refusal("takes no 4-D mask", message)
     for experiment in EXPERIMENTS:
         if found := experiment(trunk, failed):
             return "not supported", found
@@ -207,17 +206,17 @@ def diagnose(trunk: PreTrainedModel, checks: tuple[Check, ...]) -> tuple[Answer,
 
 
 def _by_name(failed: dict[str, Check]) -> Refusal:
-    """Where no experiment knows better: the first failed check, in words."""
+    """Puts the first failed check in words, where no experiment knows better."""
     meaning = {
         "AR parity": "with an explicit causal mask its logits are not its own",
         "no leak": "a noisy block sees its own clean copy or later tokens",
         "a leak is caught": "a wrong mask changes nothing, so its masks prove nothing",
         "block sees itself": "tokens of a noisy block do not see each other",
         "clean stream untouched": "clean tokens see noisy ones",
-        "direct forward": "a noisy block is not what it is behind its clean text alone",
+        "direct forward": "a noisy block is not what it is after its clean text alone",
         "doubled layout": "the short layout is not the doubled one",
         "train = decode": "decoding over a cache of keys and values gives other logits than training",
-        "embeddings given": "it does not take embeddings in the place of tokens, so pictures cannot be shown to it",
+        "embeddings given": "it does not take embeddings in the place of tokens, so images cannot be shown to it",
         "head on some rows": "its head cannot be asked for single positions",
         "head in chunks": "its head cannot be asked apart from the rest of the model, as the loss asks it",
         "gradients": "its gradients cannot be used",
@@ -229,8 +228,8 @@ def _by_name(failed: dict[str, Check]) -> Refusal:
 
 
 def _line(trunk: PreTrainedModel) -> list[Token]:
-    """The clean text of the first sample."""
-    return [token for token in tokens_of(Streams.of(trunk, "causal")) if not token.noisy]
+    """Gives the clean text of the first sample."""
+    return [token for token in tokens_of(probe_text(trunk, "causal")) if not token.noisy]
 
 
 def _causal(q: Token, k: Token) -> bool:
@@ -239,7 +238,7 @@ def _causal(q: Token, k: Token) -> bool:
 
 @torch.no_grad()
 def _looks_ahead(trunk: PreTrainedModel, failed: dict[str, Check]) -> Refusal | None:
-    ids = text(trunk)[0][:1]
+    ids = conversations(ordinary_tokens(trunk))[0][:1]
     other = ids.clone()
     other[0, -1] = FIRST_ORDINARY + (other[0, -1] == FIRST_ORDINARY)
     before = native_logits(trunk, ids)
@@ -247,8 +246,8 @@ def _looks_ahead(trunk: PreTrainedModel, failed: dict[str, Check]) -> Refusal | 
     if not moved > TOLERANCE:
         return None
     hint = "; as a decoder it needs is_decoder: true" if getattr(trunk.config, "is_decoder", True) is False else ""
-    words = f"it is not autoregressive: its own tokens see later ones (they move by {moved:.2g} std){hint}"
-    return Refusal("not autoregressive", words)
+    message = f"it is not autoregressive: its own tokens see later ones (they move by {moved:.2g} std){hint}"
+    return Refusal("not autoregressive", message)
 
 
 @torch.no_grad()
@@ -268,8 +267,8 @@ def _keeps_causal(trunk: PreTrainedModel, failed: dict[str, Check]) -> Refusal |
     before, after = (plain_forward(trunk, line, lambda q, k: True) for line in (tokens, other))
     if not spread((after - before)[0], before) <= TOLERANCE:
         return None
-    words = "it keeps a causal mask of its own, whatever mask it is given: the tokens of a noisy block cannot see each other"
-    return Refusal("causal mask of its own", words)
+    message = "it keeps a causal mask of its own, whatever mask it is given: the tokens of a noisy block cannot see each other"
+    return Refusal("causal mask of its own", message)
 
 
 @torch.no_grad()
@@ -278,8 +277,8 @@ def _other_positions(trunk: PreTrainedModel, failed: dict[str, Check]) -> Refusa
     spaced = [replace(token, position=3 * token.position) for token in tokens]
     causal = plain_forward(trunk, tokens, _causal)
     if "direct forward" in failed and spread(plain_forward(trunk, spaced, _causal) - causal, causal) < TOLERANCE:
-        words = "it ignores position_ids, but a noised block must stand at the positions of its clean copy"
-        return Refusal("ignores position_ids", words)
+        message = "it ignores position_ids, but a noised block must stand at the positions of its clean copy"
+        return Refusal("ignores position_ids", message)
     if "AR parity" not in failed:
         return None
     native = native_logits(trunk, torch.tensor([[token.id for token in tokens]]))[0]
@@ -289,8 +288,8 @@ def _other_positions(trunk: PreTrainedModel, failed: dict[str, Check]) -> Refusa
     shifted = plain_forward(trunk, [replace(token, position=token.position + first) for token in tokens], _causal)
     if not spread(shifted - native, native) <= TOLERANCE:
         return None
-    words = "its positions do not start at 0 but one behind pad_token_id, as in RoBERTa; diffvl gives positions from 0"
-    return Refusal("positions that do not start at 0", words)
+    message = "its positions do not start at 0 but one after pad_token_id, as in RoBERTa; diffvl gives positions from 0"
+    return Refusal("positions that do not start at 0", message)
 
 
 EXPERIMENTS: tuple[Callable[[PreTrainedModel, dict[str, Check]], Refusal | None], ...] = (

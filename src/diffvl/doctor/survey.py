@@ -7,14 +7,12 @@ verdict ("unknown", with what happened), and a new child goes on with the next.
 
 import multiprocessing
 import os
-import platform
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -24,9 +22,10 @@ import transformers
 from rich.console import Console
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from diffvl.doctor.checks import MODEL_FAULTS, describe_fault
 from diffvl.doctor.doctor import Verdict, judge
-from diffvl.doctor.probe import MODEL_FAULTS, first_line
-from diffvl.store.checkpoint import replace_text
+from diffvl.machine import versions
+from diffvl.store.files import replace_text
 from diffvl.terminal.bars import track
 
 SECONDS_PER_MODEL = 120.0  # measured: less than a second each
@@ -50,12 +49,12 @@ COMPLETIONS: dict[str, dict[str, Any]] = {
 
 
 def model_types() -> list[str]:
-    """Every causal-LM model type that the installed transformers knows, in alphabetical order."""
+    """Lists every causal-LM model type that the installed transformers knows, in alphabetical order."""
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def default_config(model_type: str) -> transformers.PretrainedConfig:
-    """The default configuration, as a decoder where the type can be an encoder too."""
+    """Gives the default configuration, as a decoder where the type can be an encoder too."""
     config = transformers.CONFIG_MAPPING[model_type](**COMPLETIONS.get(model_type, {}))
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
@@ -63,13 +62,13 @@ def default_config(model_type: str) -> transformers.PretrainedConfig:
 
 
 def judge_type(model_type: str) -> Verdict:
-    """The verdict on a model type's default configuration."""
+    """Judges a model type's default configuration."""
     start = time.perf_counter()
     try:
         config = default_config(model_type)
     except MODEL_FAULTS as error:
-        words = f"{model_type}: its default configuration cannot be made ({first_line(error)})"
-        return Verdict(model_type, model_type, "unknown", "no configuration", words)
+        message = f"{model_type}: its default configuration cannot be made ({describe_fault(error)})"
+        return Verdict(model_type, model_type, "unknown", "no configuration", message)
     found = judge(model_type, config)
     return Verdict(**{**vars(found), "model_type": model_type, "seconds": time.perf_counter() - start})
 
@@ -83,7 +82,7 @@ Judge = Callable[[str], Verdict]
 def survey(
     types: Sequence[str], console: Console, seconds: float = SECONDS_PER_MODEL, judged_by: Judge = judge_type
 ) -> list[Verdict]:
-    """A verdict for each type, whatever it does to the process that judges it; `judged_by` must be importable there."""
+    """Judges each type, whatever it does to the process that judges it; `judged_by` must be importable there."""
     with _children(judged_by) as ask:
         return [ask(model_type, seconds) for model_type in track(console, types, len(types), "probing")]
 
@@ -115,16 +114,16 @@ class Child:
 
     def __init__(self, judged_by: Judge) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would share torch's threads
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, judged_by), daemon=True)
+        self.connection, child_end = context.Pipe()
+        self.process = context.Process(target=serve, args=(child_end, judged_by), daemon=True)
         self.process.start()
-        theirs.close()
+        child_end.close()
         if not self.connection.poll(SECONDS_TO_START) or self._received() != "ready":
             self.end()
             raise RuntimeError("the process that probes models did not start")
 
     def ask(self, model_type: str, seconds: float) -> Verdict | str:
-        """The verdict, or what happened instead."""
+        """Gives the verdict, or what happened instead."""
         self.connection.send(model_type)
         if not self.connection.poll(seconds):
             return f"no answer within {seconds:g} s"
@@ -147,7 +146,7 @@ class Child:
 
 
 def serve(connection: Connection, judged_by: Judge) -> None:
-    """The child: model types in, verdicts out, in silence, until the other end is closed."""
+    """Works as the child: model types in, verdicts out, in silence, until the other end is closed."""
     silence = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(silence, stream.fileno())
@@ -187,25 +186,23 @@ def write_page(verdicts: Sequence[Verdict], file: Path) -> None:
 
 
 def page(verdicts: Sequence[Verdict], file: Path) -> str:
-    """The survey as markdown."""
+    """Writes the survey as markdown."""
     facts = {
         "out": file.as_posix() if not file.is_absolute() else file.name,
         "date": datetime.now(UTC).date().isoformat(),
-        "transformers": version("transformers"),
-        "torch": version("torch"),
-        "python": platform.python_version(),
+        **versions(),
     }
     parts = [INTRODUCTION.format(**facts), _counts(verdicts), _supported(verdicts), _almost(verdicts)]
     parts += [_refused(verdicts), _unknown(verdicts)]
     return "\n".join(parts)
 
 
-def _of(verdicts: Sequence[Verdict], answer: str) -> list[Verdict]:
+def _with_answer(verdicts: Sequence[Verdict], answer: str) -> list[Verdict]:
     return [verdict for verdict in verdicts if verdict.answer == answer]
 
 
 def _counts(verdicts: Sequence[Verdict]) -> str:
-    good, bad = _of(verdicts, "supported"), _of(verdicts, "not supported")
+    good, bad = _with_answer(verdicts, "supported"), _with_answer(verdicts, "not supported")
     errors = [verdict.worst_error for verdict in good if verdict.worst_error is not None]
     smallest = [largest for verdict in bad if not verdict.attention_holds and (largest := verdict.worst_error) is not None]
     rows = [
@@ -213,7 +210,7 @@ def _counts(verdicts: Sequence[Verdict]) -> str:
         ("supported", len(good)),
         ("not supported", len(bad)),
         ("of these, attention passes", sum(verdict.attention_holds for verdict in bad)),
-        ("unknown", len(_of(verdicts, "unknown"))),
+        ("unknown", len(_with_answer(verdicts, "unknown"))),
         ("largest error of a supported one", f"{max(errors, default=0.0):.1e}"),
         ("smallest error of one whose attention fails", f"{min(smallest, default=0.0):.2g}"),
     ]
@@ -223,7 +220,7 @@ def _counts(verdicts: Sequence[Verdict]) -> str:
 def _supported(verdicts: Sequence[Verdict]) -> str:
     rows = [
         (f"`{verdict.model_type}`", _class(verdict), verdict.copy, f"{verdict.worst_error:.1e}", verdict.reason)
-        for verdict in _of(verdicts, "supported")
+        for verdict in _with_answer(verdicts, "supported")
     ]
     return "## Supported\n\n" + _table(("model type", "class", "probed as", "worst error", "limit"), rows)
 
@@ -231,17 +228,19 @@ def _supported(verdicts: Sequence[Verdict]) -> str:
 def _almost(verdicts: Sequence[Verdict]) -> str:
     rows = [
         (f"`{verdict.model_type}`", _class(verdict), verdict.copy, verdict.kind)
-        for verdict in _of(verdicts, "not supported")
+        for verdict in _with_answer(verdicts, "not supported")
         if verdict.attention_holds
     ]
-    words = "Masks and positions steer these as they should; something else stands in the way (next section).\n\n"
+    introduction = "Masks and positions steer these as they should; something else stands in the way (next section).\n\n"
     return (
-        "## Attention passes, refused for another reason\n\n" + words + _table(("model type", "class", "probed as", "why"), rows)
+        "## Attention passes, refused for another reason\n\n"
+        + introduction
+        + _table(("model type", "class", "probed as", "why"), rows)
     )
 
 
 def _refused(verdicts: Sequence[Verdict]) -> str:
-    refused = _of(verdicts, "not supported")
+    refused = _with_answer(verdicts, "not supported")
     kinds = sorted({verdict.kind for verdict in refused})
     parts = ["## Not supported\n"]
     for kind in kinds:
@@ -254,11 +253,11 @@ def _refused(verdicts: Sequence[Verdict]) -> str:
 
 
 def _unknown(verdicts: Sequence[Verdict]) -> str:
-    rows = [(f"`{verdict.model_type}`", _class(verdict), verdict.reason) for verdict in _of(verdicts, "unknown")]
-    words = (
+    rows = [(f"`{verdict.model_type}`", _class(verdict), verdict.reason) for verdict in _with_answer(verdicts, "unknown")]
+    introduction = (
         "The tiny copy could not be made or run, so nothing is claimed; `diffvl doctor` on a real checkpoint may do better.\n\n"
     )
-    return "## Unknown\n\n" + words + _table(("model type", "class", "what happened"), rows)
+    return "## Unknown\n\n" + introduction + _table(("model type", "class", "what happened"), rows)
 
 
 def _class(verdict: Verdict) -> str:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from diffvl.errors import UnsupportedModelError
+from diffvl.prepare.probe_text import ProbeText
 
 HIDDEN, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, ROPE_DIM, INTERMEDIATE = 64, 4, 2, 16, 8, 96
 RANK, NUM_EXPERTS, TOP_EXPERTS = 32, 8, 2
@@ -32,7 +33,11 @@ LAYER_COUNTS = (
     *("decoder_layers", "encoder_layers", "num_decoder_layers", "num_encoder_layers"),
 )
 LAYER_INDICES = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "cross_attention_layers", "ple_layer_ids", "hybrid_layer_ids")
-FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")  # so many layers are of another kind
+FIRST_LAYERS = (
+    "first_k_dense_replace",
+    "num_dense_layers",
+    "moe_layer_start_index",
+)  # this many first layers differ
 LAST_LAYERS = ("num_kv_shared_layers",)
 LAYER_STEPS = ("decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_interval", "moe_layer_freq")  # every n-th layer
 NOT_KEPT = {"quantization_config", "compression_config", "dtype", "torch_dtype", "transformers_version", "per_layer_config"}
@@ -102,12 +107,12 @@ LAYER_RULES: dict[str, LayerRule] = {
 
 
 def shrink(config: PretrainedConfig) -> PretrainedConfig:
-    """The configuration of the tiny copy, of the same class; `config` is left as it is."""
+    """Makes the configuration of the tiny copy, of the same class; `config` is left as it is."""
     return type(config).from_dict(_shrink(config.to_dict()))
 
 
 def _shrink(settings: dict[str, Any]) -> dict[str, Any]:
-    """One level of a configuration; sub-configurations have layers of their own."""
+    """Shrinks one level of a configuration; sub-configurations have layers of their own."""
     kept = _kept_layers(settings)
     tiny: dict[str, Any] = {}
     for name, value in settings.items():
@@ -131,13 +136,13 @@ def _shrink(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_per_layer(name: str, value: Any, count: int) -> bool:
-    """Whether a setting is a list with one entry per layer."""
+    """Tells whether a setting is a list with one entry per layer."""
     is_list = isinstance(value, list) and len(value) == count > 0
     return is_list and name not in LAYER_INDICES and not name.endswith(TOKEN_IDS)
 
 
 def _kept_layers(settings: dict[str, Any]) -> Kept:
-    """The first layer of every kind, in their order; two at least."""
+    """Gives the first layer of every kind, in their order; two at least."""
     count = next((settings[name] for name in LAYER_COUNTS if isinstance(settings.get(name), int)), 0)
     lists = [value for name, value in settings.items() if _is_per_layer(name, value, count)]
     indices = [settings[name] for name in LAYER_INDICES if isinstance(settings.get(name), list)]
@@ -168,7 +173,7 @@ def _shrink_list(name: str, value: list[Any], kept: Kept, settings: dict[str, An
 
 
 def _shrink_value(name: str, value: Any, settings: dict[str, Any]) -> Any:
-    """A setting that says nothing about layers."""
+    """Shrinks a setting that says nothing about layers."""
     if value is None and name == "head_dim":
         return HEAD_DIM
     if name.endswith("attention_multiplier") and isinstance(value, float):
@@ -185,7 +190,7 @@ def _shrink_value(name: str, value: Any, settings: dict[str, Any]) -> Any:
 
 
 def _shrink_kv_heads(name: str, value: int, settings: dict[str, Any]) -> int:
-    """One key head stays one, as many as query heads stay as many, grouped stay grouped."""
+    """Keeps the grouping: one key head stays one, as many as query heads stay as many, grouped stay grouped."""
     names = ("swa_num_attention_heads",) if name.startswith("swa") else ("num_attention_heads", "n_head", "n_heads", "num_heads")
     heads = next((settings[own] for own in names if isinstance(settings.get(own), int)), value)
     return 1 if value == 1 else NUM_HEADS if value == heads else NUM_KV_HEADS
@@ -206,7 +211,7 @@ def _shrink_own(own: dict[str, dict[str, Any]], kept: Kept, settings: dict[str, 
 
 
 def _shrink_rope(rope: dict[str, Any], head_dim: int = HEAD_DIM) -> dict[str, Any]:
-    """Rope parameters, per layer type or not; lists over frequencies are cut to the tiny head."""
+    """Shrinks rope parameters, per layer type or not; lists over frequencies are cut to the tiny head."""
     half = int(head_dim * rope.get("partial_rotary_factor", 1.0)) // 2
     tiny = {}
     for name, value in rope.items():
@@ -226,7 +231,7 @@ def _shrink_rope(rope: dict[str, Any], head_dim: int = HEAD_DIM) -> dict[str, An
 
 
 def build(config: PretrainedConfig, trust_remote_code: bool = False, seed: int = 0) -> PreTrainedModel:
-    """The tiny random copy of what `config` describes, in fp32 and evaluation mode.
+    """Builds the tiny random copy of what `config` describes, in fp32 and evaluation mode.
 
     Raises:
         UnsupportedModelError: if it comes out too large for a probe, or with an attention that takes no dense mask.
@@ -283,7 +288,7 @@ def _redraw(name: str, key: str, module: nn.Module, weight: torch.Tensor) -> Non
 
 
 def describe(model: PreTrainedModel) -> str:
-    """What the tiny copy kept, in words."""
+    """Tells what the tiny copy kept, in words."""
     config = model.config.get_text_config(decoder=True)
 
     def number(*names: str) -> int:
@@ -300,3 +305,22 @@ def describe(model: PreTrainedModel) -> str:
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     words.append("tied" if head is not None and head.weight is table.weight else "untied")
     return ", ".join([*words, f"{model.config._attn_implementation} attention"])
+
+
+# --- what it reads -------------------------------------------------------------------------------------------------------
+
+
+def vocabulary(trunk: PreTrainedModel) -> int:
+    """Counts the rows of the embedding table; the last stands for the mask token."""
+    table: Any = trunk.get_input_embeddings()
+    return table.weight.shape[0]
+
+
+def ordinary_tokens(trunk: PreTrainedModel) -> range:
+    """Gives the tokens that a text is made of: neither special ones nor the mask token."""
+    return range(FIRST_ORDINARY, vocabulary(trunk) - 1)
+
+
+def probe_text(trunk: PreTrainedModel, context: str) -> ProbeText:
+    """Lays out the conversations that a copy is measured on."""
+    return ProbeText.make(trunk, context, ordinary_tokens(trunk), vocabulary(trunk) - 1)

@@ -22,10 +22,10 @@ from diffvl.data.problem_list import advice_on, as_error, is_forgiven
 from diffvl.data.problems import Problem
 from diffvl.data.records import Record, iterate_records
 from diffvl.data.table import open_records
+from diffvl.data.textscore import edit_similarity, is_exact
 from diffvl.decode.answer import Decoder, answer_chats, context_length, load_for_decoding
 from diffvl.evaluation.answer_turns import answer_turns, chat_before, questions
 from diffvl.evaluation.reading import reading_of
-from diffvl.evaluation.textscore import edit_similarity, is_exact
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.objective.losses import measure, scores
@@ -33,11 +33,11 @@ from diffvl.terminal import console as terminal
 from diffvl.terminal.bars import track
 
 BATCH_SIZE = 8
-SHOWN_SAMPLES = 12
+NUM_SAMPLES = 12
 
 
 def evaluate_directory(directory: Path, data: Path, limit: int | None, settings: DecodeSettings) -> dict[str, float | int | str]:
-    """All figures of a checkpoint on a file; `limit` is the number of records looked at, and no others are read.
+    """Measures a checkpoint on a file; `limit` is the number of records looked at, and no others are read.
 
     Raises:
         CheckpointError, DataError, UsageError.
@@ -77,7 +77,7 @@ def evaluate_directory(directory: Path, data: Path, limit: int | None, settings:
 
 
 def _open(path: Path, reading: Data, limit: int | None, decoder: Decoder, console: Console) -> SampleDataset:
-    """The records to look at. Raises DataError with all that do not fit the checkpoint."""
+    """Opens the records to look at. Raises DataError with all that do not fit the checkpoint."""
     if limit is None:
         table = open_records(path, reading, console, advise=False)
         samples = SampleDataset(table, path, table.usable, decoder.processor, context_length(decoder))
@@ -91,13 +91,12 @@ def _open(path: Path, reading: Data, limit: int | None, decoder: Decoder, consol
 
 
 def measured(decoder: Decoder, samples: SampleDataset, count: int, console: Console) -> dict[str, float]:
-    """The teacher-forced figures of the first `count` records."""
-    tokenizer = decoder.processor.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else decoder.model.config.stop_token_ids[0]
+    """Measures the teacher-forced figures of the first `count` records."""
+    pad_samples = partial(collate, pad_token_id=decoder.processor.pad_token_id)
     problems: list[Problem] = []
 
     def on_device() -> Iterator[dict[str, Any]]:
-        for batch in batches_of(samples, list(range(count)), BATCH_SIZE, partial(collate, pad_token_id=pad), problems):
+        for batch in batches_of(samples, list(range(count)), BATCH_SIZE, pad_samples, problems):
             if problems:
                 raise as_error(problems, samples.path)
             yield {key: value.to(decoder.model.device) for key, value in batch.items()}
@@ -112,7 +111,7 @@ def measured(decoder: Decoder, samples: SampleDataset, count: int, console: Cons
 
 
 def own_objective(config: DiffVLConfig) -> Objective:
-    """The objective that a checkpoint was trained on, as far as measuring needs it."""
+    """Gives the objective that a checkpoint was trained on, as far as measuring needs it."""
     if config.decoding == "ar":
         return ArObjective()
     return BlockDiffusionObjective.model_validate(
@@ -130,7 +129,7 @@ def held_out_answers(
     Raises:
         DataError: if one of the records cannot be used and is not to be left out.
     """
-    shown: list[dict[str, Any]] = []
+    answered: list[dict[str, Any]] = []
     records = _chosen(held_out, data)
     chunks = [records[start : start + BATCH_SIZE] for start in range(0, len(records), BATCH_SIZE)]
     for chunk in track(console, chunks, len(chunks), "answering held-out questions"):
@@ -138,7 +137,7 @@ def held_out_answers(
         chats = [chat_before(record, turn) for record, turn in zip(chunk, turns, strict=True)]
         answers = answer_chats(decoder, chats, settings, shorten=True)
         for record, turn, given in zip(chunk, turns, answers, strict=True):
-            shown.append(
+            answered.append(
                 {
                     "image": record.images[0] if record.images else None,
                     "question": "".join(pieces_between(record.turns[turn - 1].text)).strip(),
@@ -146,12 +145,13 @@ def held_out_answers(
                     "answer": given.text,
                 }
             )
-    return shown
+    return answered
 
 
 def _chosen(held_out: SampleDataset, data: Data) -> list[Record]:
-    """Up to SHOWN_SAMPLES records from all over the set; those that cannot be used are left out, by the rule of `on_error`."""
-    count = min(SHOWN_SAMPLES, len(held_out))
+    """Gives up to NUM_SAMPLES records from all over the set; those that cannot be used are left out, by the rule of
+    `on_error`."""
+    count = min(NUM_SAMPLES, len(held_out))
     stride = len(held_out) / count
     chosen = []
     for place in (int(number * stride) for number in range(count)):

@@ -8,8 +8,8 @@ from diffvl.store.checkpoint import recipe_of
 
 
 def reading_of(directory: Path, data: Path) -> Data:
-    """How a checkpoint's own recipe reads a data file: `image_folder` and `unpaired_turns` of the stage whose train or eval file
-    lies in the same folder; the defaults where there is none."""
+    """Tells how a checkpoint's own recipe reads a data file: `image_folder` and `unpaired_turns` of the stage whose train or eval
+    file lies in the same folder; the defaults where there is none."""
     if not (directory / checkpoint.RECIPE_FILE).is_file():
         return Data()
     for stage in recipe_of(directory).stages.values():

@@ -220,6 +220,18 @@ def _noisy_row(
     return tuple(column[order] for column in columns)
 
 
+def noisy_layout(stream: NoisyStream, context: str, copy: int = 1) -> Layout:
+    """Layout of a noisy copy; copies, counted from 1, do not see each other."""
+    return Layout(
+        position=stream.position,
+        block=stream.block,
+        noisy=torch.full_like(stream.block, copy),
+        valid=stream.valid,
+        document=torch.zeros_like(stream.block),
+        context=context,
+    )
+
+
 def attention_masks(text_config: Any, layout: Layout, queries: slice, dtype: torch.dtype, sees_all: bool = False) -> Any:
     """The layout as the stock trunk takes it: one 4-D mask [B, 1, Q, T], or one per layer type where the config has them.
 

@@ -77,6 +77,12 @@ class DiffVLProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
     @property
+    def pad_token_id(self) -> int:
+        """What fills rows up: the tokenizer's padding token, or the stop token where it has none."""
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else self.tokenizer.convert_tokens_to_ids(self.stop_token)
+
+    @property
     def encoder(self) -> ChatEncoder:
         """The encoder of chats for the tokenizer and settings as they are now."""
         settings = self.tokenizer, self.image_token, self.image_tokens, self.stop_token, self.system_turn
@@ -196,8 +202,7 @@ class DiffVLProcessor(ProcessorMixin):
 
     def _pad_left(self, encodings: list[ChatEncoding]) -> dict[str, Any]:
         longest = max(len(encoding.ids) for encoding in encodings)
-        pad_id = self.tokenizer.pad_token_id
-        pad_id = pad_id if pad_id is not None else self.tokenizer.eos_token_id
+        pad_id = self.pad_token_id
         rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "answer_index": []}
         for encoding in encodings:
             missing = longest - len(encoding.ids)

@@ -2,7 +2,7 @@
 
 `ar` is next-token cross-entropy on answers. `block_diffusion` is the masked-token objective of BD3-LM, SDAR-VL and
 DiffusionVL, on the short layout: the clean stream once, then only the blocks that hold answer tokens. Both ask the head for
-the rows that carry loss and no others.
+the places that carry loss and no others.
 
 Shapes: S samples, L clean length, R noisy length, W = L + R for each noisy copy; packed into B rows of T tokens; M predicted
 tokens, V vocabulary.
@@ -15,11 +15,20 @@ from typing import Any
 
 import torch
 
-from diffvl.attention.choose import FLEX, bucket, training_masks
+from diffvl.attention.block_mask import FLEX, bucket, training_masks
 from diffvl.config.recipe import ArObjective, BlockDiffusionObjective, Objective, UniformNoise
 from diffvl.data.collate import Batch
 from diffvl.hub.configuration_diffvl import DiffVLConfig, never_predicted
-from diffvl.hub.layout_diffvl import Layout, NoisyStream, block_index, clean_layout, noisy_stream, rope_ids
+from diffvl.hub.layout_diffvl import (
+    Layout,
+    NoisyStream,
+    block_index,
+    clean_layout,
+    image_rows,
+    noisy_layout,
+    noisy_stream,
+    rope_ids,
+)
 from diffvl.objective.noise import mask_probabilities, mask_ratios, masked_tokens, noise_state
 from diffvl.objective.packing import Packed, pack
 from diffvl.objective.weights import block_weights, token_cross_entropy
@@ -58,7 +67,7 @@ class Corruption:
 
 
 def loss_of(model: Any, config: DiffVLConfig, batch: Batch, objective: Objective, draw: Draw) -> LossOutput:
-    """The objective that the stage asks for."""
+    """Computes the objective that the stage asks for."""
     if isinstance(objective, ArObjective):
         return ar(model, config, batch)
     return block_diffusion(model, config, batch, objective, draw)
@@ -69,8 +78,8 @@ MEASURE_NOISE = UniformNoise(t_min=1e-3, t_max=1.0, draws="stratified")
 
 @torch.no_grad()
 def measure(model: Any, config: DiffVLConfig, batches: Iterable[Any], objective: Objective) -> dict[str, torch.Tensor]:
-    """The sums of LossOutput over a held-out set, under one fixed noise law and seed whatever the training noise was, and in
-    blocks of the size that the checkpoint decodes with, so that figures of different runs can be compared."""
+    """Computes the sums of LossOutput over a held-out set, under one fixed noise law and seed whatever the training noise was,
+    and in blocks of the size that the checkpoint decodes with, so that figures of different runs can be compared."""
     if isinstance(objective, BlockDiffusionObjective):
         plain = {"noise": MEASURE_NOISE, "ar_weight": 0.0, "position_bias": 0.0, "complementary": False, "block_curriculum": {}}
         objective = objective.model_copy(update=plain)
@@ -82,7 +91,7 @@ def measure(model: Any, config: DiffVLConfig, batches: Iterable[Any], objective:
 
 
 def curriculum_state(objective: Objective, progress: float) -> dict[str, float]:
-    """Where the objective's curricula stand at a point of the stage; empty for an objective that does not move."""
+    """Tells where the objective's curricula stand at a point of the stage; empty for an objective that does not move."""
     if isinstance(objective, ArObjective):
         return {}
     state: dict[str, float] = {f"noise_{name}": value for name, value in noise_state(objective.noise, progress).items()}
@@ -92,25 +101,25 @@ def curriculum_state(objective: Objective, progress: float) -> dict[str, float]:
 
 
 def measured_sums(objective: Objective) -> list[str]:
-    """The names of what `measure` sums under an objective."""
+    """Gives the names of what `measure` sums under an objective."""
     names = ["correct", "cross_entropy", "predicted"]
     return names if isinstance(objective, ArObjective) else ["correct", "cross_entropy", "eligible", "predicted"]
 
 
 def ar(model: Any, config: DiffVLConfig, batch: Batch) -> LossOutput:
-    """Next-token cross-entropy on answers: position i - 1 predicts token i, under the trunk's own causal attention."""
+    """Computes next-token cross-entropy on answers: position i - 1 predicts token i, under the trunk's own causal attention."""
     ids, valid = batch["input_ids"], batch["valid"]
     packed = packed_rows(clean_layout(torch.zeros_like(ids), valid, context="causal"), batch["row"], config)
     at = followed_by_answer(batch["answer_index"])
     targets = ids[at[0], at[1] + 1]
-    entropy, correct = _predict(model, config, batch, packed, ids, _image_rows(config, batch), packed.place[at], targets)
+    entropy, correct = _predict(model, config, batch, packed, ids, _shown_images(config, batch), packed.place[at], targets)
     counted = torch.ones_like(targets).sum()
     sums = {"predicted": counted, "correct": correct.sum(), "cross_entropy": entropy.detach().sum()}
     return LossOutput(entropy.sum(), int(valid.sum()), sums)
 
 
 def block_diffusion(model: Any, config: DiffVLConfig, batch: Batch, objective: BlockDiffusionObjective, draw: Draw) -> LossOutput:
-    """Masked-token cross-entropy on noised answer blocks."""
+    """Computes masked-token cross-entropy on noised answer blocks."""
     ids, answer, valid = batch["input_ids"], batch["answer_index"], batch["valid"]
     # 1. The grid, and the blocks that hold answers.
     block_size = objective.block_size_at(draw.progress)
@@ -118,18 +127,18 @@ def block_diffusion(model: Any, config: DiffVLConfig, batch: Batch, objective: B
     stream = noisy_stream(answer, block, block_size, objective.grid)
     # 2. Corruption: t per block, then masks; with complementary masks a second copy.
     copies = corrupt(stream, objective, draw, batch["sample"])
-    # 3. Clean tokens first, noisy behind, on the positions of their clean counterparts; then samples into rows.
+    # 3. Clean tokens first, noisy ones after them, on the positions of their clean counterparts; then samples into rows.
     layout = clean_layout(block, valid, objective.context)
     for number in range(len(copies)):
         layout = layout.joined(noisy_layout(stream, objective.context, number + 1))
     packed = packed_rows(layout, batch["row"], config)
     clean_of_noisy = ids.gather(1, stream.source)
     noisy_ids = [clean_of_noisy.masked_fill(copy.masked, config.mask_token_id) for copy in copies]
-    image = _image_rows(config, batch)
+    image = _shown_images(config, batch)
     # 4. One forward; the head runs where a masked token is predicted, and for the AR term where an answer's token follows.
     clean_length, noisy_length = ids.shape[1], stream.source.shape[1]
     at = [
-        packed.place[predicting_rows(stream, copy.masked, objective.target, clean_length + number * noisy_length)]
+        packed.place[predicting_places(stream, copy.masked, objective.target, clean_length + number * noisy_length)]
         for number, copy in enumerate(copies)
     ]
     targets = [clean_of_noisy[copy.masked] for copy in copies]
@@ -175,38 +184,26 @@ def corrupt(stream: NoisyStream, objective: BlockDiffusionObjective, draw: Draw,
     corruption, or two with complementary masks."""
     masked = torch.zeros_like(stream.eligible)
     p = torch.ones(stream.eligible.shape, dtype=torch.float64, device=stream.block.device)
-    for row, sample in enumerate(samples.tolist()):
-        length = int(stream.valid[row].sum())
+    for number, sample in enumerate(samples.tolist()):
+        length = int(stream.valid[number].sum())
         generator = sample_generator(draw.seed, draw.step, sample)
-        blocks, block_R = torch.unique(stream.block[row, :length].cpu(), return_inverse=True)
-        eligible_R = stream.eligible[row, :length].cpu()
-        of = int(blocks[-1]) + 1 if len(blocks) else 0  # text behind the last answer is not counted
-        t_K = mask_ratios(objective.noise, blocks, of, draw.progress, generator)
+        blocks, block_R = torch.unique(stream.block[number, :length].cpu(), return_inverse=True)
+        eligible_R = stream.eligible[number, :length].cpu()
+        num_blocks = int(blocks[-1]) + 1 if len(blocks) else 0  # text after the last answer is not counted
+        t_K = mask_ratios(objective.noise, blocks, num_blocks, draw.progress, generator)
         p_R = mask_probabilities(t_K, block_R, eligible_R, objective.position_bias)
         masked_R = masked_tokens(p_R, eligible_R, generator)
-        p[row, :length] = p_R.to(p.device)
-        masked[row, :length] = masked_R.to(masked.device)
+        p[number, :length] = p_R.to(p.device)
+        masked[number, :length] = masked_R.to(masked.device)
     if not objective.complementary:
         return [Corruption(masked, p)]
     return [Corruption(masked, p), Corruption(stream.eligible & ~masked, 1 - p)]
 
 
-def noisy_layout(stream: NoisyStream, context: str, copy: int = 1) -> Layout:
-    """The rows of a noisy copy; copies, counted from 1, do not see each other."""
-    return Layout(
-        position=stream.position,
-        block=stream.block,
-        noisy=torch.full_like(stream.block, copy),
-        valid=stream.valid,
-        document=torch.zeros_like(stream.block),
-        context=context,
-    )
-
-
-def predicting_rows(
+def predicting_places(
     stream: NoisyStream, masked: torch.Tensor, target: str, noisy_start: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where in the samples' streams [S, W] the prediction of each masked token is read, in row-major order of these tokens.
+    """Tells where in the samples' streams [S, W] the prediction of each masked token is read, in row-major order of these tokens.
 
     `same`: at the token itself. `shift`: at the token before it, inside the noisy block where it has one there, otherwise at
     the last clean token before the block.
@@ -223,7 +220,7 @@ def predicting_rows(
 
 
 def followed_by_answer(answer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sample, column) of the clean tokens whose next token belongs to an answer."""
+    """Gives (sample, column) of the clean tokens whose next token belongs to an answer."""
     return (answer[:, 1:] > 0).nonzero(as_tuple=True)  # type: ignore[return-value]
 
 
@@ -232,10 +229,9 @@ def packed_rows(streams: Layout, row_S: torch.Tensor, config: DiffVLConfig) -> P
     return pack(streams, row_S, bucket if config.text_config._attn_implementation == FLEX else int)
 
 
-def _image_rows(config: DiffVLConfig, batch: Batch) -> torch.Tensor:
-    """For each clean token the image token that it shows, counted over the batch, -1 for text; [S, L]."""
-    is_image = (batch["input_ids"] == config.image_token_id) & batch["valid"]
-    return torch.where(is_image, is_image.flatten().long().cumsum(0).view_as(is_image) - 1, -1)
+def _shown_images(config: DiffVLConfig, batch: Batch) -> torch.Tensor:
+    """Gives for each clean token the image token that it shows, counted over the batch, -1 for text; [S, L]."""
+    return image_rows((batch["input_ids"] == config.image_token_id) & batch["valid"])
 
 
 def _predict(
@@ -248,7 +244,8 @@ def _predict(
     at_M: torch.Tensor,
     targets_M: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One forward: cross-entropy of each target at its row, [M] with the graph, and whether it is the likeliest token, [M]."""
+    """Runs one forward: cross-entropy of each target at its place, [M] with the graph, and whether it is the likeliest token,
+    [M]."""
     ids = packed.moved(ids_SW, 0)
     dtype = scores_dtype(model, ids.device.type)
 
@@ -256,7 +253,7 @@ def _predict(
         forbidden = never_predicted(config, logits_mV.shape[-1], logits_mV.device)
         entropy = token_cross_entropy(logits_mV, targets_M[which], forbidden)
         if torch.is_grad_enabled() and not entropy.requires_grad and isinstance(model, torch.nn.Module):
-            # A batch without pictures in a stage that trains the connector alone: nothing to learn, but a step like any other.
+            # A batch without images in a stage that trains the connector alone: nothing to learn, but a step like any other.
             # Added here, inside the model's forward, where data parallelism sees that the parameters take part.
             entropy = entropy + 0.0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
         likeliest = logits_mV.detach().masked_fill(forbidden, float("-inf")).argmax(-1)
@@ -275,8 +272,8 @@ def _predict(
 
 
 def scores_dtype(model: Any, device_type: str) -> torch.dtype:
-    """The type in which the trunk computes attention scores. A mask that eager attention adds to them must have it: one in fp32
-    would turn bf16 scores, the largest tensors of such a layer, into fp32 ones."""
+    """Gives the type in which the trunk computes attention scores. A mask that eager attention adds to them must have it: one in
+    fp32 would turn bf16 scores, the largest tensors of such a layer, into fp32 ones."""
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
@@ -284,7 +281,7 @@ def scores_dtype(model: Any, device_type: str) -> torch.dtype:
 
 
 def rates(sums: dict[str, float]) -> dict[str, float]:
-    """Training figures of a log line."""
+    """Computes the training figures of a log line."""
     predicted = max(sums["predicted"], 1.0)
     if "eligible" not in sums:
         return {"next_token_accuracy": sums["correct"] / predicted}
@@ -292,7 +289,7 @@ def rates(sums: dict[str, float]) -> dict[str, float]:
 
 
 def scores(sums: dict[str, float]) -> dict[str, float]:
-    """Held-out figures, over answer tokens and first stops."""
+    """Computes the held-out figures, over answer tokens and first stops."""
     kind = "masked" if "eligible" in sums else "next_token"
     predicted = sums["predicted"]
     return {

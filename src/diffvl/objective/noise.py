@@ -16,19 +16,21 @@ import torch
 from diffvl.config.recipe import BetaNoise, ClampNoise, FullNoise, Noise, RampNoise
 
 
-def mask_ratios(noise: Noise, index_K: torch.Tensor, of: int, progress: float, generator: torch.Generator) -> torch.Tensor:
-    """t for each noisy block of one sample, [K] in fp64.
+def mask_ratios(
+    noise: Noise, index_K: torch.Tensor, num_blocks: int, progress: float, generator: torch.Generator
+) -> torch.Tensor:
+    """Draws t for each noisy block of one sample, [K] in fp64.
 
     Args:
         index_K: the numbers of the noisy blocks among the blocks of the whole sample; only their count matters, but for ramp.
-        of: number of blocks of the whole sample.
+        num_blocks: of the whole sample.
         progress: optimiser steps done / steps of the stage, 0 to 1; moves the Beta curriculum.
     """
     count = len(index_K)
     if isinstance(noise, FullNoise):
         return torch.ones(count, dtype=torch.float64)
     if isinstance(noise, RampNoise):
-        u = (index_K + torch.rand(count, generator=generator, dtype=torch.float64)) / max(of, 1)
+        u = (index_K + torch.rand(count, generator=generator, dtype=torch.float64)) / max(num_blocks, 1)
         return noise.t_min + (noise.t_max - noise.t_min) * u
     u = _shares(count, noise.draws, generator)
     if isinstance(noise, BetaNoise):
@@ -39,7 +41,7 @@ def mask_ratios(noise: Noise, index_K: torch.Tensor, of: int, progress: float, g
 
 
 def beta_curriculum(noise: BetaNoise, progress: float) -> tuple[float, float]:
-    """Mean and concentration at a point of the stage (SDAR-VL's progressive Beta noise curriculum)."""
+    """Gives mean and concentration at a point of the stage (SDAR-VL's progressive Beta noise curriculum)."""
     way = min(max(progress / noise.until, 0.0), 1.0)
     if noise.curve == "cosine":
         way = (1 - math.cos(math.pi * way)) / 2
@@ -49,7 +51,7 @@ def beta_curriculum(noise: BetaNoise, progress: float) -> tuple[float, float]:
 
 
 def noise_state(noise: Noise, progress: float) -> dict[str, float]:
-    """What a checkpoint records of the law of t at a point of the stage; empty for a law that does not move."""
+    """Tells what a checkpoint records of the law of t at a point of the stage; empty for a law that does not move."""
     if not isinstance(noise, BetaNoise) or not noise.moves:
         return {}
     mean, concentration = beta_curriculum(noise, progress)
@@ -57,7 +59,7 @@ def noise_state(noise: Noise, progress: float) -> dict[str, float]:
 
 
 def mask_probabilities(t_K: torch.Tensor, block_R: torch.Tensor, eligible_R: torch.Tensor, position_bias: float) -> torch.Tensor:
-    """The probability with which each token is masked, [R] in fp64: t of its block, or with a bias
+    """Computes the probability with which each token is masked, [R] in fp64: t of its block, or with a bias
 
         p_i = sigmoid(logit(t) + c + position_bias * u_i)
 
@@ -98,7 +100,7 @@ _HALVINGS = 56  # of an interval of at most 8: down to the rounding of fp64
 
 
 def _shares(count: int, draws: str, generator: torch.Generator) -> torch.Tensor:
-    """`count` draws from U(0, 1): independent, one in each of `count` equal strata in random order, or one for all."""
+    """Makes `count` draws from U(0, 1): independent, one in each of `count` equal strata in random order, or one for all."""
     if draws == "synchronous":
         return torch.rand(1, generator=generator, dtype=torch.float64).repeat(count)
     u = torch.rand(count, generator=generator, dtype=torch.float64)
@@ -112,8 +114,8 @@ _BETA_CELLS = 20_000
 
 
 def _beta_quantiles(mean: float, concentration: float, u: torch.Tensor) -> torch.Tensor:
-    """Where the distribution function of Beta(mean C, (1 - mean) C) is u: its inverse, because torch's own Beta draws take no
-    generator and cannot be stratified."""
+    """Finds where the distribution function of Beta(mean C, (1 - mean) C) is u: its inverse, because torch's own Beta draws take
+    no generator and cannot be stratified."""
     theta, distribution = _beta_distribution(mean, concentration)
     right = torch.searchsorted(distribution, u, right=True).clamp(1, len(theta) - 1)
     low, high = distribution[right - 1], distribution[right]
@@ -137,7 +139,7 @@ def _beta_distribution(mean: float, concentration: float) -> tuple[torch.Tensor,
 
 
 def _log_cells(edges: torch.Tensor, near: float, far: float) -> torch.Tensor:
-    """Log of the integral of sin^(near - 1) cos^(far - 1) over each cell of [0, pi / 4]."""
+    """Computes the log of the integral of sin^(near - 1) cos^(far - 1) over each cell of [0, pi / 4]."""
     left, right = edges[:-1], edges[1:]
     middle = (left + right) / 2
     power = near * right.log() + torch.log1p(-((left / right) ** near)) - math.log(near)

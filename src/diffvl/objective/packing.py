@@ -25,7 +25,7 @@ class Packed:
     source: torch.Tensor
 
     def moved(self, stream_SW: torch.Tensor, filler: int) -> torch.Tensor:
-        """A value of each stream token -> of each row token, [B, T]; padding gets `filler`."""
+        """Gives a value of each stream token -> of each row token, [B, T]; padding gets `filler`."""
         return torch.where(self.layout.valid, stream_SW.flatten()[self.source], filler)
 
 

@@ -32,6 +32,6 @@ def block_weights(
 
 
 def token_cross_entropy(logits_MV: torch.Tensor, targets_M: torch.Tensor, forbidden_V: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each row in fp32, [M]; forbidden tokens (the mask token, padding rows of the table) get no
+    """Computes the cross-entropy of each row in fp32, [M]; forbidden tokens (the mask token, padding rows of the table) get no
     probability."""
     return functional.cross_entropy(logits_MV.float().masked_fill(forbidden_V, float("-inf")), targets_M, reduction="none")

@@ -1,27 +1,29 @@
 """AR checkpoint -> DiffVL directory: mask token, image token, vision tower, connector, and the proof of AR parity.
 
 The trunk is the stock model with its own weights; only rows are added to its table. The directory that was written is loaded
-again, and under a causal mask it must give the source checkpoint's logits. If it does not, nothing is left behind.
+again, and under a causal mask it must give the source checkpoint's logits. If it does not, nothing stays.
 """
 
 import logging
 import shutil
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from rich.console import Console
 from transformers import AutoImageProcessor, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from diffvl.config.families import Family, check_supported, family_of
+from diffvl.config.families import Family, family_of
 from diffvl.config.recipe import Prepare, Recipe
-from diffvl.errors import CheckpointError, ConfigError, UnsupportedModelError
+from diffvl.config.supported import check_supported
+from diffvl.errors import CheckpointError, ConfigError, UnsupportedModelError, first_line
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.modeling_diffvl import Connector, DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
-from diffvl.prepare import proof
+from diffvl.prepare import attention_proof as proof
+from diffvl.prepare.probe_text import conversations
 from diffvl.prepare.templates import check_template, load_tokenizer, stop_token, system_advice
 from diffvl.store import checkpoint, weights
 from diffvl.store.published import load_config
@@ -41,13 +43,15 @@ class Source:
     trust_remote_code: bool = False
 
 
-def prepare(source: Source, recipe: Recipe, directory: Path, console: Console) -> Path:
+def prepare(source: Source, recipe: Recipe, directory: Path, console: Console, parts: "Parts | None" = None) -> Path:
     """Writes the DiffVL directory.
 
+    Args:
+        parts: what `read_parts` gave; default: read here.
     Raises:
         CheckpointError, UnsupportedModelError, ConfigError: with nothing written.
     """
-    parts = read_parts(source, recipe)
+    parts = parts or read_parts(source, recipe)
     makes_parent = not directory.parent.exists()
     partial = checkpoint.partial(directory)
     if partial.exists():
@@ -93,13 +97,15 @@ class Parts:
     image_size: int
 
 
-def read_parts(source: Source, recipe: Recipe) -> Parts:
+def read_parts(source: Source, recipe: Recipe, config: PretrainedConfig | None = None) -> Parts:
     """Reads and checks whatever can be known without reading weights; writes nothing.
 
+    Args:
+        config: the source's configuration, if it has been read already.
     Raises:
         CheckpointError, UnsupportedModelError, ConfigError.
     """
-    config = load_config(source.model, source.trust_remote_code, source.revision)
+    config = config or load_config(source.model, source.trust_remote_code, source.revision)
     check_supported(config)
     weights.check_trunk(source.model, config, source.revision)
     family = family_of(config.model_type)
@@ -107,11 +113,18 @@ def read_parts(source: Source, recipe: Recipe) -> Parts:
     tower_config, image_processor = load_tower_parts(source)
     weights.check_tower(source.vision_tower, tower_config)
     image_size = square_processor(image_processor, tower_config, recipe.prepare)
-    rows = config.get_text_config(decoder=True).vocab_size
-    stop, known = stop_token(tokenizer), min(len(tokenizer), rows)
-    if len(tokenizer) > rows:
-        _tell_more_tokens(source.model, len(tokenizer), rows)
-    mask_id, image_id = add_tokens(tokenizer, family, rows)
+    table_size = config.get_text_config(decoder=True).vocab_size
+    stop, known = stop_token(tokenizer), min(len(tokenizer), table_size)
+    if len(tokenizer) > table_size:
+        missing = f"the {len(tokenizer) - table_size:,} missing rows are added and start at the mean of the others"
+        log.warning(
+            "%s: its tokenizer has %s tokens, its table %s rows; %s",
+            source.model,
+            f"{len(tokenizer):,}",
+            f"{table_size:,}",
+            missing,
+        )
+    mask_id, image_id = add_tokens(tokenizer, family, table_size)
     side = image_size // tower_config.patch_size // shuffle_factor(recipe.prepare)
     processor = DiffVLProcessor(
         image_processor,
@@ -127,19 +140,10 @@ def read_parts(source: Source, recipe: Recipe) -> Parts:
     return Parts(config, tower_config, processor, known, mask_id, image_id, image_size)
 
 
-@cache
-def _tell_more_tokens(model: str, tokens: int, rows: int) -> None:
-    """Once, though the parts are read twice: before any work, and for it."""
-    log.warning(
-        "%s: its tokenizer has %s tokens, its table %s rows; the %s missing rows are added and start at the mean of the others",
-        model, f"{tokens:,}", f"{rows:,}", f"{tokens - rows:,}",
-    )  # fmt: skip
-
-
 # --- tokenizer ----------------------------------------------------------------------------------------------------------
 
 
-def add_tokens(tokenizer: Any, family: Family, table_rows: int) -> tuple[int, int]:
+def add_tokens(tokenizer: Any, family: Family, table_size: int) -> tuple[int, int]:
     """Gives the tokenizer a mask token and an image token; returns their ids.
 
     A token that is there already is used. The mask token takes the family's agreed row where that row is a spare one (the
@@ -147,7 +151,7 @@ def add_tokens(tokenizer: Any, family: Family, table_rows: int) -> tuple[int, in
     """
     if tokenizer.mask_token is None:
         agreed = family.mask_token.id
-        if agreed is not None and len(tokenizer) <= agreed < table_rows:
+        if agreed is not None and len(tokenizer) <= agreed < table_size:
             reserved = [f"<|reserved_{number}|>" for number in range(len(tokenizer), agreed)]
             tokenizer.add_tokens(reserved, special_tokens=True)
         tokenizer.add_special_tokens({"mask_token": family.mask_token.text})
@@ -165,14 +169,14 @@ def add_tokens(tokenizer: Any, family: Family, table_rows: int) -> tuple[int, in
 
 
 def load_tower_parts(source: Source) -> tuple[PretrainedConfig, Any]:
-    """Configuration and image processor of the vision tower."""
+    """Reads configuration and image processor of the vision tower."""
     config = weights.tower_config(source.vision_tower, source.trust_remote_code)
     try:
         processor = AutoImageProcessor.from_pretrained(source.vision_tower, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(
             f"{source.vision_tower}: it has no image processor that can be read; expected a preprocessor_config.json beside the "
-            f"weights, as vision checkpoints are published ({str(error).strip().splitlines()[0]})"
+            f"weights, as vision checkpoints are published ({first_line(error)})"
         ) from error
     return config, processor
 
@@ -183,7 +187,7 @@ def shuffle_factor(settings: Prepare) -> int:
 
 
 def square_processor(processor: Any, tower: PretrainedConfig, settings: Prepare) -> int:
-    """Sets the image processor to resize every picture to one square; returns its side in pixels.
+    """Sets the image processor to resize every image to one square; returns its side in pixels.
 
     Raises:
         ConfigError: if the size, the layer or the connector do not fit the tower.
@@ -245,7 +249,7 @@ def assemble(trunk: Any, tower: Any, parts: Parts, recipe: Recipe) -> DiffVLForC
 
 
 def _stop_ids(trunk: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: str) -> list[int]:
-    """The template's stop token first, then whatever else ends a text for this checkpoint."""
+    """Gives the template's stop token first, then whatever else ends a text for this checkpoint."""
     generation = trunk.generation_config.eos_token_id if trunk.generation_config is not None else None
     others = generation if isinstance(generation, list) else [generation]
     ids = [tokenizer.convert_tokens_to_ids(stop), *others, tokenizer.eos_token_id]
@@ -260,11 +264,11 @@ def grow_table(trunk: Any, known: int, tokens: int, new_ids: list[int]) -> None:
         known: tokens that have a row.
         tokens: tokens of the tokenizer now.
     """
-    rows = trunk.get_input_embeddings().weight.shape[0]
+    old_size = trunk.get_input_embeddings().weight.shape[0]
     size = max(tokens, max(new_ids) + 1)
-    if size > rows:
+    if size > old_size:
         trunk.resize_token_embeddings(size, mean_resizing=False)
-    fresh = sorted({*range(rows, size), *(token for token in new_ids if token >= known)})
+    fresh = sorted({*range(old_size, size), *(token for token in new_ids if token >= known)})
     with torch.no_grad():
         for table in (trunk.get_input_embeddings(), trunk.get_output_embeddings()):
             for values in (table.weight, getattr(table, "bias", None)):
@@ -276,10 +280,10 @@ def grow_table(trunk: Any, known: int, tokens: int, new_ids: list[int]) -> None:
 
 
 def _reference_logits(trunk: PreTrainedModel, vocabulary: int) -> torch.Tensor:
-    """The source's own logits on the probe, in fp32 arithmetic."""
+    """Computes the source's own logits on the probe, in fp32 arithmetic."""
     dtype = trunk.dtype
     trunk.float().eval()
-    logits = proof.native_logits(trunk, proof.probe_ids(vocabulary))
+    logits = proof.native_logits(trunk, conversations(range(vocabulary))[0])
     torch.nn.Module.to(trunk, dtype=dtype)
     return logits
 
@@ -294,12 +298,10 @@ def _prove(directory: Path, reference: torch.Tensor, parts: Parts) -> dict[str, 
     known = parts.known
     model, processor = checkpoint.load_checkpoint(directory, dtype=torch.float32)
     model.eval()
-    check_tower(model)
-    text = "A sentence with 12 words, a line\nbreak, and naïve façade ✓."
-    if processor.tokenizer(text)["input_ids"] != parts.processor.tokenizer(text)["input_ids"]:
-        raise CheckpointError(f"{directory}: the written tokenizer splits text differently from the source's; nothing kept")
+    require_patches(model)
+    _require_same_processor(directory, processor, parts.processor)
     with torch.no_grad():
-        logits = model(proof.probe_ids(known)).logits[..., :known]
+        logits = model(conversations(range(known))[0]).logits[..., :known]
     # Beyond `known` stand the rows that were spare or new: the mask token's and the image token's.
     difference = proof.spread(logits - reference[..., :known], reference)
     if not difference <= proof.TOLERANCE:
@@ -310,21 +312,32 @@ def _prove(directory: Path, reference: torch.Tensor, parts: Parts) -> dict[str, 
     return {"ar_parity": difference, "block": block}
 
 
+def _require_same_processor(directory: Path, written: DiffVLProcessor, source: DiffVLProcessor) -> None:
+    """Raises CheckpointError unless what was written reads text and images as the source's parts, with which training goes on."""
+    text = "A sentence with 12 words, a line\nbreak, and naïve façade ✓."
+    if written.tokenizer(text)["input_ids"] != source.tokenizer(text)["input_ids"]:
+        raise CheckpointError(f"{directory}: the written tokenizer splits text differently from the source's; nothing kept")
+    image = Image.radial_gradient("L").convert("RGB").crop((0, 0, 200, 120))
+    pixels = [one.image_processor(images=[image], return_tensors="pt")["pixel_values"] for one in (written, source)]
+    if not torch.equal(*pixels):
+        raise CheckpointError(f"{directory}: the written image processor sees images differently from the source's; nothing kept")
+
+
 @torch.no_grad()
-def check_tower(model: DiffVLForConditionalGeneration) -> None:
-    """Shows the tower one black picture. Towers that pool their patches, or cannot take another size, end here."""
+def require_patches(model: DiffVLForConditionalGeneration) -> None:
+    """Shows the tower one black image. Towers that pool their patches, or cannot take another size, end here."""
     config = model.config
     kind, side = config.vision_config.model_type, config.image_size
     try:
         tokens = model.image_features(torch.zeros(1, 3, side, side)).shape[1]
     except (RuntimeError, ValueError, IndexError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UnsupportedModelError(
-            f"{kind}: this vision tower gives no patch tokens for pictures of {side} x {side} ({reason}); leave "
+            f"{kind}: this vision tower gives no patch tokens for images of {side} x {side} ({reason}); leave "
             "prepare.image_size at the tower's own, or take a plain vision transformer such as SigLIP, CLIP, DINOv2 or ViT"
         ) from error
     if tokens != config.image_tokens:
         raise UnsupportedModelError(
-            f"{kind}: this vision tower gives {tokens} image tokens for a picture where {config.image_tokens} patches are "
+            f"{kind}: this vision tower gives {tokens} image tokens for an image where {config.image_tokens} patches are "
             "expected; take a plain vision transformer such as SigLIP, CLIP, DINOv2 or ViT"
         )

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from diffvl.config.families import family_of
-from diffvl.errors import CheckpointError, UnsupportedModelError
+from diffvl.errors import CheckpointError, UnsupportedModelError, first_line
 from diffvl.hub.chat_diffvl import ChatEncoder
 from diffvl.hub.template_diffvl import FAULTS, ChatTemplate, ChatTemplateError, Turn, with_fixed_date
 
@@ -25,7 +25,7 @@ SYSTEM_SETTING = "prepare.system_turn=first_question"
 
 
 def load_tokenizer(model: str, model_type: str, trust_remote_code: bool = False, revision: str | None = None) -> Any:
-    """The checkpoint's tokenizer; it must be a fast one and have a chat template.
+    """Loads the checkpoint's tokenizer; it must be a fast one and have a chat template.
 
     Of several named templates it keeps the default one. A template that writes reasoning into some answers is replaced by the
     family's, and one that asks for the date gives the same date from here on, wherever the tokenizer is used.
@@ -41,8 +41,7 @@ def load_tokenizer(model: str, model_type: str, trust_remote_code: bool = False,
             tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code, revision=revision or "main")
     except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(
-            f"{model}: its tokenizer cannot be loaded; expected a whole tokenizer.json beside the weights "
-            f"({str(error).strip().splitlines()[0]})"
+            f"{model}: its tokenizer cannot be loaded; expected a whole tokenizer.json beside the weights ({first_line(error)})"
         ) from error
     if not tokenizer.is_fast:
         raise UnsupportedModelError(f"{model}: a slow tokenizer; character offsets need a fast one (tokenizer.json)")
@@ -66,7 +65,7 @@ def load_tokenizer(model: str, model_type: str, trust_remote_code: bool = False,
 
 
 def stop_token(tokenizer: Any) -> str:
-    """The special token that the chat template writes behind an answer.
+    """Finds the special token that the chat template writes after an answer.
 
     Raises:
         UnsupportedModelError: if there is none, so that a decoder could never stop.
@@ -77,17 +76,19 @@ def stop_token(tokenizer: Any) -> str:
     try:
         text = ChatTemplate(tokenizer, "").render(turns, add_generation_prompt=False)
     except (ChatTemplateError, *FAULTS) as error:
-        words = str(error.__cause__ or error)
-        raise UnsupportedModelError(f"{name}: its chat template refuses a question with an answer ({words}); mend it") from error
+        reason = str(error.__cause__ or error)
+        raise UnsupportedModelError(
+            f"{name}: its chat template refuses a question and an answer ({reason}); correct it"
+        ) from error
     if answer not in text:
-        raise UnsupportedModelError(f"{name}: its chat template leaves the answer out, or writes another; mend it")
+        raise UnsupportedModelError(f"{name}: its chat template leaves the answer out, or writes another; correct it")
     rest = tokenizer(text[text.rindex(answer) + len(answer) :], add_special_tokens=False)["input_ids"]
     special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
     for token in rest:
         if token in special:
             return str(tokenizer.convert_ids_to_tokens(token))
     raise UnsupportedModelError(
-        f"{name}: its chat template writes no special token behind an answer, so decoding could not stop; let it write one"
+        f"{name}: its chat template writes no special token after an answer, so decoding could not stop; let it write one"
     )
 
 
@@ -129,7 +130,7 @@ def _prove(encoder: ChatEncoder, roles: tuple[str, ...]) -> None:
 
 
 def system_advice(encoder: ChatEncoder) -> str:
-    """What there is to know about system turns, in words; empty if they work."""
+    """Tells what there is to know about system turns, in words; empty if they work."""
     fault = encoder.template.system_fault()
     return (
         f"its chat template takes no system turn ({fault}); {SYSTEM_SETTING} puts it in front of the first question"
@@ -139,7 +140,7 @@ def system_advice(encoder: ChatEncoder) -> str:
 
 
 def look_at_template(model: str, model_type: str, trust_remote_code: bool, revision: str | None) -> str:
-    """`doctor`: whether the template of a checkpoint can be trained on.
+    """Tells `doctor` whether the template of a checkpoint can be trained on.
 
     Returns:
         what there is to know, in words: system turns that do not work, or that there is no tokenizer to look at.
@@ -156,6 +157,6 @@ def look_at_template(model: str, model_type: str, trust_remote_code: bool, revis
 
 
 def _turns(roles: tuple[str, ...], form: str = "{}", placeholder: str = "") -> list[Turn]:
-    """A chat of these roles, with a picture in every question."""
-    words = {"system": "manner", "user": f"{placeholder}question", "assistant": "answer"}
-    return [(role, form.format(f"{words[role]} {number}")) for number, role in enumerate(roles)]
+    """Gives a chat of these roles, with an image in every question."""
+    texts = {"system": "manner", "user": f"{placeholder}question", "assistant": "answer"}
+    return [(role, form.format(f"{texts[role]} {number}")) for number, role in enumerate(roles)]

@@ -6,12 +6,9 @@ for byte), which load in a process without diffvl.
 """
 
 import json
-import os
-import platform
 import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,9 +16,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, GenerationConfig
 
+from diffvl import machine
 from diffvl.config.recipe import Recipe, StageName
 from diffvl.config.resolve import dump, read_yaml, resolve
-from diffvl.errors import CheckpointError, UsageError
+from diffvl.errors import CheckpointError, UsageError, first_line
 from diffvl.hub import configuration_diffvl
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
@@ -53,7 +51,7 @@ PROCESSOR_MAP = {"AutoProcessor": "processing_diffvl.DiffVLProcessor"}
 
 
 def partial(directory: Path) -> Path:
-    """Where a directory is built before it gets its name."""
+    """Gives the name under which a directory is built before it gets its own."""
     return directory.with_name(directory.name + PARTIAL)
 
 
@@ -90,8 +88,8 @@ def write_checkpoint(model: DiffVLForConditionalGeneration, processor: DiffVLPro
 
 
 def _generation_config(model: DiffVLForConditionalGeneration) -> GenerationConfig:
-    """The trunk's stop and pad ids, and what block decoding needs. Sampling settings of the AR model are left behind: they
-    were tuned for another decoder."""
+    """Keeps the trunk's stop and pad ids, and adds what block decoding needs. Sampling settings of the AR model are not kept:
+    they were tuned for another decoder."""
     config, own = model.config, model.language_model.generation_config
     pad = own.pad_token_id if own is not None else None
     return GenerationConfig(
@@ -104,22 +102,15 @@ def _generation_config(model: DiffVLForConditionalGeneration) -> GenerationConfi
 
 
 def write_state(directory: Path, recipe: Recipe, state: dict[str, Any]) -> None:
-    """`run.yaml` (the resolved recipe) and `diffvl.json` (where this came from)."""
-    facts = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions(), "machine": machine(), **state}
+    """Writes `run.yaml` (the resolved recipe) and `diffvl.json` (where this came from)."""
+    facts = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": machine.versions(),
+        "machine": machine.describe(),
+        **state,
+    }
     replace_text(directory / RECIPE_FILE, dump(recipe))
     replace_text(directory / STATE_FILE, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-
-
-def versions() -> dict[str, str]:
-    names = ("diffvl", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def machine() -> str:
-    """The hardware in words, as figures in reports name it."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
-    return f"CPU, {os.cpu_count()} cores, {platform.machine()}"
 
 
 def _edit_json(path: Path, changes: dict[str, Any]) -> None:
@@ -138,20 +129,25 @@ def load_checkpoint(directory: Path, dtype: torch.dtype | None = None) -> tuple[
         CheckpointError: if it is missing, of another kind, incomplete or damaged, or its token ids do not fit together.
     """
     _, processor = load_description(directory)
+    return load_model(directory, dtype), processor
+
+
+def load_model(directory: Path, dtype: torch.dtype | None = None) -> DiffVLForConditionalGeneration:
+    """Reads the model of a directory whose description is known to be whole. Raises CheckpointError as `load_checkpoint`."""
     loader: Any = DiffVLForConditionalGeneration
     arguments = {"dtype": dtype or "auto", "use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     with quiet_report():
-        model, info = _told(directory, lambda: loader.from_pretrained(directory, **arguments))
+        model, info = _explain_damage(directory, lambda: loader.from_pretrained(directory, **arguments))
     problems = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
     if any(problems.values()):
         raise CheckpointError(f"{directory}: the weights do not fit the configuration: {problems}")
-    return model, processor
+    return model
 
 
 def load_description(directory: Path) -> tuple[DiffVLConfig, DiffVLProcessor]:
-    """What `load_checkpoint` reads, without the weights."""
+    """Reads what `load_checkpoint` reads, but for the weights."""
     require_diffvl(directory)
-    config, processor = _told(
+    config, processor = _explain_damage(
         directory, lambda: (DiffVLConfig.from_pretrained(directory), DiffVLProcessor.from_pretrained(directory))
     )
     absent = [name for name in ("text_config", "vision_config") if getattr(config, name) is None]
@@ -163,14 +159,14 @@ def load_description(directory: Path) -> tuple[DiffVLConfig, DiffVLProcessor]:
 
 def _require_tokens(directory: Path, config: DiffVLConfig, processor: DiffVLProcessor) -> None:
     """Raises CheckpointError unless mask and image token are the tokenizer's own and have rows in the trunk's embedding."""
-    tokenizer, rows = processor.tokenizer, config.text_config.vocab_size
+    tokenizer, size = processor.tokenizer, config.text_config.vocab_size
     tokens = {"mask_token_id": tokenizer.mask_token, "image_token_id": processor.image_token}
     for name, token in tokens.items():
         given, expected = getattr(config, name), tokenizer.convert_tokens_to_ids(token)
-        if given != expected or not 0 <= given < rows:
+        if given != expected or not 0 <= given < size:
             raise CheckpointError(
                 f"{directory / 'config.json'}: {name} is {given}, expected {expected}, which the tokenizer gives {token}; the "
-                f"embedding has {rows} rows. Set it back, or copy the checkpoint again"
+                f"embedding has {size} rows. Set it back, or copy the checkpoint again"
             )
 
 
@@ -190,23 +186,21 @@ def require_diffvl(directory: Path) -> None:
         )
 
 
-def _told(directory: Path, load: Callable[[], T]) -> T:
+def _explain_damage(directory: Path, load: Callable[[], T]) -> T:
     try:
         return load()
     except (SafetensorError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{directory}: the checkpoint cannot be read, a file is damaged or missing ({reason}); copy it or make it again"
-        ) from error
+        message = f"the checkpoint cannot be read, a file is damaged or missing ({first_line(error)}); copy it or make it again"
+        raise CheckpointError(f"{directory}: {message}") from error
 
 
 def saved_dtype(directory: Path) -> torch.dtype:
-    """The dtype in which a checkpoint's weights are stored."""
+    """Gives the dtype in which a checkpoint's weights are stored."""
     return getattr(torch, read_json(directory / "config.json")["dtype"])
 
 
 def read_state(directory: Path) -> dict[str, Any]:
-    """`diffvl.json` of a finished directory. Raises CheckpointError if there is none."""
+    """Reads `diffvl.json` of a finished directory. Raises CheckpointError if there is none."""
     path = directory / STATE_FILE
     if not path.is_file():
         raise CheckpointError(f"{directory}: no {STATE_FILE} there; expected a directory that `diffvl convert` finished")
@@ -214,7 +208,7 @@ def read_state(directory: Path) -> dict[str, Any]:
 
 
 def newest_finished(runs: Path, stage: StageName) -> Path | None:
-    """The stage directory under `runs/*/` that was finished last, or None."""
+    """Finds the stage directory under `runs/*/` that was finished last, or None."""
     finished = [path.parent for path in runs.glob(f"*/{stage}/{STATE_FILE}")]
     return max(finished, key=lambda path: read_state(path)["created"], default=None)
 

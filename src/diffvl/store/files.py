@@ -8,6 +8,9 @@ final name; `Writing` turns a full disk, which each library tells in its own wor
 import errno
 import json
 import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,19 +31,19 @@ NO_ROOM = {
 
 
 def no_room(error: BaseException | None) -> str | None:
-    """Why the disk takes no more, or None where the error is another one.
+    """Tells why the disk takes no more, or None where the error is another one.
 
     Rust and C++ libraries (safetensors, tokenizers, torch) hand the system's words on without its number, and some wrap them.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             return NO_ROOM[error.errno]
-        words = str(error)
+        message = str(error)
         for number, reason in NO_ROOM.items():
-            by_name = number != errno.EFBIG and os.strerror(number) in words  # "File too large" may be said of anything
-            if by_name or f"os error {number})" in words or f"code: {number}," in words:
+            by_name = number != errno.EFBIG and os.strerror(number) in message  # "File too large" may be said of anything
+            if by_name or f"os error {number})" in message or f"code: {number}," in message:
                 return reason
-        if "PytorchStreamWriter failed writing" in words or ("inline_container.cc" in words and "unexpected pos" in words):
+        if "PytorchStreamWriter failed writing" in message or ("inline_container.cc" in message and "unexpected pos" in message):
             return "it could not be written to its end; most often no space is left"
         error = error.__cause__  # what an error was made from; not what was handled when it came (__context__)
     return None
@@ -72,16 +75,28 @@ class Writing:
 # --- writing -------------------------------------------------------------------------------------------------------------
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file beside and renames it. Raises DiskError, with the file that was there left as it was."""
-    beside = path.with_name(path.name + PARTIAL)
-    with Writing(path):
-        try:
-            beside.write_text(text, encoding="utf-8")
-        except OSError:
-            beside.unlink(missing_ok=True)
-            raise
+@contextmanager
+def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
+    """Yields a name beside `path` to write a file under, which takes the place of `path` at the end of the block. A block that
+    fails leaves nothing, and what was there as it was.
+
+    Args:
+        shared: other processes, on this machine or others, may write the same file at the same time.
+    """
+    unique = f".{uuid.uuid4().hex}" if shared else ""
+    beside = path.with_name(f"{path.name}{unique}{PARTIAL}")
+    try:
+        yield beside
         beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a whole file or none. Raises DiskError, with the file that was there left as it was."""
+    with Writing(path), replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def sync(directory: Path) -> None:
@@ -111,7 +126,7 @@ def share(directory: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a checkpoint. Raises CheckpointError naming the file."""
+    """Reads a JSON object from a checkpoint. Raises CheckpointError naming the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -28,13 +28,14 @@ class Measure:
         return min(max(len(self.points) // 20, 1), 100)
 
     def smoothed(self) -> Points:
-        """The mean of the last `window` points, from the first step that has as many."""
+        """Computes the mean of the last `window` points, from the first step that has as many."""
         values, size = [value for _, value in self.points], self.window
         return [(self.points[end - 1][0], sum(values[end - size : end]) / size) for end in range(size, len(values) + 1)]
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file. A last line cut short by a killed process is left out; any other bad line is an error.
+    """Reads the objects of a JSON-lines file. A last line cut short by a killed process is left out; any other bad line is an
+    error.
 
     Raises:
         CheckpointError: naming file and line.
@@ -49,15 +50,15 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:  # not JSON, or not UTF-8
             if count == len(lines):
                 break
-            raise CheckpointError(f"{path}:{count}: not valid JSON ({error}); mend or remove this line") from error
+            raise CheckpointError(f"{path}:{count}: not valid JSON ({error}); correct or remove this line") from error
         if not isinstance(value, dict):
-            raise CheckpointError(f"{path}:{count}: expected a JSON object, not {type(value).__name__}; mend or remove it")
+            raise CheckpointError(f"{path}:{count}: expected a JSON object, not {type(value).__name__}; correct or remove it")
         objects.append(value)
     return objects
 
 
 def measures_of(lines: list[dict[str, Any]]) -> dict[str, Measure]:
-    """The lines of a `metrics.jsonl` as one curve a key. A step measured twice keeps its last value."""
+    """Turns the lines of a `metrics.jsonl` into one curve a key. A step measured twice keeps its last value."""
     values: dict[str, dict[int, float | None]] = {}
     for line in lines:
         for key, value in line.items():
@@ -71,5 +72,5 @@ def measures_of(lines: list[dict[str, Any]]) -> dict[str, Measure]:
 
 
 def finite(value: Any) -> Any:
-    """NaN and infinity have no JSON: they become null, which the report counts and names."""
+    """Turns NaN and infinity, which have no JSON, into null; the report counts and names them."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.utils.hub import cached_file
 
-from diffvl.config.families import OWN_CODE, is_remote, own_code
-from diffvl.errors import CheckpointError, UnsupportedModelError
+from diffvl.config.supported import OWN_CODE, is_remote, own_code
+from diffvl.errors import CheckpointError, UnsupportedModelError, first_line
 from diffvl.store.files import read_json
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ ADAPTER_FILE = "adapter_config.json"
 
 
 def load_config(name: str, trust_remote_code: bool, revision: str | None = None) -> PretrainedConfig:
-    """Configuration of a directory, a .gguf file or a hub id.
+    """Reads the configuration of a directory, a .gguf file or a hub id.
 
     Raises:
         CheckpointError: if there is none, or it cannot be read or fetched.
@@ -42,7 +42,7 @@ def load_config(name: str, trust_remote_code: bool, revision: str | None = None)
     """
     path = Path(name)
     if is_gguf(path):
-        return told(name, lambda: AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
+        return explain_failures(name, lambda: AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
     settings = _settings(name, revision)
     refuse_quantized(name, settings)
     own = settings.get("auto_map")
@@ -53,12 +53,12 @@ def load_config(name: str, trust_remote_code: bool, revision: str | None = None)
     if own and known and trust_remote_code:
         _say_once(f"{name}: transformers' own class for {kind} is used, not the one that the checkpoint brings along")
     trusted = trust_remote_code and not known
-    return told(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=trusted, revision=revision))
+    return explain_failures(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=trusted, revision=revision))
 
 
 @cache
-def _say_once(words: str) -> None:
-    log.info(words)
+def _say_once(message: str) -> None:
+    log.info(message)
 
 
 def is_gguf(path: Path) -> bool:
@@ -66,13 +66,13 @@ def is_gguf(path: Path) -> bool:
 
 
 def _settings(name: str, revision: str | None) -> dict[str, Any]:
-    """config.json as it stands there."""
+    """Reads config.json as it stands there."""
     path = Path(name)
     if path.is_file():
         raise CheckpointError(f"{path}: expected a directory with config.json and weights, or a .gguf file")
     _refuse_adapter(name, revision)
     if not path.is_dir():
-        return told(name, lambda: PretrainedConfig.get_config_dict(name, revision=revision))[0]
+        return explain_failures(name, lambda: PretrainedConfig.get_config_dict(name, revision=revision))[0]
     if not (path / "config.json").is_file():
         ggufs = sorted(file.name for file in path.glob("*.gguf"))
         hint = f"; to convert {ggufs[0]}, name the file itself: {path / ggufs[0]}" if ggufs else ""
@@ -93,7 +93,7 @@ def _require_token_ids(file: Path, settings: dict[str, Any]) -> None:
         ids = value if isinstance(value, list) else [value]
         if not all(type(one) is int and one >= 0 for one in ids):
             raise CheckpointError(
-                f"{file}: {name} is {value!r}; expected a token id or a list of them. Mend it, or fetch it again"
+                f"{file}: {name} is {value!r}; expected a token id or a list of them. Correct it, or fetch it again"
             )
 
 
@@ -101,14 +101,14 @@ def _require_token_ids(file: Path, settings: dict[str, Any]) -> None:
 
 
 def _refuse_adapter(name: str, revision: str | None) -> None:
-    """transformers loads an adapter beside the weights, or its base model in its place, without a word."""
+    """Refuses an adapter: transformers loads one beside the weights, or its base model in its place, without a word."""
     path = Path(name)
     if path.is_dir():
         file: str | None = str(path / ADAPTER_FILE) if (path / ADAPTER_FILE).is_file() else None
     else:
         quietly = dict.fromkeys(("gated_repo", "missing_entries", "connection_errors"), False)
         arguments = {f"_raise_exceptions_for_{what}": value for what, value in quietly.items()}
-        file = told(name, lambda: cached_file(name, ADAPTER_FILE, revision=revision or "main", **arguments))
+        file = explain_failures(name, lambda: cached_file(name, ADAPTER_FILE, revision=revision or "main", **arguments))
     if file is None:
         return
     settings = read_json(Path(file))
@@ -142,7 +142,7 @@ def refuse_quantized(name: str, settings: dict[str, Any]) -> None:
 
 
 def quantized(name: str, method: str) -> str:
-    """The message about quantized weights; it names the original where the README does."""
+    """Gives the message about quantized weights; it names the original where the README does."""
     original = _base_model(Path(name) / "README.md")
     where = f" ({original}, says its README.md)" if original else ""
     return (
@@ -158,12 +158,12 @@ def _method(found: Any) -> str:
     if method is None and any("load_in_" in key for key in found):
         method = "bitsandbytes"
     bits = found.get("bits") or next((size for size in (4, 8) if found.get(f"load_in_{size}bit")), None)
-    words = [str(method)] if method else []
-    return ", ".join([*words, *([f"{bits} bits"] if bits else [])]) or "quantization_config in its config.json"
+    parts = [str(method)] if method else []
+    return ", ".join([*parts, *([f"{bits} bits"] if bits else [])]) or "quantization_config in its config.json"
 
 
 def _base_model(readme: Path) -> str | None:
-    """`base_model` in the front matter of a model card."""
+    """Reads `base_model` in the front matter of a model card."""
     if not readme.is_file():
         return None
     parts = readme.read_text(encoding="utf-8", errors="replace").split("---", 2)
@@ -181,7 +181,7 @@ def _base_model(readme: Path) -> str | None:
 # --- failures ------------------------------------------------------------------------------------------------------------
 
 
-def told(name: str, load: Callable[[], T]) -> T:
+def explain_failures(name: str, load: Callable[[], T]) -> T:
     """Runs a transformers loader; its many ways to fail become one message."""
     try:
         return load()
@@ -190,7 +190,7 @@ def told(name: str, load: Callable[[], T]) -> T:
     except ImportError as error:
         raise CheckpointError(f"{name}: a package is missing to read it: {error}") from error
     except (OSError, HFValidationError) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         if "cannot be loaded with `safetensors`" in str(error):
             raise CheckpointError(
                 f"{name}: this hub checkpoint has no safetensors files, and others are not read, since they can run code. "
@@ -203,19 +203,15 @@ def told(name: str, load: Callable[[], T]) -> T:
             "connection, or give the directory of a downloaded checkpoint"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, StrictDataclassError) as error:
-        raise UnsupportedModelError(f"{name}: transformers cannot load it: {_first_line(error)}") from error
+        raise UnsupportedModelError(f"{name}: transformers cannot load it: {first_line(error)}") from error
 
 
 @contextmanager
 def quiet_report() -> Iterator[None]:
-    """transformers prints what does not fit as a table; it is told in one message instead."""
+    """Silences transformers, which prints what does not fit as a table; it is told in one message instead."""
     before = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     try:
         yield
     finally:
         transformers.utils.logging.set_verbosity(before)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

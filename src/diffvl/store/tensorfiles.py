@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from diffvl.errors import CheckpointError
+from diffvl.errors import CheckpointError, first_few, first_line
 from diffvl.store.files import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -34,7 +34,7 @@ class Header:
 
 
 def read_headers(directory: Path, loader: str = "AutoModelForCausalLM") -> dict[str, Header]:
-    """Every tensor of a checkpoint directory by name.
+    """Lists every tensor of a checkpoint directory by name.
 
     Args:
         loader: the class of transformers with which files of another format can be converted.
@@ -54,7 +54,7 @@ def read_headers(directory: Path, loader: str = "AutoModelForCausalLM") -> dict[
 
 
 def weight_files(directory: Path, loader: str = "AutoModelForCausalLM") -> list[Path]:
-    """The files that transformers would read. Raises CheckpointError if there are none or one is missing."""
+    """Lists the files that transformers would read. Raises CheckpointError if there are none or one is missing."""
     if (directory / SINGLE).exists():
         return [directory / SINGLE]
     index = directory / INDEX
@@ -75,20 +75,19 @@ def weight_files(directory: Path, loader: str = "AutoModelForCausalLM") -> list[
 
 
 def has_weights(directory: Path) -> bool:
-    """Whether a directory holds weights in any format; one with a config.json alone does not."""
+    """Tells whether a directory holds weights in any format; one with a config.json alone does not."""
     return any(_found(directory, (*PICKLED, *OTHER_FORMATS))) or (directory / INDEX).exists()
 
 
 def read_tensor(header: Header, name: str) -> Any:
-    """One tensor, read whole."""
+    """Reads one tensor whole."""
     with safe_open(header.file, "pt") as opened:
         return opened.get_tensor(name)
 
 
 def some(names: Iterable[str]) -> str:
-    """The first few of many names."""
-    names = list(names)
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    """Gives the first few of many names."""
+    return ", ".join(first_few(list(names), SHOWN))
 
 
 # --- what is there instead -----------------------------------------------------------------------------------------------
@@ -100,7 +99,7 @@ def _found(directory: Path, patterns: Iterable[str]) -> list[str]:
 
 
 def _no_safetensors(directory: Path, loader: str) -> str:
-    """Why a directory without model.safetensors cannot be read, and the way out."""
+    """Tells why a directory without model.safetensors cannot be read, and the way out."""
     expected = f"expected {SINGLE}, or shards with {INDEX}"
     others = _found(directory, OTHER_FORMATS)
     if shards := [name for name in others if name.endswith(".safetensors")]:
@@ -124,7 +123,7 @@ def _no_safetensors(directory: Path, loader: str) -> str:
 
 
 def _pointer(file: Path) -> str | None:
-    """What a text file under the name of another is: what git leaves without LFS, or a page of a web server."""
+    """Tells what a text file under the name of another is: what git leaves without LFS, or a page of a web server."""
     with file.open("rb") as opened:
         start = opened.read(200)
     if start.startswith(b"version https://git-lfs"):
@@ -135,7 +134,7 @@ def _pointer(file: Path) -> str | None:
 
 
 def _fault(file: Path, error: Exception) -> str:
-    """What is wrong with a file that safetensors cannot open."""
+    """Tells what is wrong with a file that safetensors cannot open."""
     if not file.is_file() or isinstance(error, PermissionError):
         return f"cannot be read ({error}); expected a safetensors file"
     size = file.stat().st_size
@@ -153,7 +152,7 @@ def _fault(file: Path, error: Exception) -> str:
         whole = 8 + length + _end_of_data(opened.read(length))
     if size < whole:
         return f"cut short: {size:,} bytes, where its header names {whole:,}; fetch it again"
-    return f"damaged ({str(error).strip().splitlines()[0]}); fetch it again"
+    return f"damaged ({first_line(error)}); fetch it again"
 
 
 def _end_of_data(header: bytes) -> int:

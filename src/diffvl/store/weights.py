@@ -18,9 +18,9 @@ from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingE
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils.quantization_config import GgufConfig
 
-from diffvl.config.families import OWN_CODE, is_remote, own_code
-from diffvl.errors import CheckpointError, UnsupportedModelError
-from diffvl.store.published import QUANTIZED, is_gguf, load_config, quantized, quiet_report, told
+from diffvl.config.supported import OWN_CODE, is_remote, own_code
+from diffvl.errors import CheckpointError, UnsupportedModelError, first_line
+from diffvl.store.published import QUANTIZED, explain_failures, is_gguf, load_config, quantized, quiet_report
 from diffvl.store.tensorfiles import FLOATS, Header, read_headers, read_tensor, some
 
 Headers = dict[str, Header]
@@ -48,7 +48,7 @@ def check_trunk(name: str, config: PretrainedConfig, revision: str | None = None
 
 
 def check_tower(name: str, config: PretrainedConfig) -> None:
-    """The same for `load_tower`."""
+    """Gives the same for `load_tower`."""
     _check(AutoModel, name, config, None)
 
 
@@ -70,7 +70,8 @@ def _check(auto_class: Any, name: str, config: PretrainedConfig, revision: str |
 
 
 def _hub_headers(name: str, revision: str | None) -> Headers | None:
-    """Headers of a hub checkpoint, of which the beginning of each file is fetched; None where the hub does not give them."""
+    """Reads the headers of a hub checkpoint, of which the beginning of each file is fetched; None where the hub does not give
+    them."""
     try:
         found = huggingface_hub.get_safetensors_metadata(name, revision=revision)
     except (OSError, NO_CONNECTION, NotASafetensorsRepoError, SafetensorsParsingError):
@@ -90,7 +91,7 @@ def _refuse_odd_types(name: str, headers: Headers) -> None:
 
 
 def _load_empty(auto_class: Any, name: str, config: PretrainedConfig, headers: Headers) -> tuple[Any, dict[str, Any]]:
-    """transformers' loader on tensors without content; the model, and what it found."""
+    """Runs transformers' loader on tensors without content; the model, and what it found."""
     try:
         with torch.device("meta"):
             model_class = type(auto_class.from_config(copy.deepcopy(config)))
@@ -106,10 +107,8 @@ def _load_empty(auto_class: Any, name: str, config: PretrainedConfig, headers: H
                 output_loading_info=True,
             )
     except CONFIG_FAULTS as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"{name}: its config.json and its weights make no model ({type(error).__name__}: {reason}); fetch them again"
-        ) from error
+        fault = f"{type(error).__name__}: {first_line(error)}"
+        raise CheckpointError(f"{name}: its config.json and its weights make no model ({fault}); fetch them again") from error
 
 
 # --- what the loader found -----------------------------------------------------------------------------------------------
@@ -128,17 +127,17 @@ def _require_fit(name: str, model: PreTrainedModel, info: dict[str, Any], header
     if mismatched:
         raise CheckpointError(_other_shape(name, model.config, mismatched, headers))
     if missing or unexpected:
-        words = [f"lacks {some(missing)}"] if missing else []
-        words += [f"has {some(unexpected)} besides"] if unexpected else []
+        faults = [f"lacks {some(missing)}"] if missing else []
+        faults += [f"has {some(unexpected)} besides"] if unexpected else []
         head = any(key.endswith(("lm_head.weight", "embed_out.weight")) for key in missing) and len(missing) == 1
         hint = '. If the embedding is the head, set "tie_word_embeddings": true in its config.json' if head else ""
         raise CheckpointError(
-            f"{name}: the weights do not fit the architecture of its config.json: the checkpoint {' and '.join(words)}{hint}"
+            f"{name}: the weights do not fit the architecture of its config.json: the checkpoint {' and '.join(faults)}{hint}"
         )
 
 
 def _kind(key: str) -> str:
-    """A tensor's name without the numbers of layers."""
+    """Gives a tensor's name without the numbers of layers."""
     return re.sub(r"\.\d+(?=\.|$)", ".#", key)
 
 
@@ -162,7 +161,8 @@ def _shape(sizes: Any) -> str:
 
 
 def _file_key(key: str, file_keys: Headers) -> str | None:
-    """The name in the files of a parameter of the model, which may have a prefix more or less there; None where it has no own."""
+    """Gives the name in the files of a parameter of the model, which may have a prefix more or less there; None where it has no
+    own."""
     if key in file_keys:
         return key
     found = [other for other in file_keys if other.endswith(f".{key}") or key.endswith(f".{other}")]
@@ -196,7 +196,7 @@ def _require_tied(name: str, model: Any, headers: Headers | None = None) -> None
 
 
 def load_trunk(name: str, config: PretrainedConfig, revision: str | None = None) -> PreTrainedModel:
-    """The AR checkpoint as a stock causal LM in its own dtype; a .gguf file is dequantised."""
+    """Loads the AR checkpoint as a stock causal LM in its own dtype; a .gguf file is dequantised."""
     path = Path(name)
     model = _load_gguf(path) if is_gguf(path) else _load(AutoModelForCausalLM, name, config=config, revision=revision)
     require_finite(name, model)
@@ -204,7 +204,7 @@ def load_trunk(name: str, config: PretrainedConfig, revision: str | None = None)
 
 
 def tower_config(name: str, trust_remote_code: bool) -> PretrainedConfig:
-    """Configuration of a vision model with patch tokens; of a two-tower model (CLIP, SigLIP) that of the vision half.
+    """Reads the configuration of a vision model with patch tokens; of a two-tower model (CLIP, SigLIP) that of the vision half.
 
     Raises:
         CheckpointError, UnsupportedModelError.
@@ -223,7 +223,7 @@ def tower_config(name: str, trust_remote_code: bool) -> PretrainedConfig:
 
 
 def load_tower(name: str, config: PretrainedConfig) -> PreTrainedModel:
-    """The vision model of `tower_config` with its weights."""
+    """Loads the vision model of `tower_config` with its weights."""
     model = _load(AutoModel, name, config=config)
     require_finite(name, model)
     return model
@@ -236,14 +236,14 @@ def _load(auto_class: Any, name: str, **arguments: Any) -> PreTrainedModel:
                 name, use_safetensors=True, dtype="auto", ignore_mismatched_sizes=True, output_loading_info=True, **arguments
             )
 
-    model, info = told(name, load)
+    model, info = explain_failures(name, load)
     _require_fit(name, model, info, {}, half=auto_class is AutoModel)
     _require_tied(name, model)
     return model
 
 
 def _load_gguf(path: Path) -> PreTrainedModel:
-    model = told(
+    model = explain_failures(
         str(path),
         lambda: AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
@@ -261,7 +261,7 @@ def _load_gguf(path: Path) -> PreTrainedModel:
 
 @torch.no_grad()
 def not_finite(model: torch.nn.Module) -> str | None:
-    """The first parameter or buffer with a value that is no finite number, with its place; None where all are."""
+    """Gives the first parameter or buffer with a value that is no finite number, with its place; None where all are."""
     for name, tensor in model.state_dict().items():
         if not tensor.is_floating_point() or tensor.numel() == 0:
             continue

@@ -50,8 +50,8 @@ def spinner_or_line(console: Console, text: str) -> Iterator[None]:
         yield
         return
     turning = SpinnerColumn("line" if console.options.ascii_only else "dots")
-    words = TextColumn("{task.description}", markup=False)
-    with Progress(turning, words, TimeElapsedColumn(), console=console, transient=True) as progress:
+    label = TextColumn("{task.description}", markup=False)
+    with Progress(turning, label, TimeElapsedColumn(), console=console, transient=True) as progress:
         progress.add_task(text, total=None)
         yield
 
@@ -74,24 +74,24 @@ def track(
         with Progress(name, BarColumn(), MofNCompleteColumn(), left, console=console) as progress:
             yield from progress.track(iterable, total=total, description=text)
         return
-    of = "" if total is None else f"/{total}"
-    began = said = clock()
+    out_of = "" if total is None else f"/{total}"
+    began = last_line = clock()
     done = 0
     for done, item in enumerate(iterable, start=1):
         yield item
-        if clock() - said >= every:
-            said = clock()
-            say(console, f"{text}: {done}{of}")
-    say(console, f"{text}: {done}{of} done in {duration(clock() - began)}")
+        if clock() - last_line >= every:
+            last_line = clock()
+            say(console, f"{text}: {done}{out_of}")
+    say(console, f"{text}: {done}{out_of} done in {duration(clock() - began)}")
 
 
 def number(value: float, digits: int = 4) -> str:
-    """So many significant digits; a whole number in full."""
+    """Writes a figure with `digits` significant digits; a whole number in full."""
     if float(value).is_integer() and abs(value) < 1e12:
         return f"{value:,.0f}"
     return f"{value:.{digits}g}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def duration(seconds: float) -> str:
-    """h:mm:ss"""
+    """Writes seconds as h:mm:ss."""
     return str(timedelta(seconds=round(seconds)))

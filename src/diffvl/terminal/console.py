@@ -33,7 +33,7 @@ Piece = str | tuple[str, str]  # a text, or a text and its style
 
 
 def visible(text: str) -> str:
-    """The text with every character that would act on a terminal drawn as the sign for one that cannot be shown."""
+    """Draws every character that would act on a terminal as the sign for one that cannot be shown."""
     return _HARMFUL.sub(UNSHOWN, text)
 
 
@@ -54,12 +54,12 @@ class HarmlessConsole(Console):
 
 
 def console(stderr: bool = False, **options: Any) -> Console:
-    """The one way to make a console; `options` are rich's."""
+    """Makes a console; nothing else does. `options` are rich's."""
     return HarmlessConsole(stderr=stderr, **options)
 
 
 def say(out: Console, *pieces: Piece) -> None:
-    """One line, not broken at the terminal's width; a piece with a style is e.g. ("align", "bold")."""
+    """Prints one line, not broken at the terminal's width; a piece with a style is e.g. ("align", "bold")."""
     line = Text()
     for piece in pieces:
         text, style = (piece, "") if isinstance(piece, str) else piece
@@ -68,23 +68,23 @@ def say(out: Console, *pieces: Piece) -> None:
 
 
 def put(text: str, end: str = "\n") -> None:
-    """Text on stdout at once: exactly for a program that reads it (a pipe, a file), harmless for a person (a terminal)."""
+    """Prints text on stdout at once: exactly for a program that reads it (a pipe, a file), harmless for a person (a terminal)."""
     print(visible(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
 def complain(text: str) -> None:
-    """A line on stderr, which people read wherever it goes."""
+    """Prints a line on stderr, which people read wherever it goes."""
     print(visible(text), file=sys.stderr, flush=True)
 
 
 def json_text(value: Any) -> str:
-    """One line of JSON for stdout: the same values whatever its encoding, and harmless on a terminal."""
+    """Writes one line of JSON for stdout: the same values whatever its encoding, and harmless on a terminal."""
     narrow = not codecs.lookup(_encoding(sys.stdout)).name.startswith("utf")
     return _HARMFUL.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=narrow))
 
 
 def _encoding(stream: Any) -> str:
-    """A stream in memory has none, and takes any text."""
+    """Gives the encoding of a stream; one in memory has none, and takes any text."""
     return getattr(stream, "encoding", None) or "utf-8"
 
 
@@ -108,7 +108,7 @@ def _shell_word(given: object) -> str:
 
 
 def _is_typed(sign: str) -> bool:
-    """Whether both streams can show a character."""
+    """Tells whether both streams can show a character."""
     try:
         for stream in (sys.stdout, sys.stderr):
             sign.encode(_encoding(stream))
@@ -118,7 +118,7 @@ def _is_typed(sign: str) -> bool:
 
 
 def _spelled(sign: str) -> str:
-    """A character between $' and '. A quote or a ! would mean something to an interactive shell."""
+    """Spells a character between $' and '. A quote or a ! would mean something to an interactive shell."""
     if sign in "'\\!" or sign in "\n\t" or _HARMFUL.match(sign) or not _is_typed(sign):
         escapes = "surrogateescape" if "\udc80" <= sign <= "\udcff" else "replace"
         return {"\n": "\\n", "\t": "\\t"}.get(sign) or "".join(f"\\x{byte:02x}" for byte in sign.encode("utf-8", escapes))
@@ -168,7 +168,7 @@ class _Guarded(io.RawIOBase):
 
 
 def _guarded(stream: Any, name: str, errors: str) -> Any:
-    """A stream that takes any text and tells its faults; one that is no file (in a test) stays what it is."""
+    """Makes a stream that takes any text and tells its faults; one that is no file (in a test) stays what it is."""
     if not isinstance(stream, io.TextIOWrapper):
         return stream
     stream.reconfigure(errors=errors)
@@ -188,7 +188,8 @@ def _guarded(stream: Any, name: str, errors: str) -> Any:
 
 @contextmanager
 def streams() -> Iterator[None]:
-    """In the block stdout and stderr take any text, and log lines and warnings are harmless. It ends with both written out.
+    """Lets stdout and stderr take any text in the block, and makes log lines and warnings harmless. It ends with both written
+    out.
 
     Raises:
         OutputError: in the block or at its end, if one of them takes no more.

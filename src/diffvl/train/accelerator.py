@@ -11,8 +11,8 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, LoggerType, ProjectConfiguration
 
 from diffvl.config.recipe import Stage
-from diffvl.dtypes import has_bf16
 from diffvl.errors import ConfigError, UsageError
+from diffvl.machine import has_bf16
 
 PROJECT = "diffvl"
 TENSORBOARD = "tensorboard"  # also the folder of trackers that write files

@@ -33,7 +33,7 @@ from diffvl.store.metrics import METRICS_FILE
 from diffvl.train import checkpoints
 from diffvl.train.accelerator import make_accelerator, precision
 from diffvl.train.checkpoints import CHECKPOINTS
-from diffvl.train.launch import main_first, main_only, process_state
+from diffvl.train.launch import agreed, main_first, main_only, process_state
 from diffvl.train.loop import Loop
 from diffvl.train.lora import add_adapters, merge_adapters
 from diffvl.train.parts import attach_mask_row, fold_mask_row, freeze_others
@@ -61,11 +61,14 @@ def train(
     resume: bool,
     console: Console,
     onlooker: Onlooker | None = None,
+    data: StageData | None = None,
 ) -> Path:
     """Trains one stage from the checkpoint in `start` and leaves the unfinished directory, complete but for its name.
 
     The caller adds what it wants (samples, a report) and calls `checkpoint.finish`. All processes call this.
 
+    Args:
+        data: of the stage, opened with the start's own processor; default: opened here.
     Returns:
         the partial directory.
     Raises:
@@ -74,16 +77,10 @@ def train(
     stage = recipe.stages[stage_name]
     work = checkpoint.partial(directory)
     process_state()  # before anything else makes one, with less patience
-    config, processor = checkpoint.load_description(start)
-    longest = longest_trainable(config.text_config, stage.objective)
-
-    def open_data() -> tuple[StageData, dict[str, FileRecord], bool]:
-        opened = load_data(stage.data, processor, longest, console, look=False)
-        record = data_record(opened)
-        return opened, record, is_same_data(work, record)
-
-    data, record, same_data = main_first(open_data)
-    held_out = data.held_out
+    data = data or main_first(lambda: _open_data(start, stage, console))
+    processor, held_out = data.train.processor, data.held_out
+    record = data_record(data)
+    same_data = agreed(lambda: is_same_data(work, record))
     model, own_dtype = load_to_train(start, stage)
     main_only(lambda: _begin(work, recipe, record, lambda: onlooker and onlooker.before(model, processor, held_out)))
     if stage.data.row_length is not None:
@@ -93,8 +90,7 @@ def train(
     last = checkpoints.newest(work) if resume else None
     accelerator = make_accelerator(stage, recipe.trackers, work)
     left_out = LeftOut(work / LEFT_OUT_FILE, stage.data, (data.train, data.held_out), accelerator.is_main_process)
-    pad = processor.tokenizer.pad_token_id
-    batches = partial(collate, pad_token_id=pad if pad is not None else model.config.stop_token_ids[0])
+    batches = partial(collate, pad_token_id=processor.pad_token_id)
     with TrainingProgress(console, stage_name) as progress_bar, Writing(work):
         metrics = MetricsLog(work / METRICS_FILE, stage_name)
         watchers = Watchers(progress_bar, metrics, accelerator.is_main_process)
@@ -116,6 +112,11 @@ def train(
     gc.collect()
     main_only(lambda: onlooker and onlooker.after(model, processor, held_out))
     return work
+
+
+def _open_data(start: Path, stage: Stage, console: Console) -> StageData:
+    config, processor = checkpoint.load_description(start)
+    return load_data(stage.data, processor, longest_trainable(config.text_config, stage.objective), console)
 
 
 def _begin(work: Path, recipe: Recipe, record: dict[str, FileRecord], look: Callable[[], None]) -> None:
@@ -142,7 +143,7 @@ def load_to_train(start: Path, stage: Stage) -> tuple[DiffVLForConditionalGenera
     own_dtype = checkpoint.saved_dtype(start)
     # Frozen parts stay in their own dtype under bf16 autocast; fp16 does not mix with it.
     keeps_dtype = precision(stage) == "bf16" and own_dtype != torch.float16
-    return checkpoint.load_checkpoint(start, dtype=None if keeps_dtype else torch.float32)[0], own_dtype
+    return checkpoint.load_model(start, None if keeps_dtype else torch.float32), own_dtype
 
 
 def _tell_left_out(stage_name: StageName, left_out: dict[str, int], directory: Path) -> None:

@@ -1,6 +1,5 @@
 """A pass over the records of a file: by several processes where it is long enough to pay, with a bar and the time left."""
 
-import os
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
@@ -8,17 +7,13 @@ import torch
 from rich.console import Console
 from torch.utils.data import DataLoader, Dataset
 
+from diffvl.machine import num_cores
 from diffvl.terminal.bars import track
 
 T = TypeVar("T")
 
 _MOST_PROCESSES = 16
 _AT_ONCE = 64  # places of a task
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Places(Dataset, Generic[T]):
@@ -32,8 +27,8 @@ class _Places(Dataset, Generic[T]):
         return self.work(place)
 
 
-def over_places(work: Callable[[int], T], count: int, pays_from: int, console: Console, text: str) -> Iterator[T]:
-    """`work(place)` for every place below `count`, in order.
+def map_places(work: Callable[[int], T], count: int, pays_from: int, console: Console, text: str) -> Iterator[T]:
+    """Gives `work(place)` for every place below `count`, in order.
 
     Args:
         work: must return a user's mistake as a value: an error raised in another process would lose its form.

@@ -7,7 +7,7 @@ from contextlib import suppress
 _ALONE = 8  # files of a folder that are asked for one by one before it is listed: it may hold millions that nobody asks for
 
 
-class Files:
+class ExistingFiles:
     """`path in files`: whether it is a file (or a link to one), as of when its folder was looked at."""
 
     def __init__(self) -> None:

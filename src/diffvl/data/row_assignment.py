@@ -1,7 +1,7 @@
 """Which samples share a row: first fit, by a tree over the room that is left in the rows.
 
-The rows are a function of the lengths and the order alone. So the packer has no state to lose: what a resumed run packs is what
-the interrupted one packed, and the position of the sampler among the rows is the packer's position.
+The rows are a function of the lengths and the order alone. So packing has no state to lose: what a resumed run packs is what
+the interrupted one packed.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy
 
 
-class Rows(Sequence[list[int]]):
+class RowAssignment(Sequence[list[int]]):
     """Rows of places, in two flat arrays: ten million samples take 160 MB, not gigabytes of lists."""
 
     def __init__(self, order: Sequence[int], row_of: Sequence[int]) -> None:
@@ -28,7 +28,7 @@ class Rows(Sequence[list[int]]):
         return self._places[start : self._ends[row]].tolist()
 
 
-def first_fit(lengths: Sequence[int], order: Sequence[int], row_length: int) -> Rows:
+def first_fit(lengths: Sequence[int], order: Sequence[int], row_length: int) -> RowAssignment:
     """Puts each sample, in this order, into the first row that still has room for it. Time grows as n log n.
 
     Args:
@@ -49,4 +49,4 @@ def first_fit(lengths: Sequence[int], order: Sequence[int], row_length: int) -> 
         while node > 1:
             node //= 2
             room[node] = max(room[2 * node], room[2 * node + 1])
-    return Rows(order, row_of)
+    return RowAssignment(order, row_of)

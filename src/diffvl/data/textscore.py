@@ -2,12 +2,12 @@
 
 
 def is_exact(given: str, truth: str) -> bool:
-    """Equal up to white space."""
+    """Tells whether two texts are equal up to white space."""
     return " ".join(given.split()) == " ".join(truth.split())
 
 
 def edit_similarity(given: str, truth: str) -> float:
-    """1 - Levenshtein distance / length of the longer text, in characters; 1 for two empty texts."""
+    """Computes 1 - Levenshtein distance / length of the longer text, in characters; 1 for two empty texts."""
     longest = max(len(given), len(truth))
     if longest == 0:
         return 1.0

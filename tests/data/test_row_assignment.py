@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffvl.data.packer import Rows, first_fit
+from diffvl.data.row_assignment import RowAssignment, first_fit
 
 
 def plain_first_fit(lengths: list[int], order: list[int], row_length: int) -> list[list[int]]:
@@ -41,7 +41,7 @@ def test_a_sample_of_the_whole_row_has_one_to_itself():
 
 
 def test_rows_are_a_sequence():
-    rows = Rows([5, 3, 4, 1], [0, 1, 0, 2])
+    rows = RowAssignment([5, 3, 4, 1], [0, 1, 0, 2])
     assert len(rows) == 3 and rows[0] == [5, 4] and rows[2] == [1]
     with pytest.raises(IndexError, match="row 3 of 3"):
         rows[3]

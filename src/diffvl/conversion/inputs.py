@@ -1,0 +1,98 @@
+"""What the stages of a plan read, opened once and checked before any work: the source's parts or a checkpoint's description,
+and the data of every stage to come. A mistake in the last stage must not cost the first one's hours.
+"""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from diffvl.attention.choose import choose
+from diffvl.config.recipe import StageName
+from diffvl.conversion.plan import Plan
+from diffvl.conversion.resume import is_finished
+from diffvl.data.fingerprint import require_same_data
+from diffvl.data.loader import StageData, check_images, load_data
+from diffvl.data.table import RecordTables
+from diffvl.errors import ConfigError
+from diffvl.hub.processing_diffvl import DiffVLProcessor
+from diffvl.prepare.assemble import Parts, read_parts
+from diffvl.store import checkpoint
+from diffvl.terminal.bars import spinner_or_line
+from diffvl.train.launch import process_state
+from diffvl.train.stage import longest_trainable
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """parts: of the AR checkpoint, None where a DiffVL directory is there already. data: of each stage to come."""
+
+    parts: Parts | None
+    data: dict[StageName, StageData]
+
+
+def open_inputs(plan: Plan, accept_changed_data: bool, console: Console) -> Inputs:
+    """Opens and checks all that the plan's work reads; what is finished needs nothing.
+
+    Raises:
+        CheckpointError, UnsupportedModelError, ConfigError, DataError.
+    """
+    parts = None
+    if plan.source is not None and not is_finished(plan.start):
+        parts = read_parts(plan.source, plan.recipe, plan.source_config)
+    to_come = [name for name in plan.stages if not is_finished(plan.root / name)]
+    if not to_come:
+        return Inputs(parts, {})
+    if parts is not None:
+        trunk, processor = parts.config.get_text_config(decoder=True), parts.processor
+    else:
+        config, processor = checkpoint.load_description(_start_of(plan, to_come[0]))
+        trunk = config.text_config
+    tables = RecordTables(console, look=process_state().is_local_main_process)
+    data = {name: _open_stage(plan, name, trunk, processor, tables, accept_changed_data, console) for name in to_come}
+    return Inputs(parts, data)
+
+
+def _start_of(plan: Plan, stage: StageName) -> Path:
+    """Gives the directory that a stage goes on from."""
+    place = plan.stages.index(stage)
+    return plan.root / plan.stages[place - 1] if place else plan.start
+
+
+def _open_stage(
+    plan: Plan,
+    name: StageName,
+    trunk: Any,
+    processor: DiffVLProcessor,
+    tables: RecordTables,
+    accept_changed_data: bool,
+    console: Console,
+) -> StageData:
+    """Opens the data of one stage, checked together with what the stage wants of the trunk (its text configuration)."""
+    stage = plan.recipe.stages[name]
+    try:
+        with spinner_or_line(console, f"checking the data of {name}"):
+            _check_attention(trunk, stage.attention, plan)
+            longest = longest_trainable(trunk, stage.objective)
+            data = load_data(stage.data, processor, longest, console, tables)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    if not accept_changed_data:
+        require_same_data(checkpoint.partial(plan.root / name), data)
+    if process_state().is_main_process:
+        check_images(data, stage.data, console)
+    return data
+
+
+def _check_attention(trunk: Any, wanted: str, plan: Plan) -> None:
+    """Asks an empty copy of the trunk whether it takes what a stage names. Raises ConfigError if it does not."""
+    if wanted == "auto":
+        return
+    trusted = plan.source is not None and plan.source.trust_remote_code
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(copy.deepcopy(trunk), trust_remote_code=trusted)
+    choose(empty, wanted, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

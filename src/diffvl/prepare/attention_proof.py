@@ -1,0 +1,111 @@
+"""Numeric proofs on a loaded trunk: AR parity, and that masks and positions really steer its attention.
+
+`prepare` proves the model that it has written; `doctor` asks the same of a tiny copy, and more (`doctor.checks`).
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from transformers import PreTrainedModel
+
+from diffvl.errors import UnsupportedModelError
+from diffvl.hub.layout_diffvl import Layout, clean_layout
+from diffvl.prepare.probe_text import ProbeText, conversations, forward
+
+# Errors of families that pass lie below 1e-5 of the logits' spread, errors of those that fail above 0.5.
+TOLERANCE = 1e-3
+SHORT = ((14, 7),)  # one conversation with two noisy blocks, the second of which is filled up: for models of full size
+
+
+@torch.no_grad()
+def native_logits(trunk: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Runs the stock model by itself, without masks and positions: [B, L, V] in fp32."""
+    return trunk(input_ids=ids, use_cache=False).logits.float()
+
+
+def largest(errors: Iterable[float], default: float = 0.0) -> float:
+    """Gives the largest error, nan where any is nan: Python's own max loses a nan that does not stand first."""
+    errors = list(errors)
+    return next((error for error in errors if math.isnan(error)), max(errors, default=default))
+
+
+def smallest(changes: Iterable[float]) -> float:
+    """Gives the smallest change, nan where any is nan."""
+    return -largest(-change for change in changes)
+
+
+def spread(difference: torch.Tensor, reference: torch.Tensor) -> float:
+    """Measures the largest difference in units of the reference's standard deviation; nan, which passes no `not error <= limit`,
+    where a logit is no finite number."""
+    return float(difference.abs().max() / reference.std().clamp_min(1e-12))
+
+
+# --- what must hold --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def ar_error(trunk: PreTrainedModel, ids: torch.Tensor) -> float:
+    """Compares an explicit causal mask with positions with the stock forward, which makes its own."""
+    layout = clean_layout(torch.zeros_like(ids), torch.ones_like(ids, dtype=torch.bool), "causal")
+    reference = native_logits(trunk, ids)
+    return spread(forward(trunk, ids, layout).logits.float() - reference, reference)
+
+
+@torch.no_grad()
+def clean_error(probe: ProbeText) -> float:
+    """Compares the clean stream that has the noisy one after it with the clean stream alone."""
+    rows = {name: row[:, : probe.clean_length] for name, row in probe.layout.rows.items()}
+    layout = Layout(**rows, context=probe.layout.context)
+    alone = forward(probe.trunk, probe.ids[:, : probe.clean_length], layout).logits.float()
+    valid = rows["valid"]
+    return spread(probe.logits()[:, : probe.clean_length][valid] - alone[valid], alone[valid])
+
+
+def leak(probe: ProbeText) -> float:
+    """Measures how far the noisy logits of a block move when its own clean tokens and all later ones change; the largest."""
+    before, clean, worst = probe.logits(), probe.is_clean(), 0.0
+    first, count = probe.tokens.start, len(probe.tokens)
+    for block in probe.noisy_blocks():
+        later = clean & (probe.layout.block >= block)
+        moved = probe.logits(torch.where(later, (probe.ids + 1 - first) % count + first, probe.ids)) - before
+        own = (probe.layout.block == block) & probe.layout.noisy.bool() & probe.layout.valid
+        worst = largest([worst, spread(moved[own], before)])
+    return worst
+
+
+def both_ways(probe: ProbeText) -> float:
+    """Measures how far the first token of a noisy block moves with the last one; the largest of the blocks."""
+    before, moves, first = probe.logits(), [], probe.tokens.start
+    for block in probe.noisy_blocks():
+        own = (probe.layout.block[0] == block) & probe.layout.noisy[0].bool() & probe.layout.valid[0]
+        places = own.nonzero()[:, 0]
+        other = probe.ids.clone()
+        other[0, places[-1]] = first + (other[0, places[-1]] == first)
+        if len(places) > 1:
+            moves.append(spread((probe.logits(other) - before)[0, places[0]], before))
+    return largest(moves)
+
+
+def check_block_attention(trunk: PreTrainedModel, vocabulary: int, mask_token_id: int) -> float:
+    """Compares what the trunk does with clean tokens and noisy blocks with what block diffusion demands.
+
+    Args:
+        vocabulary: tokens that may stand in a text.
+    Returns:
+        the largest error, in standard deviations of the logits.
+    Raises:
+        UnsupportedModelError: if the clean stream differs from the AR model, a noisy block sees its clean copy or later
+            tokens, its tokens do not see each other, or any logit is no finite number.
+    """
+    kind, tokens = trunk.config.model_type, range(vocabulary)
+    probe = ProbeText.make(trunk, "causal", tokens, mask_token_id, SHORT)
+    clean = largest([ar_error(trunk, conversations(tokens, SHORT)[0]), clean_error(probe)])
+    if not clean <= TOLERANCE:
+        raise UnsupportedModelError(f"{kind}: with explicit masks the logits differ from its own by {clean:.2g} std")
+    leaked = leak(probe)
+    if not leaked <= TOLERANCE:
+        raise UnsupportedModelError(f"{kind}: a noisy block sees its own clean copy (its logits move by {leaked:.2g} std)")
+    if not both_ways(probe) >= TOLERANCE:
+        raise UnsupportedModelError(f"{kind}: tokens of a noisy block do not see each other: the model ignores the mask")
+    return largest([clean, leaked])
