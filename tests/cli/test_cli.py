@@ -1,6 +1,7 @@
 """The command line: which flags there are, what is imported for help, what reaches the package, and how it ends."""
 
 import dataclasses
+import inspect
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any, get_args
 import pytest
 import typer.main
 
+from diffvl.cli import decode as cli_decode
 from diffvl.cli import main as cli
 from diffvl.config import recipe as config
 from diffvl.decode.flags import SETTINGS, flag
@@ -120,21 +122,21 @@ def test_no_flag_appears_or_disappears_unnoticed():
 
 
 def test_the_flags_of_decoding_are_its_settings():
-    """Their defaults, choices and bounds too. Without flags: what a command gives `generate` by itself."""
-    root: Any = typer.main.get_command(cli.app)
+    """With their defaults, choices and bounds. Settings without a flag are those that a command gives `generate` by itself."""
     fields = {field.name: field for field in dataclasses.fields(DecodeSettings)}
     without = {"do_sample", "cache_implementation", "compile_config", "disable_compile"}
     without |= {"eos_token_id", "pad_token_id", "tokenizer", "return_dict_in_generate"}
     assert set(SETTINGS) == set(fields) - without
-    for verb in ("generate", "chat"):
-        found = {parameter.name: parameter for parameter in root.commands[verb].params}
+    for verb in (cli_decode.generate, cli_decode.chat):
+        found = inspect.signature(verb).parameters
         for name in SETTINGS:
-            parameter, about = found[name], fields[name].metadata
-            assert parameter.opts == [flag(name)] and parameter.help.startswith(about["about"])
-            assert parameter.default == (None if fields[name].default == () else fields[name].default)
-            assert tuple(getattr(parameter.type, "choices", ())) == tuple(about["choices"])
-            if about["least"]:
-                assert (parameter.type.min, parameter.type.max) == (about["least"], about["most"])
+            about, default = fields[name].metadata, fields[name].default
+            kind, option = get_args(found[name].annotation)
+            assert found[name].default == (None if default == () else default) and option.help == about["about"]
+            assert option.default == flag(name) and flag(name) in DECODING
+            assert not about["choices"] or get_args(kind) == about["choices"]
+            assert option.max == about["most"] or name == "seed"
+            assert option.min == about["least"] or name in ("denoising_steps", "temperature", "top_k", "seed")
     assert get_args(config.StageName) == config.STAGES
 
 
