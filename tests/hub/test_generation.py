@@ -407,7 +407,7 @@ def test_settings_are_told_in_the_words_of_whoever_asks():
         ),
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
-            DecodeSettings(**settings).check(given, spell)
+            DecodeSettings(**settings).check(given, spell)  # type: ignore[arg-type]
     DecodeSettings(seed=3).check()
 
 

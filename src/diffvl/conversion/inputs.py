@@ -44,7 +44,7 @@ def open_inputs(plan: Plan, accept_changed_data: bool, console: Console) -> Inpu
     parts = None
     if plan.source is not None and not is_finished(plan.start):
         parts = read_parts(plan.source, plan.recipe, plan.source_config)
-    to_come = [name for name in plan.stages if not is_finished(plan.root / name)]
+    to_come: list[StageName] = [name for name in plan.stages if not is_finished(plan.root / name)]
     if not to_come:
         return Inputs(parts, {})
     if parts is not None:
@@ -53,7 +53,9 @@ def open_inputs(plan: Plan, accept_changed_data: bool, console: Console) -> Inpu
         config, processor = checkpoint.load_description(_start_of(plan, to_come[0]))
         trunk = config.text_config
     tables = RecordTables(console, look=process_state().is_local_main_process)
-    data = {name: _open_stage(plan, name, trunk, processor, tables, accept_changed_data, console) for name in to_come}
+    data: dict[StageName, StageData] = {
+        name: _open_stage(plan, name, trunk, processor, tables, accept_changed_data, console) for name in to_come
+    }
     return Inputs(parts, data)
 
 
