@@ -140,7 +140,7 @@ def convert_command(folder: Path, file: Path, settings: list[str]) -> list[str]:
     ]
     for setting in (f"prepare.vision_tower={models / 'tower-siglip'}", *settings):
         words += ["--set", setting]
-    return [sys.executable, "-m", "diffvl.cli.main", *words]
+    return [sys.executable, "-m", "diffvl.cli", *words]
 
 
 def main() -> None:
