@@ -132,7 +132,7 @@ class Chat:
         self.history += [message, {"role": "assistant", "content": text}]
         self.images = []
 
-    def _way_out(self) -> str:
+    def _advice(self) -> str:
         return "; /reset forgets the conversation so far" if self.history else ""
 
     # --- commands ------------------------------------------------------------------------------------------------------------
