@@ -379,9 +379,9 @@ def test_what_a_checkpoint_fills_in():
     def filled(**settings: Any) -> DecodeSettings:
         return DecodeSettings(**settings).for_checkpoint(config)
 
-    greedy = {"do_sample": False, "eos_token_id": frozenset({STOP}), "pad_token_id": STOP}
+    greedy: dict[str, Any] = {"do_sample": False, "eos_token_id": frozenset({STOP}), "pad_token_id": STOP}
     assert filled() == DecodeSettings(denoising_steps=8, **greedy)
-    dynamic = {"denoising_steps": 2, "remasking": "low_confidence_dynamic"}
+    dynamic: dict[str, Any] = {"denoising_steps": 2, "remasking": "low_confidence_dynamic"}
     assert filled(**dynamic) == DecodeSettings(**dynamic, threshold=0.9, **greedy)
     assert filled(remasking="low_confidence_dynamic", threshold=0.0).threshold == 0.0
     assert filled(remasking="entropy").entropy_budget == 0.35
@@ -395,7 +395,7 @@ def test_settings_are_told_in_the_words_of_whoever_asks():
     def spell(name: str, value: Any = None) -> str:
         return f"<{name}>" if value is None else f"<{name} {value}>"
 
-    for settings, given, words in (
+    cases: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
         ({"threshold": 0.5}, (), "<threshold 0.5> has no effect with <remasking low_confidence_static>: add <remasking low_conf"),
         ({"max_new_tokens": 0}, (), "<max_new_tokens> is 0, expected 1 or more"),
         ({"mode": "ar"}, ("remasking",), "<remasking> has no effect with <mode ar>"),
@@ -405,7 +405,8 @@ def test_settings_are_told_in_the_words_of_whoever_asks():
             (),
             "<cache_implementation static> has no effect with <mode sp",
         ),
-    ):
+    ]
+    for settings, given, words in cases:
         with pytest.raises(ValueError, match=re.escape(words)):
             DecodeSettings(**settings).check(given, spell)  # type: ignore[arg-type]
     DecodeSettings(seed=3).check()
