@@ -173,7 +173,7 @@ def test_a_path_that_is_not_there_is_told_without_its_quotes(decoder: Decoder, t
     for typed in (f"'{tmp_path}/no ne.png'", f'"{tmp_path}/no ne.png"', f"{tmp_path}/no\\ ne.png", f"  {tmp_path}/no ne.png "):
         listener.take(f"/image {typed}")
         if "ne.png" in listener.complaints[-1] and "\\" not in typed:
-            assert listener.complaints[-1] == f"/image: picture {tmp_path}/no ne.png does not exist"
+            assert listener.complaints[-1] == f"/image: image {tmp_path}/no ne.png does not exist"
     for typed in ("''", '""', "~nobody-here/x.png", "x" * 5000 + ".png"):
         listener.take(f"/image {typed}")
     assert len(listener.complaints) == 8 and listener.chat.images == []

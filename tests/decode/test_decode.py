@@ -278,7 +278,7 @@ def test_several_bad_lines_are_told_at_once(checkpoint: Path, tmp_path: Path):
 
 @pytest.mark.parametrize(("words", "says"), [
     (("--steps", 5), "--steps is 5, expected 1 to the block size, 4: a block has no more tokens"),
-    (("--image", "none.png"), "--image: picture none.png does not exist"),
+    (("--image", "none.png"), "--image: image none.png does not exist"),
     (("--max-new-tokens", 510), "and 510 new ones do not fit the context of 512: shorten the prompt or lower --max-new-tokens"),
     (("--image", "seen.png", "--prompt", "<image><image>"), "the prompt has 2 <image> markers, 1 images were given"),
     (("--temperature", "inf"), "temperature is inf, expected 0 (the likeliest token) or 0.0001 to 10000"),

@@ -109,10 +109,10 @@ def test_chat_without_a_stdin_ends(checkpoint: Path):
 def test_messages_name_the_picture(checkpoint: Path, tmp_path: Path):
     image = tmp_path / "it's [x]\x1b.png"
     code, out, err = ended("utf-8", False, "", "generate", checkpoint, "--prompt", "x", "--image", image)
-    assert (code, out, err) == (2, "", f"error: --image: picture {visible(str(image))} does not exist\n")
+    assert (code, out, err) == (2, "", f"error: --image: image {visible(str(image))} does not exist\n")
     image.write_text("no picture", encoding="utf-8")
     code, _, err = ended("ascii", False, "", "generate", checkpoint, "--prompt", "x", "--image", image)
-    assert code == 2 and err.startswith(f"error: --image: picture {tmp_path}/it's [x]") and "cannot be read" in err
+    assert code == 2 and err.startswith(f"error: --image: image {tmp_path}/it's [x]") and "cannot be read" in err
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])

@@ -178,7 +178,7 @@ def test_numbers_that_are_no_brightness_are_refused(mode: str, values: tuple[flo
     with pytest.raises(ValueError, match="do not say what is black and what is white: save it with 8 or 16 bits"):
         as_seen(deep(mode, *values))
     deep(mode, *values).save(tmp_path / "a.tiff")
-    with pytest.raises(DataError, match=r"x\.json:3: picture .*a\.tiff cannot be read \(values from "):
+    with pytest.raises(DataError, match=r"x\.json:3: image .*a\.tiff cannot be read \(values from "):
         open_image(str(tmp_path / "a.tiff"), "x.json:3")
 
 
@@ -235,11 +235,9 @@ def test_files_cut_short(form: str, tmp_path: Path) -> None:
     whole = (tmp_path / "a").read_bytes()
     for share in (0.0, 0.1, 0.5):
         (tmp_path / "a").write_bytes(whole[: int(len(whole) * share)])
-        with pytest.raises(
-            DataError, match=r"x\.json:3: picture .*/a cannot be read \(.*\); replace it or leave it out"
-        ) as caught:
+        with pytest.raises(DataError, match=r"x\.json:3: image .*/a cannot be read \(.*\); replace it or leave it out") as caught:
             open_image(str(tmp_path / "a"), "x.json:3")
-        assert caught.value.kind == "picture cannot be read"
+        assert caught.value.kind == "image cannot be read"
 
 
 def test_pictures_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +251,7 @@ def test_pictures_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("name", ["https://example.org/a.png", "data:image/png;base64,iVBOR"])
 def test_pictures_are_not_fetched(name: str) -> None:
-    with pytest.raises(DataError, match="is no file: pictures are not fetched, give the path of a file"):
+    with pytest.raises(DataError, match="is no file: images are not fetched, give the path of a file"):
         open_image(name, "--image")
     with pytest.raises(ValueError, match="is no file: images are not fetched"):
         images_as_seen([name])

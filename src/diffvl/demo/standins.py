@@ -153,7 +153,9 @@ def make_tokenizer(model_type: str = "llama") -> PreTrainedTokenizerFast:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs `python -m diffvl.demo.standins OUT`: writes OUT/trunk-TYPE and OUT/tower-KIND and prints the two paths."""
-    parser = argparse.ArgumentParser(prog="python -m diffvl.demo.standins", description="Write a tiny random trunk and tower.")
+    parser = argparse.ArgumentParser(
+        prog="python -m diffvl.demo.standins", description="Write a tiny random trunk and vision tower."
+    )
     parser.add_argument("out", type=Path, help="directory to write into")
     parser.add_argument("--trunk", choices=TRUNKS, default="qwen2")
     parser.add_argument("--tower", choices=(*TOWERS, FULL_CLIP), default="siglip")
