@@ -36,7 +36,7 @@ _CHUNK = 1 << 20  # bytes
 _QUIET = terminal.console(quiet=True)
 
 _READING = ("image_folder", "unpaired_turns")  # settings of `Data` by which a file is parsed: arguments of parse_file
-_FORMAT = 3  # of the Arrow cache: raise it when what is read out of a file changes
+_FORMAT = 4  # of the Arrow cache: raise it when what is read out of a file changes
 _SCHEMA = pa.schema(
     [
         ("record", pa.string()),  # JSON of the fields of Record but for images; null for a problem
