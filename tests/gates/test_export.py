@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import trunks
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -59,7 +60,7 @@ def visited(
     return dict(zip(exported, zip(facts, logits, strict=True), strict=True))
 
 
-@pytest.mark.parametrize("model_type", TRUNKS)
+@pytest.mark.parametrize("model_type", trunks())
 def test_loads_and_answers_without_diffvl(
     model_type: str, visited: dict[str, tuple[dict[str, Any], torch.Tensor]], exported: dict[str, Path]
 ):
@@ -74,7 +75,7 @@ def test_loads_and_answers_without_diffvl(
     assert facts["text"] and facts["mask_token"] and facts["mask_token"] not in facts["text"]
 
 
-@pytest.mark.parametrize("model_type", TRUNKS)
+@pytest.mark.parametrize("model_type", trunks())
 def test_the_calling_sequence_answers_as_generate_does(model_type: str, visited: dict[str, tuple[dict[str, Any], torch.Tensor]]):
     """SDAR-VL's three strategies with a picture and without, at the ends of prompts and blocks, token for token."""
     facts, _ = visited[model_type]
@@ -85,7 +86,7 @@ def test_the_calling_sequence_answers_as_generate_does(model_type: str, visited:
     assert len({tuple(found["ours"]) for found in facts["answers"]}) > 4, "answers that do not differ prove little"
 
 
-@pytest.mark.parametrize("model_type", TRUNKS)
+@pytest.mark.parametrize("model_type", trunks())
 def test_what_that_caller_may_leave_out_and_load(model_type: str, visited: dict[str, tuple[dict[str, Any], torch.Tensor]]):
     facts, _ = visited[model_type]
     assert facts["refusals"] == [
@@ -100,7 +101,7 @@ def test_what_that_caller_may_leave_out_and_load(model_type: str, visited: dict[
         assert dtype == f"torch.{name}" and distance <= most and len(tokens) % BLOCK == 0, (name, facts["half"][name])
 
 
-@pytest.mark.parametrize("model_type", TRUNKS)
+@pytest.mark.parametrize("model_type", trunks())
 @torch.no_grad()
 def test_the_calling_sequence_gives_our_decoders_logits(
     model_type: str, visited: dict[str, tuple[dict[str, Any], torch.Tensor]], exported: dict[str, Path]

@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import Loaded
-from helpers import CONTEXTS, GRIDS, TARGETS, batch, objective, picture
+from helpers import CONTEXTS, GRIDS, TARGETS, batch, objective, picture, trunks
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from diffvl.data.chat import Sample
-from diffvl.demo.standins import TRUNKS
 from diffvl.hub.decoder_diffvl import BlockDecoder
 from diffvl.hub.layout_diffvl import block_index, noisy_stream
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
@@ -116,7 +115,7 @@ def compare(
 
 
 @pytest.mark.parametrize(("context", "grid", "target"), SETTINGS)
-@pytest.mark.parametrize("model_type", TRUNKS)
+@pytest.mark.parametrize("model_type", trunks())
 def test_training_logits_are_decoding_logits(
     model_type: str, context: str, grid: str, target: str, loaded: Callable[[str], Loaded]
 ):
@@ -135,7 +134,7 @@ def test_and_where_one_answer_is_not_trained_on(
 @pytest.mark.parametrize("block_size", [24, 48])
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize("model_type", TRUNKS)
+@pytest.mark.parametrize("model_type", trunks())
 def test_and_with_a_picture_inside_the_first_block(
     model_type: str, context: str, target: str, block_size: int, loaded: Callable[[str], Loaded]
 ):
@@ -172,7 +171,7 @@ def run_blocks(loaded: Loaded, prompts: list[list[dict[str, Any]]], fill: torch.
 
 
 @pytest.mark.parametrize(("context", "grid", "target"), [SETTINGS[0], SETTINGS[3], SETTINGS[5], SETTINGS[6]])
-@pytest.mark.parametrize("model_type", TRUNKS)
+@pytest.mark.parametrize("model_type", trunks())
 @torch.no_grad()
 def test_a_batch_is_each_prompt_alone(model_type: str, context: str, grid: str, target: str, loaded: Callable[[str], Loaded]):
     model, processor = loaded(model_type)
@@ -185,7 +184,7 @@ def test_a_batch_is_each_prompt_alone(model_type: str, context: str, grid: str, 
             torch.testing.assert_close(several[row], one[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("model_type", TRUNKS)
+@pytest.mark.parametrize("model_type", trunks())
 def test_generated_tokens_do_not_depend_on_the_batch(model_type: str, loaded: Callable[[str], Loaded]):
     """Padded left or right, in a batch or alone, with and without stops inside: the same answers."""
     model, processor = loaded(model_type)

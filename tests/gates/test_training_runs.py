@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import metrics, stage_recipe, text_only, weights_of
+from helpers import metrics, stage_recipe, text_only, trunks, weights_of
 from training_runs import BETA, crash, require_same_steps, run, run_two
 
 from diffvl.config.recipe import Recipe
-from diffvl.demo.standins import TRUNKS
 from diffvl.store.checkpoint import partial
 from diffvl.train import loop
 from diffvl.train import stage as training
@@ -61,7 +60,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert any(not torch.equal(value, weights_of(start)[key]) for key, value in ours.items())
 
 
-@pytest.mark.parametrize("model_type", [model_type for model_type in TRUNKS if model_type != "llama"])
+@pytest.mark.parametrize("model_type", trunks("llama"))
 def test_a_resumed_run_is_the_uninterrupted_one_in_every_family(
     model_type: str, prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -95,7 +94,7 @@ def whole_steps(
     return metrics(run(prepared("llama"), step_recipe(shapes, 8, 1), tmp_path_factory.mktemp("eight") / "run"))
 
 
-@pytest.mark.parametrize("model_type", [model_type for model_type in TRUNKS if model_type != "llama"])
+@pytest.mark.parametrize("model_type", trunks("llama"))
 def test_accumulation_changes_nothing_in_any_family(
     model_type: str, prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path: Path
 ):
@@ -217,7 +216,7 @@ def test_align_moves_the_connector_alone(
     assert trained.changed == trained.moved == trained.trainable == names_of(trained.read, "connector.")
 
 
-@pytest.mark.parametrize("model_type", TRUNKS)
+@pytest.mark.parametrize("model_type", trunks())
 def test_diffuse_moves_all_but_the_tower(
     model_type: str, prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -252,7 +251,7 @@ def test_the_mask_row_moves_alone(
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # peft on gpt2's Conv1D: it sets it right
-@pytest.mark.parametrize("model_type", TRUNKS)
+@pytest.mark.parametrize("model_type", trunks())
 def test_lora_moves_adapters_connector_and_mask_row(
     model_type: str, prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

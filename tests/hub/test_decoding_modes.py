@@ -8,10 +8,9 @@ import pytest
 import torch
 from conftest import Loaded
 from decode_chats import CHATS, answers, generated
-from helpers import CONTEXTS, GRIDS, TARGETS, picture
+from helpers import CONTEXTS, GRIDS, TARGETS, picture, trunks
 from transformers import TextIteratorStreamer
 
-from diffvl.demo.standins import TRUNKS
 from diffvl.hub import autoregressive_diffvl
 from diffvl.hub.answers_diffvl import DenoisingStep, certain, cut
 from diffvl.hub.blocks_diffvl import Places
@@ -29,7 +28,7 @@ REMASKING: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("rule", REMASKING, ids=lambda rule: rule.get("remasking", "static"))
-@pytest.mark.parametrize("model_type", TRUNKS)
+@pytest.mark.parametrize("model_type", trunks())
 def test_neighbours_change_nothing(model_type: str, rule: dict[str, Any], loaded: Callable[[str], Loaded]):
     """Every prompt alone and in a batch with pictures and earlier turns, ended by stops at different times."""
     model, _ = loaded(model_type)
@@ -106,7 +105,7 @@ def test_finished_samples_leave_the_batch(loaded: Callable[[str], Loaded]):
 
 
 @pytest.mark.parametrize(("context", "grid", "target"), list(itertools.product(CONTEXTS, GRIDS, TARGETS)))
-@pytest.mark.parametrize("model_type", TRUNKS)
+@pytest.mark.parametrize("model_type", trunks())
 def test_a_fused_commit_decodes_what_a_commit_of_its_own_does(
     model_type: str, context: str, grid: str, target: str, loaded: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch
 ):
@@ -193,7 +192,7 @@ def test_a_prefix_is_used_once(loaded: Callable[[str], Loaded]):
 @pytest.mark.parametrize("steps", [None, 2])
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("model_type", TRUNKS)
+@pytest.mark.parametrize("model_type", trunks())
 def test_speculation_gives_the_ar_answer(
     model_type: str, grid: str, target: str, steps: int | None, loaded: Callable[[str], Loaded]
 ):

@@ -6,10 +6,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import Loaded
-from helpers import ORDINARY
+from helpers import ORDINARY, trunks
 
 from diffvl.config.recipe import Lora
-from diffvl.demo.standins import TRUNKS
 from diffvl.hub import modeling_diffvl
 from diffvl.store.checkpoint import load_checkpoint
 from diffvl.train.lora import add_adapters
@@ -35,7 +34,7 @@ def asked(loaded: Loaded, **how: Any) -> tuple[torch.Tensor, list[torch.Tensor]]
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 3, 100])
-@pytest.mark.parametrize("model_type", TRUNKS)
+@pytest.mark.parametrize("model_type", trunks())
 def test_chunks_are_the_whole(
     model_type: str, rows_at_once: int, loaded: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch
 ):

@@ -14,11 +14,10 @@ import pytest
 import torch
 from conftest import Loaded
 from decode_chats import CHATS, generated
-from helpers import CONTEXTS, GRIDS, TARGETS
+from helpers import CONTEXTS, GRIDS, TARGETS, trunks
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig
 
-from diffvl.demo.standins import TRUNKS
 from diffvl.hub import cache_diffvl, generation_diffvl, layout_diffvl
 from diffvl.hub.answers_diffvl import BlockGenerationOutput
 from diffvl.hub.decoder_diffvl import BlockDecoder
@@ -37,7 +36,7 @@ def same(found: BlockGenerationOutput, expected: BlockGenerationOutput) -> bool:
 
 
 @pytest.mark.parametrize(("context", "grid", "target"), list(itertools.product(CONTEXTS, GRIDS, TARGETS)))
-@pytest.mark.parametrize("model_type", TRUNKS)
+@pytest.mark.parametrize("model_type", trunks())
 def test_a_static_cache_gives_the_same_answers(
     model_type: str, context: str, grid: str, target: str, loaded: Callable[[str], Loaded]
 ):

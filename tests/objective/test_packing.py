@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import Loaded
-from helpers import CONTEXTS, GRIDS, TARGETS, metrics, objective, sample, stage_recipe
+from helpers import CONTEXTS, GRIDS, TARGETS, metrics, objective, sample, stage_recipe, trunks
 from training_runs import run
 
 from diffvl.config.recipe import ArObjective
 from diffvl.data.collate import collate
 from diffvl.data.loader import load_data
-from diffvl.demo.standins import TRUNKS
 from diffvl.hub.layout_diffvl import Layout
 from diffvl.objective.losses import Draw, LossOutput, loss_of
 from diffvl.objective.packing import pack
@@ -47,7 +46,7 @@ def require_same(ours: tuple[LossOutput, list[Any]], theirs: tuple[LossOutput, l
 ALONE, TOGETHER = [[0], [1], [2], [3], [4]], [[0, 1, 2], [3, 4]]
 
 
-@pytest.mark.parametrize("model_type", TRUNKS)
+@pytest.mark.parametrize("model_type", trunks())
 def test_packing_changes_nothing_in_any_family(model_type: str, loaded: Callable[[str], Loaded]):
     settings = objective(complementary=True, weight="effective")
     require_same(*(loss_in_rows(loaded(model_type), rows, settings) for rows in (TOGETHER, ALONE)))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 from rich.console import Console
@@ -92,3 +93,17 @@ def metrics(directory: Path) -> list[dict[str, Any]]:
 
 def weights_of(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "model.safetensors")
+
+
+# A plain trunk and those that differ where it matters here: windows and soft caps (gemma2), experts (qwen3_moe), learnt positions
+# and dropout (gpt2). The others repeat these; their turn is `make test-slow`.
+_DIFFERENT = ("llama", "gemma2", "qwen3_moe", "gpt2")
+
+
+def trunks(*left_out: str) -> list[Any]:
+    """Trunk types as parameters of a test; those that differ from each other by default, all of them among the slow tests."""
+    return [
+        pytest.param(model_type, marks=() if model_type in _DIFFERENT else pytest.mark.slow)
+        for model_type in standins.TRUNKS
+        if model_type not in left_out
+    ]
