@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, LoggerType, ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, LoggerType, ProjectConfiguration
 
 from diffvl.config.recipe import Stage
 from diffvl.errors import ConfigError, UsageError
@@ -35,6 +35,9 @@ def make_accelerator(stage: Stage, trackers: Sequence[str] | None, work: Path) -
         UsageError: on a sharded launch.
         ConfigError: a tracker is not installed.
     """
+    if any(os.environ.get(name, "false").lower() in ("1", "true") for name in SHARDED):
+        # Folding the mask row and merging adapters need whole parameters; sharded ones are not gathered yet.
+        raise UsageError("sharded training (FSDP, DeepSpeed) is not supported yet: launch with plain data parallelism")
     # A stage may have another precision than the one before it in this process; which processes there are stays the same.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
@@ -45,10 +48,6 @@ def make_accelerator(stage: Stage, trackers: Sequence[str] | None, work: Path) -
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    if is_sharded or any(os.environ.get(name, "false").lower() in ("1", "true") for name in SHARDED):
-        # Folding the mask row and merging adapters need whole parameters; sharded ones are not gathered yet.
-        raise UsageError("sharded training (FSDP, DeepSpeed) is not supported yet: launch with plain data parallelism")
     accelerator.init_trackers(PROJECT)
     return accelerator
 
