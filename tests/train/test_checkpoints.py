@@ -14,6 +14,10 @@ from diffvl.train import checkpoints
 class Model(nn.Module):
     """`late` has a gradient from the second step on; `frozen` never."""
 
+    early: nn.Parameter
+    late: nn.Parameter
+    frozen: nn.Parameter
+
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
