@@ -4,9 +4,11 @@ An error that one process raises alone leaves the others waiting in a collective
 runs under `agreed`, which raises it in all.
 """
 
+import atexit
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -29,12 +31,21 @@ def process_state() -> PartialState:
         UsageError: if one process has several GPUs, which transformers would drive by replicas that know nothing of our batches.
     """
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    if state.num_processes > 1:
+        _leave_in_order()
     if state.num_processes == 1 and torch.cuda.device_count() > 1:
         raise UsageError(
             f"{torch.cuda.device_count()} GPUs, one process: start with `accelerate launch -m diffvl.cli ...`, one for each GPU, "
             "or choose one GPU with CUDA_VISIBLE_DEVICES=0"
         )
     return state
+
+
+@cache
+def _leave_in_order() -> None:
+    """Ends the process group before the interpreter ends: a process whose peer is gone first may be aborted on its way out, and
+    its exit code is lost."""
+    atexit.register(lambda: PartialState().destroy_process_group())
 
 
 def local_processes() -> int:
