@@ -144,7 +144,8 @@ def require_whole(folder: Path) -> None:
 
 def drop(directory: Path) -> None:
     """Removes a stage's checkpoints, which only a resume needs: the optimiser's state is larger than the model."""
-    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+    if (directory / CHECKPOINTS).exists():
+        shutil.rmtree(directory / CHECKPOINTS)
 
 
 @contextmanager

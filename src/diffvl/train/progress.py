@@ -1,6 +1,6 @@
 """What a run shows while it lasts, and the measurements it leaves behind: progress bar, plain lines, `metrics.jsonl`.
 
-Everything here only watches: no callback touches the training state, so a run with them and one without are bit-identical.
+Everything here only watches: nothing touches the training state, so a run that is watched and one that is not are bit-identical.
 A terminal gets one live bar; anything else (a file, a CI log) gets a plain line now and then, never control codes.
 """
 
