@@ -192,7 +192,7 @@ class Operations:
         state_dict_saver.save = self._writing_tensors(state_dict_saver.save, lambda _: self._tensors_of_a_checkpoint())
 
     def _tensors_of_a_checkpoint(self) -> Path:
-        (file,) = Path(self._folder).glob(f"*/checkpoints/{checkpoints.STAGING}/{checkpoints.TENSORS}")
+        (file,) = Path(self._folder).glob(f"*/checkpoints/{checkpoints.STAGING}/*.distcp")
         return file
 
     def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:

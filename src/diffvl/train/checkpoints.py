@@ -28,8 +28,7 @@ from diffvl.train.launch import main_only
 CHECKPOINTS = "checkpoints"
 STAGING = "saving"  # under CHECKPOINTS: a checkpoint that has no name yet
 STATE_FILE = "state.json"
-TENSORS = "*.distcp"
-INDEX = ".metadata"  # which tensor stands where in these files
+INDEX = ".metadata"  # which tensor stands where in the files beside it
 
 _TRAINED = StateDictOptions(ignore_frozen_params=True)
 

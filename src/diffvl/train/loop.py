@@ -169,12 +169,9 @@ class Loop:
         used = sum(not is_filler(batch) for batch in batches)
         tokens = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
         all_tokens, all_problems, all_used = self._summed([tokens, len(problems), used])
-        self._leave_out(problems, bool(all_problems), int(all_used), self.step + 1)
+        if all_problems:
+            self.left_out.add(gathered(problems), int(all_used), self.step + 1)
         return torch.tensor(all_tokens, dtype=torch.float32, device=self.accelerator.device)
-
-    def _leave_out(self, problems: list[Problem], any_: bool, used: int, step: int) -> None:
-        if any_:
-            self.left_out.add(gathered(problems), used, step)
 
     def _on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
@@ -249,7 +246,8 @@ class Loop:
         self.model.eval()
         with self.accelerator.autocast():
             sums = measure(self.model, self.config, map(self._on_device, batches), self.stage.objective)
-        self._leave_out(problems, bool(self._summed([len(problems)])[0]), 0, self.step)
+        if self._summed([len(problems)])[0]:
+            self.left_out.add(gathered(problems), 0, self.step)
         # A process without a share of the records adds zeros: all of them must join in the sum.
         names = measured_sums(self.stage.objective)
         totals = self._summed([float(sums.get(name, 0.0)) for name in names])

@@ -1,7 +1,7 @@
 """One stage: a DiffVL directory in, a trained DiffVL directory out.
 
 A model is fitted to its stage (objective recorded, attention chosen, adapters and mask row attached, the rest frozen), trained by
-`trainer.StageTrainer`, and unfitted for saving. No code here asks which stage it is in.
+`loop.Loop`, and unfitted for saving. No code here asks which stage it is in.
 """
 
 import gc
