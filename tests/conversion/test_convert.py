@@ -16,9 +16,8 @@ from helpers import QUIET, metrics, weights_of
 from tiny_runs import record, stage, succeed, tree, write_data, write_gguf, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from diffvl.config.presets import find_recipe, recipe_names
 from diffvl.config.recipe import Recipe
-from diffvl.config.resolve import dump, read_yaml, resolve
+from diffvl.config.resolve import dump, find_recipe, read_yaml, recipe_names, resolve
 from diffvl.decode.answer import answer, load_for_decoding
 from diffvl.demo import standins
 from diffvl.hub.settings_diffvl import DecodeSettings

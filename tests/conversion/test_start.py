@@ -17,8 +17,8 @@ from transformers import AutoImageProcessor, AutoTokenizer
 from two_processes import on_two_processes
 
 from diffvl.config.recipe import Data
-from diffvl.conversion.samples import SAMPLE_SETTINGS
-from diffvl.data import lengths, table
+from diffvl.conversion.run import SAMPLE_SETTINGS
+from diffvl.data import packing, table
 from diffvl.data.loader import load_data
 from diffvl.decode import answer as decode
 from diffvl.evaluation.evaluate import held_out_answers
@@ -34,10 +34,10 @@ def test_a_stage_loads_its_model_and_measures_its_data_once(
 ):
     loaded: list[str] = []
     measured: list[int] = []
-    load, measure = checkpoint.load_model, lengths._measure
+    load, measure = checkpoint.load_model, packing._measure
     monkeypatch.setattr(checkpoint, "load_model", lambda path, *dtype: (loaded.append(path.name), load(path, *dtype))[1])
     monkeypatch.setattr(decode, "load_checkpoint", lambda path: pytest.fail(f"{path} loaded to answer"))
-    monkeypatch.setattr(lengths, "_measure", lambda *arguments: (measured.append(arguments[-1]), measure(*arguments))[1])
+    monkeypatch.setattr(packing, "_measure", lambda *arguments: (measured.append(arguments[-1]), measure(*arguments))[1])
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     packed = {"data": {"holdout": holdout, "row_length": 400}, "batch_size": 1}
     files = [write_data(tmp_path, *[record(answer=answer)] * 5, name=f"{answer}.json") for answer in ("Red.", "Blue.")]

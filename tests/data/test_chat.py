@@ -11,12 +11,12 @@ from conftest import Loaded
 from helpers import picture
 
 from diffvl.config.recipe import Data
-from diffvl.data.chat import encode_record, messages_of, sample_of
 from diffvl.data.records import Record, Turn
+from diffvl.data.samples import encode_record, messages_of, sample_of
 from diffvl.data.table import open_records
 from diffvl.decode.answer import user_message
 from diffvl.errors import DataError, UsageError
-from diffvl.evaluation.answer_turns import answer_turns, questions
+from diffvl.evaluation.evaluate import answer_turns, questions
 
 DRAFTED = (
     Turn("user", "What?"),

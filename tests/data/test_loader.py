@@ -15,11 +15,10 @@ from helpers import QUIET
 from tiny_runs import record, write_data
 
 from diffvl.config.recipe import MAX_SKIPPED, Data
-from diffvl.data import lengths, loader, parallel
-from diffvl.data.chat import TOO_LONG, Sample
-from diffvl.data.collate import NO_SAMPLE, PROBLEMS, collate, is_filler
+from diffvl.data import loader, packing
 from diffvl.data.loader import StageData, check_images, load_data, num_workers
 from diffvl.data.problems import Problem
+from diffvl.data.samples import NO_SAMPLE, PROBLEMS, TOO_LONG, Sample, collate, is_filler
 from diffvl.errors import DataError
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 
@@ -40,7 +39,7 @@ def processor(loaded: Callable[[str], Loaded]) -> DiffVLProcessor:
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The places of the records that this process encodes from now on."""
     seen: list[str] = []
-    for module in (lengths, loader.sample_of.__globals__):
+    for module in (packing, loader.sample_of.__globals__):
         names = module if isinstance(module, dict) else vars(module)
         encode = names["encode_record"]
         counted = lambda one, *rest, encode=encode: (seen.append(one.source), encode(one, *rest))[1]  # noqa: E731
@@ -84,9 +83,9 @@ def test_several_processes_measure_the_same(tmp_path: Path, processor: DiffVLPro
     packed = settings(file, row_length=400, too_long="drop")
     alone = load_data(packed, processor, 512).train
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "another")
-    monkeypatch.setattr(lengths, "_PAYS_FROM", 1)
-    monkeypatch.setattr(parallel, "_AT_ONCE", 2)
-    monkeypatch.setattr(parallel, "num_cores", lambda: 2)
+    monkeypatch.setattr(packing, "_PAYS_FROM", 1)
+    monkeypatch.setattr(packing, "_AT_ONCE", 2)
+    monkeypatch.setattr(packing, "num_cores", lambda: 2)
     together = load_data(packed, processor, 512).train
     assert alone.lengths is not None and together.lengths is not None
     assert together.lengths.tolist() == alone.lengths.tolist() and together.indices.tolist() == list(range(9))

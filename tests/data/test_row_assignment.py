@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffvl.data.row_assignment import RowAssignment, first_fit
+from diffvl.data.packing import RowAssignment, first_fit
 
 
 def plain_first_fit(lengths: list[int], order: list[int], row_length: int) -> list[list[int]]:

@@ -12,8 +12,8 @@ import pytest
 from tiny_runs import record, write_data
 
 from diffvl.config.recipe import Data
-from diffvl.data import existing_files, table
-from diffvl.data.existing_files import ExistingFiles
+from diffvl.data import images, table
+from diffvl.data.images import ExistingFiles
 from diffvl.data.records import Record
 from diffvl.data.table import open_records
 from diffvl.errors import DataError
@@ -111,7 +111,7 @@ def test_many_images_of_a_folder_are_looked_for_by_one_listing(tmp_path: Path, m
     (tmp_path / "folder.png").mkdir()
     asked: list[str] = []
     isfile = os.path.isfile
-    monkeypatch.setattr(existing_files.os.path, "isfile", lambda name: (asked.append(name), isfile(name))[1])
+    monkeypatch.setattr(images.os.path, "isfile", lambda name: (asked.append(name), isfile(name))[1])
     there = ExistingFiles()
     assert [name for name in names if name not in there] == names[:1]
     assert len(asked) < 10

@@ -14,7 +14,7 @@ from helpers import CONTEXTS, GRIDS, ORDINARY, TARGETS, batch, objective, sample
 from transformers import AutoModelForCausalLM
 
 from diffvl.config.recipe import BlockDiffusionObjective
-from diffvl.data.chat import Sample
+from diffvl.data.samples import Sample
 from diffvl.demo.standins import TRUNKS, WINDOW
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.layout_diffvl import Layout, NoisyStream, attention_masks, block_index, clean_layout, noisy_layout, noisy_stream

@@ -15,7 +15,7 @@ from conftest import Loaded
 from helpers import CONTEXTS, GRIDS, TARGETS, batch, objective, picture, trunks
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from diffvl.data.chat import Sample
+from diffvl.data.samples import Sample
 from diffvl.hub.decoder_diffvl import BlockDecoder
 from diffvl.hub.layout_diffvl import block_index, noisy_stream
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration

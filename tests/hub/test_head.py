@@ -11,7 +11,7 @@ from helpers import ORDINARY, trunks
 from diffvl.config.recipe import Lora
 from diffvl.hub import modeling_diffvl
 from diffvl.store.checkpoint import load_checkpoint
-from diffvl.train.lora import add_adapters
+from diffvl.train.parts import add_adapters
 
 ROWS = torch.tensor([3, 17, 17, 40, 25, 0, 59])  # one of them twice, in no order
 

@@ -15,9 +15,9 @@ import torch
 from conftest import Loaded
 from PIL import Image, ImageCms
 
-from diffvl.data.chat import sample_of
 from diffvl.data.images import open_image
 from diffvl.data.records import Record, Turn
+from diffvl.data.samples import sample_of
 from diffvl.decode.answer import ask
 from diffvl.errors import DataError
 from diffvl.hub.processing_diffvl import as_seen, images_as_seen

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from diffvl.config.recipe import BetaNoise, UniformNoise
+from diffvl.objective.losses import block_weights
 from diffvl.objective.noise import mask_probabilities, mask_ratios, masked_tokens
-from diffvl.objective.weights import block_weights
 from diffvl.seeding import sample_generator
 
 N, COMPONENTS = 4, 4

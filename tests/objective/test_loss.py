@@ -6,8 +6,7 @@ import torch
 from helpers import objective
 
 from diffvl.hub.layout_diffvl import block_index, noisy_stream
-from diffvl.objective.losses import Draw, corrupt
-from diffvl.objective.weights import block_weights, token_cross_entropy
+from diffvl.objective.losses import Draw, block_weights, corrupt, token_cross_entropy
 
 # One row of two blocks of four (the first with a prompt token in front), and one row of one block with batch padding.
 BLOCK = torch.tensor([[2, 2, 2, 2, 5, 5, 5, 5], [0, 0, 0, 0, 0, 0, 0, 0]])

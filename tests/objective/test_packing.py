@@ -11,8 +11,8 @@ from helpers import CONTEXTS, GRIDS, TARGETS, metrics, objective, sample, stage_
 from training_runs import run
 
 from diffvl.config.recipe import ArObjective
-from diffvl.data.collate import collate
 from diffvl.data.loader import load_data
+from diffvl.data.samples import collate
 from diffvl.hub.layout_diffvl import Layout
 from diffvl.objective.losses import Draw, LossOutput, loss_of
 from diffvl.objective.packing import pack

@@ -16,7 +16,7 @@ from rich.console import Console
 from diffvl.data.textscore import is_exact
 from diffvl.errors import CheckpointError, ConfigError
 from diffvl.report.page import write_report
-from diffvl.report.summary import print_summary
+from diffvl.report.stage_run import print_summary
 
 VOID = {"meta", "img", "br"}
 

@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 
 from diffvl.config.recipe import BlockDiffusionObjective, Recipe
 from diffvl.config.resolve import resolve
-from diffvl.data.chat import Sample
-from diffvl.data.collate import Batch, collate
+from diffvl.data.samples import Batch, Sample, collate
 from diffvl.demo import standins
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.store.metrics import read_json_lines

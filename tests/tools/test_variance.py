@@ -13,9 +13,8 @@ import torch
 from helpers import QUIET
 
 from diffvl.config.recipe import BlockDiffusionObjective, UniformNoise
-from diffvl.objective.losses import Draw, block_diffusion
+from diffvl.objective.losses import Draw, block_diffusion, block_weights
 from diffvl.objective.noise import mask_ratios, masked_tokens
-from diffvl.objective.weights import block_weights
 from diffvl.seeding import sample_generator
 from tools.variance import __main__ as program
 from tools.variance import exact, sampled, study

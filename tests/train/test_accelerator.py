@@ -6,12 +6,12 @@ import pytest
 from helpers import stage_recipe
 
 from diffvl.errors import ConfigError, UsageError
-from diffvl.train import accelerator
-from diffvl.train.accelerator import make_accelerator, require_trackers
+from diffvl.train import launch
+from diffvl.train.launch import make_accelerator, require_trackers
 
 
 def installed(patch: pytest.MonkeyPatch, *names: str) -> None:
-    patch.setattr(accelerator, "get_available_trackers", lambda: list(names))
+    patch.setattr(launch, "get_available_trackers", lambda: list(names))
 
 
 def test_trackers_are_those_named_or_tensorboard_where_it_is(monkeypatch: pytest.MonkeyPatch):

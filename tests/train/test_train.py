@@ -8,10 +8,9 @@ import pytest
 import torch
 from helpers import QUIET, batch, metrics, objective, sample, stage_recipe, text_only
 
-from diffvl.data.chat import encode_record
-from diffvl.data.collate import IGNORED, collate, is_filler
 from diffvl.data.problems import Problem
 from diffvl.data.records import Record, Turn
+from diffvl.data.samples import IGNORED, collate, encode_record, is_filler
 from diffvl.demo.standins import make_tokenizer
 from diffvl.errors import DataError
 from diffvl.hub.processing_diffvl import DiffVLProcessor

@@ -18,8 +18,7 @@ from torch import nn
 
 from diffvl.bench.random_model import NUM_SPECIAL, TrunkSize, build_model
 from diffvl.config.recipe import BlockDiffusionObjective
-from diffvl.data.chat import Sample
-from diffvl.data.collate import Batch, collate
+from diffvl.data.samples import Batch, Sample, collate
 from diffvl.objective.losses import Draw, block_diffusion
 
 BATCH = 64  # samples of a batch, a multiple of the answers

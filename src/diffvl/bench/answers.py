@@ -29,8 +29,7 @@ from diffvl.data.records import Record, iterate_records
 from diffvl.data.textscore import edit_similarity, is_exact
 from diffvl.decode.answer import Answer, Decoder, answer_chats
 from diffvl.errors import UsageError
-from diffvl.evaluation.answer_turns import chat_before, questions
-from diffvl.evaluation.reading import reading_of
+from diffvl.evaluation.evaluate import chat_before, questions, reading_of
 from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.terminal.bars import track
 

@@ -22,8 +22,7 @@ from torch.nn import functional
 from diffvl.attention.choose import choose
 from diffvl.bench.random_model import NUM_SPECIAL, STOP_TOKEN, TrunkSize
 from diffvl.config.recipe import BlockDiffusionObjective
-from diffvl.data.chat import Sample
-from diffvl.data.collate import IGNORED, Batch, collate
+from diffvl.data.samples import IGNORED, Batch, Sample, collate
 from diffvl.errors import UsageError
 from diffvl.hub.layout_diffvl import block_index, noisy_stream
 from diffvl.objective.losses import Draw, corrupt, loss_of

@@ -18,8 +18,7 @@ from diffvl.config.recipe import Data
 from diffvl.data.records import iterate_records
 from diffvl.decode.answer import Decoder, context_length, encode, load_for_decoding
 from diffvl.errors import UsageError
-from diffvl.evaluation.answer_turns import answer_turns, chat_before
-from diffvl.evaluation.reading import reading_of
+from diffvl.evaluation.evaluate import answer_turns, chat_before, reading_of
 
 # Tokens of the prompts of a batch, repeated for larger ones; the first is that of batch 1.
 PROMPT_LENGTHS = (96, 64, 128, 80, 112, 72, 120, 88)

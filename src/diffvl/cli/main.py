@@ -218,7 +218,7 @@ def models() -> None:
 @app.command(epilog="Example:  diffvl recipes, then  diffvl convert qwen2.5-0.5b --recipe lora")
 def recipes() -> None:
     """List the recipes."""
-    from diffvl.config.presets import find_recipe, recipe_names
+    from diffvl.config.resolve import find_recipe, recipe_names
 
     summaries = [(name, find_recipe(name).read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")) for name in recipe_names()]
     print_table(["name", "what it does"], summaries)

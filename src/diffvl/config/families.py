@@ -10,9 +10,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from diffvl.config.presets import presets
 from diffvl.config.recipe import Section
-from diffvl.config.resolve import parse, read_yaml
+from diffvl.config.resolve import parse, presets, read_yaml
 from diffvl.errors import ConfigError, UsageError
 
 SIGLIP2 = "google/siglip2-so400m-patch14-384"  # the vision tower of the papers

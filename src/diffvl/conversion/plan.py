@@ -14,9 +14,8 @@ from rich.console import Console
 from transformers import PretrainedConfig
 
 from diffvl.config.families import family_of, named_checkpoint, require_known
-from diffvl.config.presets import find_recipe
 from diffvl.config.recipe import STAGES, Lora, Recipe, StageName
-from diffvl.config.resolve import dump, read_yaml, resolve
+from diffvl.config.resolve import dump, find_recipe, read_yaml, resolve
 from diffvl.config.supported import check_supported
 from diffvl.conversion.resume import is_finished, one_spelling, require_same_source, require_same_stage
 from diffvl.errors import ConfigError, UsageError
@@ -25,7 +24,7 @@ from diffvl.store import checkpoint
 from diffvl.store.files import PARTIAL, read_json
 from diffvl.store.published import load_config
 from diffvl.terminal.console import say, shell_line
-from diffvl.train.accelerator import precision
+from diffvl.train.launch import precision
 
 DEFAULT_RECIPE = "llava"
 PREPARED = "prepared"

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from diffvl.config.recipe import Data
 from diffvl.data.loader import SampleDataset
-from diffvl.data.problem_list import advice_on, as_error, as_line, from_line, is_forgiven, kinds_of, over_budget
-from diffvl.data.problems import Problem
+from diffvl.data.problems import Problem, advice_on, as_error, as_line, from_line, is_forgiven, kinds_of, over_budget
 from diffvl.errors import DataError
 from diffvl.store.files import replace_text
 from diffvl.store.metrics import read_json_lines

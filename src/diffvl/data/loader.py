@@ -18,15 +18,11 @@ from rich.console import Console
 from torch.utils.data import Dataset
 
 from diffvl.config.recipe import Data
-from diffvl.data.chat import Sample, encode_record, sample_of
-from diffvl.data.collate import PROBLEMS, is_filler
 from diffvl.data.images import open_image
-from diffvl.data.lengths import REFUSED, lengths_of
-from diffvl.data.parallel import map_places
-from diffvl.data.problem_list import is_forgiven, require_usable
-from diffvl.data.problems import Problem
+from diffvl.data.packing import REFUSED, RowAssignment, first_fit, lengths_of, map_places
+from diffvl.data.problems import Problem, is_forgiven, require_usable
 from diffvl.data.records import Record
-from diffvl.data.row_assignment import RowAssignment, first_fit
+from diffvl.data.samples import PROBLEMS, Sample, encode_record, is_filler, sample_of
 from diffvl.data.table import RecordTables
 from diffvl.errors import ConfigError, DataError
 from diffvl.hub.processing_diffvl import DiffVLProcessor

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffvl.data.image_paths import require_path
+from diffvl.data.images import require_path
 from diffvl.data.jsonfile import check_path, read_objects
 from diffvl.data.keys import is_absent
 from diffvl.errors import DataError, first_few

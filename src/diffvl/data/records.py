@@ -25,12 +25,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from diffvl.data.content import Content, kind_of, read_content, text_of
-from diffvl.data.existing_files import ExistingFiles
-from diffvl.data.image_paths import missing_image, named_images, require_path
+from diffvl.data.content import (
+    IMAGE_MARKER,
+    Content,
+    count_markers,
+    kind_of,
+    mistaken_marker,
+    other_media,
+    plain,
+    read_content,
+    text_of,
+    with_markers,
+)
+from diffvl.data.images import ExistingFiles, missing_image, named_images, require_path
 from diffvl.data.jsonfile import check_path, read_objects
 from diffvl.data.keys import UnusedKeys, check_record_keys, check_turn_keys, is_absent, missing_turns, trained_of
-from diffvl.data.markers import IMAGE_MARKER, count_markers, mistaken_marker, other_media, plain, with_markers
 from diffvl.data.problems import Problem, place_of
 from diffvl.errors import DataError
 

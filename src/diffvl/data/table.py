@@ -20,10 +20,9 @@ from datasets import config as datasets_config
 from rich.console import Console
 
 from diffvl.config.recipe import Data
-from diffvl.data.existing_files import ExistingFiles
+from diffvl.data.images import ExistingFiles
 from diffvl.data.jsonfile import check_path
-from diffvl.data.problem_list import require_usable
-from diffvl.data.problems import Problem
+from diffvl.data.problems import Problem, require_usable
 from diffvl.data.records import Record, Turn, parse_file
 from diffvl.errors import DataError
 from diffvl.store.files import replacing

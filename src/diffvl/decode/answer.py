@@ -17,9 +17,9 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import BatchFeature, CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
+from diffvl.data.content import IMAGE_MARKER, count_markers, pieces_between, with_markers
 from diffvl.data.images import open_image
 from diffvl.data.loader import longest_sample
-from diffvl.data.markers import IMAGE_MARKER, count_markers, pieces_between, with_markers
 from diffvl.data.questions import Question, summary
 from diffvl.decode.flags import flag
 from diffvl.errors import CheckpointError, DataError, UsageError

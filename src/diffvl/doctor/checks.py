@@ -23,8 +23,21 @@ from diffvl.doctor.tiny_copy import ordinary_tokens, probe_text, vocabulary
 from diffvl.hub.cache_diffvl import BlockCache
 from diffvl.hub.layout_diffvl import Layout, attention_masks, block_kernels
 from diffvl.hub.modeling_diffvl import mapped_rows
-from diffvl.prepare.attention_proof import TOLERANCE, ar_error, both_ways, clean_error, largest, leak, smallest, spread
-from diffvl.prepare.probe_text import GRIDS, ProbeText, conversations, forward, text_config
+from diffvl.prepare.attention_proof import (
+    GRIDS,
+    TOLERANCE,
+    ProbeText,
+    ar_error,
+    both_ways,
+    clean_error,
+    conversations,
+    forward,
+    largest,
+    leak,
+    smallest,
+    spread,
+    text_config,
+)
 
 # What the code of some model class may raise on inputs that it was not written for.
 MODEL_FAULTS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError)

@@ -22,8 +22,7 @@ from diffvl.doctor.checks import MODEL_FAULTS, Check, describe_fault, run_checks
 from diffvl.doctor.plain_forward import Token, plain_forward, tokens_of
 from diffvl.doctor.tiny_copy import FIRST_ORDINARY, build, describe, ordinary_tokens, probe_text
 from diffvl.errors import CheckpointError, UnsupportedModelError
-from diffvl.prepare.attention_proof import TOLERANCE, largest, native_logits, spread
-from diffvl.prepare.probe_text import conversations
+from diffvl.prepare.attention_proof import TOLERANCE, conversations, largest, native_logits, spread
 from diffvl.prepare.templates import look_at_template
 from diffvl.store import weights
 from diffvl.store.checkpoint import DiffVLConfig  # importing it makes DiffVL directories known to transformers

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from diffvl.hub.layout_diffvl import for_layers
-from diffvl.prepare.probe_text import ProbeText, text_config
+from diffvl.prepare.attention_proof import ProbeText, text_config
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from diffvl.errors import UnsupportedModelError
-from diffvl.prepare.probe_text import ProbeText
+from diffvl.prepare.attention_proof import ProbeText
 
 HIDDEN, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, ROPE_DIM, INTERMEDIATE = 64, 4, 2, 16, 8, 96
 RANK, NUM_EXPERTS, TOP_EXPERTS = 32, 8, 2

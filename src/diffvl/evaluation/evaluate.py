@@ -4,7 +4,7 @@ Padding stops are left out of every figure. The masked-token measure draws its n
 (`objective.measure`); generated answers are given the true history of their conversation.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -14,23 +14,60 @@ import numpy
 from rich.console import Console
 
 from diffvl.config.recipe import ArObjective, BlockDiffusionObjective, Data, Objective
-from diffvl.data.chat import Sample
-from diffvl.data.collate import collate
+from diffvl.data.content import pieces_between
+from diffvl.data.images import open_image
 from diffvl.data.loader import SampleDataset, batches_of
-from diffvl.data.markers import pieces_between
-from diffvl.data.problem_list import advice_on, as_error, is_forgiven
-from diffvl.data.problems import Problem
+from diffvl.data.problems import Problem, advice_on, as_error, is_forgiven
 from diffvl.data.records import Record, iterate_records
+from diffvl.data.samples import Sample, collate, messages_of
 from diffvl.data.table import open_records
 from diffvl.data.textscore import edit_similarity, is_exact
 from diffvl.decode.answer import Decoder, answer_chats, context_length, load_for_decoding
-from diffvl.evaluation.answer_turns import answer_turns, chat_before, questions
-from diffvl.evaluation.reading import reading_of
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.objective.losses import measure, scores
+from diffvl.store import checkpoint
+from diffvl.store.checkpoint import recipe_of
 from diffvl.terminal import console as terminal
 from diffvl.terminal.bars import track
+
+
+def questions(records: Iterable[Record]) -> Iterator[tuple[Record, int]]:
+    """Gives (record, turn) of every answer to be trained on."""
+    for record in records:
+        for turn in answer_turns(record):
+            yield record, turn
+
+
+def answer_turns(record: Record) -> Iterator[int]:
+    """Gives the turns of a record that are answers to be trained on; at least one. An answer that is not (a draft that a later
+    turn corrects, say) is no truth to be asked for."""
+    return (turn for turn, spoken in enumerate(record.turns) if spoken.role == "assistant" and spoken.trained)
+
+
+def chat_before(record: Record, turn: int) -> list[dict[str, Any]]:
+    """Gives the conversation up to (not including) a turn, with its images."""
+    images = iter([open_image(path, record.source) for path in record.images])
+    messages = messages_of(record)[:turn]
+    for message in messages:
+        if isinstance(message["content"], list):
+            for part in message["content"]:
+                if part["type"] == "image":
+                    part["image"] = next(images)
+    return messages
+
+
+def reading_of(directory: Path, data: Path) -> Data:
+    """Tells how a checkpoint's own recipe reads a data file: `image_folder` and `unpaired_turns` of the stage whose train or eval
+    file lies in the same folder; the defaults where there is none."""
+    if not (directory / checkpoint.RECIPE_FILE).is_file():
+        return Data()
+    for stage in recipe_of(directory).stages.values():
+        files = [Path(file) for file in (stage.data.train, stage.data.eval) if file is not None]
+        if any(file.absolute().parent == data.absolute().parent for file in files):
+            return Data(image_folder=stage.data.image_folder, unpaired_turns=stage.data.unpaired_turns)
+    return Data()
+
 
 BATCH_SIZE = 8
 NUM_SAMPLES = 12

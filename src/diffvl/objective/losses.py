@@ -4,6 +4,10 @@
 DiffusionVL, on the short layout: the clean stream once, then only the blocks that hold answer tokens. Both ask the head for
 the places that carry loss and no others.
 
+Weights of masked tokens: "1/t" (BD3-LM, arXiv 2503.09573, Eq. 8; DiffusionVL; one over the token's own masking probability),
+"effective" (SDAR-VL's effective mask ratio scaling, arXiv 2512.14068, Eq. 6 and 7: one over the *realised* mask ratio of the
+block, over its eligible tokens), "none". What each of them is an unbiased estimate of: docs/objective.md.
+
 Shapes: S samples, L clean length, R noisy length, W = L + R for each noisy copy; packed into B rows of T tokens; M predicted
 tokens, V vocabulary.
 """
@@ -14,10 +18,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from diffvl.attention.block_mask import FLEX, bucket, training_masks
 from diffvl.config.recipe import ArObjective, BlockDiffusionObjective, Objective, UniformNoise
-from diffvl.data.collate import Batch
+from diffvl.data.samples import Batch
 from diffvl.hub.configuration_diffvl import DiffVLConfig, never_predicted
 from diffvl.hub.layout_diffvl import (
     Layout,
@@ -31,8 +36,33 @@ from diffvl.hub.layout_diffvl import (
 )
 from diffvl.objective.noise import mask_probabilities, mask_ratios, masked_tokens, noise_state
 from diffvl.objective.packing import Packed, pack
-from diffvl.objective.weights import block_weights, token_cross_entropy
 from diffvl.seeding import sample_generator
+
+
+def block_weights(
+    kind: str, p_BR: torch.Tensor, masked_BR: torch.Tensor, eligible_BR: torch.Tensor, block_BR: torch.Tensor
+) -> torch.Tensor:
+    """Loss weight of every noisy token, [B, R]; only masked ones are used.
+
+    Args:
+        p_BR: the probability with which each token was masked: t of its block, unless masking is biased by position.
+        block_BR: block index, counted within the row.
+    """
+    if kind == "none":
+        return torch.ones_like(p_BR)
+    if kind == "1/t":
+        return 1.0 / p_BR
+    blocks = int(block_BR.max()) + 1 if block_BR.numel() else 0
+    shape = (len(block_BR), blocks)
+    masked = torch.zeros(shape, dtype=p_BR.dtype, device=p_BR.device).scatter_add_(1, block_BR, masked_BR.to(p_BR.dtype))
+    eligible = torch.zeros(shape, dtype=p_BR.dtype, device=p_BR.device).scatter_add_(1, block_BR, eligible_BR.to(p_BR.dtype))
+    return (eligible / masked.clamp_min(1.0)).gather(1, block_BR)
+
+
+def token_cross_entropy(logits_MV: torch.Tensor, targets_M: torch.Tensor, forbidden_V: torch.Tensor) -> torch.Tensor:
+    """Computes the cross-entropy of each row in fp32, [M]; forbidden tokens (the mask token, padding rows of the table) get no
+    probability."""
+    return functional.cross_entropy(logits_MV.float().masked_fill(forbidden_V, float("-inf")), targets_M, reduction="none")
 
 
 @dataclass(frozen=True)

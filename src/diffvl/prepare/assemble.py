@@ -23,7 +23,7 @@ from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.modeling_diffvl import Connector, DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.prepare import attention_proof as proof
-from diffvl.prepare.probe_text import conversations
+from diffvl.prepare.attention_proof import conversations
 from diffvl.prepare.templates import check_template, load_tokenizer, stop_token, system_advice
 from diffvl.store import checkpoint, weights
 from diffvl.store.published import load_config

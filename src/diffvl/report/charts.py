@@ -2,12 +2,19 @@
 lines are and what was left out.
 """
 
+import html
 import math
 
-from diffvl.report.html_text import escape
 from diffvl.report.stage_run import SHARES, is_named, value_of, with_step
 from diffvl.store.metrics import Measure, Points
 from diffvl.terminal.bars import number
+from diffvl.terminal.console import visible
+
+
+def escape(text: str) -> str:
+    """Escapes text for the page: what is no text there, as control characters are, is shown as on a terminal."""
+    return html.escape(visible(text))
+
 
 DRAWN_POINTS = 800  # a curve with more is drawn as the lowest and highest point of each bucket, so that no spike is lost
 _CHARTS = {  # title: what stands in the names of its curves

@@ -12,8 +12,7 @@ from typing import Any
 from diffvl.data.images import open_image
 from diffvl.data.textscore import is_exact
 from diffvl.errors import DataError
-from diffvl.report.charts import draw_charts
-from diffvl.report.html_text import escape
+from diffvl.report.charts import draw_charts, escape
 from diffvl.report.stage_run import (
     REPORT_FILE,
     StageRun,

@@ -1,4 +1,5 @@
-"""A stage's directory -> what is told of it: measurements, samples, settings and provenance, and the figures worth a headline.
+"""A stage's directory -> what is told of it: measurements, samples, settings and provenance, the figures worth a headline; and
+the few lines of it on the terminal.
 
 Only what training left there is read (`metrics.jsonl`, `samples.jsonl`, `run.yaml`, `diffvl.json`), so that page and summary can
 be made again at any time.
@@ -10,12 +11,17 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from diffvl.config.resolve import read_yaml
 from diffvl.data.textscore import is_exact
 from diffvl.errors import CheckpointError
 from diffvl.store.files import read_json
 from diffvl.store.metrics import METRICS_FILE, Measure, Points, measures_of, read_json_lines
 from diffvl.terminal.bars import number
+from diffvl.terminal.console import say, visible
 
 REPORT_FILE = "report.html"
 SAMPLES_FILE = "samples.jsonl"
@@ -142,3 +148,31 @@ def score_of(samples: list[dict[str, Any]]) -> tuple[str, str]:
     names = [name for name in ("before", "after") if all(name in answer for answer in answers)]
     counts = [str(sum(is_exact(answer[name], answer["truth"]) for answer in answers)) for name in names]
     return f"{' → '.join(counts)} of {len(samples)}", f"samples answered right, {' → '.join(names)}"
+
+
+TERMINAL_SAMPLES = 4
+
+
+def print_summary(directory: Path, console: Console) -> None:
+    """Prints the run in a few lines: loss and evaluation first, last and best, some answers, where the report is.
+
+    Raises:
+        CheckpointError: as `write_report`.
+    """
+    run = read_stage(directory)
+    table = Table("", "first", "last", "best", title=Text(visible(title_of(run))), title_justify="left")
+    for row in summary_rows(run):
+        table.add_row(*(Text(visible(cell)) for cell in row))
+    console.print(table)
+    for warning in warnings_of(run):
+        say(console, (warning, "red"))
+    for sample in run.samples[:TERMINAL_SAMPLES]:
+        say(console, (f"\n{sample['question']}", "bold"), f"\n  truth   {sample['truth']}")
+        for name, answer in answers_of(sample):
+            mark, style = ("right", "green") if is_exact(answer, sample["truth"]) else ("wrong", "red")
+            say(console, f"  {name:<7} ", (answer or "(empty)", style), f"  [{mark}]")
+    if run.samples:
+        score, meaning = score_of(run.samples)
+        say(console, f"\n{meaning}: {score}")
+    if (directory / REPORT_FILE).exists():
+        say(console, f"report: {directory / REPORT_FILE}")

@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
 from diffvl.config.recipe import Stage
-from diffvl.data.collate import IGNORED, NO_SAMPLE, PROBLEMS, is_filler
 from diffvl.data.left_out import LeftOut
 from diffvl.data.loader import StageData, batches_of, num_workers
 from diffvl.data.problems import Problem
+from diffvl.data.samples import IGNORED, NO_SAMPLE, PROBLEMS, is_filler
 from diffvl.errors import CheckpointError, TrainingError
 from diffvl.objective.losses import Draw, LossOutput, curriculum_state, loss_of, measure, measured_sums, rates, scores
 from diffvl.seeding import seed_dropout

@@ -1,16 +1,20 @@
-"""Which parameters move, and how fast: parts, their learning rates, and the mask row as a parameter of its own.
+"""Which parameters move, and how fast: parts, their learning rates, the mask row as a parameter of its own, and low-rank
+adapters on the trunk, through peft.
 
 Parts: tower, connector, trunk, mask_row. The mask row is one row of the trunk's embedding; while a stage trains it stands
 apart (`attach_mask_row`), so that it can have a learning rate, move under LoRA, and leave the rest of a frozen table
-bit-identical. `fold_mask_row` writes it back.
+bit-identical. `fold_mask_row` writes it back. Connector and mask row are trained in full beside adapters.
 """
 
+import re
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from diffvl.config.recipe import Part, Stage
+from diffvl.config.recipe import Lora, Part, Stage
+from diffvl.errors import ConfigError
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 
 MASK_ROW = "mask_row"
@@ -75,3 +79,23 @@ def parameter_groups(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:
         }
         for (part, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
+
+
+def add_adapters(model: DiffVLForConditionalGeneration, lora: Lora, family_targets: str) -> None:
+    """Wraps the trunk in place.
+
+    Raises:
+        ConfigError: if the target expression matches no module.
+    """
+    targets = lora.targets or family_targets
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
+    try:
+        model.language_model = get_peft_model(model.language_model, config)
+    except (ValueError, re.error) as error:
+        raise ConfigError(f"lora.targets {targets!r} does not fit this trunk: {error}") from error
+
+
+def merge_adapters(model: DiffVLForConditionalGeneration) -> None:
+    """Adds the adapters into the trunk's weights and unwraps it. Nothing to do without adapters."""
+    if isinstance(model.language_model, PeftModel):
+        model.language_model = model.language_model.merge_and_unload()

@@ -19,10 +19,10 @@ from diffvl.attention.choose import choose
 from diffvl.config.families import family_of
 from diffvl.config.recipe import Objective, Recipe, Stage, StageName
 from diffvl.config.resolve import dump
-from diffvl.data.collate import collate
 from diffvl.data.fingerprint import FileRecord, data_record, facts_of, is_same_data, write_data_record
 from diffvl.data.left_out import LEFT_OUT_FILE, LeftOut
 from diffvl.data.loader import SampleDataset, StageData, load_data, longest_sample
+from diffvl.data.samples import collate
 from diffvl.errors import ConfigError
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
@@ -31,12 +31,10 @@ from diffvl.store import checkpoint
 from diffvl.store.files import Writing
 from diffvl.store.metrics import METRICS_FILE
 from diffvl.train import checkpoints
-from diffvl.train.accelerator import make_accelerator, precision
 from diffvl.train.checkpoints import CHECKPOINTS
-from diffvl.train.launch import agreed, main_first, main_only, process_state
+from diffvl.train.launch import agreed, main_first, main_only, make_accelerator, precision, process_state
 from diffvl.train.loop import Loop
-from diffvl.train.lora import add_adapters, merge_adapters
-from diffvl.train.parts import attach_mask_row, fold_mask_row, freeze_others
+from diffvl.train.parts import add_adapters, attach_mask_row, fold_mask_row, freeze_others, merge_adapters
 from diffvl.train.progress import MetricsLog, TrainingProgress, Watchers
 
 log = logging.getLogger(__name__)
