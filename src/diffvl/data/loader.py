@@ -118,14 +118,6 @@ class StageData:
     held_out: SampleDataset | None
 
 
-def longest_sample(context: int | None, block_size: int, grid: str) -> int | None:
-    """Counts the tokens that a sample may have, so that the last block of its last answer still ends inside the trunk's context;
-    None where there is no limit. Next-token models have blocks of 1."""
-    if context is None:
-        return None
-    return context // block_size * block_size if grid == "absolute" else context - block_size + 1
-
-
 def load_data(
     data: Data,
     processor: DiffVLProcessor,
@@ -136,7 +128,7 @@ def load_data(
     """Opens a stage's files; measures their records where packing or `check_lengths` ask for it.
 
     Args:
-        longest: see `longest_sample`. tables: those of the other stages of a run, which may read the same files.
+        longest: see `hub.layout_diffvl.longest_sample`. tables: those of the run's other stages, which may read the same files.
     Raises:
         DataError: naming the records that cannot be used, by the rule of `data.on_error`.
         ConfigError: if no file is given, or the held-out share leaves nothing to train on.

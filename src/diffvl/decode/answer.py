@@ -19,7 +19,6 @@ from transformers.generation.streamers import BaseStreamer
 
 from diffvl.data.content import IMAGE_MARKER, count_markers, pieces_between, with_markers
 from diffvl.data.images import open_image
-from diffvl.data.loader import longest_sample
 from diffvl.data.questions import Question, summary
 from diffvl.decode.flags import flag
 from diffvl.errors import CheckpointError, DataError, UsageError
@@ -27,6 +26,7 @@ from diffvl.hub.answers_diffvl import BlockGenerationOutput, OnStep
 from diffvl.hub.blocks_diffvl import Prefix
 from diffvl.hub.cache_diffvl import on_every_device, require_static
 from diffvl.hub.configuration_diffvl import DiffVLConfig
+from diffvl.hub.layout_diffvl import longest_sample
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.machine import has_bf16

@@ -163,6 +163,14 @@ def block_end(first_BL: torch.Tensor, start_BL: torch.Tensor, block_size: int, g
     return origin + (torch.div(first_BL - origin, block_size, rounding_mode="floor") + 1) * block_size
 
 
+def longest_sample(context: int | None, block_size: int, grid: str) -> int | None:
+    """Counts the tokens that a sample may have, so that the last block of its last answer still ends inside the trunk's context;
+    None where there is no limit. Next-token models have blocks of 1."""
+    if context is None:
+        return None
+    return context // block_size * block_size if grid == "absolute" else context - block_size + 1
+
+
 @dataclass
 class NoisyStream:
     """The blocks of a batch that hold answer tokens, before corruption; every tensor is [B, R].

@@ -21,9 +21,10 @@ from diffvl.config.recipe import Objective, Recipe, Stage, StageName
 from diffvl.config.resolve import dump
 from diffvl.data.fingerprint import FileRecord, data_record, facts_of, is_same_data, write_data_record
 from diffvl.data.left_out import LEFT_OUT_FILE, LeftOut
-from diffvl.data.loader import SampleDataset, StageData, load_data, longest_sample
+from diffvl.data.loader import SampleDataset, StageData, load_data
 from diffvl.data.samples import collate
 from diffvl.errors import ConfigError
+from diffvl.hub.layout_diffvl import longest_sample
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.objective.losses import curriculum_state
