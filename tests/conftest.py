@@ -2,6 +2,7 @@
 shared model; it may set the decoding settings of one, and then sets all of them.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from helpers import QUIET
 
+from diffvl.cli import main as cli
 from diffvl.config.resolve import resolve
 from diffvl.demo import standins
 from diffvl.demo.shapes import write_shapes
@@ -77,3 +79,19 @@ def loaded(prepared: Callable[[str], Path]) -> Callable[[str], Loaded]:
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Split -> data file, with 8, 10 and 2 records."""
     return write_shapes(tmp_path_factory.mktemp("shapes") / "set", align=8, train=10, test=2)
+
+
+@pytest.fixture
+def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs `diffvl WORDS` in this process; returns (exit code, stdout, stderr)."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # Typer replaces it
+
+    def call(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["diffvl", *words])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        assert isinstance(stop.value.code, int)
+        return stop.value.code, captured.out, captured.err
+
+    return call

@@ -5,7 +5,8 @@ Nothing here looks at a clock: times enter as made-up numbers, or not at all.
 
 import json
 import platform
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ from diffvl.bench.training_forms import (
     parse_shapes,
     step_flops,
 )
-from diffvl.cli import main as cli
 from diffvl.config.recipe import BlockDiffusionObjective
 from diffvl.errors import ConfigError, DiffvlError, TrainingError, UsageError
 from diffvl.hub.layout_diffvl import Layout, block_index
@@ -47,20 +47,10 @@ def objective(**settings: Any) -> BlockDiffusionObjective:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def run(monkeypatch: pytest.MonkeyPatch, run_cli: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str, str]]:
     """Runs `diffvl bench train WORDS` in this process; returns (exit code, stdout, stderr)."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # Typer replaces it
     monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["diffvl", "bench", "train", *words])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        assert isinstance(stop.value.code, int)
-        return stop.value.code, captured.out, captured.err
-
-    return call
+    return partial(run_cli, "bench", "train")
 
 
 # --- the forms -----------------------------------------------------------------------------------------------------------

@@ -66,22 +66,6 @@ FLAGS = {
 }
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs `diffvl WORDS` in this process; returns (exit code, stdout, stderr)."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # Typer replaces it
-
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["diffvl", *words])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        assert isinstance(stop.value.code, int)
-        return stop.value.code, captured.out, captured.err
-
-    return call
-
-
 def pretend(monkeypatch: pytest.MonkeyPatch, name: str, **contents: Any) -> None:
     """Puts a module with these contents where the command will import `name` from."""
     module = ModuleType(name)
@@ -141,8 +125,8 @@ def test_the_flags_of_decoding_are_its_settings():
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS])
-def test_help_has_an_example(verb: str, run):
-    code, out, _ = run(*verb.split(), "--help")
+def test_help_has_an_example(verb: str, run_cli):
+    code, out, _ = run_cli(*verb.split(), "--help")
     assert code == 0
     assert f"Example:  diffvl {verb}" in out if verb else all(verb.split()[0] in out for verb in VERBS)
 
@@ -190,8 +174,8 @@ def test_help_and_version_load_neither_torch_nor_transformers_and_answer_at_once
         ["shapes", "dir", "--train", "0"],
     ],
 )
-def test_words_that_do_not_fit_end_with_code_2(words: list[str], run):
-    code, out, err = run(*words)
+def test_words_that_do_not_fit_end_with_code_2(words: list[str], run_cli):
+    code, out, err = run_cli(*words)
     assert (code, out) == (2, "") and "Error" in err and "Traceback" not in err
 
 
@@ -214,8 +198,8 @@ STATIC = "--strategy low_confidence_static"
         ("--prompt x --watch --mode speculative", "--watch has no effect with --mode speculative: it settles no blocks"),
     ],
 )
-def test_words_of_generate_that_exclude_each_other(words: str, says: str, run):
-    assert run("generate", "dir", *words.split()) == (2, "", f"error: {says}\n")
+def test_words_of_generate_that_exclude_each_other(words: str, says: str, run_cli):
+    assert run_cli("generate", "dir", *words.split()) == (2, "", f"error: {says}\n")
 
 
 @pytest.mark.parametrize("verb", ["generate dir --prompt x", "chat dir"])
@@ -245,38 +229,38 @@ def test_words_of_generate_that_exclude_each_other(words: str, says: str, run):
         ("--stop=", "--stop '' is in every text: name a text that ends the answer"),
     ],
 )
-def test_a_setting_without_effect_is_an_error(verb: str, words: str, says: str, run, monkeypatch: pytest.MonkeyPatch):
+def test_a_setting_without_effect_is_an_error(verb: str, words: str, says: str, run_cli, monkeypatch: pytest.MonkeyPatch):
     """Told before anything is loaded."""
     monkeypatch.setitem(sys.modules, "diffvl.decode.answer", None)
-    code, out, err = run(*verb.split(), *words.split())
+    code, out, err = run_cli(*verb.split(), *words.split())
     assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith(f"error: {says}")
 
 
-def test_a_user_mistake_is_one_message_and_code_2(run, monkeypatch: pytest.MonkeyPatch):
+def test_a_user_mistake_is_one_message_and_code_2(run_cli, monkeypatch: pytest.MonkeyPatch):
     def convert(request: Settings) -> Path:
         raise CheckpointError("dir/[bold]x[/bold].json: no config.json here")
 
     pretend(monkeypatch, "diffvl.conversion.run", ConvertRequest=Settings.make, convert=convert)
-    assert run("convert", "dir") == (2, "", "error: dir/[bold]x[/bold].json: no config.json here\n")
+    assert run_cli("convert", "dir") == (2, "", "error: dir/[bold]x[/bold].json: no config.json here\n")
 
 
 @pytest.mark.parametrize(
     ("flag", "words"),
     [("MODEL", ["caf\udce9"]), *((flag, ["m", flag, "caf\udce9"]) for flag in ("--data", "--from", "--out", "--recipe"))],
 )
-def test_a_name_that_is_no_text_is_refused_before_anything(flag: str, words: list[str], run, monkeypatch: pytest.MonkeyPatch):
+def test_a_name_that_is_no_text_is_refused_before_anything(flag: str, words: list[str], run_cli, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "diffvl.conversion.run", None)
     says = f"error: {flag} 'caf\\udce9' is not valid UTF-8, and the files of a run must name it: rename it\n"
-    assert run("convert", *words) == (2, "", says)
+    assert run_cli("convert", *words) == (2, "", says)
 
 
-def test_our_own_mistake_keeps_its_traceback(run, monkeypatch: pytest.MonkeyPatch):
+def test_our_own_mistake_keeps_its_traceback(run_cli, monkeypatch: pytest.MonkeyPatch):
     def convert(request: Settings) -> Path:
         raise ZeroDivisionError("a bug")
 
     pretend(monkeypatch, "diffvl.conversion.run", ConvertRequest=Settings.make, convert=convert)
     with pytest.raises(ZeroDivisionError, match="a bug"):
-        run("convert", "dir")
+        run_cli("convert", "dir")
 
 
 @pytest.mark.parametrize(
@@ -286,18 +270,18 @@ def test_our_own_mistake_keeps_its_traceback(run, monkeypatch: pytest.MonkeyPatc
         (["convert", "m", "--resume"], "interrupted. To continue: diffvl convert m --resume\n"),
     ],
 )
-def test_an_interrupted_conversion_says_how_to_continue(words, again, run, monkeypatch: pytest.MonkeyPatch):
+def test_an_interrupted_conversion_says_how_to_continue(words, again, run_cli, monkeypatch: pytest.MonkeyPatch):
     def convert(request: Settings) -> Path:
         raise KeyboardInterrupt
 
     pretend(monkeypatch, "diffvl.conversion.run", ConvertRequest=Settings.make, convert=convert)
-    assert run(*words) == (130, "", again)
+    assert run_cli(*words) == (130, "", again)
 
 
 # --- what reaches the package ----------------------------------------------------------------------------------------------
 
 
-def test_convert_passes_every_flag_on(run, monkeypatch: pytest.MonkeyPatch):
+def test_convert_passes_every_flag_on(run_cli, monkeypatch: pytest.MonkeyPatch):
     seen: list[dict[str, Any]] = []
 
     def convert(request: Settings) -> Path:
@@ -309,8 +293,8 @@ def test_convert_passes_every_flag_on(run, monkeypatch: pytest.MonkeyPatch):
         "--stage align --recipe demo --data d.json --from f --out o --lora --set a.b=1 --set c=x=y --resume "
         "--accept-changed-data --trust-remote-code"
     )
-    assert run("convert", "m", *words.split()) == (0, "", "")
-    assert run("convert", "--dry-run") == (0, "", "")
+    assert run_cli("convert", "m", *words.split()) == (0, "", "")
+    assert run_cli("convert", "--dry-run") == (0, "", "")
     assert seen[0] == {
         "model": "m",
         "stage": "align",
@@ -330,7 +314,7 @@ def test_convert_passes_every_flag_on(run, monkeypatch: pytest.MonkeyPatch):
     assert seen[1] == nothing | no_flags | {"assignments": (), "dry_run": True}
 
 
-def test_evaluate_prints_a_table_or_json(run, monkeypatch: pytest.MonkeyPatch):
+def test_evaluate_prints_a_table_or_json(run_cli, monkeypatch: pytest.MonkeyPatch):
     figures = {"masked_accuracy": 0.25, "records": 3, "model": "dir"}
     seen: list[Any] = []
 
@@ -341,18 +325,18 @@ def test_evaluate_prints_a_table_or_json(run, monkeypatch: pytest.MonkeyPatch):
         return figures
 
     pretend(monkeypatch, "diffvl.evaluation.evaluate", evaluate_directory=evaluate_directory)
-    code, out, _ = run("evaluate", "dir", "--data", "d.json")
+    code, out, _ = run_cli("evaluate", "dir", "--data", "d.json")
     assert code == 0 and all(word in out for word in ("masked_accuracy", "0.2500", "records", "3"))
-    assert json.loads(run("evaluate", "dir", "--data", "d.json", "--limit", "3", "--json")[1]) == figures
+    assert json.loads(run_cli("evaluate", "dir", "--data", "d.json", "--limit", "3", "--json")[1]) == figures
     assert seen == [(Path("dir"), Path("d.json"), None, DecodeSettings()), (Path("dir"), Path("d.json"), 3, DecodeSettings())]
 
 
 # --- lists ---------------------------------------------------------------------------------------------------------------
 
 
-def test_models_and_recipes_are_listed_whole_however_narrow_the_terminal(run, monkeypatch: pytest.MonkeyPatch):
+def test_models_and_recipes_are_listed_whole_however_narrow_the_terminal(run_cli, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "40")
-    lines = run("models")[1].splitlines()
+    lines = run_cli("models")[1].splitlines()
     row = next(line for line in lines if "qwen2.5-7b" in line)
     assert [cell.strip() for cell in row.strip("│").split("│")] == [
         "qwen2.5-7b",
@@ -362,13 +346,13 @@ def test_models_and_recipes_are_listed_whole_however_narrow_the_terminal(run, mo
         "llava",
     ]
     assert any("mistral" in line and "sliding window" in line for line in lines)
-    listed = run("recipes")[1]
+    listed = run_cli("recipes")[1]
     assert "DiffusionVL's two stages as published" in next(line for line in listed.splitlines() if "llava" in line)
 
 
-def test_shapes_writes_the_picture_set_and_names_its_files(run, tmp_path: Path):
+def test_shapes_writes_the_picture_set_and_names_its_files(run_cli, tmp_path: Path):
     out = tmp_path / "data"
-    code, printed, _ = run("shapes", str(out), "--align", "2", "--train", "3", "--test", "1", "--seed", "5")
+    code, printed, _ = run_cli("shapes", str(out), "--align", "2", "--train", "3", "--test", "1", "--seed", "5")
     assert code == 0
     assert printed.split() == [str(out / f"{split}.json") for split in shapes.SPLITS]
     assert [len(json.loads(Path(file).read_text(encoding="utf-8"))) for file in printed.split()] == [2, 3, 1]

@@ -6,6 +6,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from broken_checkpoints import REMOTE, REMOTE_NAMES, broken, config
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
 
-from diffvl.cli import main as cli
 from diffvl.config.supported import refusal
 from diffvl.demo import standins
 from diffvl.doctor import doctor
@@ -224,19 +224,9 @@ def test_what_cannot_be_built_is_unknown_with_the_fault():
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def run(run_cli: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str, str]]:
     """Runs `diffvl doctor WORDS` in this process; returns (exit code, stdout, stderr)."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # Typer replaces it
-
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["diffvl", "doctor", *words])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        assert isinstance(stop.value.code, int)
-        return stop.value.code, captured.out, captured.err
-
-    return call
+    return partial(run_cli, "doctor")
 
 
 def test_supported_is_exit_code_0_with_the_table(run, source: Callable[[str], Path]):

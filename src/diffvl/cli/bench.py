@@ -14,6 +14,7 @@ from diffvl.terminal.console import console
 Device = Literal["auto", "cpu", "cuda"]
 Context = Literal["block", "causal"]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of every random draw.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Tiny sizes, to see that it runs; the figures mean nothing.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 bench = typer.Typer(help="Measure speed on this machine: training, decoding, a converted model.", no_args_is_help=True)
@@ -31,7 +32,7 @@ def bench_train(
     block_size: Annotated[int, typer.Option(help="Tokens per block.", metavar="N")] = 8,
     context: Annotated[Context, typer.Option(help="Attention among clean tokens.")] = "block",
     seed: Seed = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, to see that it runs; the figures mean nothing.")] = False,
+    quick: Quick = False,
     profile: Annotated[bool, typer.Option("--profile", help="Name the kernels that take the time of a step of ours.")] = False,
     scaling: Annotated[bool, typer.Option(help="Fit how time grows with sample and answer.")] = True,
     as_json: AsJson = False,
@@ -79,7 +80,7 @@ def bench_decode(
     block_size: Annotated[int | None, typer.Option(min=1, help="Of random weights. Default: 8.", metavar="N")] = None,
     context: Annotated[Context | None, typer.Option(help="Attention among clean tokens, of random weights.")] = None,
     seed: Seed = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, to see that it runs; the figures mean nothing.")] = False,
+    quick: Quick = False,
     compile: Annotated[
         bool | None, typer.Option(help="Also the compiled forms of ours and AR, at batch 1. Default: on CUDA.")
     ] = None,

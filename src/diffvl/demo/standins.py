@@ -7,7 +7,7 @@ look right: they are scaled so that each token's logits depend visibly on what i
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,19 +74,7 @@ def make_trunk(directory: Path, model_type: str, seed: int = 0) -> Path:
         raise UsageError(f"no stand-in trunk of type {model_type!r}: expected one of {', '.join(TRUNKS)}")
     tokenizer = make_tokenizer(model_type)
     num_rows = len(tokenizer) + (NUM_SPARE_ROWS if model_type in QWEN else 0)
-    config = AutoConfig.for_model(
-        model_type,
-        vocab_size=num_rows,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **_trunk_settings(model_type),
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        _rescale_trunk(model)
-    model.generation_config = _generation_config(tokenizer)
+    model = _causal_lm(model_type, tokenizer, seed, _rescale_trunk, vocab_size=num_rows, **_trunk_settings(model_type))
     return _save(directory, model, tokenizer)
 
 
@@ -104,21 +92,8 @@ def make_tower(directory: Path, kind: str = "siglip", seed: int = 0) -> Path:
 def make_recurrent(directory: Path, seed: int = 0) -> Path:
     """Writes a Mamba checkpoint with tokenizer: an architecture that block diffusion through masks must refuse."""
     tokenizer = make_tokenizer()
-    config = AutoConfig.for_model(
-        "mamba",
-        vocab_size=len(tokenizer),
-        hidden_size=HIDDEN,
-        num_hidden_layers=NUM_LAYERS,
-        state_size=8,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.generation_config = _generation_config(tokenizer)
-    return _save(directory, model, tokenizer)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": HIDDEN, "num_hidden_layers": NUM_LAYERS, "state_size": 8}
+    return _save(directory, _causal_lm("mamba", tokenizer, seed, None, **sizes), tokenizer)
 
 
 def make_tokenizer(model_type: str = "llama") -> PreTrainedTokenizerFast:
@@ -197,10 +172,23 @@ def _trunk_settings(model_type: str) -> dict:
     return sizes | special[model_type]
 
 
-def _generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
-    return GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+def _causal_lm(
+    model_type: str,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    rescale: Callable[[PreTrainedModel], None] | None,
+    **settings: Any,
+) -> PreTrainedModel:
+    """Makes a causal LM with the tokenizer's special tokens; `rescale` draws new weights in place, from the same seed."""
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = AutoConfig.for_model(model_type, **special, **settings)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if rescale is not None:
+            rescale(model)
+    model.generation_config = GenerationConfig(**special)
+    return model
 
 
 def _tower_model(kind: str) -> PreTrainedModel:
