@@ -21,7 +21,7 @@ from PIL import Image
 
 SMALL = 64  # records of the file that the large one is compared with
 LONGEST = 8192  # tokens; the stand-ins take a byte for a token
-PICTURES = 16  # that exist; the others are further names of these
+IMAGES = 16  # that exist; the others are further names of these
 WORDS = ("the", "a", "red", "blue", "small", "large", "cat", "dog", "train", "stands", "near", "under", "on", "old", "tree")
 RECIPE: dict[str, Any] = {
     "prepare": {"image_size": 216},  # 27 x 27 patches, as many as the published towers make
@@ -43,22 +43,22 @@ def sentence(generator: random.Random, longest: int) -> str:
 
 
 def write_records(folder: Path, records: int, turns: int) -> Path:
-    """A data file of this many records, each with a picture and 1 to `turns` questions; made once."""
+    """A data file of this many records, each with an image and 1 to `turns` questions; made once."""
     file = folder / f"records-{records}-{turns}.json"
     if file.exists():
         return file
     generator = random.Random(0)
     originals = []
-    for number in range(PICTURES):
-        originals.append(folder / f"picture-{number}.jpg")
+    for number in range(IMAGES):
+        originals.append(folder / f"image-{number}.jpg")
         Image.effect_noise((64, 48), 40 + number).convert("RGB").save(originals[-1])
     values = []
     for number in range(records):
         name = f"images/{number // 1000:05d}/{number:09d}.jpg"
-        picture = folder / name
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        if not picture.exists():
-            os.link(originals[number % PICTURES], picture)
+        image = folder / name
+        image.parent.mkdir(parents=True, exist_ok=True)
+        if not image.exists():
+            os.link(originals[number % IMAGES], image)
         chat = []
         for turn in range(generator.randint(1, turns)):
             chat.append({"from": "human", "value": ("" if turn else "<image>\n") + sentence(generator, 14)})

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from diffvl.data.table import open_records
-from diffvl.demo.shapes import CELLS, COLOURS, KINDS, NUMBERS, SHAPES, SPLITS, Content, draw_picture, is_test, write_shapes
+from diffvl.demo.shapes import CELLS, COLOURS, KINDS, NUMBERS, SHAPES, SPLITS, Content, draw_image, is_test, write_shapes
 from diffvl.errors import DataError
 
 SIZES = {"align": 60, "train": 300, "test": 120}
@@ -97,7 +97,7 @@ def test_pictures_show_the_objects(folder: Path, split: str) -> None:
 def test_objects_are_large_clean_and_inside_their_cell() -> None:
     for shape in SHAPES:
         for number in range(20):
-            picture = draw_picture((("blue", shape), None, None, None), random.Random(f"test/{number}"))
+            picture = draw_image((("blue", shape), None, None, None), random.Random(f"test/{number}"))
             assert len(set(picture.crop((56, 0, 112, 112)).get_flattened_data())) == 1  # nothing beyond the cell
             assert len(set(picture.crop((0, 56, 112, 112)).get_flattened_data())) == 1
             share = Counter(picture.crop((0, 0, 56, 56)).get_flattened_data())[COLOURS["blue"]] / 56**2
@@ -217,10 +217,10 @@ def test_files_are_read_by_records(folder: Path, tmp_path: Path, monkeypatch: py
 def test_written_set_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "deep" / "set"
     files = write_shapes(out, align=1, train=1, test=1)
-    monkeypatch.setattr("diffvl.demo.shapes.draw_picture", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr("diffvl.demo.shapes.draw_image", lambda *_: pytest.fail("drawn again"))
     assert write_shapes(out, align=1, train=1, test=1) == files
     with pytest.raises(
-        DataError, match=r"set: holds built-in pictures of another request \(.*shapes\.json\); remove the folder or"
+        DataError, match=r"set: holds built-in images of another request \(.*shapes\.json\); remove the folder or"
     ):
         write_shapes(out, align=1, train=1, test=1, seed=1)
     assert [path.name for path in out.parent.iterdir()] == ["set"]
@@ -229,9 +229,9 @@ def test_written_set_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_other_peoples_files_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
-    with pytest.raises(DataError, match="full: is not empty and holds no built-in pictures; name another folder"):
+    with pytest.raises(DataError, match="full: is not empty and holds no built-in images; name another folder"):
         write_shapes(tmp_path / "full", align=1, train=1, test=1)
-    with pytest.raises(DataError, match=r"notes\.txt: is a file; the built-in pictures need a folder of their own"):
+    with pytest.raises(DataError, match=r"notes\.txt: is a file; the built-in images need a folder of their own"):
         write_shapes(tmp_path / "full" / "notes.txt", align=1, train=1, test=1)
     assert all_bytes(tmp_path / "full") == {"notes.txt": b"mine"}
 
@@ -249,17 +249,17 @@ def test_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def full_disk(*_: Any) -> Image.Image:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("diffvl.demo.shapes.draw_picture", full_disk)
-    with pytest.raises(DataError, match="set: the built-in pictures cannot be written .*No space left on device"):
+    monkeypatch.setattr("diffvl.demo.shapes.draw_image", full_disk)
+    with pytest.raises(DataError, match="set: the built-in images cannot be written .*No space left on device"):
         write_shapes(tmp_path / "set", align=1, train=1, test=1)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_sizes_out_of_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match="built-in pictures: train must be at least 1 record, got 0"):
+    with pytest.raises(DataError, match="built-in images: train must be at least 1 record, got 0"):
         write_shapes(tmp_path / "set", train=0)
     picture = Image.new("RGB", (1, 1))
-    monkeypatch.setattr("diffvl.demo.shapes.draw_picture", lambda *_: picture)
+    monkeypatch.setattr("diffvl.demo.shapes.draw_image", lambda *_: picture)
     monkeypatch.setattr(picture, "save", lambda path: None)
     with pytest.raises(DataError, match="test asks for more scenes than there are; it must be well below 16628 records"):
         write_shapes(tmp_path / "set", test=16700)

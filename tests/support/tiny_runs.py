@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from diffvl.cli import main as cli
 
 BLOCK = 4
-MAX_LENGTH = 400  # tokens; the built-in pictures' questions take up to 300 in the stand-ins' bytes
+MAX_LENGTH = 400  # tokens; the built-in images' questions take up to 300 in the stand-ins' bytes
 
 
 @dataclass(frozen=True)

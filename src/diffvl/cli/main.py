@@ -226,13 +226,13 @@ def recipes() -> None:
 
 @app.command(epilog="Example:  diffvl shapes runs/demo/data --align 1000 --train 2000 --test 200")
 def shapes(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write pictures and records into.")],
-    align: Annotated[int, typer.Option(min=1, help="Captioned pictures for the align stage.")] = 1000,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write images and records into.")],
+    align: Annotated[int, typer.Option(min=1, help="Captioned images for the align stage.")] = 1000,
     train: Annotated[int, typer.Option(min=1, help="Scenes with questions for the diffuse stage.")] = 2000,
     test: Annotated[int, typer.Option(min=1, help="Scenes whose content is in neither of them.")] = 200,
     seed: Seed = 0,
 ) -> None:
-    """Draw the built-in picture set: scenes of coloured shapes with captions, questions and exact answers."""
+    """Draw the built-in image set: scenes of coloured shapes with captions, questions and exact answers."""
     from diffvl.demo.shapes import write_shapes
 
     for file in write_shapes(out, align=align, train=train, test=test, seed=seed).values():

@@ -1,11 +1,11 @@
-"""The built-in picture set: scenes of coloured shapes with questions whose answers are exactly right.
+"""The built-in image set: scenes of coloured shapes with questions whose answers are exactly right.
 
 A scene is a 2 x 2 grid of cells with one to four objects in it; its content is the mapping cell -> (colour, shape). Size and
-place inside the cell vary from picture to picture and are no part of the content.
+place inside the cell vary from image to image and are no part of the content.
 
-`align` shows one object a picture and asks what it is and where: names, which a connector learns in front of a frozen trunk.
+`align` shows one object an image and asks what it is and where: names, which a connector learns in front of a frozen trunk.
 `train` has whole scenes, each with a few questions about it. Answers to counting and colour questions look first: they describe
-the picture and end in the answer proper, so that what has to be found stands in the text before it is used. After a description
+the image and end in the answer proper, so that what has to be found stands in the text before it is used. After a description
 the conversation goes on with more such questions, which need no second look: cheap tokens that teach the last step. `test` asks
 one question a scene, in equal shares of `KINDS`.
 
@@ -60,7 +60,7 @@ _SHIFT = 4.0  # pixels an object's centre may lie off the cell's
 
 
 def write_shapes(out: Path, align: int = 1000, train: int = 2000, test: int = 200, seed: int = 0) -> dict[str, Path]:
-    """Writes the three files and their pictures, or finds them written. Returns split -> data file.
+    """Writes the three files and their images, or finds them written. Returns split -> data file.
 
     Args:
         out: a new or empty folder, or one that the same request has filled (then it is left as it is).
@@ -75,7 +75,7 @@ def write_shapes(out: Path, align: int = 1000, train: int = 2000, test: int = 20
         return files
     for split, size in sizes.items():
         if size < 1:
-            raise DataError(f"built-in pictures: {split} must be at least 1 record, got {size}")
+            raise DataError(f"built-in images: {split} must be at least 1 record, got {size}")
     partial = out.absolute().with_name(f"{out.absolute().name}.partial")
     try:
         _remove(partial)  # left by a run that was killed
@@ -86,7 +86,7 @@ def write_shapes(out: Path, align: int = 1000, train: int = 2000, test: int = 20
             out.rmdir()
         partial.rename(out)
     except OSError as error:
-        raise DataError(f"{out}: the built-in pictures cannot be written ({error}); name another folder") from error
+        raise DataError(f"{out}: the built-in images cannot be written ({error}); name another folder") from error
     finally:
         _remove(partial)
     return files
@@ -102,32 +102,32 @@ def _is_written(out: Path, request: str) -> bool:
     if not out.exists():
         return False
     if not out.is_dir():
-        raise DataError(f"{out}: is a file; the built-in pictures need a folder of their own")
+        raise DataError(f"{out}: is a file; the built-in images need a folder of their own")
     if not any(out.iterdir()):
         return False
     manifest = out / "shapes.json"
     if not manifest.is_file():
-        raise DataError(f"{out}: is not empty and holds no built-in pictures; name another folder")
+        raise DataError(f"{out}: is not empty and holds no built-in images; name another folder")
     if manifest.read_text(encoding="utf-8") != request:
-        raise DataError(f"{out}: holds built-in pictures of another request ({manifest}); remove the folder or name another one")
+        raise DataError(f"{out}: holds built-in images of another request ({manifest}); remove the folder or name another one")
     return True
 
 
 def _write_split(out: Path, split: str, size: int, seed: int) -> None:
-    pictures = out / "images" / split
-    pictures.mkdir(parents=True)
+    images = out / "images" / split
+    images.mkdir(parents=True)
     rng = random.Random(f"{seed}/{split}")
     lines = []
     for number, (content, turns, extra) in enumerate(_draw_records(split, size, rng)):
         name = f"{number:05d}"
-        draw_picture(content, rng).save(pictures / f"{name}.png")
+        draw_image(content, rng).save(images / f"{name}.png")
         record = {"id": f"{split}-{name}", "image": f"images/{split}/{name}.png", "conversations": _conversation(turns), **extra}
         lines.append(json.dumps(record))
     (out / f"{split}.json").write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
 
 
 def _conversation(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
-    """LLaVA's form, with the picture before the first question."""
+    """LLaVA's form, with the image before the first question."""
     messages = []
     for number, (question, answer) in enumerate(turns):
         messages.append({"from": "human", "value": question if number else f"<image>\n{question}"})
@@ -174,7 +174,7 @@ class _Deck:
             for index in range(len(pile) - 1, -1, -1):
                 if not for_colour or _unique_shapes(pile[index]):
                     return pile.pop(index)
-        raise DataError(f"built-in pictures: test asks for more scenes than there are; it must be well below {self.size} records")
+        raise DataError(f"built-in images: test asks for more scenes than there are; it must be well below {self.size} records")
 
     def _refill(self, count: int) -> None:
         self._piles[count] = list(self._contents[count])
@@ -281,11 +281,11 @@ def _unique_shapes(content: Content) -> list[tuple[str, str]]:
 # --- drawing -------------------------------------------------------------------------------------------------------------
 
 
-def draw_picture(content: Content, rng: random.Random) -> Image.Image:
-    """The scene as an RGB picture, two cells wide and high; `rng` gives sizes and places."""
+def draw_image(content: Content, rng: random.Random) -> Image.Image:
+    """The scene as an RGB image, two cells wide and high; `rng` gives sizes and places."""
     side = 2 * _CELL
-    picture = Image.new("RGB", (side * _SCALE, side * _SCALE), _BACKGROUND)
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (side * _SCALE, side * _SCALE), _BACKGROUND)
+    draw = ImageDraw.Draw(image)
     for number, thing in enumerate(content):
         if thing is None:
             continue
@@ -293,7 +293,7 @@ def draw_picture(content: Content, rng: random.Random) -> Image.Image:
         x = (column + 0.5) * _CELL + rng.uniform(-_SHIFT, _SHIFT)
         y = (row + 0.5) * _CELL + rng.uniform(-_SHIFT, _SHIFT)
         _draw_object(draw, x * _SCALE, y * _SCALE, rng.uniform(*_RADIUS) * _SCALE, thing)
-    return picture.reduce(_SCALE)
+    return image.reduce(_SCALE)
 
 
 def _draw_object(draw: ImageDraw.ImageDraw, x: float, y: float, radius: float, thing: tuple[str, str]) -> None:
