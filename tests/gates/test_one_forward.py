@@ -17,7 +17,8 @@ from diffvl.config.recipe import BlockDiffusionObjective
 from diffvl.data.samples import Sample
 from diffvl.demo.standins import TRUNKS, WINDOW
 from diffvl.hub.configuration_diffvl import DiffVLConfig
-from diffvl.hub.layout_diffvl import Layout, NoisyStream, attention_masks, block_index, clean_layout, noisy_layout, noisy_stream
+from diffvl.hub.layout_diffvl import Layout, NoisyStream, block_index, clean_layout, noisy_layout, noisy_stream
+from diffvl.hub.masks_diffvl import attention_masks
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.objective.losses import Corruption, Draw, block_diffusion, corrupt
 

@@ -18,7 +18,7 @@ from diffvl.hub.answers_diffvl import BatchAnswers, picker
 from diffvl.hub.cache_diffvl import static_trunk
 from diffvl.hub.decoder_diffvl import BlockDecoder
 from diffvl.hub.generation_diffvl import denoise
-from diffvl.hub.layout_diffvl import block_kernels
+from diffvl.hub.masks_diffvl import block_kernels
 from diffvl.hub.settings_diffvl import DecodeSettings
 
 META = torch.device("meta")

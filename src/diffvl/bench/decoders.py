@@ -70,7 +70,7 @@ OnFirst = Callable[[], None]
 def ar_generate(model: Any, prompts: Prompts, steps: int, on_first: OnFirst | None = None, compiled: bool = False) -> Decoded:
     """Decodes with transformers' `generate` on the trunk, one token a forward; with `on_first` one token in all. compiled: with
     its own static cache and compiled forward."""
-    trunk = model.language_model
+    trunk = model.trunk
     # An id outside the vocabulary: without one, `generate` would take the trunk's own stop token.
     never = trunk.get_output_embeddings().weight.shape[0]
     stops = [never] if prompts.stops == {NEVER} else sorted(prompts.stops)
