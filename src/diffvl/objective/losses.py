@@ -291,7 +291,7 @@ def _predict(
 
     judged = model(
         input_ids=ids,
-        pixel_values=batch.get("pixel_values"),
+        **batch.get("pixels", {}),
         image_index=packed.moved(image_SW, -1),
         attention_mask=training_masks(config.text_config, packed.layout, dtype),
         position_ids=rope_ids(packed.layout.position),
