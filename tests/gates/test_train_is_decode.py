@@ -54,8 +54,7 @@ def training_sample(processor: DiffVLProcessor, messages: list[dict[str, Any]], 
     pictures = [
         part["image"] for turn in messages if isinstance(turn["content"], list) for part in turn["content"] if "image" in part
     ]
-    pixels = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"] if pictures else None
-    return Sample(encoding.ids, encoding.answer, pixels, index)
+    return Sample(encoding.ids, encoding.answer, processor.pixels(pictures) or None, index)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from torch.nn import functional
 from diffvl.attention.choose import choose
 from diffvl.bench.random_model import NUM_SPECIAL, STOP_TOKEN, TrunkSize
 from diffvl.config.recipe import BlockDiffusionObjective
-from diffvl.data.samples import IGNORED, Batch, Sample, collate
+from diffvl.data.samples import IGNORED, Batch, Sample, collate, on_device
 from diffvl.errors import UsageError
 from diffvl.hub.layout_diffvl import block_index, noisy_stream
 from diffvl.objective.losses import Draw, corrupt, loss_of
@@ -83,7 +83,7 @@ def make_sample(
     ids[-1] = STOP_TOKEN
     answer = [0] * (shape.length - shape.answer) + [1] * shape.answer
     batch: Any = collate([[Sample(ids.tolist(), answer, None, 0)]], pad_token_id=STOP_TOKEN)
-    return TrainingSample(shape, {name: value.to(device) for name, value in batch.items()}, objective)  # pyright: ignore[reportArgumentType]
+    return TrainingSample(shape, on_device(batch, device), objective)  # pyright: ignore[reportArgumentType]
 
 
 # --- the four forms ------------------------------------------------------------------------------------------------------

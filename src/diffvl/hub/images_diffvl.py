@@ -14,7 +14,7 @@ Shapes: B batch, T tokens, N images, P tokens of an image, H trunk width, A rota
 import copy
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 
 from .layout_diffvl import Rope, image_rows
 
-Pixels = Mapping[str, torch.Tensor]
+Pixels = dict[str, torch.Tensor]
 
 # What a stock vision part gives with one row for each image token; the other fields of its output are left alone.
 ROW_FIELDS = ("pooler_output", "deepstack_features")
@@ -89,7 +89,7 @@ def _counts(output: Any) -> tuple[int, ...]:
 
 
 def join_pixels(parts: Sequence[Pixels]) -> dict[str, torch.Tensor]:
-    """Joins the pixels of several images or samples, in order.
+    """Joins the pixels of several images or samples, in order; {} for none.
 
     Tensors are joined along their images or patches, dim 0, and padded with zeros where other dims differ. Where all parts of a
     key begin with a 1 for the text that they belong to ([1, tiles, 3, S, S]), they are joined along dim 1.
@@ -97,6 +97,9 @@ def join_pixels(parts: Sequence[Pixels]) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: if the parts have other keys, or tensors of other numbers of dims.
     """
+    parts = [part for part in parts if part]
+    if not parts:
+        return {}
     names = list(parts[0])
     if any(set(part) != set(names) for part in parts):
         raise ValueError(f"pixels with other keys cannot be joined: {sorted({key for part in parts for key in part})}")
