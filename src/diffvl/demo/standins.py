@@ -74,7 +74,7 @@ def make_trunk(directory: Path, model_type: str, seed: int = 0) -> Path:
         raise UsageError(f"no stand-in trunk of type {model_type!r}: expected one of {', '.join(TRUNKS)}")
     tokenizer = make_tokenizer(model_type)
     num_rows = len(tokenizer) + (NUM_SPARE_ROWS if model_type in QWEN else 0)
-    model = _causal_lm(model_type, tokenizer, seed, _rescale_trunk, vocab_size=num_rows, **_trunk_settings(model_type))
+    model = _causal_lm(model_type, tokenizer, seed, _rescale_causal, vocab_size=num_rows, **_trunk_settings(model_type))
     return _save(directory, model, tokenizer)
 
 
@@ -246,7 +246,7 @@ def _rescale(model: nn.Module, embedding_std: float) -> None:
                 weight.normal_(std=0.1)
             elif isinstance(module, nn.Embedding):
                 weight.normal_(std=embedding_std)
-            elif isinstance(module, nn.Linear | Conv1D | nn.Conv2d):
+            elif isinstance(module, nn.Linear | Conv1D | nn.Conv2d | nn.Conv3d):
                 fan_in = weight.shape[0] if isinstance(module, Conv1D) else weight[0].numel()
                 gain = SHARPNESS if name.endswith(("q_proj", "k_proj", "c_attn")) else 1.0
                 weight.normal_(std=gain * fan_in**-0.5)
@@ -256,17 +256,20 @@ def _rescale(model: nn.Module, embedding_std: float) -> None:
                 weight.normal_(std=weight.shape[-1] ** -0.5)
 
 
+def _rescale_causal(model: PreTrainedModel) -> None:
+    norm = model.get_parameter("transformer.ln_f.weight" if model.config.model_type == "gpt2" else "model.norm.weight")
+    rescale_trunk(model, norm, model.config.tie_word_embeddings, model.config.model_type == "gemma2")
+
+
 @torch.no_grad()
-def _rescale_trunk(model: PreTrainedModel) -> None:
-    """Rescales, then sets the gain of the final norm such that logits have a std near LOGIT_STD, tied or not."""
-    tied, is_gemma = model.config.tie_word_embeddings, model.config.model_type == "gemma2"
+def rescale_trunk(model: PreTrainedModel, norm: torch.Tensor, tied: bool, is_gemma: bool) -> None:
+    """Rescales in place, then sets the gain of the final norm such that logits have a std near LOGIT_STD, tied or not."""
     # A tied table must be small beside what the layers add, or every position predicts its own input.
     stream_std = 0.5 if tied else 1.0
     embedding_std = stream_std * HIDDEN**-0.5 if is_gemma else stream_std  # gemma multiplies embeddings by sqrt(hidden)
     _rescale(model, embedding_std)
     head_std = embedding_std if tied else HIDDEN**-0.5
     gain = LOGIT_STD / (HIDDEN**0.5 * head_std)
-    norm = model.get_parameter("transformer.ln_f.weight" if model.config.model_type == "gpt2" else "model.norm.weight")
     norm.copy_((norm + 1.0) * gain - 1.0 if is_gemma else norm * gain)
 
 
