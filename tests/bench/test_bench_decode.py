@@ -95,10 +95,10 @@ def test_ar_sees_images_and_its_stops(loaded: Callable[[str], Loaded]):
     other = ar_generate(model, prompts_of(both, [chat("What?", True)], 6, frozenset({NEVER})), 1).answers
     assert answers[0] == other[0]
     last = prompts.part(2, 3, model.config)
-    assert prompts.pixel_values is not None and last.pixel_values is not None
-    assert torch.equal(last.pixel_values, prompts.pixel_values[1:]) and prompts.part(1, 2, model.config).pixel_values is None
+    assert torch.equal(last.pixels["pixel_values"], prompts.pixels["pixel_values"][1:])
+    assert not prompts.part(1, 2, model.config).pixels
     assert ar_generate(model, last, 1).answers[0] == answers[2]
-    stopping = Prompts(last.ids, last.valid, last.pixel_values, 6, frozenset({answers[2][1]}))
+    stopping = Prompts(last.ids, last.valid, last.pixels, 6, frozenset({answers[2][1]}))
     assert ar_generate(model, stopping, 1).answers == [answers[2][: answers[2].index(answers[2][1]) + 1]]
 
 

@@ -133,7 +133,7 @@ def test_places_stay_empty(tmp_path: Path, processor: DiffVLProcessor):
     assert batch["sample"].tolist() == [0, 2] and batch["row"].tolist() == [0, 1]
     assert [problem.number for problem in batch[PROBLEMS]] == [2, 4] and not is_filler(batch)
     empty = collate([train[1]], pad_token_id=0)
-    assert is_filler(empty) and empty["sample"].tolist() == [NO_SAMPLE] and "pixel_values" not in empty
+    assert is_filler(empty) and empty["sample"].tolist() == [NO_SAMPLE] and "pixels" not in empty
 
 
 def test_all_damaged_images_are_told_at_once(tmp_path: Path, processor: DiffVLProcessor):

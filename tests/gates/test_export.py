@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from diffvl.demo.standins import TRUNKS
 from diffvl.hub import modeling_diffvl
 from diffvl.hub.decoder_diffvl import BlockDecoder
+from diffvl.hub.processing_diffvl import pixels_in
 from diffvl.store.checkpoint import HUB_FILES, load_checkpoint, write_checkpoint
 
 BLOCK = 4
@@ -110,7 +111,7 @@ def test_the_calling_sequence_gives_our_decoders_logits(
     model, processor = load_checkpoint(exported[model_type])
     inputs = processor.apply_chat_template(CHAT, tokenize=True, add_generation_prompt=True)
     valid = inputs["attention_mask"].bool()
-    decoder = BlockDecoder(model.eval(), inputs["input_ids"], valid, inputs["answer_index"], inputs["pixel_values"])
+    decoder = BlockDecoder(model.eval(), inputs["input_ids"], valid, inputs["answer_index"], pixels_in(inputs))
     decoder.prefill()
     length = inputs["input_ids"].shape[1]
     tail = length % BLOCK

@@ -14,7 +14,7 @@ from diffvl.attention.block_mask import block_mask
 from diffvl.attention.choose import choose
 from diffvl.attention.cpu import TILED
 from diffvl.demo.standins import HIDDEN
-from diffvl.hub import modeling_diffvl
+from diffvl.hub import head_diffvl
 from diffvl.hub.layout_diffvl import block_index, clean_layout, noisy_layout, noisy_stream
 from diffvl.objective.losses import Draw, block_diffusion
 
@@ -48,7 +48,7 @@ def test_the_loss_holds_one_chunk_of_logits(model_type: str, loaded: Callable[[s
     """Forward and backward of 200 masked tokens, 16 rows of logits at a time."""
     model, _ = loaded(model_type)
     vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[union-attr]
-    monkeypatch.setattr(modeling_diffvl, "CHUNK_LOGITS", 16 * vocabulary)
+    monkeypatch.setattr(head_diffvl, "CHUNK_LOGITS", 16 * vocabulary)
     one = batch([sample(model.config, (40, 200))])
     with tiled(model), Shapes() as shapes:
         loss = block_diffusion(model, model.config, one, objective(noise={"schedule": "full"}), Draw(0, 0, 0.0)).loss

@@ -17,7 +17,8 @@ from diffvl.config.recipe import BlockDiffusionObjective
 from diffvl.data.samples import Sample
 from diffvl.demo.standins import TRUNKS, WINDOW
 from diffvl.hub.configuration_diffvl import DiffVLConfig
-from diffvl.hub.layout_diffvl import Layout, NoisyStream, attention_masks, block_index, clean_layout, noisy_layout, noisy_stream
+from diffvl.hub.layout_diffvl import Layout, NoisyStream, block_index, clean_layout, noisy_layout, noisy_stream
+from diffvl.hub.masks_diffvl import attention_masks
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.objective.losses import Corruption, Draw, block_diffusion, corrupt
 
@@ -305,9 +306,9 @@ def plain_forward(model: Model, tokens: list[Token], one: Sample, context: str) 
     masks = {"gemma2": lambda: {"full_attention": mask(None), "sliding_attention": mask(WINDOW)}, "mistral": lambda: mask(WINDOW)}
     ids = torch.tensor([[token.id for token in tokens]])
     embeds = model.get_input_embeddings()(ids)
-    if one.pixel_values is not None:
+    if one.pixels is not None:
         places = [place for place, token in enumerate(one.ids) if token == model.config.image_token_id]
-        features = model.image_features(one.pixel_values).flatten(0, 1)
+        features = model.image_features(**one.pixels).flatten(0, 1)
         shown = [places.index(token.position) if token.id == model.config.image_token_id else -1 for token in tokens]
         rows = torch.stack([features[row] if row >= 0 else embeds[0, place] for place, row in enumerate(shown)])
         embeds = rows[None]

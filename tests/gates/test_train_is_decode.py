@@ -19,7 +19,7 @@ from diffvl.data.samples import Sample
 from diffvl.hub.decoder_diffvl import BlockDecoder
 from diffvl.hub.layout_diffvl import block_index, noisy_stream
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
-from diffvl.hub.processing_diffvl import DiffVLProcessor
+from diffvl.hub.processing_diffvl import DiffVLProcessor, pixels_in
 from diffvl.objective.losses import Draw, block_diffusion, corrupt
 
 SETTINGS = list(itertools.product(CONTEXTS, GRIDS, TARGETS))
@@ -54,8 +54,7 @@ def training_sample(processor: DiffVLProcessor, messages: list[dict[str, Any]], 
     pictures = [
         part["image"] for turn in messages if isinstance(turn["content"], list) for part in turn["content"] if "image" in part
     ]
-    pixels = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"] if pictures else None
-    return Sample(encoding.ids, encoding.answer, pixels, index)
+    return Sample(encoding.ids, encoding.answer, processor.pixels(pictures) or None, index)
 
 
 @torch.no_grad()
@@ -85,7 +84,7 @@ def compare(
     for turn in (2 * number - 1 for number in trained):
         inputs = processor.apply_chat_template(CHAT[:turn], tokenize=True, add_generation_prompt=True)
         decoder = BlockDecoder(
-            model, inputs["input_ids"], inputs["attention_mask"].bool(), inputs["answer_index"], inputs["pixel_values"]
+            model, inputs["input_ids"], inputs["attention_mask"].bool(), inputs["answer_index"], pixels_in(inputs)
         )
         decoder.prefill()
         of_answer = (both["answer_index"].gather(1, stream.source)[0] == (turn + 1) // 2) & stream.valid[0]
@@ -157,9 +156,7 @@ def run_blocks(loaded: Loaded, prompts: list[list[dict[str, Any]]], fill: torch.
     """Logits of three blocks, each committed with the tokens `fill` (one row a prompt) before the next."""
     model, processor = loaded
     inputs = processor.apply_chat_template(prompts, tokenize=True, add_generation_prompt=True)
-    decoder = BlockDecoder(
-        model, inputs["input_ids"], inputs["attention_mask"].bool(), inputs["answer_index"], inputs.get("pixel_values")
-    )
+    decoder = BlockDecoder(model, inputs["input_ids"], inputs["attention_mask"].bool(), inputs["answer_index"], pixels_in(inputs))
     decoder.prefill()
     logits = []
     for _ in range(3):
@@ -217,7 +214,7 @@ def test_marks_of_earlier_answers_matter(loaded: Callable[[str], Loaded]):
     unmarked = {**inputs, "answer_index": torch.zeros_like(inputs["answer_index"])}
     logits = []
     for given in (inputs, unmarked):
-        arguments = (given["input_ids"], given["attention_mask"].bool(), given["answer_index"], given["pixel_values"])
+        arguments = (given["input_ids"], given["attention_mask"].bool(), given["answer_index"], pixels_in(given))
         decoder = BlockDecoder(model, *arguments)
         decoder.prefill()
         logits.append(decoder.block_logits().masked_fill(~decoder.block.open_BD[..., None], 0.0))

@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, Gene
 from diffvl.hub.answers_diffvl import BlockGenerationOutput, settled
 from diffvl.hub.cache_diffvl import ReadingCache
 from diffvl.hub.generation_diffvl import BlockGeneration
+from diffvl.hub.images_diffvl import ImageRows
+from diffvl.hub.layout_diffvl import Rope
 from diffvl.hub.settings_diffvl import DecodeSettings
 
 MASK, IMAGE, STOP, PAD, VOCABULARY, ROWS = 30, 31, 29, 28, 32, 36
@@ -28,14 +30,23 @@ class Scripted(BlockGeneration):
     never be predicted: the mask token, the image token and a spare row of the table."""
 
     def __init__(self, script: list[int], height: list[float] | None = None, **settings: Any) -> None:
-        common = {"mask_token_id": MASK, "image_token_id": IMAGE, "vocabulary_size": VOCABULARY, "image_tokens": 2}
+        common = {"mask_token_id": MASK, "image_token_id": IMAGE, "vocabulary_size": VOCABULARY, "placeholder_ids": []}
+        common |= {"image_inputs": ["pixel_values"], "image_attention": "causal"}
         decoding = {"decoding": "blocks", "block_size": 4, "grid": "absolute", "context": "block", "target": "same"}
         self.config = SimpleNamespace(**common, stop_token_ids=[STOP], **{**decoding, **settings})
         self.generation_config = GenerationConfig(pad_token_id=PAD)
-        trunk_config = SimpleNamespace(_attn_implementation="sdpa", sliding_window=None)
-        self.language_model = SimpleNamespace(config=trunk_config, _can_set_attn_implementation=lambda: False)
+        self.config.text_config = SimpleNamespace(_attn_implementation="sdpa", sliding_window=None)
+        top = SimpleNamespace(get_text_config=lambda decoder: self.config.text_config)
+        self.trunk = SimpleNamespace(config=top, _can_set_attn_implementation=lambda: False)
+        self.images = SimpleNamespace(
+            encode=lambda pixels: ImageRows(torch.zeros(2 * len(pixels["pixel_values"]), 1), (2,) * len(pixels["pixel_values"])),
+            rope=lambda *_: Rope(),
+        )
         self.script, self.height = torch.tensor(script), torch.tensor(height or [5.0] * len(script))
         self.calls: list[tuple[list[int], int]] = []  # what went in, and how much of it stays in the cache
+
+    def pixels_of(self, given: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        return {"pixel_values": given["pixel_values"]} if given["pixel_values"] is not None else {}
 
     def get_input_embeddings(self) -> Any:
         return SimpleNamespace(weight=torch.zeros(1))

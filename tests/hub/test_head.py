@@ -9,7 +9,7 @@ from conftest import Loaded
 from helpers import ORDINARY, trunks
 
 from diffvl.config.recipe import Lora
-from diffvl.hub import modeling_diffvl
+from diffvl.hub import head_diffvl
 from diffvl.store.checkpoint import load_checkpoint
 from diffvl.train.parts import add_adapters
 
@@ -41,7 +41,7 @@ def test_chunks_are_the_whole(
     model, _ = loaded(model_type)
     expected, truth = asked(loaded(model_type))
     rows = model.get_output_embeddings().weight.shape[0]  # type: ignore[union-attr]
-    monkeypatch.setattr(modeling_diffvl, "CHUNK_LOGITS", rows_at_once * rows)
+    monkeypatch.setattr(head_diffvl, "CHUNK_LOGITS", rows_at_once * rows)
     seen: list[int] = []
     hook = model.get_output_embeddings().register_forward_hook(lambda _, __, output: seen.append(output[..., 0].numel()))
     try:
@@ -65,7 +65,7 @@ def test_chunks_under_adapters(prepared: Callable[[str], Any], monkeypatch: pyte
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     expected, truth = asked((model, processor))
-    monkeypatch.setattr(modeling_diffvl, "CHUNK_LOGITS", 700)
+    monkeypatch.setattr(head_diffvl, "CHUNK_LOGITS", 700)
     given, gradients = asked((model, processor), chunks=True)
     torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-5)
     assert len(gradients) == len(truth) > 10

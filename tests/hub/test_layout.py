@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from diffvl.hub.layout_diffvl import Layout, attention_masks, block_end, block_index, clean_layout, noisy_stream, segment_start
+from diffvl.hub.layout_diffvl import Layout, block_end, block_index, clean_layout, noisy_stream, segment_start
+from diffvl.hub.masks_diffvl import attention_masks
 
 #         0  1  2  3  4  5  6  7  8  9 10 11 12 13
 ANSWER = [0, 0, 0, 1, 1, 1, 0, 0, 2, 2, 2, 2, 2, 0]

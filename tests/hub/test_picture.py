@@ -272,7 +272,7 @@ def test_one_picture_in_all_places(name: str, loaded: Callable[[str], Loaded], t
         return {"role": "user", "content": [{"type": "image", **picture}, {"type": "text", "text": "What?"}]}
 
     record = Record("r", (str(path),), (Turn("user", "<image>\nWhat?"), Turn("assistant", "This.")), "x.json:1")
-    found = [sample_of(record, 0, processor).pixel_values]
+    found = [(sample_of(record, 0, processor).pixels or {})["pixel_values"]]
     encode: dict[str, Any] = {"tokenize": True, "add_generation_prompt": True}
     text = processor.apply_chat_template([chat()], add_generation_prompt=True)
     with Image.open(path) as raw:

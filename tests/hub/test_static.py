@@ -18,10 +18,10 @@ from helpers import CONTEXTS, GRIDS, TARGETS, trunks
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig
 
-from diffvl.hub import cache_diffvl, generation_diffvl, layout_diffvl
+from diffvl.hub import cache_diffvl, generation_diffvl, masks_diffvl
 from diffvl.hub.answers_diffvl import BlockGenerationOutput
 from diffvl.hub.decoder_diffvl import BlockDecoder
-from diffvl.hub.layout_diffvl import BLOCKS, block_attention, block_kernels
+from diffvl.hub.masks_diffvl import BLOCKS, block_attention, block_kernels
 
 STATIC: dict[str, Any] = {"cache_implementation": "static"}
 SETTINGS: dict[str, Any] = {"max_new_tokens": 14, "denoising_steps": 2, "eos_token_id": -1}
@@ -370,9 +370,9 @@ def test_a_block_that_sees_everything_has_no_mask(
     model, _ = both = loaded(model_type)
     model.config.set_decoding("blocks", 4, context, "response", "same")
     kernels: list[bool] = []
-    stock = layout_diffvl.sdpa_attention_forward
+    stock = masks_diffvl.sdpa_attention_forward
     monkeypatch.setattr(
-        layout_diffvl,
+        masks_diffvl,
         "sdpa_attention_forward",
         lambda *given, **more: (kernels.append(given[4] is None and more["is_causal"] is False), stock(*given, **more))[1],
     )
@@ -402,7 +402,7 @@ def test_a_mask_of_one_element_is_none(loaded: Callable[[str], Loaded]):
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, heads, length, 8, generator=generator) for heads, length in ((4, 3), (2, 9), (2, 9)))
     module: Any = loaded("llama")[0].language_model.model.layers[0].self_attn
-    everything = layout_diffvl.everything(BLOCKS, (1, 3, 9), torch.float32, query.device)
+    everything = masks_diffvl.everything(BLOCKS, (1, 3, 9), torch.float32, query.device)
     found, _ = block_attention(module, query, key, value, everything, scaling=0.3)
     expected, _ = block_attention(module, query, key, value, torch.ones(1, 1, 3, 9, dtype=torch.bool), scaling=0.3)
     torch.testing.assert_close(found, expected)

@@ -18,7 +18,8 @@ from diffvl.hub.answers_diffvl import BatchAnswers, picker
 from diffvl.hub.cache_diffvl import static_trunk
 from diffvl.hub.decoder_diffvl import BlockDecoder
 from diffvl.hub.generation_diffvl import denoise
-from diffvl.hub.layout_diffvl import block_kernels
+from diffvl.hub.masks_diffvl import block_kernels
+from diffvl.hub.processing_diffvl import pixels_in
 from diffvl.hub.settings_diffvl import DecodeSettings
 
 META = torch.device("meta")
@@ -31,18 +32,19 @@ def decode_without_values(
     """Three blocks after the prompt; what a real decoder counts on the way in, by looking at values, is told to this one."""
     model, processor = loaded
     inputs = processor.apply_chat_template(chats, tokenize=True, add_generation_prompt=True)
-    arguments = [inputs["input_ids"], inputs["attention_mask"].bool(), inputs["answer_index"], inputs.get("pixel_values")]
+    arguments = [inputs["input_ids"], inputs["attention_mask"].bool(), inputs["answer_index"], pixels_in(inputs)]
     counts = BlockDecoder(model, *arguments).counts
     monkeypatch.setattr(BlockDecoder, "_count", lambda _: counts)
     copied: Any = copy.deepcopy(model)
     moved = copied.to(META)
-    given: Any = [None if one is None else one.to(META) for one in arguments]
+    given: Any = [one.to(META) for one in arguments[:3]]
+    given.append({name: value.to(META) for name, value in arguments[3].items()})
     engine = static_trunk(moved, len(chats), 200, None) if static else None
     decoder = BlockDecoder(moved, *given, static=engine)
     settings = settings.for_checkpoint(model.config)
     answers = BatchAnswers(decoder, settings, None, None)
     pick = picker(settings, torch.device("cpu"), model.config)
-    with block_kernels(moved.language_model):
+    with block_kernels(moved.trunk):
         decoder.prefill()
         for _ in range(3):
             settled_at = denoise(answers, settings, pick)

@@ -19,6 +19,9 @@ CONFIG: Any = SimpleNamespace(
     mask_token_id=MASK,
     image_token_id=IMAGE,
     vocabulary_size=VOCABULARY,
+    placeholder_ids=[],
+    image_attention="causal",
+    source_config=None,
     text_config=SimpleNamespace(_attn_implementation="sdpa"),
 )
 HERE = Draw(seed=1, step=2, progress=0.5)

@@ -9,6 +9,7 @@ from helpers import picture
 from diffvl.bench.decoders import Prompts
 from diffvl.bench.random_model import TrunkSize
 from diffvl.bench.workload import random_workload
+from diffvl.hub.processing_diffvl import pixels_in
 
 CPU = torch.device("cpu")
 TINY = TrunkSize(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=128, vocabulary=512)
@@ -23,7 +24,7 @@ def prompts_of(loaded: Loaded, chats: list[list[dict[str, Any]]], limit: int, st
     model, processor = loaded
     inputs = processor.apply_chat_template(chats, tokenize=True, add_generation_prompt=True)
     found = frozenset(model.config.stop_token_ids) if stops is None else stops
-    return Prompts(inputs["input_ids"], inputs["attention_mask"].bool(), inputs.get("pixel_values"), limit, found)
+    return Prompts(inputs["input_ids"], inputs["attention_mask"].bool(), pixels_in(inputs), limit, found)
 
 
 def tiny(context: str = "block", batch: int = 1, tokens: int = 16) -> tuple[Any, Prompts]:

@@ -43,12 +43,12 @@ def sample(config: DiffVLConfig, lengths: Sequence[int], index: int = 0, picture
         answer += [(number + 1) // 2 if number % 2 else 0] * length
         if number % 2:
             ids[-1] = config.stop_token_ids[0]
-    pixel_values = None
+    pixels = None
     if picture:
         ids[2 : 2 + config.image_tokens] = [config.image_token_id] * config.image_tokens
         assert lengths[0] >= 2 + config.image_tokens
-        pixel_values = torch.randn(1, 3, standins.IMAGE_SIZE, standins.IMAGE_SIZE, generator=generator)
-    return Sample(ids, answer, pixel_values, index)
+        pixels = {"pixel_values": torch.randn(1, 3, standins.IMAGE_SIZE, standins.IMAGE_SIZE, generator=generator)}
+    return Sample(ids, answer, pixels, index)
 
 
 def batch(samples: Sequence[Sample]) -> Batch:

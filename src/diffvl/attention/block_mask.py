@@ -16,7 +16,8 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from diffvl.attention.cpu import CPU_TILE, TILED
-from diffvl.hub.layout_diffvl import Layout, attends, attention_masks, for_layers
+from diffvl.hub.layout_diffvl import Layout, attends
+from diffvl.hub.masks_diffvl import attention_masks, for_layers
 
 FLEX = "flex_attention"
 FLEX_TILE = 128  # FlexAttention's own tile, on both sides
@@ -36,13 +37,13 @@ def block_mask(layout: Layout, tile: int, window: int | None = None, chunk: int 
     """Gives the layout as a BlockMask with square tiles of `tile` tokens; FlexAttention skips empty tiles and does not evaluate
     the rule in full ones. Memory grows with (T / tile)^2."""
     possible, full = _tiles(layout, tile, window, chunk)
-    rows, context = layout.rows, layout.context
+    rows, context, image_attention = layout.rows, layout.context, layout.image_attention
     invalid = ~layout.valid
 
     def rule(b: torch.Tensor, _: torch.Tensor, q_index: torch.Tensor, k_index: torch.Tensor) -> torch.Tensor:
         q = {name: row[b, q_index] for name, row in rows.items()}
         k = {name: row[b, k_index] for name, row in rows.items()}
-        return attends(q, k, context, window, chunk) | ((q_index == k_index) & invalid[b, q_index])
+        return attends(q, k, context, window, chunk, image_attention) | ((q_index == k_index) & invalid[b, q_index])
 
     partial = _listed(possible & ~full)
     whole = _listed(full)
@@ -108,7 +109,11 @@ def _tiles(layout: Layout, tile: int, window: int | None, chunk: int | None) -> 
     clean_clean = clean_order.keys().least <= clean_order.queries().greatest
     noisy_clean = clean_block.keys().least < noisy_block.queries().greatest
     noisy_noisy = noisy_block.keys().meets(noisy_block.queries())
-    possible = (clean_clean | noisy_clean | noisy_noisy) & document.keys().meets(document.queries())
+    possible = clean_clean | noisy_clean | noisy_noisy
+    spans = _span_tiles(layout, clean_tokens, tile, window)
+    if spans is not None:
+        possible = possible | spans
+    possible = possible & document.keys().meets(document.queries())
 
     all_clean = _tiled(clean_tokens.long(), tile, 0).amin(-1).bool()
     all_noisy = _tiled(noisy_tokens.long(), tile, 0).amin(-1).bool()
@@ -119,7 +124,10 @@ def _tiles(layout: Layout, tile: int, window: int | None, chunk: int | None) -> 
     full = full & all_clean[:, None, :] & one_document & document.keys().meets(document.queries())
 
     if window is not None:
-        possible = possible & (position.keys().greatest > position.queries().least - window)
+        within = position.keys().greatest > position.queries().least - window
+        if spans is not None and layout.image_attention == "runs_beyond_window":
+            within = within | spans
+        possible = possible & within
         full = full & (position.keys().least > position.queries().greatest - window)
     if chunk is not None:
         chunks = _Bounds.over(torch.div(layout.position, chunk, rounding_mode="floor"), valid, tile)
@@ -129,6 +137,16 @@ def _tiles(layout: Layout, tile: int, window: int | None, chunk: int | None) -> 
     pads = _tiled((~valid).long(), tile, 0).amax(-1).bool()
     possible = possible | torch.diag_embed(pads)
     return possible, full & possible
+
+
+def _span_tiles(layout: Layout, clean_tokens: torch.Tensor, tile: int, window: int | None) -> torch.Tensor | None:
+    """Tells which tiles may hold a pair of tokens of one span, bool [B, QT, KT]; None where spans have no part in the rule."""
+    if layout.span is None or layout.image_attention == "causal":
+        return None
+    if layout.image_attention == "runs_sliding" and window is None:
+        return None
+    span = _Bounds.over(layout.span, clean_tokens & (layout.span > 0), tile)
+    return span.keys().meets(span.queries())
 
 
 def bucket(tokens: int) -> int:

@@ -31,13 +31,14 @@ def choose(trunk: PreTrainedModel, wanted: str, device: torch.device) -> str:
         wanted = _best(trunk, device)
     kind = trunk.config.model_type
     _refuse(trunk, wanted, device)
-    before = str(trunk.config._attn_implementation)
+    text_config = trunk.config.get_text_config(decoder=True)
+    before = str(text_config._attn_implementation)
     try:
-        trunk.set_attn_implementation(wanted)
+        set_attention(trunk, wanted)
         if wanted == TILED:
             _try_tiles(trunk)
     except (ValueError, ImportError) as error:
-        trunk.set_attn_implementation(before)
+        set_attention(trunk, before)
         if not automatic:
             raise ConfigError(f"attention: {kind} cannot take {wanted}: {error}") from error
         log.warning("attention: %s cannot take %s (%s): it stays with %s", kind, wanted, error, before)
@@ -46,9 +47,20 @@ def choose(trunk: PreTrainedModel, wanted: str, device: torch.device) -> str:
         # Row lengths, windows and evaluation each compile a kernel; past its limit torch would hold all scores, and only warn.
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.fail_on_recompile_limit_hit = True
-    if trunk.config._attn_implementation != wanted:
-        raise ConfigError(f"attention: {kind} cannot take {wanted}: it stays with {trunk.config._attn_implementation}")
+    if text_config._attn_implementation != wanted:
+        raise ConfigError(f"attention: {kind} cannot take {wanted}: it stays with {text_config._attn_implementation}")
     return wanted
+
+
+def set_attention(trunk: PreTrainedModel, implementation: str) -> None:
+    """Sets the attention implementation of the text part, in place. The vision part of a native vision-language model keeps its
+    own: our masks are for text. (transformers' own setter refuses FlexAttention for whole models of which only the vision part
+    has none.)"""
+    text_config = trunk.config.get_text_config(decoder=True)
+    if text_config is trunk.config:
+        trunk.set_attn_implementation(implementation)
+    else:
+        text_config._attn_implementation = implementation
 
 
 def _refuse(trunk: PreTrainedModel, wanted: str, device: torch.device) -> None:
@@ -78,13 +90,14 @@ def _try_tiles(trunk: PreTrainedModel) -> None:
 
 
 def _best(trunk: PreTrainedModel, device: torch.device) -> str:
-    if device.type == "cuda" and trunk._supports_flex_attn and trunk._can_set_attn_implementation():
+    is_native = trunk.config.get_text_config(decoder=True) is not trunk.config
+    if device.type == "cuda" and (is_native or trunk._supports_flex_attn) and trunk._can_set_attn_implementation():
         if not (odd := _flex_cannot(trunk)):
             return FLEX
         log.warning("attention: %s cannot take %s (%s): it stays with sdpa", trunk.config.model_type, FLEX, odd)
     if device.type == "cpu" and _takes_tiles(trunk):
         return TILED
-    return str(trunk.config._attn_implementation)
+    return str(trunk.config.get_text_config(decoder=True)._attn_implementation)
 
 
 def _flex_cannot(trunk: PreTrainedModel) -> str:

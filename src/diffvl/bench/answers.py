@@ -153,7 +153,7 @@ def answer_all(
         truth = record.turns[turn].text
         scored[name].append(ScoredAnswer(answer, is_exact(answer.text, truth), edit_similarity(answer.text, truth)))
     model, config = decoder.model, decoder.model.config
-    run = describe_run(model.device, model.language_model.dtype, load_before) | {
+    run = describe_run(model.device, model.trunk.dtype, load_before) | {
         "model": f"{request.directory} ({config.text_config.model_type})",
         "questions": len(turns),
         "block_size": config.block_size,

@@ -81,9 +81,9 @@ def compare_decoders(request: DecodeBench, console: Console) -> Comparison[Decod
     with spinner_or_line(console, "checking that ours and the published loop give the same tokens"):
         proof = prove_same_tokens(model, workload.groups(1), steps)
         bandwidth = memory_bandwidth(device)
-    weights = streamed_bytes(model.language_model)
+    weights = streamed_bytes(model.trunk)
     repeats = {batch: num_rounds(request, device, batch) for batch in batches}
-    run = describe_run(device, model.language_model.dtype, load_before) | {
+    run = describe_run(device, model.trunk.dtype, load_before) | {
         "model": workload.name,
         "context": config.context,
         "grid": config.grid,

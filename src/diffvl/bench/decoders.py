@@ -18,18 +18,19 @@ from diffvl.bench.published_decoder import answer_start, cut_at_stop, decode_pub
 from diffvl.decode.answer import COMPILED
 from diffvl.hub.answers_diffvl import BlockGenerationOutput
 from diffvl.hub.cache_diffvl import many_forms
+from diffvl.hub.images_diffvl import Pixels
 
 NEVER = -1  # in place of a stop token, where only the limit may end an answer
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """ids [B, L], padded left; valid bool [B, L]; pixel_values of all images in reading order; limit: most tokens of an answer;
-    stops: ids that end one, `{NEVER}` for none."""
+    """ids [B, L], padded left; valid bool [B, L]; pixels of all images in reading order, one row of each tensor an
+    image; limit: most tokens of an answer; stops: ids that end one, `{NEVER}` for none."""
 
     ids: torch.Tensor
     valid: torch.Tensor
-    pixel_values: torch.Tensor | None
+    pixels: Pixels
     limit: int
     stops: frozenset[int]
 
@@ -38,16 +39,14 @@ class Prompts:
         return self.valid.sum(1).tolist()
 
     def shortened(self, limit: int) -> "Prompts":
-        return Prompts(self.ids, self.valid, self.pixel_values, limit, self.stops)
+        return Prompts(self.ids, self.valid, self.pixels, limit, self.stops)
 
     def part(self, begin: int, end: int, config: Any) -> "Prompts":
         """Takes some of them, with their images and no more padding than they need."""
         num_images = (self.ids == config.image_token_id).logical_and(self.valid).sum(1).div(config.image_tokens).long().tolist()
         before = self.ids.shape[1] - max(self.lengths[begin:end])
-        pixels = self.pixel_values
-        if pixels is not None:
-            first = sum(num_images[:begin])
-            pixels = pixels[first : first + sum(num_images[begin:end])] if any(num_images[begin:end]) else None
+        first, count = sum(num_images[:begin]), sum(num_images[begin:end])
+        pixels = {name: tensor[first : first + count] for name, tensor in self.pixels.items()} if count else {}
         return Prompts(self.ids[begin:end, before:], self.valid[begin:end, before:], pixels, self.limit, self.stops)
 
 
@@ -70,14 +69,14 @@ OnFirst = Callable[[], None]
 def ar_generate(model: Any, prompts: Prompts, steps: int, on_first: OnFirst | None = None, compiled: bool = False) -> Decoded:
     """Decodes with transformers' `generate` on the trunk, one token a forward; with `on_first` one token in all. compiled: with
     its own static cache and compiled forward."""
-    trunk = model.language_model
+    trunk = model.trunk
     # An id outside the vocabulary: without one, `generate` would take the trunk's own stop token.
     never = trunk.get_output_embeddings().weight.shape[0]
     stops = [never] if prompts.stops == {NEVER} else sorted(prompts.stops)
-    if prompts.pixel_values is None:
+    if not prompts.pixels:
         inputs, begin = {"input_ids": prompts.ids}, prompts.ids.shape[1]
     else:
-        inputs, begin = {"inputs_embeds": model.embed(prompts.ids, prompts.pixel_values, None)}, 0
+        inputs, begin = {"inputs_embeds": model.embed(prompts.ids, prompts.pixels["pixel_values"], None)}, 0
     with many_forms() if compiled else nullcontext():
         sequences = trunk.generate(
             **inputs,
@@ -97,7 +96,7 @@ def ar_generate(model: Any, prompts: Prompts, steps: int, on_first: OnFirst | No
 def published(model: Any, prompts: Prompts, steps: int, on_first: OnFirst | None = None, compiled: bool = False) -> Decoded:
     """Decodes with the published block loop, one prompt; it joins its cache anew in every step, and has no compiled form."""
     assert len(prompts.ids) == 1 and not compiled
-    result = decode_published(model, prompts.ids, prompts.pixel_values, steps, prompts.limit, prompts.stops, on_first)
+    result = decode_published(model, prompts.ids, prompts.pixels, steps, prompts.limit, prompts.stops, on_first)
     return Decoded([result.tokens], result.prefills + result.denoising + result.commits, result.prefills)
 
 
@@ -106,7 +105,7 @@ def ours(model: Any, prompts: Prompts, steps: int, on_first: OnFirst | None = No
     --compile`."""
     output = model.generate(
         prompts.ids,
-        pixel_values=prompts.pixel_values,
+        **prompts.pixels,
         attention_mask=prompts.valid.long(),
         max_new_tokens=prompts.limit,
         denoising_steps=steps,

@@ -73,7 +73,7 @@ def _loss_and_gradient(model: Any, step: Step) -> tuple[float, torch.Tensor]:
     model.zero_grad(set_to_none=True)
     loss = step()
     loss.backward()
-    gradients = [parameter.grad.flatten() for parameter in model.language_model.parameters()]
+    gradients = [parameter.grad.flatten() for parameter in model.trunk.parameters()]
     return float(loss.detach()), torch.cat(gradients)
 
 

@@ -23,6 +23,7 @@ from transformers import DynamicCache
 
 from diffvl.errors import UsageError
 from diffvl.hub.configuration_diffvl import never_predicted
+from diffvl.hub.images_diffvl import Pixels
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def require_same_target(config: Any) -> None:
 def decode_published(
     model: Any,
     prompt_ids: torch.Tensor,
-    pixel_values: torch.Tensor | None,
+    pixels: Pixels,
     steps: int,
     limit: int,
     stops: frozenset[int],
@@ -83,8 +84,7 @@ def decode_published(
 
     # 1. The prompt's whole blocks, with logits for all of them.
     if start > 0:
-        images = {} if pixel_values is None else {"pixel_values": pixel_values}
-        _forward(model, ids_T[:, :start], clean_TT[:, :start, :start], position_T[:, :start], cache, True, **images)
+        _forward(model, ids_T[:, :start], clean_TT[:, :start, :start], position_T[:, :start], cache, True, **pixels)
         prefills = 1
     # 2. Block by block.
     begin = start

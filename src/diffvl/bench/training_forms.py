@@ -22,7 +22,7 @@ from torch.nn import functional
 from diffvl.attention.choose import choose
 from diffvl.bench.random_model import NUM_SPECIAL, STOP_TOKEN, TrunkSize
 from diffvl.config.recipe import BlockDiffusionObjective
-from diffvl.data.samples import IGNORED, Batch, Sample, collate
+from diffvl.data.samples import IGNORED, Batch, Sample, collate, on_device
 from diffvl.errors import UsageError
 from diffvl.hub.layout_diffvl import block_index, noisy_stream
 from diffvl.objective.losses import Draw, corrupt, loss_of
@@ -83,7 +83,7 @@ def make_sample(
     ids[-1] = STOP_TOKEN
     answer = [0] * (shape.length - shape.answer) + [1] * shape.answer
     batch: Any = collate([[Sample(ids.tolist(), answer, None, 0)]], pad_token_id=STOP_TOKEN)
-    return TrainingSample(shape, {name: value.to(device) for name, value in batch.items()}, objective)  # pyright: ignore[reportArgumentType]
+    return TrainingSample(shape, on_device(batch, device), objective)  # pyright: ignore[reportArgumentType]
 
 
 # --- the four forms ------------------------------------------------------------------------------------------------------
@@ -91,13 +91,13 @@ def make_sample(
 
 def ar(model: Any, sample: TrainingSample, draw: Draw) -> Step:
     """Finetunes on next tokens with transformers' own loss: logits at every position, labels -100 outside the answer."""
-    trunk, ids, labels = model.language_model, sample.batch["input_ids"], sample.batch["labels"]
+    trunk, ids, labels = model.trunk, sample.batch["input_ids"], sample.batch["labels"]
     return lambda: trunk(input_ids=ids, labels=labels, use_cache=False).loss
 
 
 def ar_answer_logits(model: Any, sample: TrainingSample, draw: Draw) -> Step:
     """Finetunes on next tokens with logits at the answer's tokens only, through transformers' `logits_to_keep`."""
-    trunk, ids = model.language_model, sample.batch["input_ids"]
+    trunk, ids = model.trunk, sample.batch["input_ids"]
     predicted = (sample.batch["labels"][0] != IGNORED).nonzero()[:, 0]
 
     def step() -> torch.Tensor:
@@ -119,7 +119,7 @@ def published(model: Any, sample: TrainingSample, draw: Draw, forbidden_V: torch
         forbidden_V: tokens that get no probability, bool [V]; the published form has none, `ours` does, and a comparison of
             losses needs the same.
     """
-    trunk, block_size = model.language_model, sample.objective.block_size
+    trunk, block_size = model.trunk, sample.objective.block_size
     ids = pad_to_block(sample.batch["input_ids"], block_size, STOP_TOKEN)
     length = ids.shape[1]
     masked_BL, t_BL = full_length_noise(sample, draw)
@@ -165,7 +165,7 @@ OUR_ATTENTION = "auto"  # the default of training, on every kind of device
 def choose_attention(model: Any, form: str) -> str:
     """Sets the attention implementation that a form runs on, for ours as training does and for all others the stock one; returns
     its name."""
-    return choose(model.language_model, OUR_ATTENTION if form == "ours" else STOCK_ATTENTION, model.language_model.device)
+    return choose(model.trunk, OUR_ATTENTION if form == "ours" else STOCK_ATTENTION, model.trunk.device)
 
 
 # --- pieces of the published form ------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from diffvl.data.records import iterate_records
 from diffvl.decode.answer import Decoder, context_length, encode, load_for_decoding
 from diffvl.errors import UsageError
 from diffvl.evaluation.evaluate import answer_turns, chat_before, reading_of
+from diffvl.hub.processing_diffvl import pixels_in
 
 # Tokens of the prompts of a batch, repeated for larger ones; the first is that of batch 1.
 PROMPT_LENGTHS = (96, 64, 128, 80, 112, 72, 120, 88)
@@ -59,7 +60,7 @@ def random_workload(
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(STOP_TOKEN + 1, size.vocabulary - NUM_SPECIAL, (batch, max(lengths)), generator=generator)
     valid = torch.arange(max(lengths))[None] >= max(lengths) - torch.tensor(lengths)[:, None]
-    prompts = Prompts(ids.to(device), valid.to(device), None, tokens, frozenset({NEVER}))
+    prompts = Prompts(ids.to(device), valid.to(device), {}, tokens, frozenset({NEVER}))
     sizes = f"hidden {size.hidden}, layers {size.layers}, heads {size.heads}, kv heads {size.kv_heads}, "
     sizes += f"intermediate {size.intermediate}, vocabulary {size.vocabulary}"
     return Workload(model, prompts, 1, f"random weights, llama-like, {sizes}, tied")
@@ -89,7 +90,7 @@ def checkpoint_workload(
             "take data with shorter prompts"
         )
     valid = inputs["attention_mask"].bool()
-    prompts = Prompts(inputs["input_ids"], valid, inputs.get("pixel_values"), tokens, frozenset(config.stop_token_ids))
+    prompts = Prompts(inputs["input_ids"], valid, pixels_in(inputs), tokens, frozenset(config.stop_token_ids))
     return Workload(decoder.model, prompts, num_decoded, f"{directory} ({config.text_config.model_type})")
 
 

@@ -3,7 +3,7 @@
 Nothing here is random. Noise is drawn in the objective, so that a resume repeats it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict
 
@@ -15,18 +15,19 @@ from diffvl.data.images import open_image
 from diffvl.data.problems import TOO_LONG, Problem
 from diffvl.data.records import Record
 from diffvl.errors import DataError
+from diffvl.hub.images_diffvl import Pixels, join_pixels
 from diffvl.hub.processing_diffvl import ChatEncoding, DiffVLProcessor
 
 
 @dataclass(frozen=True)
 class Sample:
     """ids: the clean stream. answer: per token 0, k inside the k-th answer, or -k where that answer is not trained on: then it
-    is context, which ends blocks as every earlier answer does. pixel_values: [N, 3, S, S] or None.
+    is context, which ends blocks as every earlier answer does. pixels: what `processor.pixels` made of its images, or None.
     index: the record's place in its dataset, which seeds its noise."""
 
     ids: list[int]
     answer: list[int]
-    pixel_values: torch.Tensor | None
+    pixels: Pixels | None
     index: int
 
 
@@ -78,11 +79,10 @@ def _refuse_image_token(record: Record, token: str) -> None:
 def sample_of(record: Record, index: int, processor: DiffVLProcessor, longest: int | None = None) -> Sample:
     """Builds the whole sample, images decoded and resized. Raises DataError as `encode_record`, or for an image."""
     encoding = encode_record(record, processor, longest)
-    pixel_values = None
+    pixels = None
     if record.images:
-        images = [open_image(path, record.source) for path in record.images]
-        pixel_values = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
-    return Sample(encoding.ids, _marked_untrained(encoding.answer, record), pixel_values, index)
+        pixels = processor.pixels([open_image(path, record.source) for path in record.images])
+    return Sample(encoding.ids, _marked_untrained(encoding.answer, record), pixels, index)
 
 
 def _marked_untrained(answer: list[int], record: Record) -> list[int]:
@@ -102,7 +102,8 @@ class Batch(TypedDict):
     """One line a sample; the objective packs them into rows. input_ids [S, L]. answer_index [S, L]: 0 outside answers, k
     inside the k-th, -k where that one is not trained on. valid [S, L]: False for padding. labels [S, L]: the ids of tokens of
     trained answers, -100 elsewhere; their number is the loss normaliser. sample [S]: dataset indices. row [S]: the row that
-    each sample stands in, rising from 0. pixel_values [N, 3, side, side], absent in a batch without images."""
+    each sample stands in, rising from 0. pixels: the tensors of all images in order, under the names
+    that the model takes them by; absent in a batch without images."""
 
     input_ids: torch.Tensor
     answer_index: torch.Tensor
@@ -110,7 +111,7 @@ class Batch(TypedDict):
     labels: torch.Tensor
     sample: torch.Tensor
     row: torch.Tensor
-    pixel_values: NotRequired[torch.Tensor]
+    pixels: NotRequired[Pixels]
 
 
 def collate(rows: Sequence[Sequence[Sample | Problem]], pad_token_id: int) -> dict[str, Any]:
@@ -141,12 +142,20 @@ def collate(rows: Sequence[Sequence[Sample | Problem]], pad_token_id: int) -> di
         "sample": torch.tensor([sample.index for sample in good]),
         "row": torch.tensor(places),
     }
-    images = [sample.pixel_values for sample in good if sample.pixel_values is not None]
-    if images:
-        batch["pixel_values"] = torch.cat(images)
+    pixels = join_pixels([sample.pixels for sample in good if sample.pixels is not None])
+    if pixels:
+        batch["pixels"] = pixels
     if problems:
         batch[PROBLEMS] = problems
     return batch
+
+
+def on_device(batch: Mapping[str, Any], device: torch.device, non_blocking: bool = False) -> dict[str, Any]:
+    """Gives the batch with all tensors on a device."""
+    return {
+        name: on_device(value, device, non_blocking) if isinstance(value, dict) else value.to(device, non_blocking=non_blocking)
+        for name, value in batch.items()
+    }
 
 
 def is_filler(batch: dict[str, Any]) -> bool:

@@ -221,7 +221,7 @@ def decode(
     model, tokenizer = decoder.model, decoder.processor.tokenizer
     mask = model.config.mask_token_id
     if settings.is_static and settings.mode == "blocks":
-        _require_static(model.language_model)
+        _require_static(model.trunk)
     arguments = settings.arguments() | {"tokenizer": tokenizer, "return_dict_in_generate": True}
     if settings.is_static and settings.compile_config is None and not settings.disable_compile:
         arguments |= COMPILED

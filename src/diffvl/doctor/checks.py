@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 from diffvl.doctor.plain_forward import Token, plain_forward, tokens_of
 from diffvl.doctor.tiny_copy import ordinary_tokens, probe_text, vocabulary
 from diffvl.hub.cache_diffvl import BlockCache
-from diffvl.hub.layout_diffvl import Layout, attention_masks, block_kernels
-from diffvl.hub.modeling_diffvl import mapped_rows
+from diffvl.hub.head_diffvl import mapped_rows
+from diffvl.hub.layout_diffvl import Layout
+from diffvl.hub.masks_diffvl import attention_masks, block_kernels
 from diffvl.prepare.attention_proof import (
     GRIDS,
     TOLERANCE,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from diffvl.hub.layout_diffvl import for_layers
+from diffvl.hub.masks_diffvl import for_layers
 from diffvl.prepare.attention_proof import ProbeText, text_config
 
 

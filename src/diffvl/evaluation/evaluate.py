@@ -19,7 +19,7 @@ from diffvl.data.images import open_image
 from diffvl.data.loader import SampleDataset, batches_of
 from diffvl.data.problems import Problem, advice_on, as_error, is_forgiven
 from diffvl.data.records import Record, iterate_records
-from diffvl.data.samples import Sample, collate, messages_of
+from diffvl.data.samples import Sample, collate, messages_of, on_device
 from diffvl.data.table import open_records
 from diffvl.data.textscore import edit_similarity, is_exact
 from diffvl.decode.answer import Decoder, answer_chats, context_length, load_for_decoding
@@ -132,17 +132,17 @@ def measured(decoder: Decoder, samples: SampleDataset, count: int, console: Cons
     pad_samples = partial(collate, pad_token_id=decoder.processor.pad_token_id)
     problems: list[Problem] = []
 
-    def on_device() -> Iterator[dict[str, Any]]:
+    def batches() -> Iterator[dict[str, Any]]:
         for batch in batches_of(samples, list(range(count)), BATCH_SIZE, pad_samples, problems):
             if problems:
                 raise as_error(problems, samples.path)
-            yield {key: value.to(decoder.model.device) for key, value in batch.items()}
+            yield on_device(batch, decoder.model.device)
         if problems:
             raise as_error(problems, samples.path)
 
     steps = -(-count // BATCH_SIZE)
     sums = measure(
-        decoder.model, decoder.model.config, track(console, on_device(), steps, "measuring"), own_objective(decoder.model.config)
+        decoder.model, decoder.model.config, track(console, batches(), steps, "measuring"), own_objective(decoder.model.config)
     )
     return scores({name: float(value) for name, value in sums.items()})
 

@@ -19,7 +19,6 @@ from .blocks_diffvl import OpenBlock, Piece, Places, clean
 from .cache_diffvl import on_every_device
 from .configuration_diffvl import never_predicted
 from .decoder_diffvl import BlockDecoder
-from .layout_diffvl import rope_ids
 from .settings_diffvl import DecodeSettings
 
 # --- checked drafts ---------------------------------------------------------------------------------------------------------
@@ -63,7 +62,8 @@ def _take_in_prompt(decoder: BlockDecoder) -> Piece:
     last = length[:, None] - 1
     layout = clean(last, prompt.block.gather(1, last), torch.ones_like(last, dtype=torch.bool), context)
     image_index = prompt.image_index.gather(1, last) if has_images else None
-    return Piece(prompt.ids.gather(1, last), layout, rope_ids(last), image_index)
+    layout.span = None if prompt.span is None else prompt.span.gather(1, last)
+    return Piece(prompt.ids.gather(1, last), layout, prompt.rope.at(last), image_index)
 
 
 def _draft(decoder: BlockDecoder, known: Piece, masked: torch.Tensor, settings: DecodeSettings, pick: Picker) -> torch.Tensor:
@@ -109,7 +109,7 @@ def _check(decoder: BlockDecoder, drafted: torch.Tensor, masked: torch.Tensor, p
         bool [B, D], the drafted tokens that are kept; and [B], the token that follows them.
     """
     number, position = decoder.block.number_B[:, None].expand_as(drafted), decoder.block.position_BD
-    piece = Piece(drafted, clean(position, number, masked, decoder.config.context), rope_ids(position), None)
+    piece = Piece(drafted, clean(position, number, masked, decoder.config.context), decoder.prompt.rope.at(position), None)
     following = torch.zeros_like(drafted)
     following[masked] = pick(decoder.forward(piece, None, Places.true_in(masked, int(masked.sum())), None)[0]).ids
     agrees = torch.ones_like(masked)
@@ -132,7 +132,7 @@ def _go_on(
     ids_BD = torch.where(in_block & block.valid_BD, correction[:, None], ids_BD)
     number = torch.where(position < block.end_B, block.number_B, block.number_B + 1)
     layout = clean(position[:, None], number[:, None], live[:, None], decoder.config.context)
-    known = Piece(correction[:, None], layout, rope_ids(position[:, None]), None)
+    known = Piece(correction[:, None], layout, decoder.prompt.rope.at(position[:, None]), None)
     block = replace(block, ids_BD=ids_BD, open_BD=block.open_BD & ~kept & ~in_block)
     decoder.block = _next_block(block, position, correction, live, decoder.config)
     return known
@@ -159,6 +159,7 @@ def _next_block(block: OpenBlock, position: torch.Tensor, correction: torch.Tens
             valid_BD=valid_BD,
             open_BD=torch.where(full[:, None], valid_BD & ~begins, block.open_BD),
             image_index_BD=torch.where(full[:, None], -1, block.image_index_BD),
+            span_BD=None if block.span_BD is None else torch.where(full[:, None], 0, block.span_BD),
         )
         full = ~block.open_BD.any(1) & live
     return block
@@ -192,14 +193,14 @@ def token_by_token(answers: BatchAnswers, settings: DecodeSettings, pick: Picker
     valid = torch.arange(length, device=device)[None] < prompt.length_B[:, None]
     order = torch.argsort(valid.long(), dim=1, stable=True)
     ids, mask = prompt.ids[:, :length].gather(1, order), valid.gather(1, order)
-    trunk = model.language_model
+    trunk, pixels = model.trunk, decoder.committed.pixels
     vocabulary = trunk.get_output_embeddings().weight.shape[0]
     assert settings.eos_token_id is not None
     stops = sorted(token for token in settings.eos_token_id if 0 <= token < vocabulary)  # -1 says "never", and is no token
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
         sequences = trunk.generate(
-            inputs_embeds=model.embed(ids, decoder.committed.pixel_values, None),
+            **model.images.prompt(ids, pixels, decoder.committed.rows),
             attention_mask=mask.long(),
             max_new_tokens=settings.max_new_tokens,
             do_sample=bool(settings.do_sample),
@@ -209,7 +210,7 @@ def token_by_token(answers: BatchAnswers, settings: DecodeSettings, pick: Picker
             stopping_criteria=[_Follower(answers)],
             **_more_arguments(settings),
         )
-    decoder.forwards += sequences.shape[1]
+    decoder.forwards += sequences.shape[1] - (ids.shape[1] if model.is_native else 0)
 
 
 def _more_arguments(settings: DecodeSettings) -> dict[str, Any]:

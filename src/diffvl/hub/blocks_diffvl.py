@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from .cache_diffvl import BlockCache
-from .layout_diffvl import Layout, block_end, block_index, image_rows, rope_ids, segment_start
+from .images_diffvl import ImageRows, answer_cells, placed_images, span_ids
+from .layout_diffvl import Layout, Rope, block_end, block_index, segment_start
 
 
 @dataclass
@@ -85,8 +86,8 @@ class OpenBlock:
 
     number_B: index of the block. start_B, end_B: its cell, as indices in the sample. ids_BD: its tokens; position_BD: their
     indices. valid_BD: tokens of the cell. open_BD: tokens to predict (a first block also holds the prompt's tail).
-    image_index_BD: the row of the image tokens that each token shows, or -1. alive_B: samples that have not ended; None while
-    none has.
+    image_index_BD: the row of the image tokens that each token shows, or -1. span_BD: as Layout's span. rope: of the samples.
+    alive_B: samples that have not ended; None while none has.
     Python's own numbers, so that nobody waits for the device: counts, how many tokens of each sample were open at first;
     is_whole, whether no cell is cut; shows_image, whether any token shows an image.
     """
@@ -100,6 +101,8 @@ class OpenBlock:
     open_BD: torch.Tensor
     image_index_BD: torch.Tensor
     counts: tuple[int, ...]
+    rope: Rope = Rope()
+    span_BD: torch.Tensor | None = None
     is_whole: bool = True
     shows_image: bool = False
     alive_B: torch.Tensor | None = None
@@ -112,6 +115,7 @@ class OpenBlock:
         end_B: torch.Tensor,
         config: Any,
         counts: tuple[int, ...],
+        rope: Rope,
         alive_B: torch.Tensor | None = None,
     ) -> "OpenBlock":
         """A block of mask tokens only."""
@@ -121,7 +125,7 @@ class OpenBlock:
             valid_BD = valid_BD & alive_B[:, None]
         ids_BD, image_index_BD = torch.full_like(position_BD, config.mask_token_id), torch.full_like(position_BD, -1)
         cell = (number_B, start_B, end_B)
-        return cls(*cell, ids_BD, position_BD, valid_BD, valid_BD, image_index_BD, counts, alive_B=alive_B)
+        return cls(*cell, ids_BD, position_BD, valid_BD, valid_BD, image_index_BD, counts, rope, alive_B=alive_B)
 
     def following(self, ended: Sequence[bool], config: Any) -> "OpenBlock":
         """The next block of every sample. Samples that have ended stay where they are, with padding."""
@@ -132,19 +136,21 @@ class OpenBlock:
             start_B, end_B = torch.where(alive_B, start_B, self.start_B), torch.where(alive_B, end_B, self.end_B)
             number_B = torch.where(alive_B, number_B, self.number_B)
         counts = tuple(0 if done else size for done in ended) or (size,) * len(self.counts)
-        return OpenBlock.of_masks(number_B, start_B, end_B, config, counts, alive_B)
+        return OpenBlock.of_masks(number_B, start_B, end_B, config, counts, self.rope, alive_B)
 
     def piece(self, context: str, noisy: int) -> Piece:
         """The block as it stands, as a noisy or a clean piece."""
         block = self.number_B[:, None].expand_as(self.position_BD)
         layout = Layout(self.position_BD, block, torch.full_like(block, noisy), self.valid_BD, torch.zeros_like(block), context)
+        layout.span = self.span_BD
         image_index = self.image_index_BD if self.shows_image else None
-        return Piece(self.ids_BD, layout, rope_ids(self.position_BD), image_index, self.is_whole)
+        return Piece(self.ids_BD, layout, self.rope.at(self.position_BD), image_index, self.is_whole)
 
     def selected(self, keep: torch.Tensor, rows: Sequence[int]) -> "OpenBlock":
         """Some samples of the block, none of which has ended: `keep` and `rows` are their numbers."""
         tensors = {name: value[keep] for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **{**tensors, "counts": tuple(self.counts[row] for row in rows), "alive_B": None})
+        counts = tuple(self.counts[row] for row in rows)
+        return replace(self, **{**tensors, "counts": counts, "rope": self.rope.selected(keep), "alive_B": None})
 
 
 # --- the prompt -------------------------------------------------------------------------------------------------------------
@@ -171,7 +177,8 @@ class Counts:
 @dataclass(frozen=True)
 class Prompt:
     """The prompts of a batch, each [B, L + 1] and padded right: ids, block (as in Layout) and the row of the image tokens that
-    each token shows or -1. length_B: tokens of each. number_B, start_B, end_B: the cell that holds the first new token."""
+    each token shows or -1. length_B: tokens of each. number_B, start_B, end_B: the cell that holds the first new token. span: as
+    Layout's. rope: position ids."""
 
     ids: torch.Tensor
     block: torch.Tensor
@@ -180,6 +187,8 @@ class Prompt:
     number_B: torch.Tensor
     start_B: torch.Tensor
     end_B: torch.Tensor
+    span: torch.Tensor | None = None
+    rope: Rope = Rope()
 
     @classmethod
     def laid_out(cls, input_ids: torch.Tensor, valid: torch.Tensor, answer_index: torch.Tensor, config: Any) -> "Prompt":
@@ -198,8 +207,13 @@ class Prompt:
         block_of_answer = block.gather(1, at_end)
         starts = segment_start(answers, config.grid).gather(1, at_end)
         end_B = block_end(at_end, starts, config.block_size, config.grid)[:, 0]
-        is_image = (ids == config.image_token_id) & (index < lengths[:, None])
-        return cls(ids, block, image_rows(is_image), lengths, block_of_answer[:, 0], (block < block_of_answer).sum(1), end_B)
+        inside = index < lengths[:, None]
+        start_B = (block < block_of_answer).sum(1)
+        is_image = (ids == config.image_token_id) & inside
+        # An image that reaches into the first open block is committed in two parts, which cannot see each other.
+        span = span_ids(is_image, answers, inside, answer_cells(block, answers), config.image_attention)
+        shown = placed_images(ids, config, inside)
+        return cls(ids, block, shown, lengths, block_of_answer[:, 0], start_B, end_B, span)
 
     def counted(self, block_size: int) -> Counts:
         """Brings to Python what shapes depend on, by waiting for the device once."""
@@ -220,7 +234,7 @@ class Prompt:
 
     def first_block(self, config: Any, counts: Counts) -> OpenBlock:
         """The block in which the answer begins: the prompt's tail, if the grid cuts there, and mask tokens."""
-        masks = OpenBlock.of_masks(self.number_B, self.start_B, self.end_B, config, counts.open_tokens)
+        masks = OpenBlock.of_masks(self.number_B, self.start_B, self.end_B, config, counts.open_tokens, self.rope)
         in_prompt = (masks.position_BD < self.length_B[:, None]) & masks.valid_BD
         safe = masks.position_BD.clamp_max(self.ids.shape[1] - 1)
         return replace(
@@ -228,6 +242,7 @@ class Prompt:
             ids_BD=torch.where(in_prompt, self.ids.gather(1, safe), masks.ids_BD),
             image_index_BD=torch.where(in_prompt, self.image_index.gather(1, safe), -1),
             open_BD=masks.valid_BD & ~in_prompt,
+            span_BD=None if self.span is None else torch.where(in_prompt, self.span.gather(1, safe), 0),
             is_whole=counts.cell_is_whole,
             shows_image=counts.image_in_block,
         )
@@ -236,8 +251,14 @@ class Prompt:
         """The first `length` tokens, of which `valid` [B, length] marks those that go in."""
         index = torch.arange(length, device=self.ids.device).expand(len(self.ids), length)
         layout = clean(index, self.block[:, :length], valid, context)
+        layout.span = None if self.span is None else self.span[:, :length]
         image_index = self.image_index[:, :length] if has_images else None
-        return Piece(self.ids[:, :length], layout, rope_ids(index), image_index)
+        return Piece(self.ids[:, :length], layout, self.rope.at(index), image_index)
+
+    def selected(self, keep: torch.Tensor) -> "Prompt":
+        """Some of the prompts."""
+        tensors = {name: value[keep] for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **tensors, rope=self.rope.selected(keep))
 
 
 def clean(position: torch.Tensor, block: torch.Tensor, valid: torch.Tensor, context: str) -> Layout:
@@ -251,24 +272,24 @@ def clean(position: torch.Tensor, block: torch.Tensor, valid: torch.Tensor, cont
 
 @dataclass
 class Prefix:
-    """What is committed: ids [B, C] and layout of the cached tokens, and the images [N, 3, S, S] with their features (None until
-    they are first shown). Of one conversation, the next turn goes on from it. has_gaps: whether there is padding among the
-    tokens. used: whether a next turn has taken it."""
+    """What is committed: ids [B, C] and layout of the cached tokens, and the images with their rows. Of one conversation, the
+    next turn goes on from it. has_gaps: whether there is padding among the tokens. used: whether a next turn has taken it."""
 
     ids: torch.Tensor
     layout: Layout
     cache: Any  # a BlockCache or a StaticBlockCache
-    pixel_values: torch.Tensor | None
-    image_features: torch.Tensor | None = None
+    pixels: dict[str, torch.Tensor]
+    rows: ImageRows | None = None
     has_gaps: bool = False
     used: bool = False
 
     @classmethod
-    def empty(cls, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, context: str, has_gaps: bool) -> "Prefix":
+    def empty(cls, input_ids: torch.Tensor, pixels: dict[str, torch.Tensor], config: Any, has_gaps: bool) -> "Prefix":
         """Nothing yet, for prompts [B, L]. has_gaps: there will be padding among the tokens."""
         nothing = input_ids[:, :0]
-        layout = clean(nothing, nothing, torch.zeros_like(nothing, dtype=torch.bool), context)
-        return cls(nothing, layout, BlockCache(), pixel_values, has_gaps=has_gaps)
+        layout = clean(nothing, nothing, torch.zeros_like(nothing, dtype=torch.bool), config.context)
+        layout.image_attention = config.image_attention
+        return cls(nothing, layout, BlockCache(), pixels, has_gaps=has_gaps)
 
     @property
     def length(self) -> int:
@@ -300,14 +321,19 @@ class Prefix:
         goes_on = [0 < count < len(blocks) and bool(blocks[count] == blocks[count - 1]) for blocks in (own.block[0], block[0])]
         return int((block[0, :count] < block[0, count - 1]).sum()) if any(goes_on) else count
 
-    def shows(self, pixel_values: torch.Tensor | None) -> bool:
+    def shows(self, pixels: dict[str, torch.Tensor]) -> bool:
         """Whether the images of a prompt begin with these: the same placeholders could show others."""
-        seen = self.pixel_values
-        if seen is None:
+        if not self.pixels:
             return True
-        return pixel_values is not None and len(pixel_values) >= len(seen) and torch.equal(pixel_values[: len(seen)], seen)
+        if self.pixels.keys() != pixels.keys():
+            return False
+        return all(_begins_with(pixels[name], seen) for name, seen in self.pixels.items())
 
-    def taken(self, count: int, pixel_values: torch.Tensor | None) -> "Prefix":
+    def shows_all(self, pixels: dict[str, torch.Tensor]) -> bool:
+        """Whether these are all the images of a prompt."""
+        return self.shows(pixels) and all(len(self.pixels[name]) == len(value) for name, value in pixels.items())
+
+    def taken(self, count: int, pixels: dict[str, torch.Tensor]) -> "Prefix":
         """The first `count` tokens of it for a prompt with these images; it is used up by that.
 
         Raises:
@@ -317,7 +343,9 @@ class Prefix:
             raise ValueError("this prefix was used before: a turn goes on from the prefix of the turn before it, once")
         self.used = True
         self.cache.crop(count - self.length)
-        seen = self.pixel_values
-        same = seen is not None and pixel_values is not None and len(seen) == len(pixel_values)
-        features = self.image_features if same else None
-        return Prefix(self.ids[:, :count], self.layout.part(slice(count)), self.cache, pixel_values, features)
+        return Prefix(self.ids[:, :count], self.layout.part(slice(count)), self.cache, pixels)
+
+
+def _begins_with(tensor: torch.Tensor, start: torch.Tensor) -> bool:
+    """Whether a tensor begins, along dim 0, with another."""
+    return tensor.shape[1:] == start.shape[1:] and torch.equal(tensor[: len(start)], start)

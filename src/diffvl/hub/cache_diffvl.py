@@ -209,12 +209,12 @@ class StaticTrunk:
         same = self.trunk is trunk and self.kind == (trunk.dtype, trunk.device) and self.compile_config == compile_config
         return same and self.batch == batch and capacity <= self.cache.capacity <= MOST_ROOM * capacity
 
-    def logits(self, embeds: torch.Tensor, masks: Any, rope_ids: torch.Tensor, keep: int) -> torch.Tensor:
-        """One forward of embeddings [B, n, H]; logits of the last `keep` tokens, [B, keep, V]."""
-        if self.compile_config is not None and embeds.device.type == "cuda":
+    def logits(self, ids: torch.Tensor, masks: Any, rope_ids: torch.Tensor, keep: int) -> torch.Tensor:
+        """One forward of text tokens [B, n]; logits of the last `keep` of them, [B, keep, V]."""
+        if self.compile_config is not None and ids.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
         return self._call(
-            inputs_embeds=embeds,
+            input_ids=ids,
             attention_mask=masks,
             position_ids=rope_ids,
             past_key_values=self.cache,
@@ -229,7 +229,7 @@ def static_trunk(model: Any, batch: int, tokens: int, compile_config: CompileCon
     Raises:
         ValueError: see require_static.
     """
-    trunk = model.language_model
+    trunk = model.trunk
     require_static(trunk)
     capacity = max(SMALLEST, 2 ** (tokens - 1).bit_length())
     held = getattr(model, "_static_trunk", None)

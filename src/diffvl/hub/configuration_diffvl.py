@@ -1,4 +1,7 @@
-"""Configuration of a DiffVL model: a stock text trunk, a stock vision tower, and what block diffusion adds.
+"""Configuration of a DiffVL model: the stock parts that it is made of, and what block diffusion adds.
+
+There are two kinds. One has a stock text trunk and a stock vision tower, joined by a connector of ours. The other has a whole
+stock vision-language model (`source_config`) with its own vision part, placeholders and position ids.
 
 Everything the decoder must share with training stands here: block size, context, grid, target, mask token,
 and what is never predicted.
@@ -9,11 +12,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
+from .layout_diffvl import IMAGE_ATTENTION
+
 CHOICES = {
     "decoding": ("blocks", "ar"),
     "context": ("block", "causal"),
     "grid": ("absolute", "response"),
     "target": ("same", "shift"),
+    "image_attention": IMAGE_ATTENTION,
 }
 
 
@@ -21,6 +27,8 @@ class DiffVLConfig(PreTrainedConfig):
     """One checkpoint's description.
 
     Args:
+        source_config: configuration of a whole stock vision-language model (dict or object). The settings of tower and connector
+            then have no meaning, and `text_config` is the one inside it.
         text_config: configuration of the trunk, any stock causal LM (dict or object).
         vision_config: configuration of the tower, any stock vision model with patch tokens.
         connector: "mlp2x_gelu", "linear" or "pixel_shuffle".
@@ -28,6 +36,9 @@ class DiffVLConfig(PreTrainedConfig):
         vision_layer: index into the tower's hidden states.
         image_size: pixels per side of the square image that the tower sees.
         image_token_id, mask_token_id: rows of the trunk's embedding.
+        image_inputs: names of the tensors that say what the images are, as `forward` and `generate` take them.
+        image_attention: how clean image tokens see each other, one of IMAGE_ATTENTION.
+        placeholder_ids: further ids that stand for something else than text, and are never predicted.
         vocabulary_size: tokens of the tokenizer; rows beyond are padding and never predicted.
         stop_token_ids: ids that end an answer.
         decoding: "blocks", or "ar" for a model that has only seen the next-token objective.
@@ -37,12 +48,17 @@ class DiffVLConfig(PreTrainedConfig):
     """
 
     model_type = "diffvl"
-    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}  # pyright: ignore[reportAssignmentType]
+    sub_configs = {  # pyright: ignore[reportAssignmentType]
+        "source_config": AutoConfig,
+        "text_config": AutoConfig,
+        "vision_config": AutoConfig,
+    }
 
     def __init__(
         self,
         text_config: dict[str, Any] | PreTrainedConfig | None = None,
         vision_config: dict[str, Any] | PreTrainedConfig | None = None,
+        source_config: dict[str, Any] | PreTrainedConfig | None = None,
         connector: str = "mlp2x_gelu",
         shuffle_factor: int = 1,
         vision_layer: int = -2,
@@ -51,6 +67,9 @@ class DiffVLConfig(PreTrainedConfig):
         mask_token_id: int = 0,
         vocabulary_size: int = 0,
         stop_token_ids: list[int] | None = None,
+        image_inputs: list[str] | None = None,
+        image_attention: str = "causal",
+        placeholder_ids: list[int] | None = None,
         decoding: str = "ar",
         block_size: int = 1,
         context: str = "causal",
@@ -58,7 +77,10 @@ class DiffVLConfig(PreTrainedConfig):
         target: str = "shift",
         **kwargs: Any,
     ) -> None:
+        self.source_config = _sub_config(source_config)
         self.text_config = _sub_config(text_config)
+        if self.source_config is not None:
+            self.text_config = self.source_config.get_text_config(decoder=True)
         self.vision_config = _sub_config(vision_config)
         self.connector = connector
         self.shuffle_factor = shuffle_factor
@@ -68,6 +90,9 @@ class DiffVLConfig(PreTrainedConfig):
         self.mask_token_id = mask_token_id
         self.vocabulary_size = vocabulary_size
         self.stop_token_ids = list(stop_token_ids or [])
+        self.image_inputs = list(image_inputs or ["pixel_values"])
+        self.image_attention = image_attention
+        self.placeholder_ids = list(placeholder_ids or [])
         self.decoding = decoding
         self.block_size = block_size
         self.context = context
@@ -87,17 +112,24 @@ class DiffVLConfig(PreTrainedConfig):
         self.decoding, self.block_size, self.context, self.grid, self.target = decoding, block_size, context, grid, target
         self.text_config.block_size = block_size
 
+    def to_dict(self) -> dict[str, Any]:
+        """As saved: the text configuration inside a source's is not written twice."""
+        settings = super().to_dict()
+        if self.source_config is not None:
+            settings.pop("text_config", None)
+        return settings
+
     @property
     def image_tokens(self) -> int:
-        """Tokens that one image takes in the text."""
+        """Tokens that one image takes in the text, for a tower of ours."""
         side = self.image_size // self.vision_config.patch_size // self.shuffle_factor
         return side * side
 
 
 def never_predicted(config: Any, vocabulary: int, device: torch.device) -> torch.Tensor:
-    """bool [V]: the mask token, the image token and the table's padding rows."""
+    """bool [V]: the mask token, the image token, other placeholders and the table's padding rows."""
     forbidden = torch.arange(vocabulary, device=device) >= config.vocabulary_size
-    forbidden[[config.mask_token_id, config.image_token_id]] = True
+    forbidden[[config.mask_token_id, config.image_token_id, *config.placeholder_ids]] = True
     return forbidden
 
 
@@ -106,6 +138,6 @@ def _sub_config(config: dict[str, Any] | PreTrainedConfig | None) -> Any:
     if isinstance(config, dict):
         settings = dict(config)
         if "model_type" not in settings:
-            raise ValueError("a part of the configuration (text_config, vision_config) names no model_type")
+            raise ValueError("a part of the configuration (text_config, vision_config, source_config) names no model_type")
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
     return config

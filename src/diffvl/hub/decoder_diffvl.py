@@ -18,7 +18,8 @@ import torch
 
 from .blocks_diffvl import Counts, Piece, Places, Prefix, Prompt
 from .cache_diffvl import BlockCache, StaticBlockCache, StaticTrunk
-from .layout_diffvl import attention_masks
+from .images_diffvl import ImageRows
+from .masks_diffvl import attention_masks
 
 
 class BlockDecoder:
@@ -38,7 +39,7 @@ class BlockDecoder:
         input_ids: torch.Tensor,
         valid: torch.Tensor,
         answer_index: torch.Tensor,
-        pixel_values: torch.Tensor | None,
+        pixels: dict[str, torch.Tensor],
         prefix: Prefix | None = None,
         static: StaticTrunk | None = None,
     ) -> None:
@@ -52,12 +53,11 @@ class BlockDecoder:
         self.model, self.config, self.static = model, model.config, static
         self.prompt = Prompt.laid_out(input_ids, valid, answer_index, self.config)
         self.counts = self._count()
-        images = 0 if pixel_values is None else len(pixel_values)
-        expected, found = images * self.config.image_tokens, self.counts.image_tokens
-        if found != expected:
-            raise ValueError(f"{images} images give {expected} image tokens, the text has {found}")
+        rows = self._encoded(pixels, prefix)
+        rope = model.images.rope(input_ids, valid, pixels, () if rows is None else rows.counts)
+        self.prompt = replace(self.prompt, rope=rope)
         self.block = self.prompt.first_block(self.config, self.counts)
-        self.committed = Prefix.empty(input_ids, pixel_values, self.config.context, self.counts.is_ragged)
+        self.committed = replace(Prefix.empty(input_ids, pixels, self.config, self.counts.is_ragged), rows=rows)
         self.waiting: Piece | None = None
         self.last_logits: torch.Tensor | None = None
         self.reused = self.forwards = 0
@@ -66,24 +66,45 @@ class BlockDecoder:
             self._reuse(prefix)
 
     @property
+    def has_plain_attention(self) -> bool:
+        """Whether the beginning of a prompt may be left to the trunk's own attention and position ids."""
+        return self.config.context == "causal" and self.prompt.span is None and self.prompt.rope.table is None
+
+    @property
     def device(self) -> torch.device:
         return self.prompt.ids.device
 
     def _count(self) -> Counts:
         return self.prompt.counted(self.config.block_size)
 
+    def _encoded(self, pixels: dict[str, torch.Tensor], prefix: Prefix | None) -> ImageRows | None:
+        """The rows of the prompts' images; those that an earlier turn has encoded are taken over.
+
+        Raises:
+            ValueError: if images and placeholders do not match in number.
+        """
+        if prefix is not None and prefix.rows is not None and prefix.shows_all(pixels):
+            rows: ImageRows | None = prefix.rows
+        else:
+            rows = self.model.images.encode(pixels) if pixels else None
+        expected, found = 0 if rows is None else rows.total, self.counts.image_tokens
+        if found != expected:
+            images = 0 if rows is None else len(rows.counts)
+            raise ValueError(f"{images} images give {expected} image tokens, the text has {found}")
+        return rows
+
     def _reuse(self, prefix: Prefix) -> None:
         """Goes on with the cache of an earlier turn as far as the prompt begins with what is in it."""
         if len(self.prompt.ids) != 1:
             raise ValueError(f"a prefix takes one prompt, got {len(self.prompt.ids)}")
-        pixel_values, longest = self.committed.pixel_values, self.counts.longest_start
-        if not prefix.shows(pixel_values):
+        pixels, rows, longest = self.committed.pixels, self.committed.rows, self.counts.longest_start
+        if not prefix.shows(pixels):
             return
         # A shifted target reads the first open token where the last committed one goes in, which must be seen again then.
         most = longest - 1 if self.config.target == "shift" else longest
         count = prefix.shared(self.prompt.ids[:, : max(most, 0)], self.prompt.block[:, : longest + 1])
         if count:
-            self.committed, self.reused = prefix.taken(count, pixel_values), count
+            self.committed, self.reused = replace(prefix.taken(count, pixels), rows=rows), count
 
     def prefix(self) -> Prefix | None:
         """What is committed, for the next turn; None where nothing is."""
@@ -151,7 +172,7 @@ class BlockDecoder:
     def select(self, rows: list[int]) -> None:
         """Goes on with some samples only, none of which has ended; `rows` are their numbers, rising."""
         keep = torch.tensor(rows, device=self.device)
-        self.prompt = replace(self.prompt, **{name: value[keep] for name, value in vars(self.prompt).items()})
+        self.prompt = self.prompt.selected(keep)
         self.block, self._masks = self.block.selected(keep, rows), None
         self.committed.select(keep)
         if self.waiting is not None:
@@ -227,11 +248,9 @@ class BlockDecoder:
         committed = self.committed
         arguments: dict[str, Any] = {"attention_mask": None, "position_ids": None, "text_only": piece.image_index is None}
         if piece.image_index is not None:
-            if committed.image_features is None:
-                committed.image_features = self.model.image_features(committed.pixel_values)
-            arguments |= {"image_features": committed.image_features, "image_index": piece.image_index}
+            arguments |= {"rows": committed.rows, "image_index": piece.image_index}
         # The beginning of a causal prompt needs no mask: the trunk's own attention is right.
-        if committed.length or stored < piece.ids.shape[1] or self.config.context != "causal":
+        if committed.length or stored < piece.ids.shape[1] or not self.has_plain_attention:
             arguments |= {"attention_mask": self._masks_of(piece, stored), "position_ids": piece.rope_ids}
         return self.model(
             piece.ids, past_key_values=committed.cache, use_cache=True, logits_rows=rows, **arguments
@@ -244,8 +263,7 @@ class BlockDecoder:
         tokens = piece.ids.shape[1]
         before = stored > 0 and self.config.target == "shift"
         keep = max(tokens - stored + before, 1)
-        embeds = self.model.get_input_embeddings()(piece.ids)
-        logits = self.static.logits(embeds, self._masks_of(piece, stored), piece.rope_ids, keep)
+        logits = self.static.logits(piece.ids, self._masks_of(piece, stored), piece.rope_ids, keep)
         sample = torch.div(rows, tokens, rounding_mode="floor")
         place = (rows % tokens - (tokens - keep)).clamp_min(0)  # a sample that has ended has no last token
         return logits.flatten(0, 1)[sample * keep + place].float()
@@ -263,7 +281,7 @@ class BlockDecoder:
         if is_static:
             layout = layout.padded(self.committed.cache.capacity)
         dtype = self.model.get_input_embeddings().weight.dtype
-        masks = attention_masks(self.model.language_model.config, layout, queries, dtype, sees_all)
+        masks = attention_masks(self.config.text_config, layout, queries, dtype, sees_all)
         if stored == 0:
             self._masks = masks
         return masks

@@ -20,7 +20,7 @@ from .autoregressive_diffvl import speculate, token_by_token
 from .blocks_diffvl import Places, Prefix
 from .cache_diffvl import StaticTrunk, compile_config_for, many_forms, static_trunk
 from .decoder_diffvl import BlockDecoder
-from .layout_diffvl import block_kernels
+from .masks_diffvl import block_kernels
 from .settings_diffvl import Arguments, DecodeSettings, settings_of
 
 
@@ -29,7 +29,8 @@ class BlockGeneration:
 
     config: Any
     generation_config: GenerationConfig | None
-    language_model: Any
+    trunk: Any
+    pixels_of: Callable[[Any], dict[str, torch.Tensor]]
 
     @torch.no_grad()
     def generate(
@@ -69,6 +70,9 @@ class BlockGeneration:
             raise ValueError(f"{len(image_sizes)} image_sizes, but another number of images")
         if streamer is not None and len(input_ids) != 1:
             raise ValueError(f"a streamer takes one prompt, got {len(input_ids)}")
+        names = self.config.image_inputs
+        given_pixels = {"pixel_values": pixel_values, "image_sizes": image_sizes}
+        pixels = self.pixels_of(given_pixels | {name: arguments.pop(name) for name in names if name in arguments})
         given = Arguments(arguments, generation_config, self.generation_config)
         settings = settings_of(given, self.config, input_ids.shape[1])
         settings = replace(settings, compile_config=compile_config_for(settings, input_ids.device))
@@ -79,12 +83,12 @@ class BlockGeneration:
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         marks = torch.zeros_like(input_ids) if answer_index is None else answer_index
         static = self._static_trunk_for(settings, input_ids)
-        decoder = BlockDecoder(self, input_ids, valid, marks, pixel_values, prefix, static)
+        decoder = BlockDecoder(self, input_ids, valid, marks, pixels, prefix, static)
         if streamer is not None:
             streamer.put(input_ids.cpu())
         answers = BatchAnswers(decoder, settings, streamer, on_step)
         compiling = many_forms() if settings.compile_config is not None else nullcontext()
-        kernels = block_kernels(self.language_model) if settings.mode != "ar" else nullcontext()
+        kernels = block_kernels(self.trunk) if settings.mode != "ar" else nullcontext()
         with compiling, kernels:
             LOOPS[settings.mode](answers, settings, picker(settings, decoder.device, self.config))
         answers.finish()

@@ -6,28 +6,15 @@ their clean counterparts; an answer that is not to be trained on stands in the c
 noisy token must never see the clean copy of its own block, nor anything later.
 
 Order is not rotation. Causality, windows and chunks count `Layout.position`, the index in the sample; the trunk rotates by
-`rope_ids`, a tensor beside the layout.
-
-A denoising step without neighbours and windows hides nothing from anybody: its mask would be all ones. SDPA's fastest kernels,
-and grouped key heads that are not copied for every query head, want no mask at all; but a stock trunk that is given none takes
-its causal one. So a mask of one element goes through the trunk in the place of a 4-D mask, and `block_attention` takes it for
-what it says. A trunk whose attention cannot be set gets a mask of ones, as a view of one element.
+`Rope`, a fact beside the layout.
 
 Shapes: B batch, L clean length, R noisy length, T = all tokens of a row, Q queries, K keys, H heads. Bool masks: True = may be
 attended.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
-
-BLOCKS = "sdpa_blocks"  # the name of `block_attention` among transformers' attention functions
 
 
 @dataclass
@@ -38,6 +25,8 @@ class Layout:
     the clean stream, the number of the noisy copy in a noisy one (True where there is one copy only). valid: False for padding.
     document: which packed sample a token belongs to.
     context: "block" (clean tokens see their whole block) or "causal" (token by token).
+    span: 0 outside, k in the k-th span of the sample whose clean tokens all see each other (an image of some models); None
+    where there are none. image_attention: how spans and windows meet, one of IMAGE_ATTENTION.
     """
 
     position: torch.Tensor
@@ -46,29 +35,40 @@ class Layout:
     valid: torch.Tensor
     document: torch.Tensor
     context: str
+    span: torch.Tensor | None = None
+    image_attention: str = "causal"
 
     @property
     def rows(self) -> dict[str, torch.Tensor]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "context"}
+        rows = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("context", "image_attention")}
+        return {name: row for name, row in rows.items() if row is not None}
+
+    def with_rows(self, rows: dict[str, torch.Tensor]) -> "Layout":
+        """A layout of the same rule with these rows."""
+        return Layout(**rows, context=self.context, image_attention=self.image_attention)
 
     def joined(self, after: "Layout") -> "Layout":
         """This layout followed by another along T."""
-        rows = {name: torch.cat([row, after.rows[name]], dim=1) for name, row in self.rows.items()}
-        return Layout(**rows, context=self.context)
+        first, second = self, after
+        if (first.span is None) != (second.span is None):
+            first, second = (
+                one if one.span is not None else replace(one, span=torch.zeros_like(one.position)) for one in (first, second)
+            )
+        rows = {name: torch.cat([row, second.rows[name]], dim=1) for name, row in first.rows.items()}
+        return (self if self.image_attention != "causal" else after).with_rows(rows)
 
     def padded(self, length: int) -> "Layout":
         """This layout followed by padding, up to a length."""
         short = length - self.position.shape[1]
-        rows = {name: torch.nn.functional.pad(row, (0, short)) for name, row in self.rows.items()}
-        return Layout(**rows, context=self.context)
+        return self.with_rows({name: torch.nn.functional.pad(row, (0, short)) for name, row in self.rows.items()})
 
     def part(self, tokens: slice) -> "Layout":
         """Some of the tokens."""
-        return Layout(**{name: row[:, tokens] for name, row in self.rows.items()}, context=self.context)
+        return self.with_rows({name: row[:, tokens] for name, row in self.rows.items()})
 
     def selected(self, keep: torch.Tensor) -> "Layout":
         """Some of the samples."""
-        return Layout(**{name: row[keep] for name, row in self.rows.items()}, context=self.context)
+        return self.with_rows({name: row[keep] for name, row in self.rows.items()})
 
     def allowed(self, queries: slice = slice(None), window: int | None = None, chunk: int | None = None) -> torch.Tensor:
         """The attention rule, [B, Q, T].
@@ -80,15 +80,30 @@ class Layout:
         """
         q = {name: row[:, queries, None] for name, row in self.rows.items()}
         k = {name: row[:, None, :] for name, row in self.rows.items()}
-        allowed = attends(q, k, self.context, window, chunk)
+        allowed = attends(q, k, self.context, window, chunk, self.image_attention)
         # A padding query with nothing to see would be a softmax over nothing; it sees itself, and nobody sees it.
         index = torch.arange(self.position.shape[1], device=self.position.device)
         itself = index[queries, None] == index[None, :]
         return allowed | (itself[None] & ~q["valid"])
 
 
+# How clean tokens of one span (an image, as a rule) see each other:
+#   causal              as any other tokens
+#   runs                both ways inside a run of image tokens, as far as the layer's window reaches
+#   runs_beyond_window  the same, whatever the window
+#   runs_sliding        as `runs`, in layers with a sliding window only
+#   images              as `runs`, all image tokens between two answers being one span
+#   prompt              as `runs`, all tokens between two answers being one span
+IMAGE_ATTENTION = ("causal", "runs", "runs_beyond_window", "runs_sliding", "images", "prompt")
+
+
 def attends(
-    q: dict[str, torch.Tensor], k: dict[str, torch.Tensor], context: str, window: int | None = None, chunk: int | None = None
+    q: dict[str, torch.Tensor],
+    k: dict[str, torch.Tensor],
+    context: str,
+    window: int | None = None,
+    chunk: int | None = None,
+    image_attention: str = "causal",
 ) -> torch.Tensor:
     """Whether queries with the rows `q` may attend to keys with the rows `k`: the attention rule itself, elementwise over
     whatever shapes broadcast, so that dense masks, FlexAttention kernels and the decoder all ask the same function."""
@@ -96,19 +111,56 @@ def attends(
     order = "position" if context == "causal" else "block"
     sees_clean = ~k_noisy & torch.where(q_noisy, k["block"] < q["block"], k[order] <= q[order])
     sees_noisy = k_noisy & (k["noisy"] == q["noisy"]) & (k["block"] == q["block"])
-    allowed = (sees_clean | sees_noisy) & (k["document"] == q["document"]) & k["valid"]
+    is_there = (k["document"] == q["document"]) & k["valid"]
+    allowed = (sees_clean | sees_noisy) & is_there
+    sees_span = None
+    if "span" in q and image_attention != "causal" and (image_attention != "runs_sliding" or window is not None):
+        sees_span = (q["span"] > 0) & (k["span"] == q["span"]) & ~q_noisy & ~k_noisy & is_there
+        if image_attention != "runs_beyond_window":
+            allowed, sees_span = allowed | sees_span, None
     if window is not None:
         allowed = allowed & (k["position"] > q["position"] - window)
     if chunk is not None:
         q_chunk = torch.div(q["position"], chunk, rounding_mode="floor")
         allowed = allowed & (torch.div(k["position"], chunk, rounding_mode="floor") == q_chunk)
-    return allowed
+    return allowed if sees_span is None else allowed | sees_span
 
 
-def rope_ids(position: torch.Tensor) -> torch.Tensor:
-    """Rotary position ids of tokens at these indices of their samples, [B, T]: what a trunk takes as `position_ids`. Trunks with
-    one rotary axis count the tokens. One with several (M-RoPE) would have [axes, B, T] here, and the same `Layout`."""
-    return position
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position ids of the samples of a batch, a fact of its own beside the order of the tokens.
+
+    table: int64 [A, B, L], of clean tokens, for a trunk with A rotary axes (M-RoPE); None for one that counts the tokens.
+    length_B: tokens of each sample that have an entry. Text after them goes on by one on every axis.
+    """
+
+    table: torch.Tensor | None = None
+    length_B: torch.Tensor | None = None
+
+    def at(self, position_Bn: torch.Tensor) -> torch.Tensor:
+        """Position ids of tokens at these indices of their samples: [B, n], or [A, B, n]."""
+        if self.table is None or self.length_B is None:
+            return position_Bn
+        last = (self.length_B[:, None] - 1).clamp_min(0)
+        known = position_Bn.minimum(last)
+        return self._entries(known) + (position_Bn - known)
+
+    def of_stream(self, stream: "NoisyStream") -> torch.Tensor:
+        """Position ids of a noisy stream: those of the clean counterparts, and padding stops counted on from their stop. (The
+        table has the next turn at the index of a padding stop.)"""
+        if self.table is None:
+            return stream.position
+        return self._entries(stream.source) + (stream.position - stream.source)
+
+    def selected(self, keep: torch.Tensor) -> "Rope":
+        """Some of the samples."""
+        if self.table is None or self.length_B is None:
+            return self
+        return Rope(self.table[:, keep], self.length_B[keep])
+
+    def _entries(self, index_Bn: torch.Tensor) -> torch.Tensor:
+        assert self.table is not None
+        return self.table.gather(2, index_Bn.expand(len(self.table), *index_Bn.shape))
 
 
 def clean_layout(block_BL: torch.Tensor, valid_BL: torch.Tensor, context: str) -> Layout:
@@ -238,97 +290,3 @@ def noisy_layout(stream: NoisyStream, context: str, copy: int = 1) -> Layout:
         document=torch.zeros_like(stream.block),
         context=context,
     )
-
-
-def attention_masks(text_config: Any, layout: Layout, queries: slice, dtype: torch.dtype, sees_all: bool = False) -> Any:
-    """The layout as the stock trunk takes it: one 4-D mask [B, 1, Q, T], or one per layer type where the config has them.
-
-    Bool masks for sdpa, additive floats of `dtype` for eager attention (which *adds* its mask: a bool there is silently
-    wrong).
-
-    Args:
-        sees_all: the caller knows that the queries see all T tokens, which stand at positions 0 to T - 1; what no window or chunk
-            hides then either is not masked (see `block_attention`).
-    Raises:
-        ValueError: for a layer type other than full, sliding or chunked attention, or another attention implementation.
-    """
-    implementation = text_config._attn_implementation
-    if implementation not in ("sdpa", BLOCKS, "eager"):
-        raise ValueError(f"attention implementation {implementation!r}: dense masks are for 'sdpa' and 'eager'")
-    batch, tokens = layout.position.shape
-
-    def mask(window: int | None, chunk: int | None) -> torch.Tensor:
-        if sees_all and all(reach is None or reach >= tokens for reach in (window, chunk)):
-            asking = len(range(*queries.indices(tokens)))
-            return everything(implementation, (batch, asking, tokens), dtype, layout.position.device)
-        allowed = layout.allowed(queries, window, chunk)[:, None]
-        if implementation != "eager":
-            return allowed
-        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
-
-    return for_layers(text_config, mask)
-
-
-def for_layers(text_config: Any, make: Callable[[int | None, int | None], Any]) -> Any:
-    """What `make(window, chunk)` gives for each layer type of the trunk, as a dict where its config lists layer types.
-
-    Raises:
-        ValueError: for a layer type other than full, sliding or chunked attention.
-    """
-    window = getattr(text_config, "sliding_window", None)
-    chunk = getattr(text_config, "attention_chunk_size", None)
-    limits = {"full_attention": (None, None), "sliding_attention": (window, None), "chunked_attention": (None, chunk)}
-    layer_types = getattr(text_config, "layer_types", None)
-    if layer_types:
-        unknown = set(layer_types) - limits.keys()
-        if unknown:
-            raise ValueError(f"layer types {sorted(unknown)} cannot take block attention; known: {sorted(limits)}")
-        return {kind: make(*limits[kind]) for kind in set(layer_types)}
-    return make(*limits["sliding_attention" if window else "chunked_attention" if chunk else "full_attention"])
-
-
-# --- no mask where nothing is hidden -----------------------------------------------------------------------------------------
-
-
-def everything(implementation: str, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The mask that hides nothing, for a `shape` of (B, Q, K): [1, 1, 1, 1] for `block_attention`; else [B, 1, Q, K], of ones, or
-    of zeros for eager attention, which adds its mask."""
-    if implementation == "eager":
-        one = torch.zeros(1, 1, 1, 1, dtype=dtype, device=device)
-    else:
-        one = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
-    batch, queries, keys = shape
-    return one if implementation == BLOCKS else one.expand(batch, 1, queries, keys)
-
-
-def block_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """An attention function of transformers. Query [B, H, Q, head], key and value [B, KV heads, K, head] -> [B, Q, H, head]."""
-    if attention_mask is not None and attention_mask.numel() == 1:
-        attention_mask, is_causal = None, False
-    return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=is_causal, **kwargs)
-
-
-AttentionInterface.register(BLOCKS, block_attention)
-AttentionMaskInterface.register(BLOCKS, sdpa_mask)
-
-
-@contextmanager
-def block_kernels(trunk: Any) -> Iterator[None]:
-    """In the block a trunk on SDPA leaves out masks that hide nothing, if its attention can be set."""
-    config = trunk.config
-    if config._attn_implementation != "sdpa" or not trunk._can_set_attn_implementation():
-        yield
-        return
-    config._attn_implementation = BLOCKS
-    try:
-        yield
-    finally:
-        config._attn_implementation = "sdpa"

@@ -1,39 +1,41 @@
-"""The DiffVL model: a stock vision tower, a connector and a stock causal-LM trunk, unmodified.
+"""The DiffVL model: a stock vision tower, a connector and a stock causal-LM trunk, unmodified; or a whole stock vision-language
+model, unmodified.
 
 Block attention enters as masks that `layout_diffvl` builds; nothing here knows of noise or loss. These files are copied
 beside exported weights and are the remote code that transformers loads there.
-
-The head can run on some tokens only, and on a bounded number of them at a time. Logits of M rows are M x V values, and a loss
-needs several such tensors; for a vocabulary of 150,000 that is the peak of a training step. Calling the head by hand would be
-wrong for many families (soft caps, scales, biases after it), so the stock model's own forward is run again for each chunk of
-rows with the trunk below the head standing still: what it would return is put in its place.
 
 Shapes: B batch, T tokens, N images, P tokens of an image, H trunk width, V vocabulary, M rows asked of the head, m rows of a
 chunk.
 """
 
-import copy
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
-from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache_diffvl import ReadingCache
 from .configuration_diffvl import DiffVLConfig
 from .generation_diffvl import BlockGeneration
-from .layout_diffvl import Layout, attention_masks, clean_layout, image_rows, rope_ids
+from .head_diffvl import flat_rows, head_on, mapped_rows
+from .images_diffvl import ImageRows, NativeImages, OwnImages, settle_frozen, span_ids, stock
+from .layout_diffvl import Layout, Rope, clean_layout, image_rows
+from .masks_diffvl import attention_masks
 from .settings_diffvl import refuse_videos
-
-CHUNK_LOGITS = 2**25  # values of a chunk's logits: 128 MiB in fp32
 
 
 class Connector(nn.Module):
@@ -81,10 +83,21 @@ class DiffVLPreTrainedModel(PreTrainedModel):
 
 
 class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, GenerationMixin):
-    """`forward` is one pass of the trunk; `generate` (in generation_diffvl) decodes in blocks."""
+    """`forward` is one pass of the trunk; `generate` (in generation_diffvl) decodes in blocks.
+
+    Its parts are `vision_tower`, `connector` and `language_model`; or, for a native vision-language model, `source` alone.
+    """
 
     def __init__(self, config: DiffVLConfig) -> None:
         super().__init__(config)
+        if config.source_config is not None:
+            self.source = AutoModelForImageTextToText.from_config(config.source_config)
+            self.set_source(self.source)
+        else:
+            self._make_parts(config)
+        self.post_init()
+
+    def _make_parts(self, config: DiffVLConfig) -> None:
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         # The sub-models resolve "auto" settings (attention implementation) into their own copies.
@@ -93,19 +106,55 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         self.connector = Connector(
             config.connector, config.shuffle_factor, config.vision_config.hidden_size, config.text_config.hidden_size
         )
-        self.post_init()
+
+    def set_source(self, source: Any) -> None:
+        """Puts a stock vision-language model in, and its configuration with it."""
+        self.source = source
+        self.config.source_config = source.config
+        self.config.text_config = source.config.get_text_config(decoder=True)
+        self.config.text_config.mask_token_id = self.config.mask_token_id
+        self.config.text_config.block_size = self.config.block_size
+
+    @property
+    def is_native(self) -> bool:
+        """Whether this is a whole stock vision-language model."""
+        return self.config.source_config is not None
+
+    @property
+    def trunk(self) -> Any:
+        """The stock model that a forward runs: the causal LM, or the native vision-language model."""
+        return self.source if self.is_native else self.language_model
+
+    @property
+    def images(self) -> OwnImages | NativeImages:
+        """How this model looks at images."""
+        return NativeImages(self) if self.is_native else OwnImages(self)
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
+        return self.trunk.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
+        self.trunk.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.language_model.get_output_embeddings()
+        return self.trunk.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.language_model.set_output_embeddings(new_embeddings)
+        self.trunk.set_output_embeddings(new_embeddings)
+
+    def put_trunk(self, trunk: Any) -> None:
+        """Puts another object in the place of `trunk`: the same with adapters around it, or without them."""
+        setattr(self, "source" if self.is_native else "language_model", trunk)
+
+    def train(self, mode: bool = True) -> "DiffVLForConditionalGeneration":
+        """As of any module; but the frozen parts of a native model's vision side stay in `eval`. Some of them change in training
+        all the same: statistics of a batch norm, weights that are clamped in place, dropped paths."""
+        super().train(mode)
+        if mode and self.is_native:
+            source = stock(self.source)
+            text = {*source.get_decoder().modules(), source.get_input_embeddings(), source.get_output_embeddings()}
+            settle_frozen(source, text)
+        return self
 
     def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Images [N, 3, S, S] -> image tokens [N, P, H]; a frozen tower runs without a graph."""
@@ -120,43 +169,41 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         # Class and register tokens stand before the patches in every stock tower.
         return self.connector(states[:, states.shape[1] - side * side :])
 
-    def embed(
-        self,
-        input_ids: torch.Tensor,
-        pixel_values: torch.Tensor | None,
-        image_index: torch.Tensor | None,
-        image_features: torch.Tensor | None = None,
-        text_only: bool = False,
-    ) -> torch.Tensor:
-        """Token embeddings with the images spliced in, [B, T, H].
+    def _shown(
+        self, input_ids: torch.Tensor, rows: ImageRows | None, image_index: torch.Tensor | None, images: int
+    ) -> torch.Tensor | None:
+        """For each token the row of the image tokens that it shows, [B, T]; None where none shows any.
 
         Args:
-            text_only: the caller knows that no token shows an image; else this is looked at, which waits for the device.
-            image_index: for each token the row of the flattened image tokens that it shows, -1 for text, [B, T]. Default:
-                the placeholders in reading order. A noisy copy of a placeholder names the row of its clean counterpart.
+            image_index: as the caller gave it; default: the placeholders in reading order.
+            images: how many images there are.
         Raises:
             ValueError: if images and placeholders do not match in number.
         """
-        embeds = self.get_input_embeddings()(input_ids)
-        if text_only:
-            return embeds
         is_image = input_ids == self.config.image_token_id
-        if image_features is None and pixel_values is not None and pixel_values.shape[0] > 0:
-            image_features = self.image_features(pixel_values)
-        if image_features is None:
+        if rows is None:
             shown = is_image if image_index is None else image_index >= 0
             if bool(shown.any()):
-                raise ValueError(f"{int(is_image.sum())} image tokens in the text, but no pixel_values")
-            return embeds
-        features = image_features.flatten(0, 1)
-        if image_index is None:
-            if int(is_image.sum()) != len(features):
-                raise ValueError(
-                    f"{len(image_features)} images give {len(features)} image tokens, the text has {int(is_image.sum())}"
-                )
-            image_index = image_rows(is_image)
-        spliced = features[image_index.clamp_min(0)].to(embeds.dtype)
-        return torch.where((image_index >= 0)[..., None], spliced, embeds)
+                raise ValueError(f"{int(is_image.sum())} image tokens in the text, but no {self.config.image_inputs[0]}")
+            return None
+        if image_index is not None:
+            return image_index
+        if int(is_image.sum()) != rows.total:
+            raise ValueError(f"{images} images give {rows.total} image tokens, the text has {int(is_image.sum())}")
+        return image_rows(is_image)
+
+    def pixels_of(self, given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """The tensors among a caller's that say what the images are.
+
+        Raises:
+            ValueError: for one that this model does not know.
+        """
+        names = self.config.image_inputs
+        unknown = [name for name, value in given.items() if name not in names and name != "image_sizes" and value is not None]
+        if unknown:
+            raise ValueError(f"{unknown[0]} is not known here; expected images as {', '.join(names)}")
+        found = {name: given[name] for name in names if given.get(name) is not None}
+        return found if all(len(value) for value in found.values()) else {}
 
     def forward(
         self,
@@ -171,26 +218,31 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         pixel_values_videos: None = None,
         image_sizes_videos: None = None,
         image_index: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
+        rows: ImageRows | None = None,
         logits_rows: torch.Tensor | None = None,
         row_map: Callable[[torch.Tensor, slice], torch.Tensor] | None = None,
         answer_index: torch.Tensor | None = None,
         text_only: bool = False,
+        **pixels: Any,
     ) -> CausalLMOutputWithPast:
         """One pass of the trunk.
 
         Args:
             input_ids: [B, T]; placeholders of `image_token_id` stand for image tokens.
-            pixel_values: [N, 3, S, S], in reading order of the placeholders.
-            image_sizes: [N, 2] original height and width, accepted for callers of SDAR-VL style; only counted, because every
-                image is resized to one square.
+            pixel_values: [N, 3, S, S], in reading order of the placeholders; of a native model what its processor gives.
+            image_sizes: [N, 2] original height and width. A model that does not ask for them accepts them for callers of SDAR-VL
+                style; they are only counted, because every image is resized to one square.
+            pixels: the further tensors that say what the images are, by the names in `config.image_inputs`.
             attention_mask: None (causal), [B, K] (1 = token, 0 = padding, causal), [B, T, K] with 1 = attend (key j stands at
-                position j; windows are applied on top), or ready-made 4-D masks as `layout_diffvl.attention_masks` gives.
-            position_ids: [B, T], the order and the rotation of the tokens at once; default: counted on from the cache.
+                position j; windows are applied on top), or ready-made 4-D masks as `masks_diffvl.attention_masks` gives.
+            position_ids: [B, T], the order of the tokens, and their rotation where the trunk has one rotary axis; or [A, B, T],
+                the rotation alone. Default: counted on from the cache, images as the trunk numbers them.
             store_kv: False leaves the cache as it was, and still attends to it.
             pixel_values_videos, image_sizes_videos: None; accepted for callers of SDAR-VL style, which always name them.
-            image_index, text_only: see `embed`.
-            image_features: [N, P, H] as `image_features` gives them, in the place of pixel_values that were encoded before.
+            image_index: for each token the row of the image tokens that it shows, -1 for text, [B, T]. Default: the placeholders
+                in reading order. A noisy copy of a placeholder names the row of its clean counterpart.
+            rows: what `images.encode` gave, in the place of pixels that were encoded before.
+            text_only: the caller knows that no token shows an image; else this is looked at, which waits for the device.
             answer_index: not used here; accepted, so that what `processor.apply_chat_template` gives can be passed whole.
             logits_rows: bool [B, T], or int64 [M] indices into the flattened [B * T]; the head runs on these rows only and
                 `.logits` is [M, V], in row-major order or in the order of the indices.
@@ -205,21 +257,25 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         refuse_videos(pixel_values_videos=pixel_values_videos, image_sizes_videos=image_sizes_videos)
         if image_sizes is not None and pixel_values is not None and len(image_sizes) != len(pixel_values):
             raise ValueError(f"{len(image_sizes)} image_sizes for {len(pixel_values)} images")
-        embeds = self.embed(input_ids, pixel_values, image_index, image_features, text_only)
+        seen = self.pixels_of({"pixel_values": pixel_values, "image_sizes": image_sizes, **pixels})
+        if rows is None and seen and not text_only:
+            rows = self.images.encode(seen)
+        shown = None if text_only else self._shown(input_ids, rows, image_index, 0 if rows is None else len(rows.counts))
+        inputs = self.images.arguments(input_ids, rows, shown)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        masks, position_ids = self._masks(attention_mask, position_ids, input_ids.shape, past, embeds)
+        masks, position_ids = self._masks(attention_mask, position_ids, input_ids, past, seen, rows)
         cache = past_key_values
         if use_cache and cache is None:
             cache = DynamicCache()
         elif cache is not None and not store_kv:
             cache = ReadingCache(cache)
-        logits = self._logits(embeds, masks, position_ids, cache, logits_rows, row_map)
+        logits = self._logits(inputs, masks, position_ids, cache, logits_rows, row_map)
         kept = past_key_values if past_key_values is not None else (cache if use_cache else None)
         return CausalLMOutputWithPast(logits=logits, past_key_values=kept)
 
     def _logits(
         self,
-        embeds: torch.Tensor,
+        inputs: dict[str, Any],
         masks: Any,
         position_ids: torch.Tensor,
         cache: Cache | None,
@@ -228,72 +284,81 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
     ) -> torch.Tensor:
         """The trunk's logits, or what `row_map` makes of them; see `forward`."""
         trunk_pass = partial(
-            self.language_model,
-            inputs_embeds=embeds,
+            self.trunk,
+            **inputs,
             attention_mask=masks,
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=cache is not None,
         )
         if row_map is not None:
-            return mapped_rows(self.language_model, trunk_pass, _flat_rows(rows), row_map)
-        with self._head_on(rows):
+            return mapped_rows(self.trunk, trunk_pass, flat_rows(rows), row_map)
+        with head_on(self.trunk, rows):
             logits = trunk_pass().logits
         return logits if rows is None else logits[0]
 
     def _masks(
-        self, mask: Any, position_ids: torch.Tensor | None, shape: torch.Size, past: int, embeds: torch.Tensor
+        self,
+        mask: Any,
+        position_ids: torch.Tensor | None,
+        input_ids: torch.Tensor,
+        past: int,
+        pixels: Mapping[str, torch.Tensor],
+        rows: ImageRows | None,
     ) -> tuple[Any, torch.Tensor]:
         """Whatever the caller gave -> masks per layer type and rotary position ids."""
-        batch, tokens = shape
-        total = past + tokens
-        queries = slice(past, total)
-        text_config = self.language_model.config
         if isinstance(mask, dict | BlockMask) or (isinstance(mask, torch.Tensor) and mask.dim() == 4):
             if position_ids is None:
                 raise ValueError("ready-made masks need explicit position_ids")
             return mask, position_ids
-        valid = torch.ones(batch, total, dtype=torch.bool, device=embeds.device)
-        if mask is not None and mask.dim() == 2:
-            valid = mask.bool()
-            if valid.shape[1] != total:
-                raise ValueError(f"attention_mask has {valid.shape[1]} columns for {past} cached and {tokens} new tokens")
-        block = torch.zeros(batch, total, dtype=torch.long, device=embeds.device)
-        layout = clean_layout(block, valid, context="causal")
-        if mask is None and position_ids is None and past == 0:
-            return None, rope_ids(layout.position)  # the trunk's own causal attention, which needs no mask
-        if mask is None or mask.dim() == 2:
-            rope = rope_ids(layout.position)[:, queries] if position_ids is None else position_ids
-            if position_ids is not None:
-                layout.position = torch.cat([layout.position[:, :past], position_ids], dim=1)
-            return attention_masks(text_config, layout, queries, embeds.dtype), rope
-        if mask.dim() != 3 or mask.shape[-2:] != (tokens, total):
-            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, expected [{batch}, {tokens}, {total}]")
-        rope = (rope_ids(layout.position)[:, queries] if position_ids is None else position_ids).expand(batch, tokens)
-        given = _GivenMask(**layout.rows, context="causal", mask=mask.bool())
-        if position_ids is not None:
-            given.position = torch.cat([layout.position[:, :past], position_ids.expand(batch, tokens)], dim=1)
-        return attention_masks(text_config, given, queries, embeds.dtype), rope
+        batch, tokens = input_ids.shape
+        total, device = past + tokens, input_ids.device
+        queries = slice(past, total)
+        valid = torch.ones(batch, total, dtype=torch.bool, device=device)
+        if mask is not None:
+            _check_mask(mask, batch, tokens, total)
+            valid = mask.bool() if mask.dim() == 2 else valid
+        layout = clean_layout(torch.zeros(batch, total, dtype=torch.long, device=device), valid, context="causal")
+        if not past:
+            self._mark_spans(layout, input_ids)
+        order = layout.position[:, queries]
+        if position_ids is not None and position_ids.dim() == 2:
+            order = position_ids.expand(batch, tokens)
+        rope = position_ids if position_ids is not None and position_ids.dim() == 3 else None
+        if rope is None:
+            rope = self._rope(input_ids, valid, past, pixels, rows).at(order)
+        if mask is None and position_ids is None and past == 0 and layout.span is None:
+            return None, rope  # the trunk's own causal attention, which needs no mask
+        layout.position = torch.cat([layout.position[:, :past], order], dim=1)
+        if mask is not None and mask.dim() == 3:
+            layout = _GivenMask(**layout.rows, context="causal", mask=mask.bool())
+        dtype = self.get_input_embeddings().weight.dtype
+        return attention_masks(self.config.text_config, layout, queries, dtype), rope
 
-    @contextmanager
-    def _head_on(self, rows: torch.Tensor | None) -> Iterator[None]:
-        """Lets the trunk's own head (with whatever its forward does after it) run on some rows only."""
-        if rows is None:
-            yield
-            return
-        flat = _flat_rows(rows)
-        head = self.get_output_embeddings()
-        hook = head.register_forward_pre_hook(lambda _, arguments: (arguments[0].flatten(0, 1)[flat][None],))
-        try:
-            yield
-        finally:
-            hook.remove()
+    def _mark_spans(self, layout: Layout, input_ids: torch.Tensor) -> None:
+        """Lets the image tokens of a prompt see each other as the trunk wants it."""
+        nothing = torch.zeros_like(input_ids)
+        is_image = input_ids == self.config.image_token_id
+        layout.span = span_ids(is_image, nothing, layout.valid, nothing.bool(), self.config.image_attention)
+        layout.image_attention = self.config.image_attention
+
+    def _rope(
+        self, input_ids: torch.Tensor, valid: torch.Tensor, past: int, pixels: Mapping[str, torch.Tensor], rows: ImageRows | None
+    ) -> Rope:
+        """Position ids of tokens that a caller gave none for."""
+        if not past:
+            return self.images.rope(input_ids, valid, pixels, () if rows is None else rows.counts)
+        if self.images.has_axes:
+            raise ValueError("after a cache this model needs position_ids [axes, batch, tokens]: its rotation is not the order")
+        return Rope()
 
 
-def _flat_rows(rows: torch.Tensor | None) -> torch.Tensor:
-    if rows is None:
-        raise ValueError("row_map needs logits_rows")
-    return rows.flatten().nonzero()[:, 0] if rows.dtype == torch.bool else rows
+def _check_mask(mask: torch.Tensor, batch: int, tokens: int, total: int) -> None:
+    """Raises ValueError unless a caller's mask is one column or one matrix for the tokens of the cache and of the call."""
+    if mask.dim() == 2 and mask.shape[1] != total:
+        raise ValueError(f"attention_mask has {mask.shape[1]} columns for {total - tokens} cached and {tokens} new tokens")
+    if mask.dim() != 2 and (mask.dim() != 3 or mask.shape[-2:] != (tokens, total)):
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, expected [{batch}, {tokens}, {total}]")
 
 
 class _GivenMask(Layout):
@@ -307,92 +372,3 @@ class _GivenMask(Layout):
         rows = {**self.rows, "block": torch.zeros_like(self.block)}
         everything = Layout(**rows, context="block").allowed(queries, window, chunk)
         return everything & self.mask
-
-
-# --- the head on a bounded number of rows -----------------------------------------------------------------------------------
-
-
-def mapped_rows(
-    trunk: Any, trunk_pass: Callable[[], Any], rows: torch.Tensor, row_map: Callable[[torch.Tensor, slice], torch.Tensor]
-) -> torch.Tensor:
-    """`row_map` over the logits at `rows`, chunk by chunk; [M, ...].
-
-    Args:
-        trunk: the causal LM, possibly wrapped by peft. trunk_pass: runs it on the whole batch.
-        rows: int64 [M], indices into the flattened tokens of the batch.
-    """
-    stock = trunk.get_base_model() if hasattr(trunk, "get_base_model") else trunk
-    head = stock.get_output_embeddings()
-    with _recorded_outputs(stock) as seen:
-        hook = head.register_forward_pre_hook(lambda _, arguments: (arguments[0].flatten(0, -2)[:1][None],))
-        try:
-            one_logit_row = trunk_pass().logits
-        finally:
-            hook.remove()
-    body, output = seen[-1]
-    _BODIES[stock] = body
-    hidden = output.last_hidden_state.flatten(0, 1)[rows]
-    # Only the form of the first pass's output is used; the trunk's own output must not be held through it.
-    like = _with_hidden(output, hidden[:0])
-
-    def chunk(hidden_mH: torch.Tensor, which: slice) -> torch.Tensor:
-        with _returning(body, _with_hidden(like, hidden_mH[None])):
-            logits = stock(input_ids=torch.zeros(1, 1, dtype=torch.long, device=rows.device), use_cache=False).logits
-        return row_map(logits[0], which)
-
-    size = max(CHUNK_LOGITS // one_logit_row.shape[-1], 1)
-    chunks = [slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size)] or [slice(0, 0)]
-    if len(chunks) == 1:
-        return chunk(hidden, chunks[0])
-    run: Any = _recomputed if torch.is_grad_enabled() else lambda function, *arguments: function(*arguments)
-    return torch.cat([run(chunk, hidden[which], which) for which in chunks])
-
-
-# For each stock model the module below its head: the outermost one that returns hidden states. Models name it differently.
-_BODIES: "WeakKeyDictionary[Any, Any]" = WeakKeyDictionary()
-
-
-@contextmanager
-def _recorded_outputs(stock: Any) -> Iterator[list[tuple[Any, Any]]]:
-    """In the block, collects (module, output) of modules that return hidden states, the outermost one last."""
-    seen: list[tuple[Any, Any]] = []
-
-    def note(module: Any, _: Any, output: Any) -> None:
-        if getattr(output, "last_hidden_state", None) is not None:
-            seen.append((module, output))
-
-    known = _BODIES.get(stock)
-    watched = [known] if known is not None else [module for module in stock.modules() if module is not stock]
-    hooks = [module.register_forward_hook(note) for module in watched]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _recomputed(function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
-    result = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
-    assert isinstance(result, torch.Tensor)
-    return result
-
-
-def _with_hidden(output: Any, hidden: torch.Tensor) -> Any:
-    """A copy of the trunk's output with other hidden states and no cache."""
-    shown = copy.copy(output)
-    shown.last_hidden_state = hidden
-    return shown
-
-
-@contextmanager
-def _returning(body: Any, output: Any) -> Iterator[None]:
-    """In the block the module returns `output` whatever it is given."""
-    before = body.__dict__.get("forward")
-    body.forward = lambda *_, **__: output
-    try:
-        yield
-    finally:
-        if before is None:
-            del body.forward
-        else:
-            body.forward = before

@@ -14,7 +14,7 @@ image is: RGB, as a viewer shows it.
 import base64
 import io
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,11 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from transformers import BatchFeature, ProcessorMixin
 
 from .chat_diffvl import ChatEncoder, ChatEncoding, Messages, images_of
+from .images_diffvl import Pixels
 
 # Not attributes of the processors: what is remembered is neither saved, copied nor sent to other processes.
 _ENCODERS: WeakKeyDictionary[Any, ChatEncoder] = WeakKeyDictionary()
+TEXT_INPUTS = ("input_ids", "attention_mask", "answer_index")
 UNUSED = ("tools", "documents", "continue_final_message", "return_assistant_tokens_mask", "videos", "audio")
 
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -154,6 +156,10 @@ class DiffVLProcessor(ProcessorMixin):
             return torch.tensor(marks) if isinstance(ids, torch.Tensor) else torch.tensor(marks).numpy()
         return marks if isinstance(ids[0], list) else marks[0]
 
+    def pixels(self, images: Sequence[Image.Image]) -> Pixels:
+        """Images as `as_seen` gives them -> the model's pixel tensors, {} for none."""
+        return {"pixel_values": self.image_processor(images=images, return_tensors="pt")["pixel_values"]} if images else {}
+
     # --- messages ------------------------------------------------------------------------------------------------------------
 
     def apply_chat_template(
@@ -189,7 +195,7 @@ class DiffVLProcessor(ProcessorMixin):
         shown = images_as_seen(_in_order(batch, images))
         data = self._pad_left(encodings)
         if shown:
-            data["pixel_values"] = self.image_processor(images=shown, return_tensors="pt")["pixel_values"]
+            data |= self.pixels(shown)
         return BatchFeature(data, tensor_type=return_tensors) if return_dict else data["input_ids"]
 
     def encode_chat(self, messages: Messages, add_generation_prompt: bool = False) -> ChatEncoding:
@@ -213,6 +219,11 @@ class DiffVLProcessor(ProcessorMixin):
 
 
 # --- images ------------------------------------------------------------------------------------------------------------------
+
+
+def pixels_in(inputs: Mapping[str, Any]) -> Pixels:
+    """The pixel tensors among what the processor gives for a chat."""
+    return {name: value for name, value in inputs.items() if name not in TEXT_INPUTS}
 
 
 def _in_order(batch: Sequence[Messages], images: Any) -> list[Any]:

@@ -24,16 +24,8 @@ from diffvl.attention.block_mask import FLEX, bucket, training_masks
 from diffvl.config.recipe import ArObjective, BlockDiffusionObjective, Objective, UniformNoise
 from diffvl.data.samples import Batch
 from diffvl.hub.configuration_diffvl import DiffVLConfig, never_predicted
-from diffvl.hub.layout_diffvl import (
-    Layout,
-    NoisyStream,
-    block_index,
-    clean_layout,
-    image_rows,
-    noisy_layout,
-    noisy_stream,
-    rope_ids,
-)
+from diffvl.hub.images_diffvl import answer_cells, placed_images, span_ids
+from diffvl.hub.layout_diffvl import Layout, NoisyStream, Rope, block_index, clean_layout, noisy_layout, noisy_stream
 from diffvl.objective.noise import mask_probabilities, mask_ratios, masked_tokens, noise_state
 from diffvl.objective.packing import Packed, pack
 from diffvl.seeding import sample_generator
@@ -139,10 +131,14 @@ def measured_sums(objective: Objective) -> list[str]:
 def ar(model: Any, config: DiffVLConfig, batch: Batch) -> LossOutput:
     """Computes next-token cross-entropy on answers: position i - 1 predicts token i, under the trunk's own causal attention."""
     ids, valid = batch["input_ids"], batch["valid"]
-    packed = packed_rows(clean_layout(torch.zeros_like(ids), valid, context="causal"), batch["row"], config)
+    layout = clean_layout(torch.zeros_like(ids), valid, context="causal")
+    _mark_spans(layout, batch, config)
+    rope = clean_rope(model, config, batch)
+    packed = packed_rows(layout, batch["row"], config)
     at = followed_by_answer(batch["answer_index"])
     targets = ids[at[0], at[1] + 1]
-    entropy, correct = _predict(model, config, batch, packed, ids, _shown_images(config, batch), packed.place[at], targets)
+    shown = _shown_images(config, batch)
+    entropy, correct = _predict(model, config, batch, packed, rope.at(layout.position), ids, shown, packed.place[at], targets)
     counted = torch.ones_like(targets).sum()
     sums = {"predicted": counted, "correct": correct.sum(), "cross_entropy": entropy.detach().sum()}
     return LossOutput(entropy.sum(), int(valid.sum()), sums)
@@ -159,6 +155,9 @@ def block_diffusion(model: Any, config: DiffVLConfig, batch: Batch, objective: B
     copies = corrupt(stream, objective, draw, batch["sample"])
     # 3. Clean tokens first, noisy ones after them, on the positions of their clean counterparts; then samples into rows.
     layout = clean_layout(block, valid, objective.context)
+    _mark_spans(layout, batch, config)
+    rope = clean_rope(model, config, batch)
+    rotations = [rope.at(layout.position), *[rope.of_stream(stream) for _ in copies]]
     for number in range(len(copies)):
         layout = layout.joined(noisy_layout(stream, objective.context, number + 1))
     packed = packed_rows(layout, batch["row"], config)
@@ -181,6 +180,7 @@ def block_diffusion(model: Any, config: DiffVLConfig, batch: Batch, objective: B
         config,
         batch,
         packed,
+        torch.cat(rotations, -1),
         torch.cat([ids, *noisy_ids], 1),
         torch.cat([image, *[image.gather(1, stream.source).masked_fill(copy.masked, -1) for copy in copies]], 1),
         torch.cat(at),
@@ -261,7 +261,25 @@ def packed_rows(streams: Layout, row_S: torch.Tensor, config: DiffVLConfig) -> P
 
 def _shown_images(config: DiffVLConfig, batch: Batch) -> torch.Tensor:
     """Gives for each clean token the image token that it shows, counted over the batch, -1 for text; [S, L]."""
-    return image_rows((batch["input_ids"] == config.image_token_id) & batch["valid"])
+    return placed_images(batch["input_ids"], config, batch["valid"])
+
+
+def clean_rope(model: Any, config: DiffVLConfig, batch: Batch) -> Rope:
+    """Gives the position ids of the clean tokens, as the model numbers text and images."""
+    if config.source_config is None:
+        return Rope()
+    stock: Any = model.module if hasattr(model, "module") else model  # data parallelism wraps it
+    return stock.images.rope(batch["input_ids"], batch["valid"], batch.get("pixels", {}), batch["image_tokens"].tolist())
+
+
+def _mark_spans(layout: Layout, batch: Batch, config: DiffVLConfig) -> None:
+    """Lets the clean tokens of an image see each other, as the model wants it."""
+    layout.image_attention = config.image_attention
+    if config.image_attention == "causal":
+        return
+    ids, answer, valid = batch["input_ids"], batch["answer_index"].abs(), batch["valid"]
+    cut = answer_cells(layout.block, answer)
+    layout.span = span_ids(ids == config.image_token_id, answer, valid, cut, config.image_attention)
 
 
 def _predict(
@@ -269,6 +287,7 @@ def _predict(
     config: DiffVLConfig,
     batch: Batch,
     packed: Packed,
+    rope_SW: torch.Tensor,
     ids_SW: torch.Tensor,
     image_SW: torch.Tensor,
     at_M: torch.Tensor,
@@ -291,10 +310,10 @@ def _predict(
 
     judged = model(
         input_ids=ids,
-        pixel_values=batch.get("pixel_values"),
+        **batch.get("pixels", {}),
         image_index=packed.moved(image_SW, -1),
         attention_mask=training_masks(config.text_config, packed.layout, dtype),
-        position_ids=rope_ids(packed.layout.position),
+        position_ids=packed.moved(rope_SW, 0),
         logits_rows=at_M,
         row_map=judge,
     ).logits

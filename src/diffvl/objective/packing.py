@@ -25,8 +25,9 @@ class Packed:
     source: torch.Tensor
 
     def moved(self, stream_SW: torch.Tensor, filler: int) -> torch.Tensor:
-        """Gives a value of each stream token -> of each row token, [B, T]; padding gets `filler`."""
-        return torch.where(self.layout.valid, stream_SW.flatten()[self.source], filler)
+        """Gives a value of each stream token, [S, W] (or several, [A, S, W]) -> of each row token, [B, T] ([A, B, T]); padding
+        gets `filler`."""
+        return torch.where(self.layout.valid, stream_SW.flatten(-2)[..., self.source], filler)
 
 
 def pack(streams: Layout, row_S: torch.Tensor, length_for: Callable[[int], int] = int) -> Packed:
@@ -52,4 +53,4 @@ def pack(streams: Layout, row_S: torch.Tensor, length_for: Callable[[int], int] 
     document = torch.arange(len(row_S), device=row_S.device)[:, None].expand_as(streams.document)
     moved = {name: row.flatten()[source] for name, row in {**streams.rows, "document": document}.items()}
     moved = {name: torch.where(valid, row, torch.zeros_like(row)) for name, row in moved.items()}
-    return Packed(Layout(**moved, context=streams.context), place, source)
+    return Packed(streams.with_rows(moved), place, source)

@@ -308,7 +308,7 @@ def _prove(directory: Path, reference: torch.Tensor, parts: Parts) -> dict[str, 
         raise CheckpointError(
             f"{directory}: AR parity fails, logits differ from the source's by {difference:.2g} std; nothing kept"
         )
-    block = proof.check_block_attention(model.language_model, known, model.config.mask_token_id)
+    block = proof.check_block_attention(model.trunk, known, model.config.mask_token_id)
     return {"ar_parity": difference, "block": block}
 
 

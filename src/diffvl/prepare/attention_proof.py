@@ -15,15 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from diffvl.errors import UnsupportedModelError
-from diffvl.hub.layout_diffvl import (
-    Layout,
-    NoisyStream,
-    attention_masks,
-    block_index,
-    clean_layout,
-    noisy_layout,
-    noisy_stream,
-)
+from diffvl.hub.layout_diffvl import Layout, NoisyStream, block_index, clean_layout, noisy_layout, noisy_stream
+from diffvl.hub.masks_diffvl import attention_masks
 
 BLOCK_SIZE = 4
 GRIDS = {"block": "absolute", "causal": "response"}  # of each context, so that two runs have both contexts and both grids

@@ -90,7 +90,7 @@ def write_checkpoint(model: DiffVLForConditionalGeneration, processor: DiffVLPro
 def _generation_config(model: DiffVLForConditionalGeneration) -> GenerationConfig:
     """Keeps the trunk's stop and pad ids, and adds what block decoding needs. Sampling settings of the AR model are not kept:
     they were tuned for another decoder."""
-    config, own = model.config, model.language_model.generation_config
+    config, own = model.config, model.trunk.generation_config
     pad = own.pad_token_id if own is not None else None
     return GenerationConfig(
         eos_token_id=config.stop_token_ids,

@@ -24,7 +24,7 @@ from diffvl.config.recipe import Stage
 from diffvl.data.left_out import LeftOut
 from diffvl.data.loader import StageData, batches_of, num_workers
 from diffvl.data.problems import Problem
-from diffvl.data.samples import IGNORED, NO_SAMPLE, PROBLEMS, is_filler
+from diffvl.data.samples import IGNORED, NO_SAMPLE, PROBLEMS, is_filler, on_device
 from diffvl.errors import CheckpointError, TrainingError
 from diffvl.objective.losses import Draw, LossOutput, curriculum_state, loss_of, measure, measured_sums, rates, scores
 from diffvl.seeding import seed_dropout
@@ -174,7 +174,7 @@ class Loop:
         return torch.tensor(all_tokens, dtype=torch.float32, device=self.accelerator.device)
 
     def _on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
+        return on_device(batch, self.accelerator.device, non_blocking=True)
 
     def _summed(self, values: list[float]) -> list[float]:
         """Each value over all processes."""

@@ -1,9 +1,10 @@
 """Which parameters move, and how fast: parts, their learning rates, the mask row as a parameter of its own, and low-rank
 adapters on the trunk, through peft.
 
-Parts: tower, connector, trunk, mask_row. The mask row is one row of the trunk's embedding; while a stage trains it stands
-apart (`attach_mask_row`), so that it can have a learning rate, move under LoRA, and leave the rest of a frozen table
-bit-identical. `fold_mask_row` writes it back. Connector and mask row are trained in full beside adapters.
+Parts: tower, connector, trunk, mask_row. In a native vision-language model the trunk is its text part with embeddings and head,
+the tower its image encoder, and the connector whatever else it has. The mask row is one row of the trunk's embedding; while a
+stage trains it stands apart (`attach_mask_row`), so that it can have a learning rate, move under LoRA, and leave the rest of a
+frozen table bit-identical. `fold_mask_row` writes it back. Connector and mask row are trained in full beside adapters.
 """
 
 import re
@@ -13,19 +14,50 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from diffvl.config.families import ALL_LINEAR
 from diffvl.config.recipe import Lora, Part, Stage
 from diffvl.errors import ConfigError
+from diffvl.hub.images_diffvl import stock, vision_parameters
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 
 MASK_ROW = "mask_row"
 
 
-def part_of(name: str) -> Part:
-    """The part that a parameter of the DiffVL model belongs to."""
-    if name == MASK_ROW:
-        return "mask_row"
-    prefix = name.split(".", 1)[0]
-    return {"vision_tower": "tower", "connector": "connector", "language_model": "trunk"}[prefix]  # type: ignore[return-value]
+def parts_of(model: DiffVLForConditionalGeneration) -> dict[str, Part]:
+    """Gives the part that each parameter of the DiffVL model belongs to, by its name."""
+    if model.is_native:
+        return _native_parts(model)
+    prefixes: dict[str, Part] = {
+        "vision_tower": "tower",
+        "connector": "connector",
+        "language_model": "trunk",
+        MASK_ROW: "mask_row",
+    }
+    return {name: prefixes[name.split(".", 1)[0]] for name, _ in model.named_parameters()}
+
+
+def _native_parts(model: DiffVLForConditionalGeneration) -> dict[str, Part]:
+    source = stock(model.source)
+    vision = {id(parameter) for parameter in vision_parameters(source).values()}
+    tower = {id(parameter) for parameter in _image_encoder(source).parameters()}
+
+    def part(name: str, parameter: nn.Parameter) -> Part:
+        if name == MASK_ROW:
+            return "mask_row"
+        if id(parameter) not in vision:
+            return "trunk"
+        return "tower" if id(parameter) in tower else "connector"
+
+    return {name: part(name, parameter) for name, parameter in model.named_parameters()}
+
+
+def _image_encoder(source: Any) -> nn.Module:
+    """The module that a stock vision-language model names as its image encoder; an empty one where it names none."""
+    try:
+        encoder = source.get_encoder(modality="image")
+    except (AttributeError, TypeError, ValueError):
+        encoder = None
+    return encoder if isinstance(encoder, nn.Module) and encoder is not source else nn.Module()
 
 
 def attach_mask_row(model: DiffVLForConditionalGeneration) -> None:
@@ -54,22 +86,30 @@ def fold_mask_row(model: DiffVLForConditionalGeneration) -> None:
     delattr(model, MASK_ROW)
 
 
-def freeze_others(model: nn.Module, stage: Stage) -> None:
-    """Only the parts in `trainable` require gradients; under LoRA, only adapters within the trunk. What trains is fp32."""
+def freeze_others(model: DiffVLForConditionalGeneration, stage: Stage) -> None:
+    """Only the parts in `trainable` require gradients; under LoRA, only adapters within the trunk. What trains is fp32.
+
+    Raises:
+        ConfigError: if the model has nothing of a part that is to train.
+    """
+    parts = parts_of(model)
+    if missing := [part for part in stage.trainable if part not in parts.values()]:
+        raise ConfigError(f"trainable.{missing[0]}: this model has no parameters of that part; leave it out")
     for name, parameter in model.named_parameters():
-        part = part_of(name)
+        part = parts[name]
         trains = part in stage.trainable and (part != "trunk" or stage.lora is None or "lora_" in name)
         parameter.requires_grad_(trains)
         if trains and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
 
 
-def parameter_groups(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:
+def parameter_groups(model: DiffVLForConditionalGeneration, stage: Stage) -> list[dict[str, Any]]:
     """AdamW groups: one per part, split into weights that decay and vectors (biases, norms, the mask row) that do not."""
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    parts = parts_of(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((part_of(name), parameter.ndim >= 2), []).append(parameter)
+            groups.setdefault((parts[name], parameter.ndim >= 2), []).append(parameter)
     return [
         {
             "params": parameters,
@@ -88,14 +128,34 @@ def add_adapters(model: DiffVLForConditionalGeneration, lora: Lora, family_targe
         ConfigError: if the target expression matches no module.
     """
     targets = lora.targets or family_targets
+    if model.is_native:
+        targets = _text_linears(model.source, targets)
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
     try:
-        model.language_model = get_peft_model(model.language_model, config)
+        model.put_trunk(get_peft_model(model.trunk, config))
     except (ValueError, re.error) as error:
         raise ConfigError(f"lora.targets {targets!r} does not fit this trunk: {error}") from error
 
 
+def _text_linears(source: Any, targets: str) -> str:
+    """The linear layers in the blocks of the text part that an expression means, as an expression that reaches no others.
+
+    Raises:
+        ConfigError: if there are none.
+    """
+    decoder = source.get_decoder()
+    path = next(name for name, module in source.named_modules() if module is decoder)
+    linears = [
+        f"{path}.{name}" for name, module in decoder.named_modules() if isinstance(module, nn.Linear) and "layers." in name
+    ]
+    meant = linears if targets == ALL_LINEAR else [name for name in linears if re.fullmatch(targets, name)]
+    if not meant:
+        raise ConfigError(f"lora.targets {targets!r} does not fit this trunk: it names no linear layer of its text part, {path}")
+    names = sorted({name.rsplit(".", 1)[-1] for name in meant})
+    return rf"{re.escape(path)}(\..+)?\.layers\.\d+\..+\.({'|'.join(names)})"
+
+
 def merge_adapters(model: DiffVLForConditionalGeneration) -> None:
     """Adds the adapters into the trunk's weights and unwraps it. Nothing to do without adapters."""
-    if isinstance(model.language_model, PeftModel):
-        model.language_model = model.language_model.merge_and_unload()
+    if isinstance(model.trunk, PeftModel):
+        model.put_trunk(model.trunk.merge_and_unload())

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from diffvl.attention.choose import choose
+from diffvl.attention.choose import choose, set_attention
 from diffvl.config.families import family_of
 from diffvl.config.recipe import Objective, Recipe, Stage, StageName
 from diffvl.config.resolve import dump
@@ -84,7 +84,7 @@ def train(
     main_only(lambda: _begin(work, recipe, record, lambda: onlooker and onlooker.before(model, processor, held_out)))
     if stage.data.row_length is not None:
         data = replace(data, train=data.train.packed(stage.data.row_length, recipe.seed))
-    attention = str(model.language_model.config._attn_implementation)
+    attention = str(model.config.text_config._attn_implementation)
     fit_to_stage(model, stage, recipe.seed)
     last = checkpoints.newest(work) if resume else None
     accelerator = make_accelerator(stage, recipe.trackers, work)
@@ -100,8 +100,8 @@ def train(
     # Back to the model that was read: no autocast around its forward, and attention as decoding knows it.
     accelerator.unwrap_model(loop.wrapped, keep_fp32_wrapper=False)
     unfit(model, stage, own_dtype)
-    if model.language_model.config._attn_implementation != attention:
-        model.language_model.set_attn_implementation(attention)
+    if model.config.text_config._attn_implementation != attention:
+        set_attention(model.trunk, attention)
     if process_state().is_main_process:
         checkpoint.write_checkpoint(model, processor, work)
         checkpoint.write_state(work, recipe, {"parents": [str(start)], **_state_of(loop, stage_name, record)})
@@ -167,7 +167,7 @@ def fit_to_stage(model: DiffVLForConditionalGeneration, stage: Stage, seed: int)
         model.config.set_decoding("ar", block_size=1, context="causal", grid="response", target="shift")
     else:
         model.config.set_decoding("blocks", objective.block_size, objective.context, objective.grid, objective.target)
-    choose(model.language_model, stage.attention, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    choose(model.trunk, stage.attention, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if stage.lora is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
