@@ -269,7 +269,8 @@ def clean_rope(model: Any, config: DiffVLConfig, batch: Batch) -> Rope:
     if config.source_config is None:
         return Rope()
     stock: Any = model.module if hasattr(model, "module") else model  # data parallelism wraps it
-    return stock.images.rope(batch["input_ids"], batch["valid"], batch.get("pixels", {}), batch["image_tokens"].tolist())
+    counts = batch["image_tokens"].tolist() if "image_tokens" in batch else ()
+    return stock.images.rope(batch["input_ids"], batch["valid"], batch.get("pixels", {}), counts)
 
 
 def _mark_spans(layout: Layout, batch: Batch, config: DiffVLConfig) -> None:

@@ -229,7 +229,7 @@ def assemble(trunk: Any, tower: Any, parts: Parts, recipe: Recipe) -> DiffVLForC
         image_token_id=parts.image_id,
         mask_token_id=parts.mask_id,
         vocabulary_size=len(processor.tokenizer),
-        stop_token_ids=_stop_ids(trunk, processor.tokenizer, processor.stop_token),
+        stop_token_ids=stop_ids(trunk, processor.tokenizer, processor.stop_token),
     )
     assert config.image_tokens == processor.image_tokens
     with torch.device("meta"):
@@ -248,7 +248,7 @@ def assemble(trunk: Any, tower: Any, parts: Parts, recipe: Recipe) -> DiffVLForC
     return model
 
 
-def _stop_ids(trunk: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: str) -> list[int]:
+def stop_ids(trunk: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: str) -> list[int]:
     """Gives the template's stop token first, then whatever else ends a text for this checkpoint."""
     generation = trunk.generation_config.eos_token_id if trunk.generation_config is not None else None
     others = generation if isinstance(generation, list) else [generation]

@@ -15,7 +15,7 @@ import torch
 import transformers
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
-from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.utils.quantization_config import GgufConfig
 
 from diffvl.config.supported import OWN_CODE, is_remote, own_code
@@ -45,6 +45,11 @@ def check_trunk(name: str, config: PretrainedConfig, revision: str | None = None
     """
     if not is_gguf(Path(name)):
         _check(AutoModelForCausalLM, name, config, revision)
+
+
+def check_vlm(name: str, config: PretrainedConfig, revision: str | None = None) -> None:
+    """Gives the same for `load_vlm`."""
+    _check(AutoModelForImageTextToText, name, config, revision)
 
 
 def check_tower(name: str, config: PretrainedConfig) -> None:
@@ -199,6 +204,13 @@ def load_trunk(name: str, config: PretrainedConfig, revision: str | None = None)
     """Loads the AR checkpoint as a stock causal LM in its own dtype; a .gguf file is dequantised."""
     path = Path(name)
     model = _load_gguf(path) if is_gguf(path) else _load(AutoModelForCausalLM, name, config=config, revision=revision)
+    require_finite(name, model)
+    return model
+
+
+def load_vlm(name: str, config: PretrainedConfig, revision: str | None = None) -> PreTrainedModel:
+    """Loads an AR vision-language checkpoint as a stock model in its own dtype."""
+    model = _load(AutoModelForImageTextToText, name, config=config, revision=revision)
     require_finite(name, model)
     return model
 
