@@ -210,7 +210,10 @@ def models() -> None:
     named = [(name, entry, family) for family in families for name, entry in family.checkpoints.items()]
     print_table(
         ["name", "hub repo", "family", "vision tower", "recipe"],
-        [(name, entry.repo, family.model_type, entry.vision_tower, entry.recipe) for name, entry, family in named],
+        [
+            (name, entry.repo, family.model_type, entry.vision_tower, entry.recipe or family.recipe)
+            for name, entry, family in named
+        ],
     )
     print_table(["family", "traits"], [(f.model_type, f.note) for f in families])
 

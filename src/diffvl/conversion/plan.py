@@ -13,10 +13,11 @@ import yaml
 from rich.console import Console
 from transformers import PretrainedConfig
 
-from diffvl.config.families import family_of, named_checkpoint, require_known
+from diffvl.config.families import diffusion_source, family_of, family_of_trunk, named_checkpoint, recipe_of_name, require_known
 from diffvl.config.recipe import STAGES, Lora, Recipe, StageName
 from diffvl.config.resolve import dump, find_recipe, read_yaml, resolve
 from diffvl.config.supported import check_supported
+from diffvl.conversion.diffusion import check_objectives, filled
 from diffvl.conversion.resume import is_finished, one_spelling, require_same_source, require_same_stage
 from diffvl.errors import ConfigError, UsageError
 from diffvl.prepare.assemble import Source
@@ -26,7 +27,6 @@ from diffvl.store.published import load_config
 from diffvl.terminal.console import say, shell_line
 from diffvl.train.launch import precision
 
-DEFAULT_RECIPE = "llava"
 PREPARED = "prepared"
 
 
@@ -90,7 +90,11 @@ def _plan_start(request: ConvertRequest, start: Path) -> Plan:
                 f"{start} is a finished {state['kind']} run and the recipe has no later stage: name one with --stage"
             )
     root = request.out or (start.parent if start.name in (PREPARED, *STAGES) else Path("runs") / start.name)
-    return Plan(start, root, stages, _resolve(request, tree, stages))
+    source = diffusion_source(read_json(start / "config.json").get("text_config") or {})
+    recipe = _resolve(request, filled(tree, source) if source else tree, stages)
+    if source is not None:
+        check_objectives(recipe, stages, source)
+    return Plan(start, root, stages, recipe)
 
 
 def _plan_model(request: ConvertRequest, model: str) -> Plan:
@@ -104,8 +108,7 @@ def _plan_model(request: ConvertRequest, model: str) -> Plan:
         if one_spelling(plan.recipe.model or "") != one_spelling(model):
             raise UsageError(f"{plan.start} was made from {plan.recipe.model}, not from {model}: choose another --out")
         return plan
-    recipe_name = request.recipe or (named[1].recipe if named else DEFAULT_RECIPE)
-    tree = read_yaml(find_recipe(recipe_name))
+    tree = read_yaml(find_recipe(request.recipe or recipe_of_name(model) or _recipe_of_family(request, path)))
     tree["model"] = model
     stages = _stages_to_run(request, tree)
     recipe = _resolve(request, tree, stages)
@@ -120,8 +123,19 @@ def _plan_model(request: ConvertRequest, model: str) -> Plan:
     require_known(model)
     config = load_config(repo, request.trust_remote_code, revision)
     check_supported(config)
-    source = Source(repo, revision, tower or family_of(config.model_type).vision_tower, request.trust_remote_code)
+    if own := diffusion_source(config):
+        recipe = _resolve(request, filled(tree, own), stages)
+        check_objectives(recipe, stages, own)
+    source = Source(repo, revision, tower or family_of_trunk(config).vision_tower, request.trust_remote_code)
     return Plan(root / PREPARED, root, stages, recipe, source, config)
+
+
+def _recipe_of_family(request: ConvertRequest, path: Path) -> str:
+    """Gives the default recipe of a model without a name: that of the family which its config.json names."""
+    if not path.exists() and len(path.parts) == 2:  # a hub id
+        return family_of_trunk(load_config(str(path), request.trust_remote_code)).recipe
+    file = path / "config.json"  # whatever is wrong with it is told when it is loaded
+    return family_of(str(read_json(file).get("model_type") if file.is_file() else None)).recipe
 
 
 def _refuse_diffvl(path: Path) -> None:
@@ -229,6 +243,8 @@ def describe(plan: Plan, console: Console) -> None:
         detail = objective.kind
         if objective.kind == "block_diffusion":
             detail += f" (block {objective.block_size}, {objective.context} context, {objective.noise.schedule} noise)"
+        elif objective.kind == "full_diffusion":
+            detail += f" (whole answers, {objective.noise.schedule} noise)"
         trains = ", ".join(f"{part} {rate:g}" for part, rate in stage.trainable.items())
         say(
             console,

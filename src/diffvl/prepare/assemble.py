@@ -1,7 +1,8 @@
-"""AR checkpoint -> DiffVL directory: mask token, image token, vision tower, connector, and the proof of AR parity.
+"""Checkpoint of a language model -> DiffVL directory: mask token, image token, vision tower, connector, and the proof of parity.
 
 The trunk is the stock model with its own weights; only rows are added to its table. The directory that was written is loaded
-again, and under a causal mask it must give the source checkpoint's logits. If it does not, nothing stays.
+again, and under the attention of its source (causal; of a diffusion language model bidirectional, or by block) it must give the
+source checkpoint's logits. If it does not, nothing stays.
 """
 
 import logging
@@ -15,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 from transformers import AutoImageProcessor, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from diffvl.config.families import Family, family_of
+from diffvl.config.families import Family, diffusion_source, family_of_trunk
 from diffvl.config.recipe import Prepare, Recipe
 from diffvl.config.supported import check_supported
 from diffvl.errors import CheckpointError, ConfigError, UnsupportedModelError, first_line
@@ -23,7 +24,8 @@ from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.modeling_diffvl import Connector, DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.prepare import attention_proof as proof
-from diffvl.prepare.attention_proof import conversations
+from diffvl.prepare.mask_token import with_own_mask_token
+from diffvl.prepare.parity import Parity
 from diffvl.prepare.templates import check_template, load_tokenizer, stop_token, system_advice
 from diffvl.store import checkpoint, weights
 from diffvl.store.published import load_config
@@ -31,6 +33,8 @@ from diffvl.terminal.bars import spinner_or_line
 from diffvl.terminal.console import say
 
 log = logging.getLogger(__name__)
+
+BLOCK_SIZE = 32  # in which a bidirectional model decodes before it is trained on blocks; those of LLaDA's own examples
 
 
 @dataclass(frozen=True)
@@ -61,15 +65,16 @@ def prepare(source: Source, recipe: Recipe, directory: Path, console: Console, p
         with spinner_or_line(console, f"loading {source.model} and {source.vision_tower}"):
             trunk = weights.load_trunk(source.model, parts.config, source.revision)
             tower = weights.load_tower(source.vision_tower, parts.tower_config)
-        reference = _reference_logits(trunk, parts.known)
+        parity = Parity(diffusion_source(parts.config))
+        reference = _reference_logits(trunk, parity, parts.known)
         model = assemble(trunk, tower, parts, recipe)
         with spinner_or_line(console, f"writing {directory}"):
             checkpoint.write_checkpoint(model, parts.processor, partial)
         del trunk, tower, model
-        with spinner_or_line(console, "proving AR parity on the written files"):
-            proofs = _prove(partial, reference, parts)
+        with spinner_or_line(console, f"proving {parity.name} parity on the written files"):
+            proofs = _prove(partial, reference, parity, parts)
         state = {"kind": "prepared", "parents": [source.model, source.vision_tower], "proofs": proofs}
-        checkpoint.write_state(partial, recipe, state)
+        checkpoint.write_state(partial, recipe, {**state, **parity.facts(parts.config)})
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         if makes_parent:
@@ -78,7 +83,8 @@ def prepare(source: Source, recipe: Recipe, directory: Path, console: Console, p
     checkpoint.finish(directory)
     say(
         console,
-        f"AR parity: largest difference {proofs['ar_parity']:.1e} std of the logits; block attention {proofs['block']:.1e}",
+        f"{parity.name} parity: largest difference {proofs[parity.key]:.1e} std of the logits; block attention "
+        f"{proofs['block']:.1e}",
     )
     return directory
 
@@ -108,8 +114,8 @@ def read_parts(source: Source, recipe: Recipe, config: PretrainedConfig | None =
     config = config or load_config(source.model, source.trust_remote_code, source.revision)
     check_supported(config)
     weights.check_trunk(source.model, config, source.revision)
-    family = family_of(config.model_type)
-    tokenizer = load_tokenizer(source.model, config.model_type, source.trust_remote_code, source.revision)
+    family = family_of_trunk(config)
+    tokenizer = load_tokenizer(source.model, family.model_type, source.trust_remote_code, source.revision)
     tower_config, image_processor = load_tower_parts(source)
     weights.check_tower(source.vision_tower, tower_config)
     image_size = square_processor(image_processor, tower_config, recipe.prepare)
@@ -124,6 +130,8 @@ def read_parts(source: Source, recipe: Recipe, config: PretrainedConfig | None =
             f"{table_size:,}",
             missing,
         )
+    if (own := diffusion_source(config)) is not None:
+        family = with_own_mask_token(source.model, tokenizer, family, own, table_size)
     mask_id, image_id = add_tokens(tokenizer, family, table_size)
     side = image_size // tower_config.patch_size // shuffle_factor(recipe.prepare)
     processor = DiffVLProcessor(
@@ -218,7 +226,9 @@ def square_processor(processor: Any, tower: PretrainedConfig, settings: Prepare)
 def assemble(trunk: Any, tower: Any, parts: Parts, recipe: Recipe) -> DiffVLForConditionalGeneration:
     """Joins the parts into one model in the trunk's dtype. The trunk's table grows in place."""
     processor = parts.processor
-    grow_table(trunk, parts.known, len(processor.tokenizer), [parts.mask_id, parts.image_id])
+    own = diffusion_source(parts.config)
+    fresh_ids = [parts.image_id] if own is not None else [parts.mask_id, parts.image_id]  # a mask row that was trained stays
+    grow_table(trunk, parts.known, len(processor.tokenizer), fresh_ids)
     config = DiffVLConfig(
         text_config=trunk.config,
         vision_config=tower.config,
@@ -232,6 +242,8 @@ def assemble(trunk: Any, tower: Any, parts: Parts, recipe: Recipe) -> DiffVLForC
         stop_token_ids=stop_ids(trunk, processor.tokenizer, processor.stop_token),
     )
     assert config.image_tokens == processor.image_tokens
+    if own is not None:
+        config.set_decoding("blocks", own.block_size or BLOCK_SIZE, "block", own.grid, own.target)
     with torch.device("meta"):
         model = DiffVLForConditionalGeneration(config)
     model.language_model, model.vision_tower = trunk, tower
@@ -279,16 +291,16 @@ def grow_table(trunk: Any, known: int, tokens: int, new_ids: list[int]) -> None:
 # --- proof ---------------------------------------------------------------------------------------------------------------
 
 
-def _reference_logits(trunk: PreTrainedModel, vocabulary: int) -> torch.Tensor:
-    """Computes the source's own logits on the probe, in fp32 arithmetic."""
+def _reference_logits(trunk: PreTrainedModel, parity: Parity, known: int) -> torch.Tensor:
+    """Computes the source's logits on the probe, in fp32 arithmetic."""
     dtype = trunk.dtype
     trunk.float().eval()
-    logits = proof.native_logits(trunk, conversations(range(vocabulary))[0])
+    logits = parity.source_logits(trunk, parity.probe(known))
     torch.nn.Module.to(trunk, dtype=dtype)
     return logits
 
 
-def _prove(directory: Path, reference: torch.Tensor, parts: Parts) -> dict[str, float]:
+def _prove(directory: Path, reference: torch.Tensor, parity: Parity, parts: Parts) -> dict[str, float]:
     """Loads what was written and holds it against the source.
 
     Raises:
@@ -300,16 +312,15 @@ def _prove(directory: Path, reference: torch.Tensor, parts: Parts) -> dict[str, 
     model.eval()
     require_patches(model)
     _require_same_processor(directory, processor, parts.processor)
-    with torch.no_grad():
-        logits = model(conversations(range(known))[0]).logits[..., :known]
-    # Beyond `known` stand the rows that were spare or new: the mask token's and the image token's.
+    logits = parity.prepared_logits(model, parity.probe(known))[..., :known]
+    # Beyond `known` stand the rows that were spare or new: the image token's, and the mask token's unless the source had one.
     difference = proof.spread(logits - reference[..., :known], reference)
     if not difference <= proof.TOLERANCE:
         raise CheckpointError(
-            f"{directory}: AR parity fails, logits differ from the source's by {difference:.2g} std; nothing kept"
+            f"{directory}: {parity.name} parity fails, logits differ from the source's by {difference:.2g} std; nothing kept"
         )
     block = proof.check_block_attention(model.trunk, known, model.config.mask_token_id)
-    return {"ar_parity": difference, "block": block}
+    return {parity.key: difference, "block": block}
 
 
 def _require_same_processor(directory: Path, written: DiffVLProcessor, source: DiffVLProcessor) -> None:

@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import AutoTokenizer
 
 from diffvl.config.families import family_of
@@ -27,16 +28,19 @@ SYSTEM_SETTING = "prepare.system_turn=first_question"
 def load_tokenizer(model: str, model_type: str, trust_remote_code: bool = False, revision: str | None = None) -> Any:
     """Loads the checkpoint's tokenizer; it must be a fast one and have a chat template.
 
+    A diffusion language model's is read by the stock class that its family names: many bring tokenizer code along.
     Of several named templates it keeps the default one. A template that writes reasoning into some answers is replaced by the
     family's, and one that asks for the date gives the same date from here on, wherever the tokenizer is used.
 
     Raises:
         CheckpointError, UnsupportedModelError.
     """
-    path = Path(model)
+    path, family = Path(model), family_of(model_type)
     try:
         if path.suffix == ".gguf" and path.is_file():
             tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        elif family.loads_as is not None:
+            tokenizer = getattr(transformers, family.loads_as.tokenizer).from_pretrained(model, revision=revision or "main")
         else:
             tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code, revision=revision or "main")
     except (OSError, ValueError, ImportError) as error:
@@ -56,7 +60,7 @@ def load_tokenizer(model: str, model_type: str, trust_remote_code: bool = False,
             f"{model}: its tokenizer has the chat templates {', '.join(sorted(named))}, but none named default; put the one to "
             "train on beside the tokenizer as chat_template.jinja"
         )
-    template, family = tokenizer.get_chat_template(), family_of(model_type)
+    template = tokenizer.get_chat_template()
     if family.chat_template is not None and REASONING_TAG in template:
         log.warning("%s: its chat template writes %s into some answers; replaced by the family's", model, REASONING_TAG)
         template = family.chat_template
