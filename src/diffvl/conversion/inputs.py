@@ -20,7 +20,7 @@ from diffvl.data.loader import StageData, check_images, load_data
 from diffvl.data.table import RecordTables
 from diffvl.errors import ConfigError
 from diffvl.hub.processing_diffvl import DiffVLProcessor
-from diffvl.prepare.assemble import Parts, read_parts
+from diffvl.prepare.run import Parts, read_parts
 from diffvl.store import checkpoint
 from diffvl.terminal.bars import spinner_or_line
 from diffvl.train.launch import process_state

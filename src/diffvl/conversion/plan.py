@@ -20,7 +20,7 @@ from diffvl.config.supported import check_supported
 from diffvl.conversion.diffusion import check_objectives, filled
 from diffvl.conversion.resume import is_finished, one_spelling, require_same_source, require_same_stage
 from diffvl.errors import ConfigError, UsageError
-from diffvl.prepare.assemble import Source
+from diffvl.prepare.source import Source
 from diffvl.store import checkpoint
 from diffvl.store.files import PARTIAL, read_json
 from diffvl.store.published import load_config

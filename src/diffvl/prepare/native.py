@@ -9,6 +9,7 @@ Shapes: B batch, L tokens, V vocabulary.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,16 +18,17 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from diffvl.config.families import family_of
 from diffvl.config.recipe import Recipe
-from diffvl.errors import UnsupportedModelError
+from diffvl.errors import CheckpointError, UnsupportedModelError
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.images_diffvl import token_types
 from diffvl.hub.layout_diffvl import IMAGE_ATTENTION
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor, pixels_in
 from diffvl.prepare.assemble import add_tokens, grow_table, stop_ids
-from diffvl.prepare.attention_proof import TOLERANCE, largest, spread
+from diffvl.prepare.attention_proof import TOLERANCE, check_block_attention, largest, spread
 from diffvl.prepare.processor import read_native_processor
-from diffvl.store import weights
+from diffvl.prepare.source import Source
+from diffvl.store import checkpoint, weights
 
 IMAGE_IDS = ("image_token_id", "image_token_index", "image_patch_id")
 PLACEHOLDERS = ("video_token_id", "video_token_index", "audio_token_id", "audio_token_index")
@@ -35,8 +37,10 @@ SIZES = ((64, 48), (40, 72))  # pixels (width, height) of the images that parity
 
 @dataclass(frozen=True)
 class NativeParts:
-    """All of a native conversion but its weights. known: tokens of the source's tokenizer that have a row in its table."""
+    """A vision-language model: all of a conversion but its weights. known: tokens of the source's tokenizer that have a row in
+    its table."""
 
+    source: Source
     config: PretrainedConfig
     processor: DiffVLProcessor
     known: int
@@ -45,27 +49,74 @@ class NativeParts:
     image_inputs: tuple[str, ...]
 
     @property
-    def text_config(self) -> PretrainedConfig:
-        return self.config.get_text_config(decoder=True)
+    def parents(self) -> list[str]:
+        return [self.source.model]
+
+    @property
+    def facts(self) -> dict[str, str]:
+        return {}
+
+    def load(self, recipe: Recipe) -> "tuple[DiffVLForConditionalGeneration, list[Prompt]]":
+        """Loads the weights; returns the DiffVL model and the source's logits on some prompts."""
+        source = weights.load_vlm(self.source.model, self.config, self.source.revision)
+        prompts = reference(source, self)
+        model = assemble_native(source, self)
+        dtype = source.dtype
+        find_image_attention(model.float().eval(), prompts, self.known)
+        torch.nn.Module.to(model, dtype=dtype)
+        return model, prompts
+
+    def prove(self, directory: Path, prompts: "list[Prompt]") -> tuple[dict[str, float], str]:
+        """Holds what was written against the source; returns the figures, and what is said of them.
+
+        Raises:
+            CheckpointError: if it differs.
+        """
+        model, processor = checkpoint.load_checkpoint(directory, dtype=torch.float32)
+        difference = largest(parity(model.eval(), prompt, self.known) for prompt in prompts)
+        if not difference <= TOLERANCE:
+            raise CheckpointError(
+                f"{directory}: AR parity fails, logits differ from the source's by {difference:.2g} std; nothing kept"
+            )
+        again = [self.ask(processor, images) for images in probe_images()]
+        same = [
+            torch.equal(prompt.ids, ids) and _same(prompt.images, pixels)
+            for prompt, (ids, pixels) in zip(prompts, again, strict=True)
+        ]
+        if not all(same):
+            raise CheckpointError(f"{directory}: the written processor reads text or images differently; nothing kept")
+        block = check_block_attention(model.trunk, self.known, self.mask_id)
+        told = (
+            f"AR parity with no image, one and two: largest difference {difference:.1e} std of the logits; block attention "
+            f"{block:.1e}; attention among image tokens: {model.config.image_attention}"
+        )
+        return {"ar_parity": difference, "block": block}, told
+
+    def ask(self, processor: DiffVLProcessor, images: list[Image.Image]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Encodes a chat with these images: ids [1, L] and pixels."""
+        content = [
+            part for image in images for part in ({"type": "image", "image": image}, {"type": "text", "text": "This is one."})
+        ]
+        chat = [{"role": "user", "content": [*content, {"type": "text", "text": "What is 12 and what is here?"}]}]
+        inputs: Mapping[str, Any] = processor.apply_chat_template(chat, tokenize=True, add_generation_prompt=True)
+        return inputs["input_ids"], pixels_in(inputs)
 
 
-def read_native_parts(
-    model: str, revision: str | None, trust_remote_code: bool, recipe: Recipe, config: PretrainedConfig
-) -> NativeParts:
-    """Reads and checks whatever can be known without reading weights; writes nothing.
+def read_native_parts(source: Source, recipe: Recipe, config: PretrainedConfig) -> NativeParts:
+    """Reads and checks whatever can be known of a vision-language model without reading weights; writes nothing.
 
     Raises:
         CheckpointError, UnsupportedModelError, ConfigError.
     """
-    weights.check_vlm(model, config, revision)
-    processor, image_inputs = read_native_processor(model, revision, trust_remote_code, recipe.prepare)
+    weights.check_vlm(source.model, config, source.revision)
+    processor, image_inputs = read_native_processor(source.model, source.revision, source.trust_remote_code, recipe.prepare)
     family, tokenizer = family_of(config.model_type), processor.tokenizer
     table_size = config.get_text_config(decoder=True).vocab_size
     known = min(len(tokenizer), table_size)
     shown_as = {"image_token": processor.image_token}  # which the tokenizer has
     mask_id, _ = add_tokens(tokenizer, family.model_copy(update=shown_as), table_size)
     image_id = next(id for name in IMAGE_IDS if (id := getattr(config, name, None)) is not None)
-    return NativeParts(config, processor, known, mask_id, image_id, tuple(image_inputs))
+    return NativeParts(source, config, processor, known, mask_id, image_id, tuple(image_inputs))
 
 
 def assemble_native(source: Any, parts: NativeParts) -> DiffVLForConditionalGeneration:
@@ -115,10 +166,15 @@ def reference(source: PreTrainedModel, parts: NativeParts) -> list[Prompt]:
     images."""
     dtype = source.dtype
     source.float().eval()
-    images = [_striped(*size, number) for number, size in enumerate(SIZES)]
-    prompts = [_ask(source, parts, shown) for shown in ([], images[:1], images)]
+    prompts = [_answered(source, parts, images) for images in probe_images()]
     torch.nn.Module.to(source, dtype=dtype)
     return prompts
+
+
+def probe_images() -> list[list[Image.Image]]:
+    """The images of three prompts: none, one, and several."""
+    images = [_striped(*size, number) for number, size in enumerate(SIZES)]
+    return [[], images[:1], images]
 
 
 def _striped(width: int, height: int, number: int) -> Image.Image:
@@ -128,13 +184,14 @@ def _striped(width: int, height: int, number: int) -> Image.Image:
     return image
 
 
-def _ask(source: Any, parts: NativeParts, images: list[Image.Image]) -> Prompt:
-    content = [part for image in images for part in ({"type": "image", "image": image}, {"type": "text", "text": "This is one."})]
-    chat = [{"role": "user", "content": [*content, {"type": "text", "text": "What is 12 and what is here?"}]}]
-    inputs: Mapping[str, Any] = parts.processor.apply_chat_template(chat, tokenize=True, add_generation_prompt=True)
-    ids, pixels = inputs["input_ids"], pixels_in(inputs)
+def _answered(source: Any, parts: NativeParts, images: list[Image.Image]) -> Prompt:
+    ids, pixels = parts.ask(parts.processor, images)
     logits = source(input_ids=ids, **pixels, **token_types(source, ids, parts.image_id), use_cache=False).logits
     return Prompt(ids, pixels, logits.float())
+
+
+def _same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 @torch.no_grad()
