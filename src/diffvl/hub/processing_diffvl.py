@@ -1,49 +1,32 @@
 """Images and conversations -> tensors, by the checkpoint's own chat template, for training and decoding alike.
 
-One function, `encode_chat`, turns messages into token ids in both worlds (see `chat_diffvl`). And one, `as_seen`, says what an
-image is: RGB, as a viewer shows it.
+One function, `encode_chat`, turns messages into token ids in both worlds (see `chat_diffvl`).
 
-* Turned as its EXIF orientation says.
-* Laid on white where it is transparent, by an alpha channel, a palette or a transparent colour.
-* Deep greyscale in 8 bits. 16-bit images (`I;16`) are divided by 257. What has no depth of its own (`I`, `F`: 32-bit numbers)
-  is taken by its largest value: up to 255 as 8-bit values, up to 65535 as 16-bit ones; floats up to 1 as shares of white.
-  Others, negative ones and those that are not finite are refused: nobody knows what is black in them.
-* Of an animation, the frame that the image stands at (the first of one just opened).
+There are two kinds. The own kind has an image processor that makes one square of every image, and each image takes the same
+number of tokens. The native kind speaks for a checkpoint's own processor (see `source_diffvl`): what an image is in text and in
+pixels is what that one makes of it, and its text follows from the image's size.
 """
 
 import base64
 import io
-import struct
 from collections.abc import Mapping, Sequence
-from os import PathLike
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 from weakref import WeakKeyDictionary
 
 import torch
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from transformers import BatchFeature, ProcessorMixin
 
 from .chat_diffvl import ChatEncoder, ChatEncoding, Messages, images_of
 from .images_diffvl import Pixels
+from .seen_diffvl import as_seen, images_as_seen
 
 # Not attributes of the processors: what is remembered is neither saved, copied nor sent to other processes.
 _ENCODERS: WeakKeyDictionary[Any, ChatEncoder] = WeakKeyDictionary()
 TEXT_INPUTS = ("input_ids", "attention_mask", "answer_index")
 UNUSED = ("tools", "documents", "continue_final_message", "return_assistant_tokens_mask", "videos", "audio")
-
-_ORIENTATION = 0x0112  # the EXIF tag
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
 class DiffVLProcessor(ProcessorMixin):
@@ -278,108 +261,3 @@ def _file_of(key: str, source: str | bytes | Path) -> Path | io.BytesIO:
     if isinstance(source, str):
         return Path(unquote(source.removeprefix("file://")) if source.startswith("file://") else source)
     return source if isinstance(source, Path) else io.BytesIO(source)
-
-
-# --- what an image is -------------------------------------------------------------------------------------------------------
-
-
-def as_seen(image: Image.Image) -> Image.Image:
-    """The image as the model gets it: a new one of mode RGB, without anything in it that would change it again.
-
-    Raises:
-        ValueError: if it has no pixels, or numbers that are no brightness.
-        OSError, SyntaxError: from PIL, if its file is damaged.
-    """
-    if not image.width or not image.height:
-        raise ValueError(f"an image of {image.width} x {image.height} pixels has nothing to show")
-    image.load()  # a few formats turn themselves here
-    turn = _TURNS.get(_orientation(image))
-    flat = _flattened(image)
-    if turn is not None:
-        flat = flat.transpose(turn)
-    flat.info = {}
-    return flat
-
-
-def images_as_seen(images: Any) -> Any:
-    """`as_seen` of every image in what a caller gives: one or a list (of lists); PIL images, paths of files, or arrays.
-
-    Arrays and tensors are given back as they are: they are pixels already.
-
-    Raises:
-        ValueError: for a URL, a file that is no image, an array that is not of three colours, and as `as_seen`.
-    """
-    if isinstance(images, list | tuple):
-        return [images_as_seen(image) for image in images]
-    if isinstance(images, str | PathLike):
-        return _opened(images)
-    if isinstance(images, Image.Image):
-        return as_seen(images)
-    shape = getattr(images, "shape", None)
-    if shape is not None and (len(shape) < 3 or 3 not in (shape[-1], shape[-3])):
-        raise ValueError(
-            f"an array of the shape {tuple(shape)} is no RGB image: expected [height, width, 3] or [3, height, width]; a PIL "
-            "image of any mode is taken too"
-        )
-    return images
-
-
-def _opened(path: str | PathLike[str]) -> Image.Image:
-    if "://" in str(path) or str(path).startswith("data:"):
-        raise ValueError(f"{str(path)[:80]!r} is no file: images are not fetched, give a path or a PIL image")
-    try:
-        with Image.open(path) as image:
-            return as_seen(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the image {str(path)[:80]!r} cannot be read ({error})") from error
-
-
-def _orientation(image: Image.Image) -> int:
-    """What EXIF (or XMP) says; 1, upright, where it says nothing that can be read, as viewers take it."""
-    try:
-        value = image.getexif().get(_ORIENTATION)
-    except (SyntaxError, ValueError, TypeError, KeyError, OverflowError, EOFError, struct.error):
-        return 1
-    return value if isinstance(value, int) else 1
-
-
-def _flattened(image: Image.Image) -> Image.Image:
-    """A new image of mode RGB, on white."""
-    if image.mode.startswith(("I", "F")):
-        return _from_deep(image)
-    if image.mode == "LAB":
-        profiles = (ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"))
-        turned = ImageCms.applyTransform(image, ImageCms.buildTransform(*profiles, "LAB", "RGB"))
-        assert turned is not None
-        return turned
-    keyed = "transparency" in image.info and image.mode in ("1", "L", "P", "RGB")
-    if not keyed and image.mode not in _WITH_ALPHA:
-        return image.convert("RGB")
-    if image.mode == "La":
-        image = image.convert("LA")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-
-
-def _from_deep(image: Image.Image) -> Image.Image:
-    """A greyscale image of 16-bit or 32-bit numbers, as RGB."""
-    is_float = image.mode.startswith("F")
-    wide = image if image.mode in ("I", "F") else image.convert("F" if is_float else "I")
-    values = torch.frombuffer(bytearray(wide.tobytes()), dtype=torch.float32 if is_float else torch.int32).double()
-    low, high = float(values.min()), float(values.max())
-    if image.mode.startswith("I;16"):
-        white = 65535.0
-    elif is_float and high <= 1:
-        white = 1.0
-    else:
-        white = 255.0 if high <= 255 else 65535.0
-    if not (low >= 0 and high <= white):  # so that nan fails
-        raise ValueError(
-            f"values from {low:g} to {high:g} in an image of the mode {image.mode} do not say what is black and what is "
-            "white: save it with 8 or 16 bits"
-        )
-    grey = (values * (255.0 / white)).round().to(torch.uint8)
-    key = image.info.get("transparency")
-    if isinstance(key, int):
-        grey[values == key] = 255
-    return Image.frombytes("L", image.size, grey.numpy().tobytes()).convert("RGB")
