@@ -37,6 +37,7 @@ class NamedCheckpoint(Section):
 
     repo: str = Field(min_length=1, description="hub id")
     revision: str = "main"
+    parameters: float | None = Field(default=None, gt=0, description="in billions, vision part included where it has one")
     vision_tower: str = SIGLIP2
     recipe: str | None = Field(default=None, description="the recipe used when --recipe is not given; default: the family's")
 
@@ -78,6 +79,7 @@ class Family(Section):
     )
     vision_tower: str = Field(default=SIGLIP2, description="for checkpoints without a name of their own")
     recipe: str = Field(default="llava", description="the recipe used when --recipe is not given")
+    route: Literal["language model", "vision-language model", "diffusion language model"] = "language model"
     loads_as: LoadsAs | None = Field(default=None, description="of a diffusion language model: the stock trunk that it is")
     checkpoints: dict[str, NamedCheckpoint] = {}
 

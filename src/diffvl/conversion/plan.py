@@ -16,9 +16,10 @@ from transformers import PretrainedConfig
 from diffvl.config.families import diffusion_source, family_of, family_of_trunk, named_checkpoint, recipe_of_name, require_known
 from diffvl.config.recipe import STAGES, Lora, Recipe, StageName
 from diffvl.config.resolve import dump, find_recipe, read_yaml, resolve
-from diffvl.config.supported import check_supported
+from diffvl.config.supported import check_supported, is_vlm, is_vlm_type
 from diffvl.conversion.diffusion import check_objectives, filled
 from diffvl.conversion.resume import is_finished, one_spelling, require_same_source, require_same_stage
+from diffvl.conversion.vlm import VLM_RECIPE, check_settings
 from diffvl.errors import ConfigError, UsageError
 from diffvl.prepare.source import Source
 from diffvl.store import checkpoint
@@ -126,16 +127,24 @@ def _plan_model(request: ConvertRequest, model: str) -> Plan:
     if own := diffusion_source(config):
         recipe = _resolve(request, filled(tree, own), stages)
         check_objectives(recipe, stages, own)
-    source = Source(repo, revision, tower or family_of_trunk(config).vision_tower, request.trust_remote_code)
+    if is_vlm(config):
+        check_settings(recipe, tree)
+        tower = None
+    else:
+        tower = tower or family_of_trunk(config).vision_tower
+    source = Source(repo, revision, tower, request.trust_remote_code)
     return Plan(root / PREPARED, root, stages, recipe, source, config)
 
 
 def _recipe_of_family(request: ConvertRequest, path: Path) -> str:
-    """Gives the default recipe of a model without a name: that of the family which its config.json names."""
+    """Gives the default recipe of a model without a name: that of the family which its config.json names, or of all
+    vision-language models."""
     if not path.exists() and len(path.parts) == 2:  # a hub id
-        return family_of_trunk(load_config(str(path), request.trust_remote_code)).recipe
+        config = load_config(str(path), request.trust_remote_code)
+        return VLM_RECIPE if is_vlm(config) else family_of_trunk(config).recipe
     file = path / "config.json"  # whatever is wrong with it is told when it is loaded
-    return family_of(str(read_json(file).get("model_type") if file.is_file() else None)).recipe
+    settings = read_json(file) if file.is_file() else {}
+    return VLM_RECIPE if is_vlm_type(settings) else family_of(str(settings.get("model_type"))).recipe
 
 
 def _refuse_diffvl(path: Path) -> None:
@@ -165,6 +174,11 @@ def _stages_to_run(request: ConvertRequest, tree: dict[str, Any]) -> tuple[Stage
     known = known if isinstance(known, dict) else {}
     if request.stage is None:
         return tuple(name for name in STAGES if name in known)
+    if request.stage == "align" and "align" not in known and tree.get("stages"):
+        raise UsageError(
+            f"--stage align: the recipe has no such stage, only {', '.join(known)}. (A vision-language model has an aligned "
+            "connector and goes to diffuse directly; name a recipe with an align stage to train a part of it first)"
+        )
     if request.stage not in known:
         raise UsageError(f"--stage {request.stage}: the recipe has no such stage, only {', '.join(known) or 'none'}")
     return (request.stage,)
@@ -233,7 +247,8 @@ def _is_run(path: Path) -> bool:
 def describe(plan: Plan, console: Console) -> None:
     """Prints the plan in a few lines, before anything is done."""
     if plan.source is not None:
-        say(console, ("prepare", "bold"), f" {plan.source.model} + {plan.source.vision_tower} -> {plan.start}")
+        parents = [plan.source.model] if plan.source.vision_tower is None else [plan.source.model, plan.source.vision_tower]
+        say(console, ("prepare", "bold"), f" {' + '.join(parents)} -> {plan.start}")
     else:
         say(console, ("start", "bold"), f" from {plan.start}")
     for name in plan.stages:
