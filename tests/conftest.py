@@ -18,7 +18,8 @@ from diffvl.demo import standins
 from diffvl.demo.shapes import write_shapes
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
-from diffvl.prepare.assemble import Source, prepare
+from diffvl.prepare.run import prepare
+from diffvl.prepare.source import Source
 from diffvl.store.checkpoint import load_checkpoint
 from diffvl.terminal.bars import quiet_libraries
 

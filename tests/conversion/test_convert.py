@@ -21,7 +21,8 @@ from diffvl.config.resolve import dump, find_recipe, read_yaml, recipe_names, re
 from diffvl.decode.answer import answer, load_for_decoding
 from diffvl.demo import standins
 from diffvl.hub.settings_diffvl import DecodeSettings
-from diffvl.prepare.assemble import Source, prepare
+from diffvl.prepare.run import prepare
+from diffvl.prepare.source import Source
 from diffvl.store.checkpoint import HUB_FILES
 
 CHECKPOINT = {

@@ -20,7 +20,7 @@ from diffvl.data.records import Record, Turn
 from diffvl.data.samples import sample_of
 from diffvl.decode.answer import ask
 from diffvl.errors import DataError
-from diffvl.hub.processing_diffvl import as_seen, images_as_seen
+from diffvl.hub.seen_diffvl import as_seen, images_as_seen
 from diffvl.report.page import _image
 
 CASES = Path(__file__).parents[1] / "data" / "cases" / "pictures"

@@ -15,7 +15,8 @@ from diffvl.demo.standins import CHATML, GEMMA, make_tokenizer
 from diffvl.errors import CheckpointError, ConfigError, UnsupportedModelError
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.hub.template_diffvl import FIXED_DATE
-from diffvl.prepare.assemble import Source, read_parts
+from diffvl.prepare.run import read_parts
+from diffvl.prepare.source import Source
 from diffvl.prepare.templates import check_template, load_tokenizer, look_at_template, stop_token, system_advice
 
 ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

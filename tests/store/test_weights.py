@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diffvl.config.resolve import resolve
 from diffvl.errors import CheckpointError, UnsupportedModelError
-from diffvl.prepare.assemble import Source, prepare
 from diffvl.prepare.attention_proof import check_block_attention
+from diffvl.prepare.run import prepare
+from diffvl.prepare.source import Source
 from diffvl.store.checkpoint import load_checkpoint, read_state
 from diffvl.store.published import load_config
 from diffvl.store.weights import check_trunk, load_tower, tower_config

@@ -203,16 +203,33 @@ def _scientific(error: float | None) -> str:
 
 @app.command(epilog="Example:  diffvl models, then  diffvl convert qwen2.5-0.5b")
 def models() -> None:
-    """List the checkpoints that have a name, and the families they belong to."""
-    from diffvl.config.families import all_families
+    """List the checkpoints that have a name, what converting one costs, and the families they belong to.
+
+    GB are those of weights, gradients and optimiser, before activations: LoRA holds the weights in bf16, full training has them,
+    the gradients and both of AdamW's moments in fp32.
+    """
+    from diffvl.config.families import NamedCheckpoint, all_families
+
+    def costs(entry: NamedCheckpoint) -> tuple[str, str, str, str]:
+        if entry.parameters is None:
+            return "", "", "", ""
+        billions = entry.parameters
+        return f"{billions:g}B", f"{2 * billions:.1f}", f"{2.3 * billions:.1f}", f"{16 * billions:.0f}"
 
     families = all_families()
     named = [(name, entry, family) for family in families for name, entry in family.checkpoints.items()]
     print_table(
-        ["name", "hub repo", "family", "vision tower", "recipe"],
-        [(name, entry.repo, family.model_type, entry.vision_tower, entry.recipe) for name, entry, family in named],
+        ["name", "hub repo", "route", "recipe", "vision tower", "parameters", "weights GB", "LoRA GB", "full GB"],
+        [
+            (
+                *(name, entry.repo, family.route, entry.recipe or family.recipe),
+                "its own" if family.route == "vision-language model" else entry.vision_tower,
+                *costs(entry),
+            )
+            for name, entry, family in named
+        ],
     )
-    print_table(["family", "traits"], [(f.model_type, f.note) for f in families])
+    print_table(["family", "route", "traits"], [(f.model_type, f.route, f.note) for f in families])
 
 
 @app.command(epilog="Example:  diffvl recipes, then  diffvl convert qwen2.5-0.5b --recipe lora")

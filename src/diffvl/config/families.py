@@ -2,11 +2,16 @@
 
 Place in the flow: `prepare` asks for the family of the model it was given; `models` and `convert` look names up. Invariant: a
 model type without a file in `convert/` gets the generic family, which is `Family` with its defaults.
+
+A diffusion language model is data too: its family says as which stock trunk it loads (`LoadsAs`), and `store.renamed` translates.
+The translated configuration remembers where it comes from, in its setting `diffusion_source`, which every later checkpoint keeps.
 """
 
 import difflib
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -32,8 +37,33 @@ class NamedCheckpoint(Section):
 
     repo: str = Field(min_length=1, description="hub id")
     revision: str = "main"
+    parameters: float | None = Field(default=None, gt=0, description="in billions, vision part included where it has one")
     vision_tower: str = SIGLIP2
-    recipe: str = Field(default="llava", description="the recipe used when --recipe is not given")
+    recipe: str | None = Field(default=None, description="the recipe used when --recipe is not given; default: the family's")
+
+
+class LoadsAs(Section):
+    """How a diffusion language model becomes a stock trunk: other names for the same computation, and when that is so.
+
+    Settings are keys of the checkpoint's config.json; `stock` means the configuration of `model_type` in transformers.
+    """
+
+    model_type: str = Field(min_length=1, description="of the stock class")
+    tokenizer: str = Field(min_length=1, description="the stock tokenizer class that reads the checkpoint's files")
+    target: Literal["same", "shift"] = Field(description="which token a position predicts")
+    block_size: int | None = Field(
+        default=None, ge=1, description="tokens of a block where config.json names none; none: all tokens see each other"
+    )
+    conditions: dict[str, list[Any]] = Field(description="setting -> values of which it must have one")
+    requires: list[str] = Field(default=[], description="settings that must be there")
+    defaults: dict[str, Any] = Field(default={}, description="what the published code takes where config.json names nothing")
+    keeps: list[str] = Field(default=[], description="settings that have the same name in the stock configuration")
+    renames: dict[str, str] = Field(default={}, description="setting -> its stock name")
+    settings: dict[str, Any] = Field(default={}, description="stock settings that are the same for all such checkpoints")
+    ignores: list[str] = Field(default=[], description="settings that move no logit")
+    tensors: dict[str, str] = Field(
+        default={}, description="pattern -> its substitute in tensor names, one after the other, as transformers' key_mapping"
+    )
 
 
 class Family(Section):
@@ -48,6 +78,9 @@ class Family(Section):
         default=None, description="takes the place of a template that writes reasoning tags into answers but not into prompts"
     )
     vision_tower: str = Field(default=SIGLIP2, description="for checkpoints without a name of their own")
+    recipe: str = Field(default="llava", description="the recipe used when --recipe is not given")
+    route: Literal["language model", "vision-language model", "diffusion language model"] = "language model"
+    loads_as: LoadsAs | None = Field(default=None, description="of a diffusion language model: the stock trunk that it is")
     checkpoints: dict[str, NamedCheckpoint] = {}
 
 
@@ -72,6 +105,40 @@ def family_of(model_type: str) -> Family:
     return _families().get(model_type) or Family(model_type=model_type)
 
 
+@dataclass(frozen=True)
+class DiffusionSource:
+    """What a trunk brings along that was a diffusion language model already.
+
+    model_type: as it was published, the name of its family. mask_token_id: its own. target: which token a position predicts.
+    block_size: of the blocks that it was trained in; None where all tokens saw each other.
+    """
+
+    model_type: str
+    mask_token_id: int
+    target: Literal["same", "shift"]
+    block_size: int | None
+
+    @property
+    def grid(self) -> Literal["absolute", "response"]:
+        """Where blocks begin in decoding: SDAR's at multiples of the size, those of others with the answer."""
+        return "response" if self.block_size is None else "absolute"
+
+
+SOURCE = "diffusion_source"  # the setting of a translated configuration
+
+
+def diffusion_source(settings: Any) -> DiffusionSource | None:
+    """Tells what a trunk's configuration (an object or a dict) remembers of a diffusion language model; None for an AR trunk."""
+    facts = settings.get(SOURCE) if isinstance(settings, dict) else getattr(settings, SOURCE, None)
+    return None if facts is None else DiffusionSource(**facts)
+
+
+def family_of_trunk(config: Any) -> Family:
+    """Gives the family of a trunk's configuration: the published one where it was translated."""
+    source = diffusion_source(config)
+    return family_of(config.model_type if source is None else source.model_type)
+
+
 def _checkpoints() -> dict[str, tuple[str, NamedCheckpoint]]:
     return {name: (family.model_type, checkpoint) for family in all_families() for name, checkpoint in family.checkpoints.items()}
 
@@ -79,6 +146,12 @@ def _checkpoints() -> dict[str, tuple[str, NamedCheckpoint]]:
 def named_checkpoint(name: str) -> tuple[str, NamedCheckpoint] | None:
     """Gives (model type, checkpoint) of a name of `diffvl models`, letter case ignored; None where there is no such name."""
     return _checkpoints().get(name.lower())
+
+
+def recipe_of_name(name: str) -> str | None:
+    """Gives the recipe that a name of `diffvl models` is converted with by default; None where there is no such name."""
+    found = named_checkpoint(name)
+    return None if found is None else found[1].recipe or family_of(found[0]).recipe
 
 
 def require_known(model: str) -> None:

@@ -193,7 +193,20 @@ class BlockDiffusionObjective(Section):
         return self
 
 
-Objective = Annotated[ArObjective | BlockDiffusionObjective, Field(discriminator="kind")]
+class FullDiffusionObjective(Section):
+    """Masked-token cross-entropy on answers that are noised in their place, in one stream in which a turn sees itself both ways and
+    the turns before it: what LLaDA and Dream were trained on (arXiv 2502.09992, Eq. 5), so that a connector can be aligned to one."""
+
+    kind: Literal["full_diffusion"] = "full_diffusion"
+    block_size: int = Field(default=32, ge=1, le=1024, description="tokens per block in decoding; the loss knows no blocks")
+    target: Literal["same", "shift"] = Field(default="same", description="position i predicts token i, or i-1 predicts i")
+    weight: Literal["1/t", "effective", "none"] = "1/t"
+    noise: Annotated[UniformNoise | ClampNoise | BetaNoise | FullNoise, Field(discriminator="schedule")] = Field(
+        default=UniformNoise(), description="one t for each answer of a sample"
+    )
+
+
+Objective = Annotated[ArObjective | BlockDiffusionObjective | FullDiffusionObjective, Field(discriminator="kind")]
 
 # --- model ---------------------------------------------------------------------------------------------------------------
 

@@ -49,6 +49,20 @@ def refusal(config: "transformers.PreTrainedConfig") -> Refusal | None:
     return _refused_class(name, config)
 
 
+def is_vlm(config: "transformers.PreTrainedConfig") -> bool:
+    """Tells whether a configuration is that of a whole vision-language model which transformers knows."""
+    known = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return known and (type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "vision_config"))
+
+
+def is_vlm_type(settings: dict[str, Any]) -> bool:
+    """Tells the same of what a config.json says, before it is read as a configuration."""
+    kind = str(settings.get("model_type"))
+    names = transformers.models.auto.modeling_auto
+    known = kind in names.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return known and (kind not in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "vision_config" in settings)
+
+
 def own_code(name: str, settings: dict[str, Any]) -> str:
     """Gives the message about an architecture that only code in the checkpoint knows."""
     classes = settings.get("auto_map") or {}

@@ -5,14 +5,14 @@ and the data of every stage to come. A mistake in the last stage must not cost t
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 
 from diffvl.attention.choose import choose
 from diffvl.config.recipe import StageName
+from diffvl.config.supported import is_vlm
 from diffvl.conversion.plan import Plan
 from diffvl.conversion.resume import is_finished
 from diffvl.data.fingerprint import require_same_data
@@ -20,7 +20,7 @@ from diffvl.data.loader import StageData, check_images, load_data
 from diffvl.data.table import RecordTables
 from diffvl.errors import ConfigError
 from diffvl.hub.processing_diffvl import DiffVLProcessor
-from diffvl.prepare.assemble import Parts, read_parts
+from diffvl.prepare.run import Parts, read_parts
 from diffvl.store import checkpoint
 from diffvl.terminal.bars import spinner_or_line
 from diffvl.train.launch import process_state
@@ -48,13 +48,13 @@ def open_inputs(plan: Plan, accept_changed_data: bool, console: Console) -> Inpu
     if not to_come:
         return Inputs(parts, {})
     if parts is not None:
-        trunk, processor = parts.config.get_text_config(decoder=True), parts.processor
+        stock, processor = parts.config, parts.processor
     else:
         config, processor = checkpoint.load_description(_start_of(plan, to_come[0]))
-        trunk = config.text_config
+        stock = config.source_config or config.text_config
     tables = RecordTables(console, look=process_state().is_local_main_process)
     data: dict[StageName, StageData] = {
-        name: _open_stage(plan, name, trunk, processor, tables, accept_changed_data, console) for name in to_come
+        name: _open_stage(plan, name, stock, processor, tables, accept_changed_data, console) for name in to_come
     }
     return Inputs(parts, data)
 
@@ -68,18 +68,22 @@ def _start_of(plan: Plan, stage: StageName) -> Path:
 def _open_stage(
     plan: Plan,
     name: StageName,
-    trunk: Any,
+    config: PretrainedConfig,
     processor: DiffVLProcessor,
     tables: RecordTables,
     accept_changed_data: bool,
     console: Console,
 ) -> StageData:
-    """Opens the data of one stage, checked together with what the stage wants of the trunk (its text configuration)."""
+    """Opens the data of one stage, checked together with what the stage wants of the trunk.
+
+    Args:
+        config: of the stock model that is the trunk.
+    """
     stage = plan.recipe.stages[name]
     try:
         with spinner_or_line(console, f"checking the data of {name}"):
-            _check_attention(trunk, stage.attention, plan)
-            longest = longest_trainable(trunk, stage.objective)
+            _check_attention(config, stage.attention, plan)
+            longest = longest_trainable(config.get_text_config(decoder=True), stage.objective)
             data = load_data(stage.data, processor, longest, console, tables)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
@@ -90,11 +94,13 @@ def _open_stage(
     return data
 
 
-def _check_attention(trunk: Any, wanted: str, plan: Plan) -> None:
+def _check_attention(config: PretrainedConfig, wanted: str, plan: Plan) -> None:
     """Asks an empty copy of the trunk whether it takes what a stage names. Raises ConfigError if it does not."""
     if wanted == "auto":
         return
     trusted = plan.source is not None and plan.source.trust_remote_code
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(copy.deepcopy(trunk), trust_remote_code=trusted)
+        kind = AutoModelForImageTextToText if is_vlm(config) else AutoModelForCausalLM
+        text_config = config if is_vlm(config) else config.get_text_config(decoder=True)
+        empty = kind.from_config(copy.deepcopy(text_config), trust_remote_code=trusted)
     choose(empty, wanted, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -13,20 +13,21 @@ import yaml
 from rich.console import Console
 from transformers import PretrainedConfig
 
-from diffvl.config.families import family_of, named_checkpoint, require_known
+from diffvl.config.families import diffusion_source, family_of, family_of_trunk, named_checkpoint, recipe_of_name, require_known
 from diffvl.config.recipe import STAGES, Lora, Recipe, StageName
 from diffvl.config.resolve import dump, find_recipe, read_yaml, resolve
-from diffvl.config.supported import check_supported
+from diffvl.config.supported import check_supported, is_vlm, is_vlm_type
+from diffvl.conversion.diffusion import check_objectives, filled
 from diffvl.conversion.resume import is_finished, one_spelling, require_same_source, require_same_stage
+from diffvl.conversion.vlm import VLM_RECIPE, check_settings
 from diffvl.errors import ConfigError, UsageError
-from diffvl.prepare.assemble import Source
+from diffvl.prepare.source import Source
 from diffvl.store import checkpoint
 from diffvl.store.files import PARTIAL, read_json
 from diffvl.store.published import load_config
 from diffvl.terminal.console import say, shell_line
 from diffvl.train.launch import precision
 
-DEFAULT_RECIPE = "llava"
 PREPARED = "prepared"
 
 
@@ -90,7 +91,11 @@ def _plan_start(request: ConvertRequest, start: Path) -> Plan:
                 f"{start} is a finished {state['kind']} run and the recipe has no later stage: name one with --stage"
             )
     root = request.out or (start.parent if start.name in (PREPARED, *STAGES) else Path("runs") / start.name)
-    return Plan(start, root, stages, _resolve(request, tree, stages))
+    source = diffusion_source(read_json(start / "config.json").get("text_config") or {})
+    recipe = _resolve(request, filled(tree, source) if source else tree, stages)
+    if source is not None:
+        check_objectives(recipe, stages, source)
+    return Plan(start, root, stages, recipe)
 
 
 def _plan_model(request: ConvertRequest, model: str) -> Plan:
@@ -104,8 +109,7 @@ def _plan_model(request: ConvertRequest, model: str) -> Plan:
         if one_spelling(plan.recipe.model or "") != one_spelling(model):
             raise UsageError(f"{plan.start} was made from {plan.recipe.model}, not from {model}: choose another --out")
         return plan
-    recipe_name = request.recipe or (named[1].recipe if named else DEFAULT_RECIPE)
-    tree = read_yaml(find_recipe(recipe_name))
+    tree = read_yaml(find_recipe(request.recipe or recipe_of_name(model) or _recipe_of_family(request, path)))
     tree["model"] = model
     stages = _stages_to_run(request, tree)
     recipe = _resolve(request, tree, stages)
@@ -120,8 +124,27 @@ def _plan_model(request: ConvertRequest, model: str) -> Plan:
     require_known(model)
     config = load_config(repo, request.trust_remote_code, revision)
     check_supported(config)
-    source = Source(repo, revision, tower or family_of(config.model_type).vision_tower, request.trust_remote_code)
+    if own := diffusion_source(config):
+        recipe = _resolve(request, filled(tree, own), stages)
+        check_objectives(recipe, stages, own)
+    if is_vlm(config):
+        check_settings(recipe, tree)
+        tower = None
+    else:
+        tower = tower or family_of_trunk(config).vision_tower
+    source = Source(repo, revision, tower, request.trust_remote_code)
     return Plan(root / PREPARED, root, stages, recipe, source, config)
+
+
+def _recipe_of_family(request: ConvertRequest, path: Path) -> str:
+    """Gives the default recipe of a model without a name: that of the family which its config.json names, or of all
+    vision-language models."""
+    if not path.exists() and len(path.parts) == 2:  # a hub id
+        config = load_config(str(path), request.trust_remote_code)
+        return VLM_RECIPE if is_vlm(config) else family_of_trunk(config).recipe
+    file = path / "config.json"  # whatever is wrong with it is told when it is loaded
+    settings = read_json(file) if file.is_file() else {}
+    return VLM_RECIPE if is_vlm_type(settings) else family_of(str(settings.get("model_type"))).recipe
 
 
 def _refuse_diffvl(path: Path) -> None:
@@ -151,6 +174,11 @@ def _stages_to_run(request: ConvertRequest, tree: dict[str, Any]) -> tuple[Stage
     known = known if isinstance(known, dict) else {}
     if request.stage is None:
         return tuple(name for name in STAGES if name in known)
+    if request.stage == "align" and "align" not in known and tree.get("stages"):
+        raise UsageError(
+            f"--stage align: the recipe has no such stage, only {', '.join(known)}. (A vision-language model has an aligned "
+            "connector and goes to diffuse directly; name a recipe with an align stage to train a part of it first)"
+        )
     if request.stage not in known:
         raise UsageError(f"--stage {request.stage}: the recipe has no such stage, only {', '.join(known) or 'none'}")
     return (request.stage,)
@@ -219,7 +247,8 @@ def _is_run(path: Path) -> bool:
 def describe(plan: Plan, console: Console) -> None:
     """Prints the plan in a few lines, before anything is done."""
     if plan.source is not None:
-        say(console, ("prepare", "bold"), f" {plan.source.model} + {plan.source.vision_tower} -> {plan.start}")
+        parents = [plan.source.model] if plan.source.vision_tower is None else [plan.source.model, plan.source.vision_tower]
+        say(console, ("prepare", "bold"), f" {' + '.join(parents)} -> {plan.start}")
     else:
         say(console, ("start", "bold"), f" from {plan.start}")
     for name in plan.stages:
@@ -229,6 +258,8 @@ def describe(plan: Plan, console: Console) -> None:
         detail = objective.kind
         if objective.kind == "block_diffusion":
             detail += f" (block {objective.block_size}, {objective.context} context, {objective.noise.schedule} noise)"
+        elif objective.kind == "full_diffusion":
+            detail += f" (whole answers, {objective.noise.schedule} noise)"
         trains = ", ".join(f"{part} {rate:g}" for part, rate in stage.trainable.items())
         say(
             console,

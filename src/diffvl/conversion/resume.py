@@ -27,10 +27,10 @@ def is_finished(directory: Path) -> bool:
     return (directory / checkpoint.STATE_FILE).is_file()
 
 
-def require_same_source(model: str, vision_tower: str, recipe: Recipe, prepared: Path) -> None:
+def require_same_source(model: str, vision_tower: str | None, recipe: Recipe, prepared: Path) -> None:
     """Raises ConfigError unless `prepared` was made from this checkpoint and tower with these settings."""
-    first_model, first_tower = checkpoint.read_state(prepared)["parents"]
-    first = _source_facts(first_model, first_tower, recipe_of(prepared))
+    first_model, *first_tower = checkpoint.read_state(prepared)["parents"]
+    first = _source_facts(first_model, first_tower[0] if first_tower else None, recipe_of(prepared))
     _refuse_changes(first, _source_facts(model, vision_tower, recipe), prepared)
 
 
@@ -56,8 +56,9 @@ def one_spelling(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).exists() else name
 
 
-def _source_facts(model: str, vision_tower: str, recipe: Recipe) -> dict[str, Any]:
-    facts = {"model": one_spelling(model), "prepare.vision_tower": one_spelling(vision_tower), "seed": recipe.seed}
+def _source_facts(model: str, vision_tower: str | None, recipe: Recipe) -> dict[str, Any]:
+    tower = None if vision_tower is None else one_spelling(vision_tower)
+    facts = {"model": one_spelling(model), "prepare.vision_tower": tower, "seed": recipe.seed}
     return _flat(recipe.prepare.model_dump(), "prepare.") | facts
 
 

@@ -24,7 +24,7 @@ from diffvl.decode.answer import Decoder
 from diffvl.errors import UsageError
 from diffvl.evaluation.evaluate import held_out_answers
 from diffvl.hub.settings_diffvl import DecodeSettings
-from diffvl.prepare.assemble import prepare
+from diffvl.prepare.run import prepare
 from diffvl.report.page import write_report
 from diffvl.report.stage_run import SAMPLES_FILE, print_summary
 from diffvl.store import checkpoint

@@ -1,4 +1,4 @@
-"""The images that a record names -> paths of files that are there -> RGB images as they are seen (see `hub.processing_diffvl`).
+"""The images that a record names -> paths of files that are there -> RGB images as they are seen (see `hub.seen_diffvl`).
 
 An image is a file: what else a data set can put into its place (a URL, the bytes as text) is told as what it is. Which of many
 paths are files is asked of their folders: one listing instead of a question per file, which a network disk answers a thousand
@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from diffvl.data.content import kind_of, text_of
 from diffvl.data.keys import is_absent
 from diffvl.errors import DataError
-from diffvl.hub.processing_diffvl import as_seen
+from diffvl.hub.seen_diffvl import as_seen
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _LONGEST = 4096  # characters; a longer text is no path

@@ -23,12 +23,13 @@ from diffvl.hub.processing_diffvl import ChatEncoding, DiffVLProcessor
 class Sample:
     """ids: the clean stream. answer: per token 0, k inside the k-th answer, or -k where that answer is not trained on: then it
     is context, which ends blocks as every earlier answer does. pixels: what `processor.pixels` made of its images, or None.
-    index: the record's place in its dataset, which seeds its noise."""
+    index: the record's place in its dataset, which seeds its noise. image_tokens: how many each image takes."""
 
     ids: list[int]
     answer: list[int]
     pixels: Pixels | None
     index: int
+    image_tokens: tuple[int, ...] = ()
 
 
 def messages_of(record: Record) -> list[dict[str, Any]]:
@@ -103,7 +104,8 @@ class Batch(TypedDict):
     inside the k-th, -k where that one is not trained on. valid [S, L]: False for padding. labels [S, L]: the ids of tokens of
     trained answers, -100 elsewhere; their number is the loss normaliser. sample [S]: dataset indices. row [S]: the row that
     each sample stands in, rising from 0. pixels: the tensors of all images in order, under the names
-    that the model takes them by; absent in a batch without images."""
+    that the model takes them by; absent in a batch without images. image_tokens [N]: how many each image takes, where they differ
+    (a native vision-language model)."""
 
     input_ids: torch.Tensor
     answer_index: torch.Tensor
@@ -112,6 +114,7 @@ class Batch(TypedDict):
     sample: torch.Tensor
     row: torch.Tensor
     pixels: NotRequired[Pixels]
+    image_tokens: NotRequired[torch.Tensor]
 
 
 def collate(rows: Sequence[Sequence[Sample | Problem]], pad_token_id: int) -> dict[str, Any]:
@@ -145,6 +148,8 @@ def collate(rows: Sequence[Sequence[Sample | Problem]], pad_token_id: int) -> di
     pixels = join_pixels([sample.pixels for sample in good if sample.pixels is not None])
     if pixels:
         batch["pixels"] = pixels
+    if image_tokens := [count for sample in good for count in sample.image_tokens]:
+        batch["image_tokens"] = torch.tensor(image_tokens)
     if problems:
         batch[PROBLEMS] = problems
     return batch

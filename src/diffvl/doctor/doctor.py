@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from diffvl.config.families import named_checkpoint, require_known
+from diffvl.config.families import diffusion_source, family_of_trunk, named_checkpoint, require_known
 from diffvl.config.supported import OWN_CODE, Refusal, refusal
 from diffvl.doctor.checks import MODEL_FAULTS, Check, describe_fault, run_checks
 from diffvl.doctor.plain_forward import Token, plain_forward, tokens_of
@@ -111,7 +111,8 @@ def examine(model: str, trust_remote_code: bool = False) -> Verdict:
     else:
         against = _against_files(repo, config, revision)
         if isinstance(against, Refusal):
-            verdict = Verdict(model, config.model_type, "not supported", against.kind, against.message)
+            kind = family_of_trunk(config).model_type
+            verdict = Verdict(model, kind, "not supported", against.kind, against.message)
         else:
             verdict = judge(model, config, trust_remote_code)
             verdict = replace(verdict, reason="; ".join(filter(None, [verdict.reason, against])))
@@ -146,9 +147,9 @@ def judge(model: str, config: PretrainedConfig, trust_remote_code: bool = False)
     """Judges a configuration."""
     if isinstance(config, DiffVLConfig):
         config = config.text_config
-    kind = config.model_type
+    kind = family_of_trunk(config).model_type
     refused = refusal(config)
-    verdict = Verdict(model, kind, "supported")
+    verdict = Verdict(model, kind, "supported", reason=_translated(config))
     if refused is not None:
         verdict = replace(verdict, answer="not supported", kind=refused.kind, reason=refused.message)
         if refused.kind not in MEASURED_ANYWAY:
@@ -171,6 +172,18 @@ def judge(model: str, config: PretrainedConfig, trust_remote_code: bool = False)
         message = f"exact while clean and noisy tokens together are at most {found[1]:,} ({found[0]} in its config.json)"
         return replace(verdict, limit=found[1], reason=message)
     return verdict
+
+
+def _translated(config: PretrainedConfig) -> str:
+    """Tells as what a diffusion language model is read; empty for others."""
+    source = diffusion_source(config)
+    if source is None:
+        return ""
+    sight = "all tokens see each other" if source.block_size is None else f"blocks of {source.block_size}"
+    return (
+        f"a diffusion language model, read as a stock {config.model_type}: target {source.target}, mask token "
+        f"{source.mask_token_id}, {sight}"
+    )
 
 
 def exact_up_to(config: PretrainedConfig) -> tuple[str, int] | None:

@@ -1,8 +1,6 @@
 """Messages -> token ids and answer marks, in time linear in the tokens, for training and decoding alike.
 
-What a message says is used or refused by name: nothing that a caller gives is dropped in silence.
-
-A chat is rendered once and tokenised once with one placeholder an image; images get their length by list arithmetic. A prompt
+A chat is rendered once and tokenised once with one placeholder an image; images get their tokens by list arithmetic. A prompt
 rendered for decoding is byte-equal and token-equal to the same prompt inside a training sample: where a tokenizer would merge
 across the seam between prompt and answer, the text is cut there and its pieces are tokenised once more, in training as in
 decoding. A seam is looked at from the last token before it that no neighbour can change.
@@ -10,62 +8,93 @@ decoding. A seam is looked at from the last token before it that no neighbour ca
 
 import json
 import re
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
-from typing import Any
+from itertools import accumulate, takewhile
+from typing import Any, Protocol
 
-from .template_diffvl import ChatTemplate, ChatTemplateError, Spans, Turn
-
-Messages = Sequence[Mapping[str, Any]]
-
-SOURCES = ("image", "url", "path", "base64")  # where the part of an image may carry it, as in transformers' own processors
-EXPECTED = (
-    'expected {"type": "text", "text": "..."} or {"type": "image"}, the latter with one of '
-    '"image" (a PIL image or a path), "path" and "base64", or with none of them where images are given beside the messages'
-)
+from .messages_diffvl import Messages, turns_of
+from .seen_diffvl import Size
+from .template_diffvl import ChatTemplate, ChatTemplateError, Shape, Spans, Turn, all_texts
 
 MAX_SEAMS, LONGEST_SEAM = 1024, 256  # remembered, and their characters
 
 
 @dataclass(frozen=True)
+class ImageText:
+    """What one image is in a chat. text: what its placeholder becomes. ids: the tokens of that text, but for `before` and
+    `after`, plain text at its ends whose tokens depend on what stands beside it."""
+
+    text: str
+    ids: list[int]
+    before: str = ""
+    after: str = ""
+
+
+class ImageTexts(Protocol):
+    """The images of a checkpoint with a processor of its own. first_ids: tokens that stand before every chat, and first_text
+    what a chat begins with that has them already. tokens: what stands for images in a text, beside the placeholder."""
+
+    first_ids: list[int]
+    first_text: str
+    tokens: frozenset[str]
+
+    def of(self, size: Size) -> ImageText: ...
+
+
+@dataclass(frozen=True)
 class ChatEncoding:
-    """ids: token ids. answer: per token 0, or k inside the k-th answer (its stop token included). rendered: what was tokenised,
-    with one placeholder, `image_token`, for each image of `image_tokens` tokens."""
+    """ids: token ids. answer: per token 0, or k inside the k-th answer (its stop token included). rendered: the chat template's
+    text, with one placeholder, `image_token`, for each image. image_texts: what these become."""
 
     ids: list[int]
     answer: list[int]
     rendered: str
     image_token: str = ""
-    image_tokens: int = 1
+    image_texts: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
         """What the tokens stand for: the rendered chat with images at their length."""
-        if self.image_tokens == 1 or not self.image_token:
-            return self.rendered
-        return self.rendered.replace(self.image_token, self.image_token * self.image_tokens)
+        return insert(self.rendered, self.image_token, self.image_texts)
+
+
+def insert(rendered: str, placeholder: str, texts: Sequence[str]) -> str:
+    """The text with a text for each placeholder, in order."""
+    if not texts:
+        return rendered
+    first, *others = rendered.split(placeholder)
+    return first + "".join(text + piece for text, piece in zip(texts, others, strict=True))
 
 
 class ChatEncoder:
     """Encodes chats for one tokenizer with its chat template. It remembers what chats have in common; nothing of it is saved.
 
     Args:
-        image_token: the placeholder's text; one of it stands for one image of `image_tokens` tokens.
+        image_token: the placeholder's text; one of it stands for one image.
+        image_tokens: tokens of each image, where all take the same number of placeholders.
         stop_token: what the chat template writes after an answer.
         system_turn: see `ChatTemplate`.
+        images: what images are in the text, where that follows from their sizes; the template then writes the placeholders.
     """
 
     def __init__(
-        self, tokenizer: Any, image_token: str, image_tokens: int, stop_token: str, system_turn: str = "template"
+        self,
+        tokenizer: Any,
+        image_token: str,
+        image_tokens: int,
+        stop_token: str,
+        system_turn: str = "template",
+        images: ImageTexts | None = None,
     ) -> None:
-        self.key = self.key_of(tokenizer, image_token, image_tokens, stop_token, system_turn)
-        self.tokenizer, self.image_token, self.image_tokens = tokenizer, image_token, image_tokens
-        self.template = ChatTemplate(tokenizer, stop_token, system_turn)
+        self.key = self.key_of(tokenizer, image_token, image_tokens, stop_token, system_turn, id(images))
+        self.tokenizer, self.image_token, self.images = tokenizer, image_token, images
+        self.template = ChatTemplate(tokenizer, stop_token, system_turn, structured=images is not None)
         self._image_id: int = tokenizer.convert_tokens_to_ids(image_token)
-        self._walls = _walls(tokenizer)
+        self._same_image = ImageText(image_token * image_tokens, [self._image_id] * image_tokens)
+        self._walls = walls_of(tokenizer)
         self._control = self._control_tokens()
         self._spaces = _LeadingSpaces(tokenizer) if _trims_offsets(tokenizer.backend_tokenizer) else None
         self._seams: dict[str, list[int]] = {}
@@ -83,8 +112,8 @@ class ChatEncoder:
         Raises:
             ValueError: see `turns_of`; and if a text holds a token that means something else than its letters.
         """
-        turns, mask = turns_of(messages, self.image_token), self.tokenizer.mask_token
-        for _, text in turns:
+        turns, mask = turns_of(messages, self.image_token, self.template.structured), self.tokenizer.mask_token
+        for text in all_texts(turns):
             if mask is not None and mask in text:
                 raise ValueError(f"the text holds {mask!r}, which stands for a token not known yet")
             if found := self._control.search(text):
@@ -98,39 +127,75 @@ class ChatEncoder:
         """The chat template's text, with one placeholder an image."""
         return self.template.render(self.turns(messages), add_generation_prompt)
 
-    def encode(self, messages: Messages, add_generation_prompt: bool = False) -> ChatEncoding:
+    def encode(
+        self, messages: Messages, add_generation_prompt: bool = False, sizes: Sequence[Size] | None = None
+    ) -> ChatEncoding:
         """Token ids and answer marks.
 
+        Args:
+            sizes: of the images, in order, where their tokens follow from these.
         Raises:
             ValueError: see `turns` and `encode_turns`.
         """
-        return self.encode_turns(self.turns(messages), add_generation_prompt)
+        return self.encode_turns(self.turns(messages), add_generation_prompt, sizes)
 
-    def encode_turns(self, turns: list[Turn], add_generation_prompt: bool) -> ChatEncoding:
+    def encode_turns(self, turns: list[Turn], add_generation_prompt: bool, sizes: Sequence[Size] | None = None) -> ChatEncoding:
         """Token ids and answer marks of what `turns` gave.
 
         Raises:
             ChatTemplateError: see `ChatTemplate.spans`; and if the template changes the placeholder of an image.
+            ValueError: see `mark`.
         """
         rendered, spans = self.template.spans(turns, add_generation_prompt)
-        if rendered.count(self.image_token) != sum(text.count(self.image_token) for _, text in turns):
+        found, images = rendered.count(self.image_token), self._count_images(turns)
+        if found != images:
             raise ChatTemplateError(
-                f"the chat template changes {self.image_token!r}, which stands for an image, or writes one of its own; correct it"
+                f"the chat template changes {self.image_token!r}, which stands for an image, or writes one of its own: "
+                f"{found} of them for {images} images; correct it"
             )
-        return self.mark(rendered, spans)
+        return self.mark(rendered, spans, sizes)
 
-    def mark(self, rendered: str, spans: Spans) -> ChatEncoding:
-        """Tokens of a rendered chat, with the characters of its answers."""
-        ids, begins = self._tokenise(rendered)
-        cuts = self._bad_seams(rendered, [start for start, _ in spans], ids, begins)
+    def _count_images(self, turns: list[Turn]) -> int:
+        return sum(content.count(self.image_token) if isinstance(content, str) else content.count(None) for _, content in turns)
+
+    def mark(self, rendered: str, spans: Spans, sizes: Sequence[Size] | None = None) -> ChatEncoding:
+        """Tokens of a rendered chat, with the characters of its answers.
+
+        Raises:
+            ValueError: if sizes and placeholders differ in number, or the processor refuses an image of such a size.
+        """
+        images = self._image_texts(rendered, sizes)
+        chat, spans = self._with_edges(rendered, spans, images)
+        ids, begins = self._tokenise(chat)
+        cuts = self._bad_seams(chat, [start for start, _ in spans], ids, begins)
         if cuts:
-            ids, begins = self._tokenise_pieces(rendered, cuts)
+            ids, begins = self._tokenise_pieces(chat, cuts)
         answer = [0] * len(ids)
         for number, (start, end) in enumerate(spans, 1):
             first, last = bisect_left(begins, start), bisect_left(begins, end)
             answer[first:last] = [number] * (last - first)
-        ids, answer = self._expand(ids, answer)
-        return ChatEncoding(ids, answer, rendered, self.image_token, self.image_tokens)
+        ids, answer = self._expand(ids, answer, images)
+        if self.images is not None and self.images.first_ids and not rendered.startswith(self.images.first_text):
+            ids, answer = self.images.first_ids + ids, [0] * len(self.images.first_ids) + answer
+        return ChatEncoding(ids, answer, rendered, self.image_token, tuple(image.text for image in images))
+
+    def _image_texts(self, rendered: str, sizes: Sequence[Size] | None) -> list[ImageText]:
+        """What the placeholders of a chat become, in order."""
+        found = rendered.count(self.image_token)
+        if self.images is None:
+            return [self._same_image] * found
+        if found != len(sizes or ()):
+            raise ValueError(f"the sizes of {len(sizes or ())} images are given for the {found} images of the chat")
+        return [self.images.of(size) for size in sizes or ()]
+
+    def _with_edges(self, rendered: str, spans: Spans, images: list[ImageText]) -> tuple[str, Spans]:
+        """The chat with the plain text that some processors write beside an image, whose tokens depend on its neighbours."""
+        if not any(image.before or image.after for image in images):
+            return rendered, spans
+        ends = [match.end() for match in re.finditer(re.escape(self.image_token), rendered)]
+        grown = [0, *accumulate(len(image.before) + len(image.after) for image in images)]
+        moved = [(start + grown[bisect_right(ends, start)], end + grown[bisect_right(ends, end)]) for start, end in spans]
+        return insert(rendered, self.image_token, [image.before + self.image_token + image.after for image in images]), moved
 
     @cached_property
     def generation_prompt(self) -> str:
@@ -210,37 +275,42 @@ class ChatEncoder:
                 self._seams[piece] = ids
         return ids
 
-    def _expand(self, ids: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
-        """Gives every placeholder its length."""
-        image, length = self._image_id, self.image_tokens
-        if length == 1 or image not in ids:
+    def _expand(self, ids: list[int], answer: list[int], images: list[ImageText]) -> tuple[list[int], list[int]]:
+        """Gives every placeholder its tokens."""
+        placeholder = self._image_id
+        if self.images is None and len(self._same_image.ids) == 1:
             return ids, answer
+        if ids.count(placeholder) != len(images):
+            raise ValueError(
+                f"{ids.count(placeholder)} tokens {self.image_token!r} for {len(images)} images: the tokenizer splits it, or a "
+                "text spells it"
+            )
         wide_ids: list[int] = []
         wide_answer: list[int] = []
         at = 0
-        for _ in range(ids.count(image)):
-            place = ids.index(image, at)
+        for image in images:
+            place = ids.index(placeholder, at)
             wide_ids += ids[at:place]
-            wide_ids += [image] * length
+            wide_ids += image.ids
             wide_answer += answer[at:place]
-            wide_answer += [answer[place]] * length
+            wide_answer += [answer[place]] * len(image.ids)
             at = place + 1
         return wide_ids + ids[at:], wide_answer + answer[at:]
 
     def _control_tokens(self) -> re.Pattern[str]:
         """Tokens that no text may hold: special ones, the stop token, and others that the template writes around questions (not
         around answers, where it may write those of a text, as <think> is one)."""
+        chats: list[tuple[Shape, ...]] = [self.template.shapes("user"), self.template.shapes("system", "user")]
+        if self.template.structured:
+            chats.append((("user", "it"),))
         written = "\n".join(
-            piece
-            for roles in (("user",), ("system", "user"))
-            if (skeleton := self.template.skeleton(roles)) is not None
-            for piece in skeleton.pieces
+            piece for shapes in chats if (skeleton := self.template.skeleton(shapes)) is not None for piece in skeleton.pieces
         )
-        stop = self.template.stop_token
+        others = {self.template.stop_token, *(self.images.tokens if self.images is not None else ())}
         control = [
             token.content
             for token in self.tokenizer.added_tokens_decoder.values()
-            if token.content.strip() and (token.special or token.content == stop or token.content in written)
+            if token.content.strip() and (token.special or token.content in others or token.content in written)
         ]
         own = (self.image_token, self.tokenizer.mask_token)  # these have messages of their own
         control = sorted({token for token in control if token not in own}, key=len, reverse=True)
@@ -272,84 +342,9 @@ def _trims_offsets(backend: Any) -> bool:
     return False
 
 
-def _walls(tokenizer: Any) -> frozenset[int]:
+def walls_of(tokenizer: Any) -> frozenset[int]:
     """Added tokens that are found before anything else is done with the text, so that neither side of one depends on the
     other."""
     plain = tokenizer.backend_tokenizer.normalizer is None
     added = tokenizer.added_tokens_decoder.items()
     return frozenset(number for number, token in added if not token.single_word and (plain or not token.normalized))
-
-
-# --- messages ---------------------------------------------------------------------------------------------------------------
-
-
-def turns_of(messages: Messages, image_token: str) -> list[Turn]:
-    """Role and text of every message; each image part becomes one placeholder.
-
-    Raises:
-        ValueError: naming what is wrong with a message, or what it holds that would be left out.
-    """
-    turns = []
-    for message in messages:
-        role, content = message.get("role"), message.get("content")
-        if not isinstance(role, str):
-            raise ValueError(f"a message has the role {role!r}; expected system, user or assistant")
-        if not isinstance(content, str):
-            content = _flatten(role, content, image_token)
-        elif image_token in content:
-            raise _placeholder(image_token)
-        if len(message) > 2:
-            _refuse_others(f"a message of the role {role!r}", message, ("role", "content"))
-        turns.append((role, content))
-    return turns
-
-
-def images_of(messages: Messages) -> Iterator[tuple[str, Any] | None]:
-    """For each image part, in order: where the image stands (one of SOURCES) and what stands there; None where the part
-    carries none. The messages are ones that `turns_of` took."""
-    for message in messages:
-        content = message["content"]
-        for part in () if isinstance(content, str) else content:
-            if part["type"] == "image":
-                yield next(((key, part[key]) for key in SOURCES if part.get(key) is not None), None)
-
-
-def _flatten(role: str, content: Any, image_token: str) -> str:
-    """Content given as parts, as one string."""
-    if not isinstance(content, list | tuple):
-        raise ValueError(f"a message of the role {role!r} has {type(content).__name__} as its content; expected text or parts")
-    pieces = [_part(role, part, image_token) for part in content]
-    text = "".join(pieces)
-    # Counted in the whole: two parts may join to the placeholder's text.
-    if text.count(image_token) != sum(isinstance(part, Mapping) and part["type"] == "image" for part in content):
-        raise _placeholder(image_token)
-    return text
-
-
-def _part(role: str, part: Any, image_token: str) -> str:
-    kind = part.get("type") if isinstance(part, Mapping) else f"({type(part).__name__})"
-    if kind == "text" and isinstance(part.get("text"), str):
-        if len(part) > 2:
-            _refuse_others("a text part", part, ("type", "text"))
-        return part["text"]
-    if kind == "text":
-        raise ValueError(f"a text part has {type(part.get('text')).__name__} as its text; {EXPECTED}")
-    if kind != "image":
-        raise ValueError(f"a message of the role {role!r} has a part of the type {kind!r}; {EXPECTED}")
-    _refuse_others("an image part", part, ("type", *SOURCES))
-    given = [key for key in SOURCES if part.get(key) is not None]
-    if len(given) > 1:
-        raise ValueError(f"an image part carries {' and '.join(map(repr, given))}; expected one of them")
-    return image_token
-
-
-def _refuse_others(what: str, item: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raises ValueError if `item` says more than the known keys do. None and empty values say nothing."""
-    for key in item.keys() - set(known):
-        value = item[key]
-        if value is not None and not (isinstance(value, str | list | tuple | dict) and not value):
-            raise ValueError(f"{what} has {key!r}, which would be left out; take it out, or write what it says into the text")
-
-
-def _placeholder(image_token: str) -> ValueError:
-    return ValueError(f"the text holds {image_token!r}, which stands for an image: give images as parts")

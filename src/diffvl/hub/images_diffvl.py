@@ -188,16 +188,11 @@ class NativeImages:
             shown = image_index[image_index >= 0]
             if len(shown):
                 arguments["mm_encoder_outputs"] = {"image": rows.gathered(shown)}
-        return arguments | self._token_types(ids)
+        return arguments | token_types(stock(self.source), ids, self.config.image_token_id)
 
     def prompt(self, ids: torch.Tensor, pixels: Pixels, rows: ImageRows | None) -> dict[str, Any]:
         """What the source's own `generate` is called with for prompts [B, T]; they come back before the answer."""
-        return {"input_ids": ids, **pixels, **self._token_types(ids)}
-
-    def _token_types(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        known = inspect.signature(stock(self.source).forward).parameters
-        types = (ids == self.config.image_token_id).long()
-        return {name: types for name in TOKEN_TYPES if name in known}
+        return {"input_ids": ids, **pixels, **token_types(stock(self.source), ids, self.config.image_token_id)}
 
     def rope(self, ids: torch.Tensor, valid: torch.Tensor, pixels: Pixels, counts: Sequence[int]) -> Rope:
         """Position ids as the source numbers its tokens, sample by sample: some families count images over a whole batch.
@@ -228,6 +223,12 @@ class NativeImages:
 
 # Names under which stock forwards ask which tokens are images.
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids")
+
+
+def token_types(source: Any, ids: torch.Tensor, image_id: int) -> dict[str, torch.Tensor]:
+    """Which ids are image tokens, under the names by which a stock forward asks for it."""
+    known = inspect.signature(source.forward).parameters
+    return {name: (ids == image_id).long() for name in TOKEN_TYPES if name in known}
 
 
 def stock(model: Any) -> Any:

@@ -1,20 +1,16 @@
 """Images and conversations -> tensors, by the checkpoint's own chat template, for training and decoding alike.
 
-One function, `encode_chat`, turns messages into token ids in both worlds (see `chat_diffvl`). And one, `as_seen`, says what an
-image is: RGB, as a viewer shows it.
+One function, `encode_chat`, turns messages into token ids in both worlds (see `chat_diffvl`).
 
-* Turned as its EXIF orientation says.
-* Laid on white where it is transparent, by an alpha channel, a palette or a transparent colour.
-* Deep greyscale in 8 bits. 16-bit images (`I;16`) are divided by 257. What has no depth of its own (`I`, `F`: 32-bit numbers)
-  is taken by its largest value: up to 255 as 8-bit values, up to 65535 as 16-bit ones; floats up to 1 as shares of white.
-  Others, negative ones and those that are not finite are refused: nobody knows what is black in them.
-* Of an animation, the frame that the image stands at (the first of one just opened).
+There are two kinds. The own kind has an image processor that makes one square of every image, and each image takes the same
+number of tokens. The native kind speaks for a checkpoint's own processor (see `source_diffvl`): what an image is in text and in
+pixels is what that one makes of it, and its text follows from the image's size.
 """
 
 import base64
 import io
-import struct
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,42 +18,38 @@ from urllib.parse import unquote
 from weakref import WeakKeyDictionary
 
 import torch
-from PIL import Image, ImageCms, UnidentifiedImageError
-from transformers import BatchFeature, ProcessorMixin
+from PIL import Image, UnidentifiedImageError
+from transformers import AutoImageProcessor, BatchFeature, ProcessorMixin
 
-from .chat_diffvl import ChatEncoder, ChatEncoding, Messages, images_of
-from .images_diffvl import Pixels
+from .chat_diffvl import ChatEncoder, ChatEncoding
+from .images_diffvl import Pixels, join_pixels
+from .messages_diffvl import Messages, images_of
+from .seen_diffvl import Size, as_seen, images_as_seen, size_of
+from .source_diffvl import SourceImages, build_processor
 
 # Not attributes of the processors: what is remembered is neither saved, copied nor sent to other processes.
 _ENCODERS: WeakKeyDictionary[Any, ChatEncoder] = WeakKeyDictionary()
+_IMAGES: WeakKeyDictionary[Any, tuple[tuple[Any, Any], SourceImages]] = WeakKeyDictionary()
+BACKEND = "pil"
 TEXT_INPUTS = ("input_ids", "attention_mask", "answer_index")
 UNUSED = ("tools", "documents", "continue_final_message", "return_assistant_tokens_mask", "videos", "audio")
 
-_ORIENTATION = 0x0112  # the EXIF tag
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
-
 
 class DiffVLProcessor(ProcessorMixin):
-    """An image processor and a tokenizer with the image token's length.
+    """An image processor and a tokenizer, and what an image is in the text.
 
     Args:
         image_token: the placeholder's text; one of it stands for one image until it is expanded.
-        image_tokens: tokens that one image takes.
+        image_tokens: tokens that one image takes; of the native kind: 0, since that follows from the image.
         stop_token: what the chat template writes after an answer.
         system_turn: `first_question` puts a system turn in front of the first question, for chat templates that take none;
             `template` leaves it to the template.
+        source: of the native kind: `class` and `settings` of the checkpoint's own processor; `first_tokens`, which it puts
+            before every chat that does not begin with them; `backend`, by which images are resized.
     """
 
     system_turn = "template"
+    source: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -68,9 +60,12 @@ class DiffVLProcessor(ProcessorMixin):
         stop_token: str = "",
         chat_template: str | None = None,
         system_turn: str = "template",
+        source: dict[str, Any] | None = None,
     ) -> None:
         if system_turn not in ("template", "first_question"):
             raise ValueError(f"system_turn is {system_turn!r}; expected template or first_question")
+        if source is not None:  # so that the own kind writes nothing of it
+            self.source = source
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.image_tokens = image_tokens
@@ -84,12 +79,36 @@ class DiffVLProcessor(ProcessorMixin):
         pad = self.tokenizer.pad_token_id
         return pad if pad is not None else self.tokenizer.convert_tokens_to_ids(self.stop_token)
 
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike[str], processor_dict: dict[str, Any] | None = None, **kwargs: Any
+    ) -> list[Any]:
+        """Loads the parts. Images are resized by Pillow, wherever they are: what torchvision makes of them differs."""
+        image_processor = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, backend=BACKEND, **kwargs)
+        return [image_processor, cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs)]
+
+    @property
+    def images(self) -> SourceImages | None:
+        """Images through the checkpoint's own processor; None in the own kind."""
+        if self.source is None:
+            return None
+        parts = self.image_processor, self.tokenizer
+        known = _IMAGES.get(self)
+        if known is None or any(one is not other for one, other in zip(known[0], parts, strict=True)):
+            inner = build_processor(self.source["class"], self.source["settings"], *parts)
+            first = self.tokenizer.convert_tokens_to_ids(self.source["first_tokens"])
+            known = _IMAGES[self] = parts, SourceImages(inner, first, "".join(self.source["first_tokens"]))
+        return known[1]
+
     @property
     def encoder(self) -> ChatEncoder:
         """The encoder of chats for the tokenizer and settings as they are now."""
-        settings = self.tokenizer, self.image_token, self.image_tokens, self.stop_token, self.system_turn
+        settings = (
+            *(self.tokenizer, self.image_token, self.image_tokens, self.stop_token, self.system_turn),
+            self.images,
+        )
         encoder = _ENCODERS.get(self)
-        if encoder is None or encoder.key != ChatEncoder.key_of(*settings):
+        if encoder is None or encoder.key != ChatEncoder.key_of(*settings[:-1], id(settings[-1])):
             encoder = _ENCODERS[self] = ChatEncoder(*settings)
         return encoder
 
@@ -100,14 +119,16 @@ class DiffVLProcessor(ProcessorMixin):
         return self.image_token * self.image_tokens
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
-        """Images and *rendered* chat text -> input_ids, attention_mask, pixel_values; the template has put the special
+        """Images and *rendered* chat text -> input_ids, attention_mask and the pixel tensors; the template has put the special
         tokens in already, so none are added. A text with earlier answers also gives `answer_index`, as in apply_chat_template.
 
         Raises:
             ValueError: if earlier answers cannot be found again in the tokens.
         """
-        kwargs.setdefault("add_special_tokens", False)
         images = images_as_seen(images)
+        if self.source is not None:
+            return self._native_call(images, text, **kwargs)
+        kwargs.setdefault("add_special_tokens", False)
         if images is None and text is not None:
             data = BatchFeature(dict(self.tokenizer(text, **kwargs)), tensor_type=kwargs.get("return_tensors"))
         else:
@@ -116,6 +137,37 @@ class DiffVLProcessor(ProcessorMixin):
         spans = [self._spans_in(one) for one in texts]
         if any(spans):
             data["answer_index"] = self._marks(texts, spans, data)
+        return data
+
+    def _native_call(
+        self, images: Any, text: Any, padding: Any = False, return_tensors: str | None = None, **kwargs: Any
+    ) -> BatchFeature:
+        """The same of the native kind."""
+        if refused := [name for name in kwargs if name not in ("max_length", "padding_side", "pad_to_multiple_of")]:
+            raise ValueError(f"{refused[0]} is not taken here: texts are tokenised as they are in training, and never cut")
+        shown = _flat(images)
+        data: dict[str, Any] = {}
+        if text is not None:
+            texts = [text] if isinstance(text, str) else list(text)
+            sizes = iter([size_of(image) for image in shown])
+            encodings = [
+                self.encoder.mark(one, self._spans_in(one), list(islice(sizes, one.count(self.image_token)))) for one in texts
+            ]
+            if left := sum(1 for _ in sizes):
+                raise ValueError(f"{left} images more than {self.image_token!r} in the texts")
+            data = self._padded(encodings, padding, **kwargs)
+        return BatchFeature({**data, **self.pixels(shown)}, tensor_type=return_tensors)
+
+    def _padded(self, encodings: list[ChatEncoding], padding: Any, **kwargs: Any) -> dict[str, Any]:
+        """Rows as the tokenizer pads them, with `answer_index` where there are answers."""
+        rows = {"input_ids": [encoding.ids for encoding in encodings]}
+        data = dict(self.tokenizer.pad(rows, padding=padding, **kwargs))
+        if any(any(encoding.answer) for encoding in encodings):
+            side = kwargs.get("padding_side") or self.tokenizer.padding_side
+            data["answer_index"] = []
+            for row, encoding in zip(data["input_ids"], encodings, strict=True):
+                pads = [0] * (len(row) - len(encoding.answer))
+                data["answer_index"].append(pads + encoding.answer if side == "left" else encoding.answer + pads)
         return data
 
     def _spans_in(self, rendered: str) -> list[tuple[int, int]]:
@@ -157,7 +209,13 @@ class DiffVLProcessor(ProcessorMixin):
         return marks if isinstance(ids[0], list) else marks[0]
 
     def pixels(self, images: Sequence[Image.Image]) -> Pixels:
-        """Images as `as_seen` gives them -> the model's pixel tensors, {} for none."""
+        """Images as `as_seen` gives them -> the model's pixel tensors, {} for none.
+
+        Raises:
+            ValueError: if the checkpoint's own processor refuses one.
+        """
+        if self.images is not None:
+            return join_pixels([self.images.pixels(image) for image in images])
         return {"pixel_values": self.image_processor(images=images, return_tensors="pt")["pixel_values"]} if images else {}
 
     # --- messages ------------------------------------------------------------------------------------------------------------
@@ -191,20 +249,31 @@ class DiffVLProcessor(ProcessorMixin):
         if not tokenize:
             texts = [self.encoder.render(messages, add_generation_prompt) for messages in batch]
             return texts if batch is conversation else texts[0]
-        encodings = [self.encode_chat(messages, add_generation_prompt) for messages in batch]
-        shown = images_as_seen(_in_order(batch, images))
-        data = self._pad_left(encodings)
-        if shown:
-            data |= self.pixels(shown)
+        turns = [self.encoder.turns(messages) for messages in batch]
+        shown = [images_as_seen(own) for own in _in_order(batch, images)]
+        encodings = [
+            self.encoder.encode_turns(one, add_generation_prompt, [size_of(image) for image in own])
+            for one, own in zip(turns, shown, strict=True)
+        ]
+        data = {**self._pad_left(encodings), **self.pixels([image for own in shown for image in own])}
         return BatchFeature(data, tensor_type=return_tensors) if return_dict else data["input_ids"]
 
-    def encode_chat(self, messages: Messages, add_generation_prompt: bool = False) -> ChatEncoding:
+    def encode_chat(
+        self, messages: Messages, add_generation_prompt: bool = False, sizes: Sequence[Size] | None = None
+    ) -> ChatEncoding:
         """Messages -> token ids and answer marks, images expanded to their length.
 
+        Args:
+            sizes: height and width of each image, as `size_as_seen` gives them. Only the native kind needs them, and only where
+                the messages do not carry the images.
         Raises:
             ValueError: see apply_chat_template.
         """
-        return self.encoder.encode(messages, add_generation_prompt)
+        turns = self.encoder.turns(messages)
+        if self.source is not None and sizes is None:
+            (shown,) = _in_order([messages], None)
+            sizes = [size_of(images_as_seen(image)) for image in shown]
+        return self.encoder.encode_turns(turns, add_generation_prompt, sizes)
 
     def _pad_left(self, encodings: list[ChatEncoding]) -> dict[str, Any]:
         longest = max(len(encoding.ids) for encoding in encodings)
@@ -226,9 +295,16 @@ def pixels_in(inputs: Mapping[str, Any]) -> Pixels:
     return {name: value for name, value in inputs.items() if name not in TEXT_INPUTS}
 
 
-def _in_order(batch: Sequence[Messages], images: Any) -> list[Any]:
-    """The images of several conversations in the order of their parts: a part's own, or the next of `images`, a flat list or
-    one list for each conversation.
+def _flat(images: Any) -> list[Any]:
+    """One image or a list of them (of lists), as one list."""
+    if not isinstance(images, list | tuple):
+        return [] if images is None else [images]
+    return [one for image in images for one in _flat(image)]
+
+
+def _in_order(batch: Sequence[Messages], images: Any) -> list[list[Any]]:
+    """The images of each of several conversations in the order of their parts: a part's own, or the next of `images`, a flat
+    list or one list for each conversation.
 
     Raises:
         ValueError: if parts without an image and `images` differ in number, or an image cannot be read.
@@ -237,21 +313,23 @@ def _in_order(batch: Sequence[Messages], images: Any) -> list[Any]:
     nested = [one for one in given if isinstance(one, list | tuple)]
     if nested and (len(nested) < len(given) or len(nested) != len(batch)):
         raise ValueError(f"images is neither a flat list nor one list for each of the {len(batch)} conversations")
+    parts = [list(images_of(messages)) for messages in batch]
+    groups = zip(parts, given, strict=True) if nested else [([part for own in parts for part in own], given)]
     found = []
-    for messages, own in zip(batch, given, strict=True) if nested else [([m for one in batch for m in one], given)]:
-        parts = list(images_of(messages))
-        bare = parts.count(None)
+    for waiting, own in groups:
+        bare = waiting.count(None)
         if bare != len(own):
             raise ValueError(
-                f"{len(own)} images are given beside the messages, but {bare} of their {len(parts)} image parts carry none "
+                f"{len(own)} images are given beside the messages, but {bare} of their {len(waiting)} image parts carry none "
                 "and wait for one"
             )
         rest = iter(own)
-        found += [_pixels("image", next(rest)) if part is None else _pixels(*part) for part in parts]
-    return found
+        found += [_opened("image", next(rest)) if part is None else _opened(*part) for part in waiting]
+    every = iter(found)
+    return [list(islice(every, len(own))) for own in parts]
 
 
-def _pixels(key: str, source: Any) -> Any:
+def _opened(key: str, source: Any) -> Any:
     """One image, opened if it is named: `source` is what stands under `key` in an image part.
 
     Raises:
@@ -278,108 +356,3 @@ def _file_of(key: str, source: str | bytes | Path) -> Path | io.BytesIO:
     if isinstance(source, str):
         return Path(unquote(source.removeprefix("file://")) if source.startswith("file://") else source)
     return source if isinstance(source, Path) else io.BytesIO(source)
-
-
-# --- what an image is -------------------------------------------------------------------------------------------------------
-
-
-def as_seen(image: Image.Image) -> Image.Image:
-    """The image as the model gets it: a new one of mode RGB, without anything in it that would change it again.
-
-    Raises:
-        ValueError: if it has no pixels, or numbers that are no brightness.
-        OSError, SyntaxError: from PIL, if its file is damaged.
-    """
-    if not image.width or not image.height:
-        raise ValueError(f"an image of {image.width} x {image.height} pixels has nothing to show")
-    image.load()  # a few formats turn themselves here
-    turn = _TURNS.get(_orientation(image))
-    flat = _flattened(image)
-    if turn is not None:
-        flat = flat.transpose(turn)
-    flat.info = {}
-    return flat
-
-
-def images_as_seen(images: Any) -> Any:
-    """`as_seen` of every image in what a caller gives: one or a list (of lists); PIL images, paths of files, or arrays.
-
-    Arrays and tensors are given back as they are: they are pixels already.
-
-    Raises:
-        ValueError: for a URL, a file that is no image, an array that is not of three colours, and as `as_seen`.
-    """
-    if isinstance(images, list | tuple):
-        return [images_as_seen(image) for image in images]
-    if isinstance(images, str | PathLike):
-        return _opened(images)
-    if isinstance(images, Image.Image):
-        return as_seen(images)
-    shape = getattr(images, "shape", None)
-    if shape is not None and (len(shape) < 3 or 3 not in (shape[-1], shape[-3])):
-        raise ValueError(
-            f"an array of the shape {tuple(shape)} is no RGB image: expected [height, width, 3] or [3, height, width]; a PIL "
-            "image of any mode is taken too"
-        )
-    return images
-
-
-def _opened(path: str | PathLike[str]) -> Image.Image:
-    if "://" in str(path) or str(path).startswith("data:"):
-        raise ValueError(f"{str(path)[:80]!r} is no file: images are not fetched, give a path or a PIL image")
-    try:
-        with Image.open(path) as image:
-            return as_seen(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the image {str(path)[:80]!r} cannot be read ({error})") from error
-
-
-def _orientation(image: Image.Image) -> int:
-    """What EXIF (or XMP) says; 1, upright, where it says nothing that can be read, as viewers take it."""
-    try:
-        value = image.getexif().get(_ORIENTATION)
-    except (SyntaxError, ValueError, TypeError, KeyError, OverflowError, EOFError, struct.error):
-        return 1
-    return value if isinstance(value, int) else 1
-
-
-def _flattened(image: Image.Image) -> Image.Image:
-    """A new image of mode RGB, on white."""
-    if image.mode.startswith(("I", "F")):
-        return _from_deep(image)
-    if image.mode == "LAB":
-        profiles = (ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"))
-        turned = ImageCms.applyTransform(image, ImageCms.buildTransform(*profiles, "LAB", "RGB"))
-        assert turned is not None
-        return turned
-    keyed = "transparency" in image.info and image.mode in ("1", "L", "P", "RGB")
-    if not keyed and image.mode not in _WITH_ALPHA:
-        return image.convert("RGB")
-    if image.mode == "La":
-        image = image.convert("LA")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-
-
-def _from_deep(image: Image.Image) -> Image.Image:
-    """A greyscale image of 16-bit or 32-bit numbers, as RGB."""
-    is_float = image.mode.startswith("F")
-    wide = image if image.mode in ("I", "F") else image.convert("F" if is_float else "I")
-    values = torch.frombuffer(bytearray(wide.tobytes()), dtype=torch.float32 if is_float else torch.int32).double()
-    low, high = float(values.min()), float(values.max())
-    if image.mode.startswith("I;16"):
-        white = 65535.0
-    elif is_float and high <= 1:
-        white = 1.0
-    else:
-        white = 255.0 if high <= 255 else 65535.0
-    if not (low >= 0 and high <= white):  # so that nan fails
-        raise ValueError(
-            f"values from {low:g} to {high:g} in an image of the mode {image.mode} do not say what is black and what is "
-            "white: save it with 8 or 16 bits"
-        )
-    grey = (values * (255.0 / white)).round().to(torch.uint8)
-    key = image.info.get("transparency")
-    if isinstance(key, int):
-        grey[values == key] = 255
-    return Image.frombytes("L", image.size, grey.numpy().tobytes()).convert("RGB")

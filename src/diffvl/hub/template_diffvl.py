@@ -1,17 +1,23 @@
 """Turns -> the chat template's text, and the characters of the answers in it.
 
-A chat is rendered once. Its skeleton is what the template writes around the contents: the template rendered with stand-ins for
-the contents of a chat of the same roles, cut at them. Walking through skeleton and contents checks every byte of the text, so
+A chat is rendered once. Its skeleton is what the template writes around the texts: the template rendered with stand-ins for the
+texts of a chat of the same shape, cut at them. Walking through skeleton and texts checks every byte of what was rendered, so
 places found this way are exact. Invariant: an answer begins where the prompt ends that a decoder is given for it.
+
+A turn is one text, or parts, texts and images. What a template makes of an image belongs to the skeleton, wherever it puts it.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 
-Turn = tuple[str, str]  # role and text
+Part = str | None  # a text, or None: an image
+Content = str | tuple[Part, ...]
+Turn = tuple[str, Content]  # role and content
+Shape = tuple[str, str]  # role and kinds of the parts, "t" or "i" each; no kinds: one text that is no part
 Spans = list[tuple[int, int]]  # first character and end of each answer
 
 FIXED_DATE = "26 Jul 2024"  # the default of the Llama 3 templates
@@ -49,11 +55,11 @@ class ChatTemplateError(ValueError):
 
 @dataclass(frozen=True)
 class Skeleton:
-    """What a template writes around the contents of a chat.
+    """What a template writes around the texts of a chat.
 
-    pieces: text before each content, and after the last. starts: per answer its turn, and the end of its prompt in the piece
-    before it. ends: per answer the end of the stop token in the piece after it; 0 where there is none. left_out: turns of which
-    the text says nothing.
+    pieces: what stands before each text, and after the last. starts: per answer which text it is, and the end of its prompt in
+    the piece before it. ends: per answer the end of the stop token in the piece after it; 0 where there is none. left_out: turns
+    of which what is rendered says nothing.
     """
 
     pieces: tuple[str, ...] = ()
@@ -64,7 +70,7 @@ class Skeleton:
     @property
     def walkable(self) -> bool:
         """Whether every answer follows its prompt, but for white space, and ends with the stop token."""
-        return all(self.ends) and not any(self.pieces[turn][start:].strip() for turn, start in self.starts)
+        return all(self.ends) and not any(self.pieces[text][start:].strip() for text, start in self.starts)
 
 
 class ChatTemplate:
@@ -73,13 +79,19 @@ class ChatTemplate:
     Args:
         stop_token: what it writes after an answer.
         system_turn: `first_question` puts a system turn in front of the first question; `template` leaves it to the template.
+        structured: whether turns are parts, of which the template writes images by itself.
     """
 
-    def __init__(self, tokenizer: Any, stop_token: str, system_turn: str = "template") -> None:
+    def __init__(self, tokenizer: Any, stop_token: str, system_turn: str = "template", structured: bool = False) -> None:
         self.tokenizer, self.stop_token, self.system_turn = tokenizer, stop_token, system_turn
         self.source = with_fixed_date(tokenizer.get_chat_template())
-        self._skeletons: dict[tuple[tuple[str, ...], bool], Skeleton | None] = {}
+        self.structured = structured
+        self._skeletons: dict[tuple[tuple[Shape, ...], bool], Skeleton | None] = {}
         self._as_parts = self._find_form()
+
+    def shapes(self, *roles: str) -> tuple[Shape, ...]:
+        """The shapes of a chat of these roles, one text each."""
+        return tuple((role, "t" if self.structured else "") for role in roles)
 
     # --- text ----------------------------------------------------------------------------------------------------------------
 
@@ -94,7 +106,7 @@ class ChatTemplate:
         if len(turns) == 1 or turns[1][0] != "user":
             raise ValueError("the system turn goes in front of the first question, but no question follows it")
         (_, system), (role, question), *rest = turns
-        return [(role, f"{system}\n\n{question}" if system and question else system or question), *rest]
+        return [(role, _in_front("".join(texts_of(system)), question)), *rest]
 
     def render(self, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
         """The template's text.
@@ -108,10 +120,7 @@ class ChatTemplate:
             raise ChatTemplateError(f"the chat template refuses this chat ({error}){self._advice(turns)}") from error
 
     def _render(self, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
-        messages: list[dict[str, Any]] = [
-            {"role": role, "content": [{"type": "text", "text": text}] if role in self._as_parts else text}
-            for role, text in turns
-        ]
+        messages = [{"role": role, "content": self._content(role, content)} for role, content in turns]
         rendered = self.tokenizer.apply_chat_template(
             messages,
             chat_template=self.source,
@@ -121,10 +130,21 @@ class ChatTemplate:
         )
         return str(rendered)
 
+    def _content(self, role: str, content: Content) -> Any:
+        """Raises ValueError for an image where the template takes text alone."""
+        parts = (content,) if isinstance(content, str) else content
+        if role in self._as_parts:
+            return [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
+        if None in parts:
+            raise ValueError(f"it takes no images in a turn of the role {role}")
+        return "".join(texts_of(content))
+
     def _find_form(self) -> frozenset[str]:
-        """Roles whose content the template wants as a list of parts. Text is tried first: some templates take both."""
+        """Roles whose content the template wants as a list of parts: some templates take both. Text is tried first, or, where
+        turns are parts, parts."""
         chat = ("user", "assistant")
-        for roles in ((), ("system", *chat), ("user",), chat):
+        forms: tuple[tuple[str, ...], ...] = ((), ("system", *chat), ("user",), chat)
+        for roles in (forms[1], forms[3], forms[2], forms[0]) if self.structured else forms:
             self._as_parts = frozenset(roles)
             if self._keeps(chat):
                 break
@@ -138,56 +158,57 @@ class ChatTemplate:
 
     def _keeps(self, roles: tuple[str, ...]) -> bool:
         try:
-            text = self._render(_stand_ins(roles), False)
+            turns = _stand_ins(self.shapes(*roles))
+            rendered = self._render(turns, False)
         except FAULTS:
             return False
-        return all(content in text for _, content in _stand_ins(roles))
+        return all(text in rendered for _, content in turns for text in texts_of(content))
 
     # --- skeletons -----------------------------------------------------------------------------------------------------------
 
-    def skeleton(self, roles: tuple[str, ...], add_generation_prompt: bool = False) -> Skeleton | None:
-        """The skeleton of a chat of these roles; None where there is none: the template refuses them, repeats a content or
-        orders contents anew, or a prompt is not the beginning of the chat."""
-        key = roles, add_generation_prompt
+    def skeleton(self, shapes: tuple[Shape, ...], add_generation_prompt: bool = False) -> Skeleton | None:
+        """The skeleton of a chat of these shapes; None where there is none: the template refuses them, repeats a text or orders
+        texts anew, or a prompt is not the beginning of the chat."""
+        key = shapes, add_generation_prompt
         if key not in self._skeletons:
             if len(self._skeletons) >= MAX_SKELETONS:
                 self._skeletons.clear()
             self._skeletons[key] = self._make_skeleton(*key)
         return self._skeletons[key]
 
-    def _make_skeleton(self, roles: tuple[str, ...], add_generation_prompt: bool) -> Skeleton | None:
+    def _make_skeleton(self, shapes: tuple[Shape, ...], add_generation_prompt: bool) -> Skeleton | None:
         prompt: Skeleton | None = Skeleton()
-        answers = [turn for turn, role in enumerate(roles) if role == "assistant"]
+        answers = [turn for turn, (role, _) in enumerate(shapes) if role == "assistant"]
         for turn in answers:  # each prompt contains the one before it, so the last alone is compared below
-            prompt = self.skeleton(roles[:turn], add_generation_prompt=True) if turn else None
+            prompt = self.skeleton(shapes[:turn], add_generation_prompt=True) if turn else None
             if prompt is None or prompt.left_out:
                 break
-        turns = _stand_ins(roles)
+        turns = _stand_ins(shapes)
         try:
-            text = self._render(turns, add_generation_prompt)
+            rest = self._render(turns, add_generation_prompt)
         except FAULTS:
             return None
-        left_out = tuple(turn for turn, (_, content) in enumerate(turns) if content not in text)
+        left_out = tuple(turn for turn, (_, content) in enumerate(turns) if any(text not in rest for text in texts_of(content)))
         if left_out:
             return Skeleton(left_out=left_out)
         pieces = []
-        for _, content in turns:
-            piece, found, text = text.partition(content)
-            if not found or content in text:
+        for text in all_texts(turns):
+            piece, found, rest = rest.partition(text)
+            if not found or text in rest:
                 return None
             pieces.append(piece)
         if prompt is None or prompt.left_out:
             return None
-        skeleton = Skeleton((*pieces, text), prompt.starts, prompt.ends)
-        return self._with_last_answer(skeleton, prompt.pieces, answers[-1]) if answers else skeleton
+        skeleton = Skeleton((*pieces, rest), prompt.starts, prompt.ends)
+        return self._with_last_answer(skeleton, prompt.pieces) if answers else skeleton
 
-    def _with_last_answer(self, skeleton: Skeleton, prompt: tuple[str, ...], turn: int) -> Skeleton | None:
-        pieces = skeleton.pieces
-        if pieces[:turn] != prompt[:-1] or not pieces[turn].startswith(prompt[-1]):
+    def _with_last_answer(self, skeleton: Skeleton, prompt: tuple[str, ...]) -> Skeleton | None:
+        pieces, text = skeleton.pieces, len(prompt) - 1  # the answer is the first text that its prompt does not have
+        if pieces[:text] != prompt[:-1] or not pieces[text].startswith(prompt[-1]):
             return None
-        place = pieces[turn + 1].find(self.stop_token)
+        place = pieces[text + 1].find(self.stop_token)
         end = place + len(self.stop_token) if place >= 0 else 0
-        return replace(skeleton, starts=(*skeleton.starts, (turn, len(prompt[-1]))), ends=(*skeleton.ends, end))
+        return replace(skeleton, starts=(*skeleton.starts, (text, len(prompt[-1]))), ends=(*skeleton.ends, end))
 
     # --- answers -------------------------------------------------------------------------------------------------------------
 
@@ -199,7 +220,7 @@ class ChatTemplate:
                 not be given the beginning of the text as the prompt of an answer.
         """
         text = self.render(turns, add_generation_prompt)
-        skeleton = self.skeleton(tuple(role for role, _ in turns), add_generation_prompt)
+        skeleton = self.skeleton(shapes_of(turns), add_generation_prompt)
         if skeleton is not None and skeleton.left_out:
             role = turns[skeleton.left_out[0]][0]
             raise ChatTemplateError(f"the chat template leaves the turn of the role {role!r} out{self._advice(turns)}")
@@ -225,9 +246,10 @@ class ChatTemplate:
                     "the chat template is not prefix-stable: the prompt of an answer is not the beginning of the whole chat\n"
                     f"prompt: {prompt[-80:]!r}\nchat:   {text[max(0, len(prompt) - 80) : len(prompt)]!r}{self._advice(turns)}"
                 )
-            number = len(spans)
-            tail = skeleton.pieces[turn + 1][: skeleton.ends[number]] if skeleton is not None and skeleton.pieces else ""
-            spans.append(self._span(text, len(prompt), content.strip(), tail, number + 1))
+            number, tail = len(spans), ""
+            if skeleton is not None and skeleton.pieces:
+                tail = skeleton.pieces[skeleton.starts[number][0] + 1][: skeleton.ends[number]]
+            spans.append(self._span(text, len(prompt), "".join(texts_of(content)).strip(), tail, number + 1))
         return spans
 
     def _span(self, text: str, start: int, content: str, tail: str, number: int) -> tuple[int, int]:
@@ -266,9 +288,10 @@ class ChatTemplate:
         rounds = ("user", "assistant")
         for roles in (("system", *rounds), ("system", *rounds, *rounds)):
             try:
-                turns = _stand_ins(roles)
+                shapes = self.shapes(*roles)
+                turns = _stand_ins(shapes)
                 text = self._render(turns, False)
-                skeleton = self.skeleton(roles)
+                skeleton = self.skeleton(shapes)
                 if skeleton is not None and skeleton.left_out:
                     return "it leaves the system turn out"
                 if skeleton is None or not skeleton.walkable:
@@ -290,11 +313,11 @@ class ChatTemplate:
 
 
 def walk(text: str, turns: Sequence[Turn], skeleton: Skeleton) -> Spans | None:
-    """The characters of the answers; None if the text is not the skeleton with the contents in it, whole or stripped."""
+    """The characters of the answers; None if `text` is not the skeleton with the texts in it, whole or stripped."""
     pieces, places, at = skeleton.pieces, [], 0
     if not text.startswith(pieces[0]):
         return None
-    for (_, content), before, after in zip(turns, pieces, pieces[1:], strict=False):
+    for content, before, after in zip(all_texts(turns), pieces, pieces[1:], strict=False):
         at += len(before)
         for form in _forms(content):
             if text.startswith(form, at) and text.startswith(after, at + len(form)):
@@ -306,9 +329,35 @@ def walk(text: str, turns: Sequence[Turn], skeleton: Skeleton) -> Spans | None:
     if at + len(pieces[-1]) != len(text):
         return None
     return [
-        (places[turn][0] - len(pieces[turn]) + start, places[turn][1] + end)
-        for (turn, start), end in zip(skeleton.starts, skeleton.ends, strict=True)
+        (places[number][0] - len(pieces[number]) + start, places[number][1] + end)
+        for (number, start), end in zip(skeleton.starts, skeleton.ends, strict=True)
     ]
+
+
+def texts_of(content: Content) -> tuple[str, ...]:
+    return (content,) if isinstance(content, str) else tuple(part for part in content if part is not None)
+
+
+def all_texts(turns: Sequence[Turn]) -> list[str]:
+    return [text for _, content in turns for text in texts_of(content)]
+
+
+def shapes_of(turns: Sequence[Turn]) -> tuple[Shape, ...]:
+    return tuple((role, "" if isinstance(content, str) else kinds_of(content)) for role, content in turns)
+
+
+def kinds_of(parts: tuple[Part, ...]) -> str:
+    return "".join("i" if part is None else "t" for part in parts)
+
+
+def _in_front(system: str, question: Content) -> Content:
+    """A question with the system turn's text in front of it."""
+    if isinstance(question, str):
+        return f"{system}\n\n{question}" if system and question else system or question
+    first = question[0] if question else ""
+    if first is None:
+        return (f"{system}\n\n", *question) if system else question
+    return (f"{system}\n\n{first}" if system and first else system or first, *question[1:])
 
 
 def _forms(content: str) -> tuple[str, ...]:
@@ -317,9 +366,13 @@ def _forms(content: str) -> tuple[str, ...]:
     return (content,) if len(stripped) == len(content) else (content, stripped, content.lstrip(), content.rstrip())
 
 
-def _stand_ins(roles: Sequence[str]) -> list[Turn]:
-    """Turns whose contents are numbers: no template trims, escapes or capitalises them, and none writes them by itself."""
-    return [(role, f"90817{number:06d}71809") for number, role in enumerate(roles)]
+def _stand_ins(shapes: Sequence[Shape]) -> list[Turn]:
+    """Turns whose texts are numbers: no template trims, escapes or capitalises them, and none writes them by itself."""
+    numbers = (f"90817{number:06d}71809" for number in itertools.count())
+    return [
+        (role, tuple(None if kind == "i" else next(numbers) for kind in kinds) if kinds else next(numbers))
+        for role, kinds in shapes
+    ]
 
 
 def _short(text: str) -> str:

@@ -1,8 +1,8 @@
 """One Batch -> LossOutput, as pure functions of the model, the batch and the place in the run.
 
 `ar` is next-token cross-entropy on answers. `block_diffusion` is the masked-token objective of BD3-LM, SDAR-VL and
-DiffusionVL, on the short layout: the clean stream once, then only the blocks that hold answer tokens. Both ask the head for
-the places that carry loss and no others.
+DiffusionVL, on the short layout: the clean stream once, then only the blocks that hold answer tokens. `full_diffusion` is that of
+LLaDA and Dream: answers noised in their place. All ask the head for the places that carry loss and no others.
 
 Weights of masked tokens: "1/t" (BD3-LM, arXiv 2503.09573, Eq. 8; DiffusionVL; one over the token's own masking probability),
 "effective" (SDAR-VL's effective mask ratio scaling, arXiv 2512.14068, Eq. 6 and 7: one over the *realised* mask ratio of the
@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional
 
 from diffvl.attention.block_mask import FLEX, bucket, training_masks
-from diffvl.config.recipe import ArObjective, BlockDiffusionObjective, Objective, UniformNoise
+from diffvl.config.recipe import ArObjective, BlockDiffusionObjective, FullDiffusionObjective, Noise, Objective, UniformNoise
 from diffvl.data.samples import Batch
 from diffvl.hub.configuration_diffvl import DiffVLConfig, never_predicted
 from diffvl.hub.images_diffvl import answer_cells, placed_images, span_ids
@@ -92,6 +92,8 @@ def loss_of(model: Any, config: DiffVLConfig, batch: Batch, objective: Objective
     """Computes the objective that the stage asks for."""
     if isinstance(objective, ArObjective):
         return ar(model, config, batch)
+    if isinstance(objective, FullDiffusionObjective):
+        return full_diffusion(model, config, batch, objective, draw)
     return block_diffusion(model, config, batch, objective, draw)
 
 
@@ -105,6 +107,8 @@ def measure(model: Any, config: DiffVLConfig, batches: Iterable[Any], objective:
     if isinstance(objective, BlockDiffusionObjective):
         plain = {"noise": MEASURE_NOISE, "ar_weight": 0.0, "position_bias": 0.0, "complementary": False, "block_curriculum": {}}
         objective = objective.model_copy(update=plain)
+    elif isinstance(objective, FullDiffusionObjective):
+        objective = objective.model_copy(update={"noise": MEASURE_NOISE})
     totals: dict[str, torch.Tensor] = {}
     for batch in batches:
         for name, value in loss_of(model, config, batch, objective, Draw(seed=0, step=0, progress=0.0)).sums.items():
@@ -117,7 +121,7 @@ def curriculum_state(objective: Objective, progress: float) -> dict[str, float]:
     if isinstance(objective, ArObjective):
         return {}
     state: dict[str, float] = {f"noise_{name}": value for name, value in noise_state(objective.noise, progress).items()}
-    if objective.block_curriculum:
+    if isinstance(objective, BlockDiffusionObjective) and objective.block_curriculum:
         state["block_size"] = objective.block_size_at(progress)
     return state
 
@@ -203,6 +207,33 @@ def block_diffusion(model: Any, config: DiffVLConfig, batch: Batch, objective: B
     return LossOutput(loss, int(layout.valid.sum()), sums)
 
 
+def full_diffusion(model: Any, config: DiffVLConfig, batch: Batch, objective: FullDiffusionObjective, draw: Draw) -> LossOutput:
+    """Computes masked-token cross-entropy on answers that are noised in their place: the clean answer stands nowhere, so nothing
+    can leak; a turn (question and answer) never sees a later one, as in decoding."""
+    ids, answer, valid = batch["input_ids"], batch["answer_index"], batch["valid"]
+    # 1. One stream; its blocks are the turns, which end with every answer.
+    turn = block_index(answer, ids.shape[1], "absolute")
+    layout = clean_layout(turn, valid, "block")
+    none = torch.zeros_like(valid)
+    stream = NoisyStream(layout.position, layout.position, turn, eligible=answer > 0, padding_stop=none, valid=valid)
+    # 2. Corruption: t per answer, then masks.
+    noised = noise_blocks(stream, objective.noise, 0.0, draw, batch["sample"])
+    packed = packed_rows(layout, batch["row"], config)
+    # 3. One forward; the head runs where a masked token is predicted, which is never the first one of a sample.
+    sample, place = noised.masked.nonzero(as_tuple=True)
+    at = packed.place[sample, place if objective.target == "same" else place - 1]
+    noisy_ids, image = ids.masked_fill(noised.masked, config.mask_token_id), _shown_images(config, batch)
+    entropy, correct = _predict(model, config, batch, packed, noisy_ids, image, at, ids[noised.masked])
+    weights = block_weights(objective.weight, noised.p, noised.masked, stream.eligible, turn)[noised.masked]
+    sums = {
+        "predicted": noised.masked.sum(),
+        "correct": correct.sum(),
+        "cross_entropy": entropy.detach().sum(),
+        "eligible": stream.eligible.sum(),
+    }
+    return LossOutput((weights.to(entropy.dtype) * entropy).sum(), int(valid.sum()), sums)
+
+
 def _weights(objective: BlockDiffusionObjective, stream: NoisyStream, copy: Corruption) -> torch.Tensor:
     """Loss weight of every noisy token, [S, R]."""
     weights = block_weights(objective.weight, copy.p, copy.masked, stream.eligible, stream.block)
@@ -210,8 +241,15 @@ def _weights(objective: BlockDiffusionObjective, stream: NoisyStream, copy: Corr
 
 
 def corrupt(stream: NoisyStream, objective: BlockDiffusionObjective, draw: Draw, samples: torch.Tensor) -> list[Corruption]:
-    """Draws t and masks for every sample of a batch, each from its own generator; `samples` [S] are dataset indices. One
-    corruption, or two with complementary masks."""
+    """Draws the masks of a batch; `samples` [S] are dataset indices. One corruption, or two with complementary masks."""
+    drawn = noise_blocks(stream, objective.noise, objective.position_bias, draw, samples)
+    if not objective.complementary:
+        return [drawn]
+    return [drawn, Corruption(stream.eligible & ~drawn.masked, 1 - drawn.p)]
+
+
+def noise_blocks(stream: NoisyStream, noise: Noise, position_bias: float, draw: Draw, samples: torch.Tensor) -> Corruption:
+    """Draws t for each block and masks for each eligible token of every sample, each sample from its own generator."""
     masked = torch.zeros_like(stream.eligible)
     p = torch.ones(stream.eligible.shape, dtype=torch.float64, device=stream.block.device)
     for number, sample in enumerate(samples.tolist()):
@@ -220,14 +258,12 @@ def corrupt(stream: NoisyStream, objective: BlockDiffusionObjective, draw: Draw,
         blocks, block_R = torch.unique(stream.block[number, :length].cpu(), return_inverse=True)
         eligible_R = stream.eligible[number, :length].cpu()
         num_blocks = int(blocks[-1]) + 1 if len(blocks) else 0  # text after the last answer is not counted
-        t_K = mask_ratios(objective.noise, blocks, num_blocks, draw.progress, generator)
-        p_R = mask_probabilities(t_K, block_R, eligible_R, objective.position_bias)
+        t_K = mask_ratios(noise, blocks, num_blocks, draw.progress, generator)
+        p_R = mask_probabilities(t_K, block_R, eligible_R, position_bias)
         masked_R = masked_tokens(p_R, eligible_R, generator)
         p[number, :length] = p_R.to(p.device)
         masked[number, :length] = masked_R.to(masked.device)
-    if not objective.complementary:
-        return [Corruption(masked, p)]
-    return [Corruption(masked, p), Corruption(stream.eligible & ~masked, 1 - p)]
+    return Corruption(masked, p)
 
 
 def predicting_places(
@@ -269,7 +305,8 @@ def clean_rope(model: Any, config: DiffVLConfig, batch: Batch) -> Rope:
     if config.source_config is None:
         return Rope()
     stock: Any = model.module if hasattr(model, "module") else model  # data parallelism wraps it
-    return stock.images.rope(batch["input_ids"], batch["valid"], batch.get("pixels", {}), batch["image_tokens"].tolist())
+    counts = batch["image_tokens"].tolist() if "image_tokens" in batch else ()
+    return stock.images.rope(batch["input_ids"], batch["valid"], batch.get("pixels", {}), counts)
 
 
 def _mark_spans(layout: Layout, batch: Batch, config: DiffVLConfig) -> None:

@@ -1,93 +1,43 @@
-"""AR checkpoint -> DiffVL directory: mask token, image token, vision tower, connector, and the proof of AR parity.
+"""Checkpoint of a language model -> DiffVL directory: mask token, image token, vision tower, connector, and the proof of parity.
 
 The trunk is the stock model with its own weights; only rows are added to its table. The directory that was written is loaded
-again, and under a causal mask it must give the source checkpoint's logits. If it does not, nothing stays.
+again, and under the attention of its source (causal; of a diffusion language model bidirectional, or by block) it must give the
+source checkpoint's logits. If it does not, nothing stays.
 """
 
 import logging
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from rich.console import Console
 from transformers import AutoImageProcessor, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from diffvl.config.families import Family, family_of
+from diffvl.config.families import Family, diffusion_source, family_of_trunk
 from diffvl.config.recipe import Prepare, Recipe
-from diffvl.config.supported import check_supported
 from diffvl.errors import CheckpointError, ConfigError, UnsupportedModelError, first_line
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.modeling_diffvl import Connector, DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.prepare import attention_proof as proof
-from diffvl.prepare.attention_proof import conversations
+from diffvl.prepare.mask_token import with_own_mask_token
+from diffvl.prepare.parity import Parity
+from diffvl.prepare.source import Source
 from diffvl.prepare.templates import check_template, load_tokenizer, stop_token, system_advice
 from diffvl.store import checkpoint, weights
-from diffvl.store.published import load_config
-from diffvl.terminal.bars import spinner_or_line
-from diffvl.terminal.console import say
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Source:
-    """Where the AR checkpoint and the vision tower come from."""
-
-    model: str
-    revision: str | None
-    vision_tower: str
-    trust_remote_code: bool = False
-
-
-def prepare(source: Source, recipe: Recipe, directory: Path, console: Console, parts: "Parts | None" = None) -> Path:
-    """Writes the DiffVL directory.
-
-    Args:
-        parts: what `read_parts` gave; default: read here.
-    Raises:
-        CheckpointError, UnsupportedModelError, ConfigError: with nothing written.
-    """
-    parts = parts or read_parts(source, recipe)
-    makes_parent = not directory.parent.exists()
-    partial = checkpoint.partial(directory)
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    try:
-        with spinner_or_line(console, f"loading {source.model} and {source.vision_tower}"):
-            trunk = weights.load_trunk(source.model, parts.config, source.revision)
-            tower = weights.load_tower(source.vision_tower, parts.tower_config)
-        reference = _reference_logits(trunk, parts.known)
-        model = assemble(trunk, tower, parts, recipe)
-        with spinner_or_line(console, f"writing {directory}"):
-            checkpoint.write_checkpoint(model, parts.processor, partial)
-        del trunk, tower, model
-        with spinner_or_line(console, "proving AR parity on the written files"):
-            proofs = _prove(partial, reference, parts)
-        state = {"kind": "prepared", "parents": [source.model, source.vision_tower], "proofs": proofs}
-        checkpoint.write_state(partial, recipe, state)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        if makes_parent:
-            directory.parent.rmdir()
-        raise
-    checkpoint.finish(directory)
-    say(
-        console,
-        f"AR parity: largest difference {proofs['ar_parity']:.1e} std of the logits; block attention {proofs['block']:.1e}",
-    )
-    return directory
+BLOCK_SIZE = 32  # in which a bidirectional model decodes before it is trained on blocks; those of LLaDA's own examples
 
 
 @dataclass(frozen=True)
-class Parts:
-    """All of a conversion but its weights. config: of the trunk; known: tokens of the source's tokenizer that have a row in its
-    table."""
+class OwnParts:
+    """A language model and a vision tower: all of a conversion but their weights. config: of the trunk; known: tokens of the
+    source's tokenizer that have a row in its table."""
 
+    source: Source
     config: PretrainedConfig
     tower_config: PretrainedConfig
     processor: DiffVLProcessor
@@ -96,22 +46,53 @@ class Parts:
     image_id: int
     image_size: int
 
+    @property
+    def parity(self) -> Parity:
+        return Parity(diffusion_source(self.config))
 
-def read_parts(source: Source, recipe: Recipe, config: PretrainedConfig | None = None) -> Parts:
-    """Reads and checks whatever can be known without reading weights; writes nothing.
+    @property
+    def parents(self) -> list[str]:
+        return [self.source.model, _tower_of(self.source)]
 
-    Args:
-        config: the source's configuration, if it has been read already.
+    @property
+    def facts(self) -> dict[str, str]:
+        return self.parity.facts(self.config)
+
+    def load(self, recipe: Recipe) -> tuple[DiffVLForConditionalGeneration, torch.Tensor]:
+        """Loads the weights; returns the DiffVL model and the source's logits on the probe."""
+        trunk = weights.load_trunk(self.source.model, self.config, self.source.revision)
+        tower = weights.load_tower(_tower_of(self.source), self.tower_config)
+        reference = _reference_logits(trunk, self.parity, self.known)
+        return assemble(trunk, tower, self, recipe), reference
+
+    def prove(self, directory: Path, reference: torch.Tensor) -> tuple[dict[str, float], str]:
+        """Holds what was written against the source; returns the figures, and what is said of them.
+
+        Raises:
+            CheckpointError, UnsupportedModelError: if it differs.
+        """
+        proofs = _prove(directory, reference, self.parity, self)
+        difference, block = proofs[self.parity.key], proofs["block"]
+        told = f"{self.parity.name} parity: largest difference {difference:.1e} std of the logits; block attention {block:.1e}"
+        return proofs, told
+
+
+def _tower_of(source: Source) -> str:
+    assert source.vision_tower is not None
+    return source.vision_tower
+
+
+def read_own_parts(source: Source, recipe: Recipe, config: PretrainedConfig) -> OwnParts:
+    """Reads and checks whatever can be known of a language model and a tower without reading weights; writes nothing.
+
     Raises:
         CheckpointError, UnsupportedModelError, ConfigError.
     """
-    config = config or load_config(source.model, source.trust_remote_code, source.revision)
-    check_supported(config)
     weights.check_trunk(source.model, config, source.revision)
-    family = family_of(config.model_type)
-    tokenizer = load_tokenizer(source.model, config.model_type, source.trust_remote_code, source.revision)
+    family = family_of_trunk(config)
+    tokenizer = load_tokenizer(source.model, family.model_type, source.trust_remote_code, source.revision)
     tower_config, image_processor = load_tower_parts(source)
-    weights.check_tower(source.vision_tower, tower_config)
+    weights.check_tower(_tower_of(source), tower_config)
     image_size = square_processor(image_processor, tower_config, recipe.prepare)
     table_size = config.get_text_config(decoder=True).vocab_size
     stop, known = stop_token(tokenizer), min(len(tokenizer), table_size)
@@ -124,6 +105,8 @@ def read_parts(source: Source, recipe: Recipe, config: PretrainedConfig | None =
             f"{table_size:,}",
             missing,
         )
+    if (own := diffusion_source(config)) is not None:
+        family = with_own_mask_token(source.model, tokenizer, family, own, table_size)
     mask_id, image_id = add_tokens(tokenizer, family, table_size)
     side = image_size // tower_config.patch_size // shuffle_factor(recipe.prepare)
     processor = DiffVLProcessor(
@@ -137,7 +120,7 @@ def read_parts(source: Source, recipe: Recipe, config: PretrainedConfig | None =
     check_template(processor.encoder)
     if advice := system_advice(processor.encoder):
         log.info("%s: %s", source.model, advice)
-    return Parts(config, tower_config, processor, known, mask_id, image_id, image_size)
+    return OwnParts(source, config, tower_config, processor, known, mask_id, image_id, image_size)
 
 
 # --- tokenizer ----------------------------------------------------------------------------------------------------------
@@ -170,12 +153,13 @@ def add_tokens(tokenizer: Any, family: Family, table_size: int) -> tuple[int, in
 
 def load_tower_parts(source: Source) -> tuple[PretrainedConfig, Any]:
     """Reads configuration and image processor of the vision tower."""
-    config = weights.tower_config(source.vision_tower, source.trust_remote_code)
+    name = _tower_of(source)
+    config = weights.tower_config(name, source.trust_remote_code)
     try:
-        processor = AutoImageProcessor.from_pretrained(source.vision_tower, trust_remote_code=source.trust_remote_code)
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(
-            f"{source.vision_tower}: it has no image processor that can be read; expected a preprocessor_config.json beside the "
+            f"{name}: it has no image processor that can be read; expected a preprocessor_config.json beside the "
             f"weights, as vision checkpoints are published ({first_line(error)})"
         ) from error
     return config, processor
@@ -215,10 +199,12 @@ def square_processor(processor: Any, tower: PretrainedConfig, settings: Prepare)
 # --- assembling ----------------------------------------------------------------------------------------------------------
 
 
-def assemble(trunk: Any, tower: Any, parts: Parts, recipe: Recipe) -> DiffVLForConditionalGeneration:
+def assemble(trunk: Any, tower: Any, parts: OwnParts, recipe: Recipe) -> DiffVLForConditionalGeneration:
     """Joins the parts into one model in the trunk's dtype. The trunk's table grows in place."""
     processor = parts.processor
-    grow_table(trunk, parts.known, len(processor.tokenizer), [parts.mask_id, parts.image_id])
+    own = diffusion_source(parts.config)
+    fresh_ids = [parts.image_id] if own is not None else [parts.mask_id, parts.image_id]  # a mask row that was trained stays
+    grow_table(trunk, parts.known, len(processor.tokenizer), fresh_ids)
     config = DiffVLConfig(
         text_config=trunk.config,
         vision_config=tower.config,
@@ -229,9 +215,11 @@ def assemble(trunk: Any, tower: Any, parts: Parts, recipe: Recipe) -> DiffVLForC
         image_token_id=parts.image_id,
         mask_token_id=parts.mask_id,
         vocabulary_size=len(processor.tokenizer),
-        stop_token_ids=_stop_ids(trunk, processor.tokenizer, processor.stop_token),
+        stop_token_ids=stop_ids(trunk, processor.tokenizer, processor.stop_token),
     )
     assert config.image_tokens == processor.image_tokens
+    if own is not None:
+        config.set_decoding("blocks", own.block_size or BLOCK_SIZE, "block", own.grid, own.target)
     with torch.device("meta"):
         model = DiffVLForConditionalGeneration(config)
     model.language_model, model.vision_tower = trunk, tower
@@ -248,7 +236,7 @@ def assemble(trunk: Any, tower: Any, parts: Parts, recipe: Recipe) -> DiffVLForC
     return model
 
 
-def _stop_ids(trunk: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: str) -> list[int]:
+def stop_ids(trunk: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: str) -> list[int]:
     """Gives the template's stop token first, then whatever else ends a text for this checkpoint."""
     generation = trunk.generation_config.eos_token_id if trunk.generation_config is not None else None
     others = generation if isinstance(generation, list) else [generation]
@@ -279,16 +267,16 @@ def grow_table(trunk: Any, known: int, tokens: int, new_ids: list[int]) -> None:
 # --- proof ---------------------------------------------------------------------------------------------------------------
 
 
-def _reference_logits(trunk: PreTrainedModel, vocabulary: int) -> torch.Tensor:
-    """Computes the source's own logits on the probe, in fp32 arithmetic."""
+def _reference_logits(trunk: PreTrainedModel, parity: Parity, known: int) -> torch.Tensor:
+    """Computes the source's logits on the probe, in fp32 arithmetic."""
     dtype = trunk.dtype
     trunk.float().eval()
-    logits = proof.native_logits(trunk, conversations(range(vocabulary))[0])
+    logits = parity.source_logits(trunk, parity.probe(known))
     torch.nn.Module.to(trunk, dtype=dtype)
     return logits
 
 
-def _prove(directory: Path, reference: torch.Tensor, parts: Parts) -> dict[str, float]:
+def _prove(directory: Path, reference: torch.Tensor, parity: Parity, parts: OwnParts) -> dict[str, float]:
     """Loads what was written and holds it against the source.
 
     Raises:
@@ -300,16 +288,15 @@ def _prove(directory: Path, reference: torch.Tensor, parts: Parts) -> dict[str, 
     model.eval()
     require_patches(model)
     _require_same_processor(directory, processor, parts.processor)
-    with torch.no_grad():
-        logits = model(conversations(range(known))[0]).logits[..., :known]
-    # Beyond `known` stand the rows that were spare or new: the mask token's and the image token's.
+    logits = parity.prepared_logits(model, parity.probe(known))[..., :known]
+    # Beyond `known` stand the rows that were spare or new: the image token's, and the mask token's unless the source had one.
     difference = proof.spread(logits - reference[..., :known], reference)
     if not difference <= proof.TOLERANCE:
         raise CheckpointError(
-            f"{directory}: AR parity fails, logits differ from the source's by {difference:.2g} std; nothing kept"
+            f"{directory}: {parity.name} parity fails, logits differ from the source's by {difference:.2g} std; nothing kept"
         )
     block = proof.check_block_attention(model.trunk, known, model.config.mask_token_id)
-    return {"ar_parity": difference, "block": block}
+    return {parity.key: difference, "block": block}
 
 
 def _require_same_processor(directory: Path, written: DiffVLProcessor, source: DiffVLProcessor) -> None:

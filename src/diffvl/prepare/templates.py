@@ -9,12 +9,15 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import AutoTokenizer
 
 from diffvl.config.families import family_of
 from diffvl.errors import CheckpointError, UnsupportedModelError, first_line
 from diffvl.hub.chat_diffvl import ChatEncoder
-from diffvl.hub.template_diffvl import FAULTS, ChatTemplate, ChatTemplateError, Turn, with_fixed_date
+from diffvl.hub.seen_diffvl import Size
+from diffvl.hub.source_diffvl import SAMPLE
+from diffvl.hub.template_diffvl import FAULTS, ChatTemplate, ChatTemplateError, Turn, shapes_of, with_fixed_date
 
 log = logging.getLogger(__name__)
 REASONING_TAG = "<think>"
@@ -24,19 +27,30 @@ CONTENTS = ("{}", " {} ", "\n{}\n", "Une {} à 90 °, naïve ✓ 🙂")  # forms
 SYSTEM_SETTING = "prepare.system_turn=first_question"
 
 
-def load_tokenizer(model: str, model_type: str, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+def load_tokenizer(
+    model: str,
+    model_type: str,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    template: str | dict[str, str] | None = None,
+) -> Any:
     """Loads the checkpoint's tokenizer; it must be a fast one and have a chat template.
 
+    A diffusion language model's is read by the stock class that its family names: many bring tokenizer code along.
     Of several named templates it keeps the default one. A template that writes reasoning into some answers is replaced by the
     family's, and one that asks for the date gives the same date from here on, wherever the tokenizer is used.
 
+    Args:
+        template: the chat template of the checkpoint's processor, which goes before the tokenizer's own.
     Raises:
         CheckpointError, UnsupportedModelError.
     """
-    path = Path(model)
+    path, family = Path(model), family_of(model_type)
     try:
         if path.suffix == ".gguf" and path.is_file():
             tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        elif family.loads_as is not None:
+            tokenizer = getattr(transformers, family.loads_as.tokenizer).from_pretrained(model, revision=revision or "main")
         else:
             tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code, revision=revision or "main")
     except (OSError, ValueError, ImportError) as error:
@@ -45,6 +59,7 @@ def load_tokenizer(model: str, model_type: str, trust_remote_code: bool = False,
         ) from error
     if not tokenizer.is_fast:
         raise UnsupportedModelError(f"{model}: a slow tokenizer; character offsets need a fast one (tokenizer.json)")
+    tokenizer.chat_template = template or tokenizer.chat_template
     if not tokenizer.chat_template:
         raise CheckpointError(
             f"{model}: its tokenizer has no chat template, so prompts and answers cannot be told apart; use an instruct "
@@ -56,7 +71,7 @@ def load_tokenizer(model: str, model_type: str, trust_remote_code: bool = False,
             f"{model}: its tokenizer has the chat templates {', '.join(sorted(named))}, but none named default; put the one to "
             "train on beside the tokenizer as chat_template.jinja"
         )
-    template, family = tokenizer.get_chat_template(), family_of(model_type)
+    template = tokenizer.get_chat_template()
     if family.chat_template is not None and REASONING_TAG in template:
         log.warning("%s: its chat template writes %s into some answers; replaced by the family's", model, REASONING_TAG)
         template = family.chat_template
@@ -64,17 +79,19 @@ def load_tokenizer(model: str, model_type: str, trust_remote_code: bool = False,
     return tokenizer
 
 
-def stop_token(tokenizer: Any) -> str:
+def stop_token(tokenizer: Any, structured: bool = False) -> str:
     """Finds the special token that the chat template writes after an answer.
 
+    Args:
+        structured: see `ChatTemplate`.
     Raises:
         UnsupportedModelError: if there is none, so that a decoder could never stop.
     """
     name = tokenizer.name_or_path
-    turns = _turns(ROUND)
-    answer = turns[1][1]
+    answer = "answer 1"
+    turns: list[Turn] = [("user", ("question 0",)), ("assistant", (answer,))] if structured else _turns(ROUND)
     try:
-        text = ChatTemplate(tokenizer, "").render(turns, add_generation_prompt=False)
+        text = ChatTemplate(tokenizer, "", structured=structured).render(turns, add_generation_prompt=False)
     except (ChatTemplateError, *FAULTS) as error:
         reason = str(error.__cause__ or error)
         raise UnsupportedModelError(
@@ -111,20 +128,20 @@ def check_template(encoder: ChatEncoder) -> None:
 
 def _prove(encoder: ChatEncoder, roles: tuple[str, ...]) -> None:
     for form in CONTENTS:
-        turns = encoder.template.fold(_turns(roles, form, encoder.image_token))
+        turns = encoder.template.fold(_turns(roles, form, None if encoder.template.structured else encoder.image_token))
         text, spans = encoder.template.spans(turns, add_generation_prompt=False)
-        kept = tuple(role for role, _ in turns)
-        skeleton = encoder.template.skeleton(kept)
+        skeleton = encoder.template.skeleton(shapes_of(turns))
         if encoder.template.search(text, turns, skeleton) != spans:
             raise ChatTemplateError("what the chat template writes around an answer depends on what the chat says")
-        whole = encoder.encode_turns(turns, add_generation_prompt=False)
+        whole = encoder.encode_turns(turns, add_generation_prompt=False, sizes=_sizes(roles))
         if encoder.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] != encoder.tokens(text):
             raise ChatTemplateError(
                 "its tokenizer's class changes texts before they are tokenised, which the fast one does not do"
             )
-        for turn, role in enumerate(kept):
+        for turn, (role, _) in enumerate(turns):
             if role == "assistant":
-                prompt = encoder.encode_turns(turns[:turn], add_generation_prompt=True)
+                kept = tuple(role for role, _ in turns[:turn])
+                prompt = encoder.encode_turns(turns[:turn], add_generation_prompt=True, sizes=_sizes(kept))
                 if whole.ids[: len(prompt.ids)] != prompt.ids or whole.answer[: len(prompt.ids)] != prompt.answer:
                     raise ChatTemplateError("a prompt has other tokens alone than at the beginning of the whole chat")
 
@@ -156,7 +173,15 @@ def look_at_template(model: str, model_type: str, trust_remote_code: bool, revis
     return system_advice(encoder)
 
 
-def _turns(roles: tuple[str, ...], form: str = "{}", placeholder: str = "") -> list[Turn]:
-    """Gives a chat of these roles, with an image in every question."""
-    texts = {"system": "manner", "user": f"{placeholder}question", "assistant": "answer"}
-    return [(role, form.format(f"{texts[role]} {number}")) for number, role in enumerate(roles)]
+def _turns(roles: tuple[str, ...], form: str = "{}", placeholder: str | None = "") -> list[Turn]:
+    """Gives a chat of these roles, with an image in every question: the placeholder in its text, or a part of its own."""
+    texts = {"system": "manner", "user": f"{placeholder or ''}question", "assistant": "answer"}
+    said = [(role, form.format(f"{texts[role]} {number}")) for number, role in enumerate(roles)]
+    if placeholder is not None:
+        return [*said]
+    return [(role, (None, text) if role == "user" else (text,)) for role, text in said]
+
+
+def _sizes(roles: tuple[str, ...]) -> list[Size]:
+    """Gives a size for the image of every question."""
+    return [SAMPLE] * roles.count("user")

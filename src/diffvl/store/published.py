@@ -22,6 +22,7 @@ from transformers.utils.hub import cached_file
 from diffvl.config.supported import OWN_CODE, is_remote, own_code
 from diffvl.errors import CheckpointError, UnsupportedModelError, first_line
 from diffvl.store.files import read_json
+from diffvl.store.renamed import diffusion_family, refuse_released, translated
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -34,7 +35,8 @@ ADAPTER_FILE = "adapter_config.json"
 
 
 def load_config(name: str, trust_remote_code: bool, revision: str | None = None) -> PretrainedConfig:
-    """Reads the configuration of a directory, a .gguf file or a hub id.
+    """Reads the configuration of a directory, a .gguf file or a hub id; that of a diffusion language model as the stock trunk
+    that it is (`renamed`).
 
     Raises:
         CheckpointError: if there is none, or it cannot be read or fetched.
@@ -45,6 +47,9 @@ def load_config(name: str, trust_remote_code: bool, revision: str | None = None)
         return explain_failures(name, lambda: AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
     settings = _settings(name, revision)
     refuse_quantized(name, settings)
+    refuse_released(name, settings)
+    if (family := diffusion_family(settings)) is not None:
+        return explain_failures(name, lambda: translated(name, settings, family))
     own = settings.get("auto_map")
     kind = settings.get("model_type")
     known = isinstance(kind, str) and kind in CONFIG_MAPPING and not is_remote(CONFIG_MAPPING[kind])

@@ -26,9 +26,10 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class Header:
-    """One tensor of a file. dtype: in safetensors' words (F32, BF16, I64 ...)."""
+    """One tensor of a file. name: that it has there. dtype: in safetensors' words (F32, BF16, I64 ...)."""
 
     file: Path
+    name: str
     shape: tuple[int, ...]
     dtype: str
 
@@ -47,7 +48,7 @@ def read_headers(directory: Path, loader: str = "AutoModelForCausalLM") -> dict[
             with safe_open(file, "pt") as opened:
                 for name in opened.keys():  # noqa: SIM118  (it is no dict)
                     tensor = opened.get_slice(name)
-                    headers[name] = Header(file, tuple(tensor.get_shape()), str(tensor.get_dtype()))
+                    headers[name] = Header(file, name, tuple(tensor.get_shape()), str(tensor.get_dtype()))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: {_fault(file, error)}") from error
     return headers
@@ -79,10 +80,10 @@ def has_weights(directory: Path) -> bool:
     return any(_found(directory, (*PICKLED, *OTHER_FORMATS))) or (directory / INDEX).exists()
 
 
-def read_tensor(header: Header, name: str) -> Any:
+def read_tensor(header: Header) -> Any:
     """Reads one tensor whole."""
     with safe_open(header.file, "pt") as opened:
-        return opened.get_tensor(name)
+        return opened.get_tensor(header.name)
 
 
 def some(names: Iterable[str]) -> str:

@@ -15,12 +15,13 @@ import torch
 import transformers
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
-from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.utils.quantization_config import GgufConfig
 
 from diffvl.config.supported import OWN_CODE, is_remote, own_code
 from diffvl.errors import CheckpointError, UnsupportedModelError, first_line
 from diffvl.store.published import QUANTIZED, explain_failures, is_gguf, load_config, quantized, quiet_report
+from diffvl.store.renamed import key_mapping, published_name, under_stock_names
 from diffvl.store.tensorfiles import FLOATS, Header, read_headers, read_tensor, some
 
 Headers = dict[str, Header]
@@ -47,6 +48,11 @@ def check_trunk(name: str, config: PretrainedConfig, revision: str | None = None
         _check(AutoModelForCausalLM, name, config, revision)
 
 
+def check_vlm(name: str, config: PretrainedConfig, revision: str | None = None) -> None:
+    """Gives the same for `load_vlm`."""
+    _check(AutoModelForImageTextToText, name, config, revision)
+
+
 def check_tower(name: str, config: PretrainedConfig) -> None:
     """Gives the same for `load_tower`."""
     _check(AutoModel, name, config, None)
@@ -60,6 +66,7 @@ def _check(auto_class: Any, name: str, config: PretrainedConfig, revision: str |
         if headers is None:
             return
     _refuse_odd_types(name, headers)
+    headers = under_stock_names(name, config, headers)
     model, info = _load_empty(auto_class, name, config, headers)
     _require_fit(name, model, info, headers, half=auto_class is AutoModel)
     integers = {key: header for key, header in headers.items() if header.dtype not in FLOATS}
@@ -77,7 +84,7 @@ def _hub_headers(name: str, revision: str | None) -> Headers | None:
     except (OSError, NO_CONNECTION, NotASafetensorsRepoError, SafetensorsParsingError):
         return None  # in the cache already, a mirror without ranges, or files that transformers has converted: loading will tell
     return {
-        key: Header(Path(file), tuple(tensor.shape), tensor.dtype)
+        key: Header(Path(file), key, tuple(tensor.shape), tensor.dtype)
         for file, content in found.files_metadata.items()
         for key, tensor in content.tensors.items()
     }
@@ -130,9 +137,12 @@ def _require_fit(name: str, model: PreTrainedModel, info: dict[str, Any], header
         faults = [f"lacks {some(missing)}"] if missing else []
         faults += [f"has {some(unexpected)} besides"] if unexpected else []
         head = any(key.endswith(("lm_head.weight", "embed_out.weight")) for key in missing) and len(missing) == 1
-        hint = '. If the embedding is the head, set "tie_word_embeddings": true in its config.json' if head else ""
+        tied = published_name(model.config, "tie_word_embeddings")
+        hint = f'. If the embedding is the head, set "{tied}": true in its config.json' if head else ""
+        renamed = f" (names of the stock {type(model).__name__}, as which it is read)" if key_mapping(model.config) else ""
         raise CheckpointError(
-            f"{name}: the weights do not fit the architecture of its config.json: the checkpoint {' and '.join(faults)}{hint}"
+            f"{name}: the weights do not fit the architecture of its config.json: the checkpoint {' and '.join(faults)}{renamed}"
+            f"{hint}"
         )
 
 
@@ -145,13 +155,13 @@ def _other_shape(name: str, config: PretrainedConfig, mismatched: list[tuple[str
     tables = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
     key, given, expected = min(mismatched, key=lambda found: not found[0].endswith(tables))
     file_key = _file_key(key, headers)
-    where = headers[file_key].file if file_key is not None else name
+    where, there = (headers[file_key].file, headers[file_key].name) if file_key is not None else (name, key)
     named = {"vocab_size": 0, "hidden_size": 1} if key.endswith(tables) and len(given) == len(expected) == 2 else {}
     differs = [name for name, side in named.items() if given[side] != expected[side] == getattr(config, name, None)]
     asks = f" ({' and '.join(f'{name} {getattr(config, name)}' for name in differs)})" if differs else ""
     others = f"; {len(mismatched) - 1} more tensors differ too" if len(mismatched) > 1 else ""
     return (
-        f"{where}: {file_key or key} has the shape {_shape(given)}, but config.json asks for {_shape(expected)}{asks}{others}. "
+        f"{where}: {there} has the shape {_shape(given)}, but config.json asks for {_shape(expected)}{asks}{others}. "
         "Set config.json right, or fetch the checkpoint again"
     )
 
@@ -183,11 +193,12 @@ def _require_tied(name: str, model: Any, headers: Headers | None = None) -> None
             own, shared = _file_key(head, headers), _file_key(embedding, headers)
             if own is None or shared is None or not headers[own].file.is_file():
                 continue
-            if torch.equal(read_tensor(headers[own], own), read_tensor(headers[shared], shared)):
+            if torch.equal(read_tensor(headers[own]), read_tensor(headers[shared])):
                 continue
             file = str(headers[own].file)
+        tied = published_name(model.config, "tie_word_embeddings")
         raise CheckpointError(
-            f'{file}: {head} differs from {embedding}, but config.json says "tie_word_embeddings": true. If the checkpoint has a '
+            f'{file}: {head} differs from {embedding}, but config.json says "{tied}": true. If the checkpoint has a '
             f"head of its own, set it to false there; if not, remove {head} from the file"
         )
 
@@ -196,9 +207,22 @@ def _require_tied(name: str, model: Any, headers: Headers | None = None) -> None
 
 
 def load_trunk(name: str, config: PretrainedConfig, revision: str | None = None) -> PreTrainedModel:
-    """Loads the AR checkpoint as a stock causal LM in its own dtype; a .gguf file is dequantised."""
+    """Loads the checkpoint as a stock causal LM in its own dtype; a .gguf file is dequantised, tensors under other names find
+    their places."""
     path = Path(name)
-    model = _load_gguf(path) if is_gguf(path) else _load(AutoModelForCausalLM, name, config=config, revision=revision)
+    if is_gguf(path):
+        model = _load_gguf(path)
+    else:
+        names = key_mapping(config)
+        arguments = {"key_mapping": names} if names else {}
+        model = _load(AutoModelForCausalLM, name, config=config, revision=revision, **arguments)
+    require_finite(name, model)
+    return model
+
+
+def load_vlm(name: str, config: PretrainedConfig, revision: str | None = None) -> PreTrainedModel:
+    """Loads an AR vision-language checkpoint as a stock model in its own dtype."""
+    model = _load(AutoModelForImageTextToText, name, config=config, revision=revision)
     require_finite(name, model)
     return model
 

@@ -165,6 +165,8 @@ def fit_to_stage(model: DiffVLForConditionalGeneration, stage: Stage, seed: int)
     objective = stage.objective
     if objective.kind == "ar":
         model.config.set_decoding("ar", block_size=1, context="causal", grid="response", target="shift")
+    elif objective.kind == "full_diffusion":
+        model.config.set_decoding("blocks", objective.block_size, "block", "response", objective.target)
     else:
         model.config.set_decoding("blocks", objective.block_size, objective.context, objective.grid, objective.target)
     choose(model.trunk, stage.attention, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -195,7 +197,7 @@ def longest_trainable(text_config: Any, objective: Objective) -> int | None:
         ConfigError: if a block is longer than the trunk's context.
     """
     context = getattr(text_config, "max_position_embeddings", None)
-    if objective.kind == "ar":
+    if objective.kind != "block_diffusion":
         return context
     largest = objective.largest_block
     if context is not None and largest > context:
