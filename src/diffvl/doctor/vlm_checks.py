@@ -1,8 +1,8 @@
 """What must hold of a vision-language model before block diffusion can be put on it: the demands of `checks`, with images.
 
 Place in the flow: `doctor` builds the copy (`tiny_vlm`) and asks here. What is run is what will be shipped (`vlm_probe`); the
-references ask the stock model alone (`vlm_reference`). How clean image tokens see each other is found out first: of the rules that
-the hub knows, the one under which explicit masks give the model's own logits.
+references ask the stock model alone (`vlm_reference`). How clean image tokens see each other is found out first: of the rules
+that the hub knows, the one under which explicit masks give the model's own logits.
 
 Shapes: B conversations, L clean length, T = all tokens of a row, V vocabulary.
 """
@@ -17,14 +17,14 @@ from transformers import PreTrainedModel
 
 from diffvl.doctor.checks import MODEL_FAULTS, Check, above, below, describe_fault, leaky, run_check
 from diffvl.doctor.vlm_pixels import Pixels
-from diffvl.doctor.vlm_probe import MASK, SINGLE, TOKENS, VlmProbe, conversation, image_sizes, permitted, shipped, token_types
+from diffvl.doctor.vlm_probe import MASK, SINGLE, TOKENS, VlmProbe, conversation, image_sizes, permitted, shipped
 from diffvl.doctor.vlm_reference import direct_logits, native_pass, native_positions
 from diffvl.hub.cache_diffvl import BlockCache
 from diffvl.hub.images_diffvl import placed_images, span_ids, vision_parameters
 from diffvl.hub.layout_diffvl import IMAGE_ATTENTION, Layout, clean_layout
 from diffvl.hub.masks_diffvl import attention_masks, block_kernels
 from diffvl.objective.packing import pack
-from diffvl.prepare.attention_proof import GRIDS, TOLERANCE, largest, smallest, spread
+from diffvl.prepare.attention_proof import GRIDS, largest, smallest, spread
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,11 @@ def parity_error(source: PreTrainedModel, pixels: Pixels, rule: str) -> float:
 
 
 def _positions_error(probe: VlmProbe) -> float:
-    """Compares position ids of the clean stream with those that the stock model makes."""
+    """Compares position ids of the clean stream with those that the stock model makes, counted from the first token: where they
+    begin does not matter to rotary positions, and to others the parity of logits tells."""
     numbers = native_positions(probe)
     ours = probe.rope[..., :1, : numbers.shape[-1]]
-    return float((ours - numbers).abs().max())
+    return float(((ours - ours[..., :1]) - (numbers - numbers[..., :1])).abs().max())
 
 
 @torch.no_grad()
@@ -123,7 +124,7 @@ def _images_effect(probe: VlmProbe) -> float:
 
 
 def _leaking(probe: VlmProbe) -> VlmProbe:
-    return VlmProbe(**{**vars(probe), "layout": leaky(probe.layout)})
+    return probe.changed(layout=leaky(probe.layout))
 
 
 def leak(probe: VlmProbe) -> float:
@@ -155,7 +156,7 @@ def both_ways(probe: VlmProbe) -> float:
 def _clean_part(probe: VlmProbe) -> VlmProbe:
     part = slice(0, probe.clean_length)
     rows = {"ids": probe.ids[:, part], "image_index": probe.image_index[:, part], "rope": probe.rope[..., part]}
-    return VlmProbe(**{**vars(probe), **rows, "layout": probe.layout.part(part)})
+    return probe.changed(layout=probe.layout.part(part), **rows)
 
 
 def _clean_error(probe: VlmProbe) -> float:
@@ -225,7 +226,7 @@ def _cut_error(probe: VlmProbe) -> float:
     if layout.span is not None:
         layout.span = torch.where(torch.arange(layout.span.shape[1]) < middle, layout.span, layout.span + layout.span.max())
         layout.span = torch.where(clean.layout.span == 0, 0, layout.span)
-    clean = VlmProbe(**{**vars(clean), "layout": layout})
+    clean = clean.changed(layout=layout)
     whole, valid = clean.logits()[0], clean.layout.valid[0].nonzero()[:, 0]
     cache, nothing = BlockCache(), torch.zeros(0, dtype=torch.long)
     parts = [_cached(clean, cache, nothing, valid[:middle], True), _cached(clean, cache, valid[:middle], valid[middle:], True)]
@@ -236,14 +237,11 @@ def _cut_error(probe: VlmProbe) -> float:
 def _packing_error(probe: VlmProbe) -> float:
     """Compares the conversations side by side in one row with each in a row of its own."""
     packed = pack(probe.layout, torch.zeros(len(probe.ids), dtype=torch.long))
-    row = VlmProbe(
-        **{
-            **vars(probe),
-            "layout": packed.layout,
-            "ids": packed.moved(probe.ids, 0),
-            "image_index": packed.moved(probe.image_index, -1),
-            "rope": packed.moved(probe.rope, 0),
-        }
+    row = probe.changed(
+        layout=packed.layout,
+        ids=packed.moved(probe.ids, 0),
+        image_index=packed.moved(probe.image_index, -1),
+        rope=packed.moved(probe.rope, 0),
     )
     alone, valid = probe.logits(), probe.layout.valid
     together = row.logits().flatten(0, 1)[packed.place[valid]]
