@@ -16,6 +16,8 @@ from diffvl.cli import main as cli
 from diffvl.config.resolve import resolve
 from diffvl.demo import standins
 from diffvl.demo.shapes import write_shapes
+from diffvl.demo.standin_processors import make_processor_files
+from diffvl.demo.standin_vlms import VLMS, make_vlm
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.prepare.run import prepare
@@ -45,20 +47,28 @@ def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Model type -> directory of a tiny AR checkpoint."""
-    return cache(lambda model_type: standins.make_trunk(tmp_path_factory.mktemp(f"trunk-{model_type}"), model_type))
+    """Model type -> directory of a tiny AR checkpoint, of a language model or a vision-language model."""
+
+    @cache
+    def make(model_type: str) -> Path:
+        directory = tmp_path_factory.mktemp(f"source-{model_type}")
+        if model_type not in VLMS:
+            return standins.make_trunk(directory, model_type)
+        return make_vlm(directory, model_type, tokenizer=make_processor_files(directory, model_type))
+
+    return make
 
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory, source: Callable[[str], Path], tower: Path) -> Callable[[str], Path]:
     """Model type -> what `prepare` writes."""
-    stages = {"align": {"objective": {"kind": "ar"}, "trainable": {"connector": 1e-3}, "steps": 1}}
+    stages = {"align": {"objective": {"kind": "ar"}, "trainable": {"trunk": 1e-3}, "steps": 1}}
     recipe = resolve({"stages": stages}, [], "test")
 
     @cache
     def make(model_type: str) -> Path:
         quiet_libraries()
-        start = Source(str(source(model_type)), None, str(tower))
+        start = Source(str(source(model_type)), None, None if model_type in VLMS else str(tower))
         return prepare(start, recipe, tmp_path_factory.mktemp("prepared") / model_type, QUIET)
 
     return make
