@@ -2,6 +2,7 @@
 shared model; it may set the decoding settings of one, and then sets all of them.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,13 @@ from diffvl.store.checkpoint import load_checkpoint
 from diffvl.terminal.bars import quiet_libraries
 
 Loaded = tuple[DiffVLForConditionalGeneration, DiffVLProcessor]
+
+
+def pytest_collection_finish() -> None:
+    """Whatever is imported now stays for good: a stage's gc.collect(), one at its beginning and one at its end, need not walk
+    through it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
