@@ -3,6 +3,7 @@ shared model; it may set the decoding settings of one, and then sets all of them
 """
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -10,9 +11,11 @@ from pathlib import Path
 import datasets.config
 import pytest
 import torch
+from forks import Forks
 from helpers import QUIET
 
 from diffvl.config.resolve import resolve
+from diffvl.demo import shapes as pictures
 from diffvl.demo import standins
 from diffvl.demo.shapes import write_shapes
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
@@ -39,8 +42,17 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HOME", str(home))
         patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr(os, "fsync", lambda _: None)  # only a power cut loses what is written: no need to wait for a disk
+        patch.setattr(pictures, "is_test", cache(pictures.is_test))  # of 83,520 scenes, for each split of each set
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "datasets")
         yield home
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """What runs the package in processes of their own; it has imported it once for all of them."""
+    with Forks(tmp_path_factory.mktemp("forks") / "stderr") as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

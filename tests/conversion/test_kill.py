@@ -16,6 +16,7 @@ from typing import Any
 import killed_process
 import pytest
 import torch
+from forks import Forks
 from helpers import metrics
 from killed_process import Killer, Moment, Story
 from tiny_runs import refused, stage, succeed, tree, write_recipe
@@ -41,9 +42,8 @@ CASES = [*(("plain", moment) for moment in killed_process.MOMENTS), ("lora", "st
 
 
 @pytest.fixture(scope="module")
-def killer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killer]:
-    with Killer(tmp_path_factory.mktemp("killer") / "stderr") as started:
-        yield started
+def killer(forks: Forks) -> Killer:
+    return Killer(forks)
 
 
 def listing(directory: Path) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import Forks
 from helpers import metrics, stage_recipe, text_only, trunks, weights_of
 from training_runs import BETA, crash, require_same_steps, run, run_two
 
@@ -111,16 +112,20 @@ def test_accumulation_changes_nothing(
 
 
 def test_two_processes_are_one(
-    whole_steps: list[dict[str, Any]], prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path: Path
+    forks: Forks,
+    whole_steps: list[dict[str, Any]],
+    prepared: Callable[[str], Path],
+    shapes: dict[str, Path],
+    tmp_path: Path,
 ):
-    require_same_steps(run_two(prepared("llama"), step_recipe(shapes, 2, 2), tmp_path), whole_steps)
+    require_same_steps(run_two(forks, prepared("llama"), step_recipe(shapes, 2, 2), tmp_path), whole_steps)
 
 
-def test_two_processes_without_pictures(prepared: Callable[[str], Path], tmp_path: Path):
+def test_two_processes_without_pictures(forks: Forks, prepared: Callable[[str], Path], tmp_path: Path):
     """The connector is all that trains, and nothing has passed through it: data parallelism must still find its gradients."""
     data = text_only(tmp_path / "text.json", 8)
     recipe = stage_recipe(data, objective={"kind": "ar"}, trainable={"connector": 1e-3}, steps=2, batch_size=2)
-    assert [line["step"] for line in run_two(prepared("llama"), recipe, tmp_path) if "loss" in line] == [1, 2]
+    assert [line["step"] for line in run_two(forks, prepared("llama"), recipe, tmp_path) if "loss" in line] == [1, 2]
 
 
 def test_noise_is_drawn_by_optimiser_steps(

@@ -3,6 +3,7 @@
 Shapes: B batch, L clean length, S side of a picture in pixels.
 """
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,3 +108,16 @@ def trunks(*left_out: str) -> list[Any]:
         for model_type in standins.TRUNKS
         if model_type not in left_out
     ]
+
+
+def pairwise(*axes: Sequence[Any]) -> list[Any]:
+    """All combinations as parameters of a test; by default as few as let every two values meet, the others among the slow
+    tests."""
+    every = list(itertools.product(*axes))
+    pairs = {one: set(itertools.combinations(enumerate(one), 2)) for one in every}
+    missing, chosen = set().union(*pairs.values()), set()
+    while missing:
+        best = max(every, key=lambda one: len(pairs[one] & missing))
+        chosen.add(best)
+        missing -= pairs[best]
+    return [pytest.param(*one, marks=() if one in chosen else pytest.mark.slow) for one in every]
