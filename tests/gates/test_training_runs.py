@@ -11,6 +11,7 @@ import pytest
 import torch
 from forks import Forks
 from helpers import metrics, stage_recipe, text_only, trunks, weights_of
+from tiny_runs import short_records
 from training_runs import BETA, crash, require_same_steps, run, run_two
 
 from diffvl.config.recipe import Recipe
@@ -63,11 +64,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 
 @pytest.mark.parametrize("model_type", trunks("llama"))
 def test_a_resumed_run_is_the_uninterrupted_one_in_every_family(
-    model_type: str, prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_type: str, prepared: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A shorter run of the same, with packed rows and two curricula, cut between a save and the next."""
     moving = {**BETA, "block_size": 8, "block_curriculum": {0.0: 4, 0.5: 8}, "complementary": True}
-    recipe = stage_recipe(shapes["train"], row_length=1024, objective=moving, steps=4, save_every=2, batch_size=1)
+    recipe = stage_recipe(short_records(tmp_path, 10), row_length=256, objective=moving, steps=4, save_every=2, batch_size=1)
     start = prepared(model_type)
     whole = run(start, recipe, tmp_path / "whole")
     crash(start, recipe, tmp_path / "cut", step=3, resume=False, patch=monkeypatch)
@@ -81,10 +82,10 @@ def test_a_resumed_run_is_the_uninterrupted_one_in_every_family(
 # --- how a step is cut ------------------------------------------------------------------------------------------------------
 
 
-def step_recipe(shapes: dict[str, Path], batch_size: int, accumulation: int) -> Recipe:
+def step_recipe(data: Path, batch_size: int, accumulation: int) -> Recipe:
     """Three steps of 8 samples out of 10, so that an epoch ends inside."""
     cut = {"batch_size": batch_size, "accumulation": accumulation}
-    return stage_recipe(shapes["train"], objective=BETA, steps=3, **cut)
+    return stage_recipe(data, objective=BETA, steps=3, **cut)
 
 
 @pytest.fixture(scope="module")
@@ -92,22 +93,20 @@ def whole_steps(
     prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
     """metrics.jsonl of one process that takes all 8 samples at once."""
-    return metrics(run(prepared("llama"), step_recipe(shapes, 8, 1), tmp_path_factory.mktemp("eight") / "run"))
+    return metrics(run(prepared("llama"), step_recipe(shapes["train"], 8, 1), tmp_path_factory.mktemp("eight") / "run"))
 
 
 @pytest.mark.parametrize("model_type", trunks("llama"))
-def test_accumulation_changes_nothing_in_any_family(
-    model_type: str, prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path: Path
-):
-    start = prepared(model_type)
-    ones, eights = (metrics(run(start, step_recipe(shapes, 8 // cut, cut), tmp_path / str(cut))) for cut in (8, 1))
+def test_accumulation_changes_nothing_in_any_family(model_type: str, prepared: Callable[[str], Path], tmp_path: Path):
+    start, data = prepared(model_type), short_records(tmp_path, 10)
+    ones, eights = (metrics(run(start, step_recipe(data, 8 // cut, cut), tmp_path / str(cut))) for cut in (8, 1))
     require_same_steps(ones, eights)
 
 
 def test_accumulation_changes_nothing(
     whole_steps: list[dict[str, Any]], prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path: Path
 ):
-    ones = metrics(run(prepared("llama"), step_recipe(shapes, 1, 8), tmp_path / "run"))
+    ones = metrics(run(prepared("llama"), step_recipe(shapes["train"], 1, 8), tmp_path / "run"))
     require_same_steps(ones, whole_steps)
 
 
@@ -118,7 +117,7 @@ def test_two_processes_are_one(
     shapes: dict[str, Path],
     tmp_path: Path,
 ):
-    require_same_steps(run_two(forks, prepared("llama"), step_recipe(shapes, 2, 2), tmp_path), whole_steps)
+    require_same_steps(run_two(forks, prepared("llama"), step_recipe(shapes["train"], 2, 2), tmp_path), whole_steps)
 
 
 def test_two_processes_without_pictures(forks: Forks, prepared: Callable[[str], Path], tmp_path: Path):

@@ -66,11 +66,12 @@ def picture(seed: int = 0) -> Image.Image:
 
 
 def stage_recipe(data: Path, holdout: int = 0, row_length: int | None = None, **stage: Any) -> Recipe:
-    """A recipe with one stage, `diffuse`, in fp32: 4 steps of 2 samples unless `stage` says otherwise."""
+    """A recipe with one stage, `diffuse`, in fp32: 4 steps of 2 samples unless `stage` says otherwise. No sample may be longer
+    than a row."""
     settings = {
         "objective": {"kind": "block_diffusion", "block_size": 4},
         "trainable": {"trunk": 1e-3, "connector": 1e-3, "mask_row": 1e-3},
-        "data": {"train": str(data), "holdout": holdout, "max_length": 512, "row_length": row_length},
+        "data": {"train": str(data), "holdout": holdout, "max_length": min(512, row_length or 512), "row_length": row_length},
         "steps": 4,
         "batch_size": 2,
         "precision": "fp32",
