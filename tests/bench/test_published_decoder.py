@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Loaded
 from decode_prompts import CPU, TINY, chat, prompts_of, tiny
 from helpers import CONTEXTS, GRIDS, trunks
+from shared_fixtures import Loaded
 from transformers import DynamicCache
 
 from diffvl.bench.decoders import NEVER, Prompts, blocks_and_steps, ours, published

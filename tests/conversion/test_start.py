@@ -12,9 +12,9 @@ import pytest
 import tiny_runs
 from forks import Forks
 from helpers import QUIET
+from processes import on_processes
 from tiny_runs import record, stage, succeed, write_data, write_recipe
 from transformers import AutoImageProcessor, AutoTokenizer
-from two_processes import on_two_processes
 
 from diffvl.config.recipe import Data
 from diffvl.conversion.samples import SAMPLE_SETTINGS
@@ -125,10 +125,10 @@ def test_a_command_on_two_processes(program: str, forks: Forks, source: Callable
     )
     words = ("convert", source("llama"), "--recipe", recipe, "--out", tmp_path / "out")
     bad = write_data(tmp_path, record(), record(answer=""), name="bad.json")
-    ended = on_two_processes(forks, tmp_path, program, [*words, "--data", bad])
+    ended = on_processes(forks, tmp_path, program, [*words, "--data", bad])
     assert [one.code for one in ended] == [2, 2]
     assert all("bad.json:3: turn 2: empty answer" in one.err and "Traceback" not in one.err for one in ended)
     assert not (tmp_path / "out").exists()
-    ended = on_two_processes(forks, tmp_path, program, words)
+    ended = on_processes(forks, tmp_path, program, words)
     assert [one.code for one in ended] == [0, 0], ended
     assert ended[1].out == "" and len((tmp_path / "out" / "diffuse" / "samples.jsonl").read_text().splitlines()) == 1

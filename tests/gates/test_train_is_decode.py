@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Loaded
 from helpers import CONTEXTS, GRIDS, TARGETS, batch, objective, picture, trunks
+from shared_fixtures import Loaded
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from diffvl.data.chat import Sample

@@ -32,16 +32,12 @@ RESUMED = {
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_is_the_uninterrupted_one(
-    name: str,
-    prepared: Callable[[str], Path],
-    shapes: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, prepared: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """To the bit: every line of metrics.jsonl and every weight. Two crashes, each in the middle of an epoch of 4 steps and with
     a lost step behind its checkpoint; the held-out measure runs in between."""
     settings = {"steps": 8, "save_every": 2, "eval_every": 3, **RESUMED[name]}
-    recipe = stage_recipe(shapes["train"], holdout=2, **settings)
+    recipe = stage_recipe(short_records(tmp_path, 10), holdout=2, **settings)
     start = prepared("llama")
     torch.manual_seed(11)  # the state that a run finds must not matter
     whole = run(start, recipe, tmp_path / "whole")

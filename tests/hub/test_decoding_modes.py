@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Loaded
 from decode_chats import CHATS, answers, generated
 from helpers import CONTEXTS, GRIDS, TARGETS, pairwise, picture, trunks
+from shared_fixtures import Loaded
 from transformers import TextIteratorStreamer
 
 from diffvl.hub import autoregressive_diffvl

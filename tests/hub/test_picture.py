@@ -12,8 +12,8 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from conftest import Loaded
 from PIL import Image, ImageCms
+from shared_fixtures import Loaded
 
 from diffvl.data.chat import sample_of
 from diffvl.data.images import open_image

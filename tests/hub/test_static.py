@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Loaded
 from decode_chats import CHATS, generated
 from helpers import CONTEXTS, GRIDS, TARGETS, pairwise, trunks
+from shared_fixtures import Loaded
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Loaded
 from decode_chats import CHATS
 from helpers import CONTEXTS, TARGETS, pairwise
+from shared_fixtures import Loaded
 
 from diffvl.hub.answers_diffvl import BatchAnswers, picker
 from diffvl.hub.cache_diffvl import static_trunk

@@ -9,10 +9,10 @@ import json
 import sys
 
 import killed_process
+import processes
 import torch
-import two_processes
 
-KINDS = {"killed": killed_process.answer, "two": two_processes.answer}
+KINDS = {"killed": killed_process.answer, "together": processes.answer}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""What several tests need: hand-made batches, settings, and comparisons. No fixtures here; those stand in conftest.py.
+"""What several tests need: hand-made batches, settings, and comparisons. No fixtures here; those stand in shared_fixtures.py.
 
 Shapes: B batch, L clean length, S side of a picture in pixels.
 """

@@ -1,4 +1,4 @@
-"""One process of a run on several, started by two_processes.py: START RECIPE DIRECTORY."""
+"""One process of a run on several, started by processes.py: START RECIPE DIRECTORY."""
 
 import sys
 from pathlib import Path

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from forks import Forks
 from helpers import QUIET, metrics
-from two_processes import on_two_processes
+from processes import on_processes
 
 from diffvl.config.recipe import Recipe
 from diffvl.config.resolve import dump
@@ -51,7 +51,7 @@ def two_processes(forks: Forks, start: Path, recipe: Recipe, folder: Path) -> li
     """(exit code, what it printed) of each of the two processes of a run."""
     (folder / "recipe.yaml").write_text(dump(recipe))
     words = (start, folder / "recipe.yaml", folder / "run")
-    return [(ended.code, ended.out + ended.err) for ended in on_two_processes(forks, folder, "train", words)]
+    return [(ended.code, ended.out + ended.err) for ended in on_processes(forks, folder, "train", words)]
 
 
 def require_same_steps(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:

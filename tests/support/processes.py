@@ -1,4 +1,5 @@
-"""A program on two processes that find each other (gloo): `on_two_processes` asks, fork_server.py answers with `answer`."""
+"""A program in a process of its own, or in several that find each other (gloo): `on_processes` asks, fork_server.py answers with
+`answer`."""
 
 import os
 import signal
@@ -22,6 +23,7 @@ def fresh() -> None:
 
 
 PROGRAMS: dict[str, Any] = {"diffvl": cli.main, "train": train_process.main, "fresh diffvl": fresh}
+PATIENCE = 400  # seconds
 
 
 @dataclass(frozen=True)
@@ -33,19 +35,17 @@ class Ended:
     err: str
 
 
-def on_two_processes(forks: Forks, folder: Path, program: str, words: Sequence[object], patience: float = 400) -> list[Ended]:
-    """Runs one of PROGRAMS twice, as ranks 0 and 1 of one run; both are gone at the end, whatever happens. What they print goes
-    through files in `folder`."""
+def on_processes(forks: Forks, folder: Path, program: str, words: Sequence[object], number: int = 2) -> list[Ended]:
+    """Runs one of PROGRAMS so often, as ranks 0, 1 ... of one run; all are gone at the end, whatever happens. What they print
+    goes through files in `folder`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    environments = [{**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    files = [[folder / f"{rank}.{stream}" for stream in ("out", "err")] for rank in range(2)]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(number)}
+    environments = [{**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)] if number > 1 else [{}]
+    files = [[folder / f"{rank}.{stream}" for stream in ("out", "err")] for rank in range(number)]
     told = [list(map(str, pair)) for pair in files]
-    codes = forks.ask(
-        "two", program=program, words=list(map(str, words)), environments=environments, files=told, patience=patience
-    )
+    codes = forks.ask("together", program=program, words=list(map(str, words)), environments=environments, files=told)
     texts = [[file.read_text(encoding="utf-8") for file in pair] for pair in files]
     return [Ended(code, *pair) for code, pair in zip(codes, texts, strict=True)]
 
@@ -53,12 +53,10 @@ def on_two_processes(forks: Forks, folder: Path, program: str, words: Sequence[o
 # --- in the server ---------------------------------------------------------------------------------------------------------
 
 
-def answer(
-    program: str, words: list[str], environments: list[dict[str, str]], files: list[list[str]], patience: float
-) -> list[int]:
+def answer(program: str, words: list[str], environments: list[dict[str, str]], files: list[list[str]]) -> list[int]:
     """The exit codes of the processes, one for each environment; a number below zero is the signal that ended it."""
     running = [start(program, words, *given) for given in zip(environments, files, strict=True)]
-    children, codes, until = list(running), dict[int, int](), time.monotonic() + patience
+    children, codes, until = list(running), dict[int, int](), time.monotonic() + PATIENCE
     while running:
         if time.monotonic() > until:
             for child in running:

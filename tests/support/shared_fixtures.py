@@ -1,0 +1,99 @@
+"""Shared fixtures. Directories and models are made once a session and shared: a test must not write into them, nor train a
+shared model; it may set the decoding settings of one, and then sets all of them.
+"""
+
+import gc
+import os
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import datasets.config
+import pytest
+import torch
+from forks import Forks
+from helpers import QUIET
+
+from diffvl.config.resolve import resolve
+from diffvl.demo import shapes as pictures
+from diffvl.demo import standins
+from diffvl.demo.shapes import write_shapes
+from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
+from diffvl.hub.processing_diffvl import DiffVLProcessor
+from diffvl.prepare.assemble import Source, prepare
+from diffvl.store.checkpoint import load_checkpoint
+from diffvl.terminal.bars import quiet_libraries
+
+Loaded = tuple[DiffVLForConditionalGeneration, DiffVLProcessor]
+
+
+def pytest_collection_finish() -> None:
+    """Whatever is imported now stays for good: a stage's gc.collect(), one at its beginning and one at its end, need not walk
+    through it each time."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Nothing is read from or left in the user's caches, and no hub is asked, here and in processes that tests start."""
+    home = tmp_path_factory.mktemp("hf-home")
+    torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(home))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr(os, "fsync", lambda _: None)  # only a power cut loses what is written: no need to wait for a disk
+        patch.setattr(pictures, "is_test", cache(pictures.is_test))  # of 83,520 scenes, for each split of each set
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "datasets")
+        yield home
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """What runs the package in processes of their own; it has imported it once for all of them."""
+    with Forks(tmp_path_factory.mktemp("forks") / "stderr") as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return standins.make_tower(tmp_path_factory.mktemp("tower"), "siglip")
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Model type -> directory of a tiny AR checkpoint."""
+    return cache(lambda model_type: standins.make_trunk(tmp_path_factory.mktemp(f"trunk-{model_type}"), model_type))
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory, source: Callable[[str], Path], tower: Path) -> Callable[[str], Path]:
+    """Model type -> what `prepare` writes."""
+    stages = {"align": {"objective": {"kind": "ar"}, "trainable": {"connector": 1e-3}, "steps": 1}}
+    recipe = resolve({"stages": stages}, [], "test")
+
+    @cache
+    def make(model_type: str) -> Path:
+        quiet_libraries()
+        start = Source(str(source(model_type)), None, str(tower))
+        return prepare(start, recipe, tmp_path_factory.mktemp("prepared") / model_type, QUIET)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def loaded(prepared: Callable[[str], Path]) -> Callable[[str], Loaded]:
+    """Model type -> the prepared model and its processor in memory, in evaluation mode."""
+
+    @cache
+    def load(model_type: str) -> Loaded:
+        model, processor = load_checkpoint(prepared(model_type))
+        return model.eval(), processor
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Split -> data file, with 8, 10 and 2 records."""
+    return write_shapes(tmp_path_factory.mktemp("shapes") / "set", align=8, train=10, test=2)
