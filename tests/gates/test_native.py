@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Loaded
 from helpers import metrics, objective, picture, stage_recipe, weights_of
 from PIL import Image
+from shared_fixtures import Loaded
 from train_and_decode import compare, images_in, training_sample
 from training_runs import BETA, crash, run
 from transformers import AutoModelForImageTextToText

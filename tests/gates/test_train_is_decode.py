@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Loaded
 from helpers import CONTEXTS, TARGETS, trunks
+from shared_fixtures import Loaded
 from train_and_decode import CHAT, OTHER, SETTINGS, compare
 
 from diffvl.hub.decoder_diffvl import BlockDecoder

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Loaded
 from helpers import ORDINARY
+from shared_fixtures import Loaded
 from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, GenerationConfig
 
 from diffvl.hub.answers_diffvl import BlockGenerationOutput, settled

@@ -10,9 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from conftest import Loaded
 from helpers import CONTEXTS, GRIDS, TARGETS, batch, objective, picture
 from PIL import Image
+from shared_fixtures import Loaded
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from diffvl.data.samples import Sample, collate
