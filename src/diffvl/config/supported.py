@@ -75,6 +75,12 @@ def own_code(name: str, settings: dict[str, Any]) -> str:
     )
 
 
+def image_token_id(config: "transformers.PreTrainedConfig") -> int | None:
+    """Gives the id of the token that shows a row of an image, under whatever name the configuration has it; None without one."""
+    found = (getattr(config, name, None) for name in ("image_token_id", "image_token_index", "image_patch_id"))
+    return next((value for value in found if isinstance(value, int)), None)
+
+
 def is_remote(config_class: type) -> bool:
     """Tells whether a class was read from a checkpoint's own code."""
     return config_class.__module__.startswith("transformers_modules")

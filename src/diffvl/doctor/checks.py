@@ -85,10 +85,11 @@ def run_checks(trunk: PreTrainedModel) -> list[Check]:
         "gradients": lambda: _gradients(both[0]),
         "new token": lambda: below("new token", _new_token_error(trunk)),
     }
-    return [_run(name, check) for name, check in checks.items()]
+    return [run_check(name, check) for name, check in checks.items()]
 
 
-def _run(name: str, check: Callable[[], Check]) -> Check:
+def run_check(name: str, check: Callable[[], Check]) -> Check:
+    """Makes a check; what the model's code raises fails it."""
     try:
         return check()
     except MODEL_FAULTS as error:
@@ -116,7 +117,12 @@ class LeakyLayout(Layout):
 
 def leaking(probe: ProbeText) -> ProbeText:
     """Gives the same text the bug in its masks."""
-    return replace(probe, layout=LeakyLayout(**probe.layout.rows, context=probe.layout.context))
+    return replace(probe, layout=leaky(probe.layout))
+
+
+def leaky(layout: Layout) -> Layout:
+    """Puts the bug into a layout."""
+    return LeakyLayout(**layout.rows, context=layout.context, image_attention=layout.image_attention)
 
 
 @torch.no_grad()

@@ -108,10 +108,10 @@ LAYER_RULES: dict[str, LayerRule] = {
 
 def shrink(config: PretrainedConfig) -> PretrainedConfig:
     """Makes the configuration of the tiny copy, of the same class; `config` is left as it is."""
-    return type(config).from_dict(_shrink(config.to_dict()))
+    return type(config).from_dict(shrink_settings(config.to_dict()))
 
 
-def _shrink(settings: dict[str, Any]) -> dict[str, Any]:
+def shrink_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Shrinks one level of a configuration; sub-configurations have layers of their own."""
     kept = _kept_layers(settings)
     tiny: dict[str, Any] = {}
@@ -120,8 +120,8 @@ def _shrink(settings: dict[str, Any]) -> dict[str, Any]:
             continue
         if name in ROPE and isinstance(value, dict):
             tiny[name] = _shrink_rope(value)
-        elif isinstance(value, dict) and not name.endswith(("2id", "2label")):
-            tiny[name] = _shrink(value)
+        elif isinstance(value, dict) and not name.endswith(("2id", "2label")) and all(isinstance(key, str) for key in value):
+            tiny[name] = shrink_settings(value)
         elif isinstance(value, list):
             tiny[name] = _shrink_list(name, value, kept, settings)
         elif name in LAYER_RULES and isinstance(value, int):
@@ -220,8 +220,8 @@ def _shrink_rope(rope: dict[str, Any], head_dim: int = HEAD_DIM) -> dict[str, An
         elif name in ("long_factor", "short_factor"):
             tiny[name] = value[:half]
         elif name == "mrope_section":
-            parts = [half * part // sum(value) for part in value]
-            tiny[name] = [half - sum(parts[1:]), *parts[1:]]
+            parts = [round(half * part / sum(value)) for part in value[:-1]]
+            tiny[name] = [*parts, half - sum(parts)]
         else:
             tiny[name] = min(value, LIMITS[name]) if name in LIMITS else value
     return tiny
@@ -237,25 +237,28 @@ def build(config: PretrainedConfig, trust_remote_code: bool = False, seed: int =
         UnsupportedModelError: if it comes out too large for a probe, or with an attention that takes no dense mask.
         Exceptions of the model's own code, of many types, where the configuration does not fit the class.
     """
-    tiny = shrink(config)
-    make = _maker(tiny, trust_remote_code)
+    return build_with(AutoModelForCausalLM, shrink(config), seed, trust_remote_code)
+
+
+def build_with(maker: Any, tiny: PretrainedConfig, seed: int, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Builds a model of a tiny configuration by one of transformers' Auto classes; raises as `build`."""
+
+    def make() -> PreTrainedModel:
+        # Without a choice of attention transformers takes sdpa where the class supports it, and eager elsewhere.
+        return maker.from_config(tiny, trust_remote_code=trust_remote_code, dtype=torch.float32)
+
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in make().parameters())
     if parameters > MAX_PARAMETERS:
-        raise UnsupportedModelError(f"{config.model_type}: its tiny copy has {parameters:,} parameters, too many for a probe")
+        raise UnsupportedModelError(f"{tiny.model_type}: its tiny copy has {parameters:,} parameters, too many for a probe")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = make()
         rescale(model)
-    implementation = model.config._attn_implementation
+    implementation = model.config.get_text_config(decoder=True)._attn_implementation
     if implementation not in ("sdpa", "eager"):
-        raise UnsupportedModelError(f"{config.model_type}: its attention is {implementation!r}; expected sdpa or eager")
+        raise UnsupportedModelError(f"{tiny.model_type}: its attention is {implementation!r}; expected sdpa or eager")
     return model.eval()
-
-
-def _maker(tiny: PretrainedConfig, trust_remote_code: bool) -> Callable[[], PreTrainedModel]:
-    # Without a choice of attention transformers takes sdpa where the class supports it, and eager elsewhere.
-    return lambda: AutoModelForCausalLM.from_config(tiny, trust_remote_code=trust_remote_code, dtype=torch.float32)
 
 
 @torch.no_grad()
