@@ -90,8 +90,9 @@ def test_training_logits_are_decoding_logits(
 
 @pytest.mark.parametrize("model_type", natives())
 def test_an_image_that_reaches_into_the_first_block(model_type: str, loaded: Callable[[str], Loaded]):
-    """Blocks of 64 on the absolute grid: an image is cut by the start of the block in which the answer begins."""
-    assert True in compare(loaded(model_type), 64, "causal", "absolute", "same", chat=CHAT, beside=BESIDE)
+    """Wide blocks on the absolute grid: an image is cut by the start of the block in which the answer begins."""
+    shown = [compare(loaded(model_type), size, "causal", "absolute", "same", chat=CHAT, beside=BESIDE) for size in (40, 64, 96)]
+    assert any(map(any, shown))
 
 
 @pytest.mark.parametrize("model_type", natives())
@@ -132,10 +133,10 @@ def leak(loaded: Loaded, context: str, monkeypatch: pytest.MonkeyPatch | None = 
     logits = []
     for changed in (False, True):
         ids = list(sample.ids)
-        last = max(place for place, mark in enumerate(sample.answer) if mark) - 1
+        last = max(place for place, mark in enumerate(sample.answer) if mark)  # in the last block, whatever its size
         if changed:
             ids[last] = (ids[last] + 1) % 200
-        batch: Any = collate([[type(sample)(ids, sample.answer, sample.pixels, 3, sample.image_tokens)]], pad_token_id=0)
+        batch: Any = collate([[type(sample)(ids, sample.answer, sample.pixels, 3, sample.images)]], pad_token_id=0)
         seen: list[torch.Tensor] = []
 
         def spy(seen: list[torch.Tensor] = seen, **given: Any) -> Any:

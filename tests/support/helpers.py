@@ -49,7 +49,7 @@ def sample(config: DiffVLConfig, lengths: Sequence[int], index: int = 0, picture
         ids[2 : 2 + config.image_tokens] = [config.image_token_id] * config.image_tokens
         assert lengths[0] >= 2 + config.image_tokens
         pixels = {"pixel_values": torch.randn(1, 3, standins.IMAGE_SIZE, standins.IMAGE_SIZE, generator=generator)}
-    return Sample(ids, answer, pixels, index)
+    return Sample(ids, answer, pixels, index, int(picture))
 
 
 def batch(samples: Sequence[Sample]) -> Batch:

@@ -39,7 +39,7 @@ class Spy:
     """Stands for the model in `block_diffusion` and keeps the logits that it was asked for."""
 
     def __init__(self, model: DiffVLForConditionalGeneration) -> None:
-        self.model, self.logits = model, torch.empty(0)
+        self.model, self.logits, self.images = model, torch.empty(0), model.images
 
     def __call__(self, **arguments: Any) -> CausalLMOutputWithPast:
         judge = arguments.pop("row_map")
@@ -52,7 +52,7 @@ class Spy:
 def training_sample(processor: DiffVLProcessor, messages: list[dict[str, Any]], index: int) -> Sample:
     encoding = processor.encode_chat(messages)
     pictures = images_in(messages)
-    return Sample(encoding.ids, encoding.answer, processor.pixels(pictures) or None, index)
+    return Sample(encoding.ids, encoding.answer, processor.pixels(pictures) or None, index, len(pictures))
 
 
 def images_in(messages: list[dict[str, Any]]) -> list[Image.Image]:

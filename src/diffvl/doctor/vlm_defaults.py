@@ -11,7 +11,10 @@ def _rotary(*sections: int, **more: Any) -> dict[str, Any]:
 
 
 _GLM = {"text_config": {"rope_parameters": _rotary(8, 12, 12, partial_rotary_factor=0.5)}}
-_COHERE = {"model_type": "cohere_compass_text", "rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _rotary(16, 24, 24))}
+_COHERE = {
+    "model_type": "cohere_compass_text",
+    "rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _rotary(16, 24, 24)),
+}
 _PERCEPTION = {"model_type": "timm_wrapper", "architecture": "vit_pe_core_large_patch14_336", "model_args": {"embed_dim": 1024}}
 COMPLETIONS: dict[str, dict[str, Any]] = {
     "cohere_compass": {"text_config": _COHERE},

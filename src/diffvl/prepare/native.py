@@ -111,7 +111,9 @@ def read_native_parts(source: Source, recipe: Recipe, config: PretrainedConfig) 
         CheckpointError, UnsupportedModelError, ConfigError.
     """
     weights.check_vlm(source.model, config, source.revision)
-    processor, facts = read_native_processor(source.model, source.revision, source.trust_remote_code, recipe.prepare, config)
+    processor, facts = read_native_processor(
+        source.model, source.revision, source.trust_remote_code, system_turn=recipe.prepare.system_turn, config=config
+    )
     for advice in facts.advice:
         log.info("%s: %s", source.model, advice)
     family, tokenizer = family_of(config.model_type), processor.tokenizer
@@ -228,10 +230,11 @@ def _difference(model: DiffVLForConditionalGeneration, rule: str, prompts: Seque
 
 @torch.no_grad()
 def parity(model: DiffVLForConditionalGeneration, prompt: Prompt, known: int) -> float:
-    """Measures the difference of the model's logits to the source's. A 2-D mask that hides nothing is never left to the trunk: it
-    goes in as explicit masks and positions."""
+    """Measures the difference of the model's logits to the source's. A 2-D mask that hides nothing is never left to the trunk:
+    it goes in as explicit masks and positions."""
     logits = model(prompt.ids, **prompt.images, attention_mask=torch.ones_like(prompt.ids)).logits.float()
-    return spread((logits - prompt.logits)[..., :known], prompt.logits[..., :known])
+    expected = prompt.logits[..., :known]
+    return spread(logits[..., :known] - expected, expected)
 
 
 def _long_span(model: DiffVLForConditionalGeneration, prompt: Prompt) -> Prompt | None:

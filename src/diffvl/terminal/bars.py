@@ -65,8 +65,8 @@ def track(
     every: float = PLAIN_EVERY,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[T]:
-    """Yields the items of `iterable` and shows how many are done; `total` None where the length is unknown. An estimated total gives
-    way to the number of items that there were.
+    """Yields the items of `iterable` and shows how many are done; `total` None where the length is unknown. An estimated total
+    gives way to the number of items that there were.
 
     It may run inside a `TrainingProgress`: its bar then stands below the other one (rich 14.1 and later).
     """
