@@ -14,7 +14,7 @@ from helpers import QUIET
 
 from diffvl.cli import main as cli
 from diffvl.config.resolve import resolve
-from diffvl.demo import standins
+from diffvl.demo import standin_dllms, standins
 from diffvl.demo.shapes import write_shapes
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
@@ -46,6 +46,12 @@ def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Model type -> directory of a tiny AR checkpoint."""
     return cache(lambda model_type: standins.make_trunk(tmp_path_factory.mktemp(f"trunk-{model_type}"), model_type))
+
+
+@pytest.fixture(scope="session")
+def dllm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Model type -> directory of a tiny diffusion language model, as published."""
+    return cache(lambda model_type: standin_dllms.make_dllm(tmp_path_factory.mktemp(f"dllm-{model_type}"), model_type))
 
 
 @pytest.fixture(scope="session")
