@@ -18,7 +18,7 @@ from helpers import QUIET
 from diffvl.cli import main as cli
 from diffvl.config.resolve import resolve
 from diffvl.demo import shapes as scenes
-from diffvl.demo import standins
+from diffvl.demo import standin_dllms, standins
 from diffvl.demo.shapes import write_shapes
 from diffvl.demo.standin_processors import make_processor_files
 from diffvl.demo.standin_vlms import VLMS, make_vlm
@@ -77,6 +77,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return make_vlm(directory, model_type, tokenizer=make_processor_files(directory, model_type))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def dllm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Model type -> directory of a tiny diffusion language model, as published."""
+    return cache(lambda model_type: standin_dllms.make_dllm(tmp_path_factory.mktemp(f"dllm-{model_type}"), model_type))
 
 
 @pytest.fixture(scope="session")
