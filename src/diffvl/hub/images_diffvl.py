@@ -91,8 +91,8 @@ def _counts(output: Any) -> tuple[int, ...]:
 def join_pixels(parts: Sequence[Pixels]) -> Pixels:
     """Joins the pixels of several images or samples, in order; {} for none.
 
-    Tensors are joined along dim 0 and filled up with zeros where other dims differ (tiles, height and width), as the processors of
-    such models do themselves: a size, a mask or the zeros tell those models what is real.
+    Tensors are joined along dim 0 and filled up with zeros where other dims differ (tiles, height and width), as the processors
+    of such models do themselves: a size, a mask or the zeros tell those models what is real.
 
     Raises:
         ValueError: if the parts have other keys, or tensors of other numbers of dims.
