@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Loaded
 from decode_chats import CHATS
 from helpers import CONTEXTS, batch, metrics, objective, sample, stage_recipe
+from shared_fixtures import Loaded
 from training_runs import run
 
 from diffvl.attention.block_mask import FLEX

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Loaded
 from executed_masks import executed
 from helpers import CONTEXTS, GRIDS, batch, objective, sample
+from shared_fixtures import Loaded
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM

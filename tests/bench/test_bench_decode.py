@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from block_checkpoints import block_checkpoint
-from conftest import Loaded
 from decode_prompts import CPU, TINY, chat, prompts_of, tiny
 from helpers import CONTEXTS
+from shared_fixtures import Loaded
 from tiny_runs import refused, succeed
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Loaded
 from decode_prompts import CPU, TINY, chat, prompts_of, tiny
-from helpers import CONTEXTS, GRIDS
+from helpers import CONTEXTS, GRIDS, trunks
+from shared_fixtures import Loaded
 from transformers import DynamicCache
 
 from diffvl.bench.decoders import NEVER, Prompts, blocks_and_steps, ours, published
 from diffvl.bench.published_decoder import clean_mask, decode_published, quota, settle
 from diffvl.errors import UsageError
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma2")  # gemma2: sliding windows, shorter than these prompts
+FAMILIES = trunks("mistral", "qwen3_moe", "gpt2")  # gemma2: sliding windows, shorter than these prompts
 
 
 @pytest.mark.parametrize(("context", "grid"), list(itertools.product(CONTEXTS, GRIDS)))

@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 import transformers
 
-from diffvl.config.families import ALL_LINEAR, Family, all_families, family_of, named_checkpoint, suggest
+from diffvl.config.families import ALL_LINEAR, Family, all_families, family_of, named_checkpoint, recipe_of_name, suggest
 from diffvl.config.recipe import BetaNoise, BlockDiffusionObjective, Recipe
 from diffvl.config.resolve import find_recipe, parse, presets, read_yaml, recipe_names, resolve
 from diffvl.config.supported import check_supported
 from diffvl.errors import ConfigError, UnsupportedModelError
 
 FAMILY_FILES = sorted(presets("convert").iterdir())
+STOCK = [file.stem for file in FAMILY_FILES if family_of(file.stem).loads_as is None]
+TRANSLATED = [file.stem for file in FAMILY_FILES if file.stem not in STOCK]
 RECIPE_FILES = sorted(presets("recipes").iterdir())
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 64}
 
@@ -34,18 +36,19 @@ def diffusion(name: str) -> BlockDiffusionObjective:
 def test_family_file(file: Path):
     family = parse(Family, read_yaml(file), str(file))
     assert file.name == f"{family.model_type}.yaml"
-    assert family.model_type in transformers.CONFIG_MAPPING
+    stock = family.model_type if family.loads_as is None else family.loads_as.model_type
+    assert stock in transformers.CONFIG_MAPPING
     assert "\n" not in family.note and 0 < len(family.note) <= 110
-    assert {entry.recipe for entry in family.checkpoints.values()} <= set(recipe_names())
+    assert {family.recipe, *(entry.recipe or family.recipe for entry in family.checkpoints.values())} <= set(recipe_names())
     assert all(re.fullmatch(r"[\w-]+/[\w.-]+", entry.repo) for entry in family.checkpoints.values())
 
 
-@pytest.mark.parametrize("file", FAMILY_FILES, ids=lambda file: file.name)
-def test_lora_targets_are_the_linear_layers_of_the_trunk(file: Path):
+@pytest.mark.parametrize("model_type", STOCK)
+def test_lora_targets_are_the_linear_layers_of_the_trunk(model_type: str):
     """All projections of attention and MLP, and nothing else: checked against the modules of a tiny model."""
-    family = family_of(file.stem)
-    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 64} if file.stem == "gpt2" else TINY | {"head_dim": 8}
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(file.stem, **sizes, pad_token_id=0))
+    family = family_of(model_type)
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 64} if model_type == "gpt2" else TINY | {"head_dim": 8}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(model_type, **sizes, pad_token_id=0))
     projections = {
         name for name, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D") and name != "lm_head"
     }
@@ -54,7 +57,7 @@ def test_lora_targets_are_the_linear_layers_of_the_trunk(file: Path):
 
 
 def test_families_and_their_agreed_tokens():
-    names = ["gemma2", "gpt2", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe"]
+    names = ["Dream", "gemma2", "gpt2", "llada", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "sdar", "sdar_moe"]
     assert [family.model_type for family in all_families()] == names
     for model_type in ("qwen2", "qwen3", "qwen3_moe"):
         family = family_of(model_type)
@@ -80,6 +83,20 @@ def test_a_wrong_family_file_is_explained(tree: dict, words: str):
         parse(Family, tree, "x.yaml")
 
 
+@pytest.mark.parametrize("model_type", TRANSLATED)
+def test_a_diffusion_language_model_is_told_whole(model_type: str):
+    """Every condition has a default that the published code takes, and no setting is spoken of twice."""
+    family, rules = family_of(model_type), family_of(model_type).loads_as
+    assert rules is not None and family.mask_token.id is not None
+    assert set(rules.conditions) <= set(rules.defaults)
+    groups = (set(rules.renames), set(rules.keeps), set(rules.ignores))
+    assert sum(map(len, groups)) == len(set().union(*groups))
+    assert not set(rules.ignores) & {*rules.conditions, *rules.requires, *rules.defaults}
+    assert issubclass(getattr(transformers, rules.tokenizer), transformers.PreTrainedTokenizerBase)
+    stock = transformers.CONFIG_MAPPING[rules.model_type]().to_dict()
+    assert {*rules.keeps, *rules.renames.values(), *rules.settings} <= {*stock, "rope_theta", "head_dim", "num_experts"}
+
+
 # --- names ---------------------------------------------------------------------------------------------------------------
 
 QWEN25 = {name: f"Qwen/Qwen2.5-{name.upper()}-Instruct" for name in ("0.5b", "1.5b", "3b", "7b")}
@@ -89,7 +106,12 @@ NAMED = {
     **{f"qwen3-{name}": ("qwen3", repo) for name, repo in QWEN3.items()},
     "qwen3-30b-a3b": ("qwen3_moe", "Qwen/Qwen3-30B-A3B"),
     "smollm2-135m": ("llama", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    "llada-8b": ("llada", "GSAI-ML/LLaDA-8B-Instruct"),
+    "dream-7b": ("Dream", "Dream-org/Dream-v0-Instruct-7B"),
+    **{f"sdar-{name}": ("sdar", f"JetLM/SDAR-{name.upper()}-Chat") for name in ("1.7b", "4b", "8b")},
 }
+DEFAULT_RECIPES = {"smollm2-135m": "demo", "llada-8b": "dllm", "dream-7b": "dllm"}
+DEFAULT_RECIPES |= dict.fromkeys(("sdar-1.7b", "sdar-4b", "sdar-8b"), "sdar")
 
 
 def test_the_named_checkpoints():
@@ -98,8 +120,9 @@ def test_the_named_checkpoints():
     for name, (model_type, repo) in NAMED.items():
         found = named_checkpoint(name)
         assert found is not None and (found[0], found[1].repo, found[1].revision) == (model_type, repo, "main")
-        expected = ("facebook/dinov2-small", "demo") if name == "smollm2-135m" else ("google/siglip2-so400m-patch14-384", "llava")
-        assert (found[1].vision_tower, found[1].recipe) == expected
+        tower = "facebook/dinov2-small" if name == "smollm2-135m" else "google/siglip2-so400m-patch14-384"
+        assert (found[1].vision_tower, recipe_of_name(name)) == (tower, DEFAULT_RECIPES.get(name, "llava"))
+    assert recipe_of_name("no-such-name") is None
 
 
 def test_names_ignore_case_and_a_near_miss_is_suggested():
@@ -133,14 +156,14 @@ def test_a_recipe_names_no_data(name: str):
 
 
 def test_recipe_names_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    assert recipe_names() == ["ar-control", "demo", "emoji", "llava", "lora", "sdar-vl"]
+    assert recipe_names() == ["ar-control", "demo", "dllm", "emoji", "llava", "lora", "sdar", "sdar-vl"]
     own = tmp_path / "own.yaml"
     own.write_text("stages: {}\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     assert find_recipe("own.yaml") == Path("own.yaml")
     assert find_recipe("demo").name == "demo.yaml"
     with pytest.raises(
-        ConfigError, match=r"--recipe 'dmo': neither a file nor a known recipe\. Known: ar-control, demo, emoji, llava"
+        ConfigError, match=r"--recipe 'dmo': neither a file nor a known recipe\. Known: ar-control, demo, dllm, emoji, llava"
     ):
         find_recipe("dmo")
 
@@ -187,7 +210,7 @@ def test_the_ar_control_differs_from_the_emoji_recipe_by_its_objective_alone():
 # --- unsupported architectures -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", [file.stem for file in FAMILY_FILES])
+@pytest.mark.parametrize("model_type", STOCK)
 def test_every_listed_family_is_supported(model_type: str):
     check_supported(transformers.AutoConfig.for_model(model_type))
 

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import tiny_runs
 import torch
+from forks import Forks
+from processes import on_processes
 from tiny_runs import Workshop, copy, cut, record, refused, the_message, tree, write_data
 
 from diffvl.train.order import StepOrder
@@ -366,13 +368,14 @@ def test_evaluate_reads_no_more_than_it_needs(run: tiny_runs.Run, tmp_path: Path
     refused("evaluate", run.diffuse, "--data", file, "--limit", 4, says=["data.json:5: image file not found"])
 
 
-def test_a_bad_image_in_a_process_of_its_own(run: tiny_runs.Run, tmp_path: Path):
+@pytest.mark.parametrize("program", ["diffvl", pytest.param("fresh diffvl", marks=pytest.mark.slow)])
+def test_a_bad_image_in_a_process_of_its_own(program: str, forks: Forks, run: tiny_runs.Run, tmp_path: Path):
     """What a user sees: the message, and nothing else."""
     long = record(answer="Yes. " * 200)
     file = write_data(tmp_path, record(image="bad.png"), record(), long)
     (tmp_path / "bad.png").write_text("I am no image", encoding="utf-8")
     words = ("convert", "--from", run.align, "--stage", "diffuse", "--data", file, "--out", tmp_path / "out")
-    ended = tiny_runs.process(*words, "--set", "stages.diffuse.data.too_long=drop")
+    (ended,) = on_processes(forks, tmp_path, program, [*words, "--set", "stages.diffuse.data.too_long=drop"], number=1)
     assert ended.code == 2
     assert ended.err == f"error: {the_message(ended.err)}"
     assert the_message(ended.err).startswith(f"{file}:2: image {tmp_path}/bad.png cannot be read")

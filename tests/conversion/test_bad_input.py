@@ -39,9 +39,10 @@ def test_a_hub_checkpoint_that_cannot_be_fetched(name: str, convert: Workshop):
 
 
 def test_no_hub_in_a_process_of_its_own(tmp_path: Path):
-    """The environment variable as a user sets it; nothing is left where the command ran."""
+    """The environment variable as a user sets it; no line but the message, and nothing is left where the command ran."""
     ended = tiny_runs.process("convert", "smollm2-135m", "--out", tmp_path / "out", HF_HUB_OFFLINE="1")
     assert (ended.code, ended.out) == (2, "")
+    assert ended.err == f"error: {the_message(ended.err)}"
     assert the_message(ended.err).startswith("HuggingFaceTB/SmolLM2-135M-Instruct: no such directory here, and it could not be")
     assert not list(tmp_path.iterdir())
 

@@ -13,7 +13,7 @@ import tiny_runs
 import torch
 import yaml
 from helpers import QUIET, metrics, weights_of
-from tiny_runs import record, stage, succeed, tree, write_data, write_gguf, write_recipe
+from tiny_runs import record, short_records, stage, succeed, tree, write_data, write_gguf, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diffvl.config.recipe import Recipe
@@ -335,9 +335,7 @@ def test_a_sample_may_fill_the_context(source: Callable[[str], Path], tower: Pat
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_trains(
-    name: str, run: tiny_runs.Run, source: Callable[[str], Path], tower: Path, shapes: dict[str, Path], tmp_path: Path
-):
+def test_every_recipe_trains(name: str, run: tiny_runs.Run, source: Callable[[str], Path], tower: Path, tmp_path: Path):
     """Two steps of every stage, with the recipe's own objective, parts, optimiser, precision and checkpointing."""
     stages = read_yaml(find_recipe(name))["stages"]
     settings = [f"prepare.vision_tower={tower}", "prepare.vision_layer=-2", "prepare.image_size=32"]
@@ -346,7 +344,7 @@ def test_every_recipe_trains(
         settings, start = [], ("--from", run.align)
     for kind, given in stages.items():
         small = {"epochs": "null", "steps": 2, "batch_size": 2, "accumulation": 1, "eval_every": "null"}
-        small["data"] = f"{{train: {shapes['align' if kind == 'align' else 'train']}, max_length: 400}}"
+        small["data"] = f"{{train: {short_records(tmp_path, 10)}, max_length: 400}}"
         settings += [f"stages.{kind}.{key}={value}" for key, value in small.items()]
         assert given["objective"]["kind"] in ("ar", "block_diffusion")
     words = [word for setting in settings for word in ("--set", setting)]

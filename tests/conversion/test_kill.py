@@ -16,9 +16,10 @@ from typing import Any
 import killed_process
 import pytest
 import torch
+from forks import Forks
 from helpers import metrics
 from killed_process import Killer, Moment, Story
-from tiny_runs import refused, stage, succeed, tree, write_recipe
+from tiny_runs import refused, short_records, stage, succeed, tree, write_recipe
 
 from diffvl.train import loop
 
@@ -41,9 +42,8 @@ CASES = [*(("plain", moment) for moment in killed_process.MOMENTS), ("lora", "st
 
 
 @pytest.fixture(scope="module")
-def killer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killer]:
-    with Killer(tmp_path_factory.mktemp("killer") / "stderr") as started:
-        yield started
+def killer(forks: Forks) -> Killer:
+    return Killer(forks)
 
 
 def listing(directory: Path) -> list[str]:
@@ -77,11 +77,10 @@ def runs(
     killer: Killer,
     prepared: Callable[[str], Path],
     tower: Path,
-    shapes: dict[str, Path],
 ) -> Runs:
     folder = tmp_path_factory.mktemp("killed")
     objective = {"kind": "block_diffusion", "block_size": 4, "noise": NOISE}
-    plain = stage("diffuse", shapes["train"], objective=objective, **SETTINGS)
+    plain = stage("diffuse", short_records(folder, 10, "train.json"), objective=objective, **SETTINGS)
     write_recipe(folder / "plain.yaml", tower, diffuse=plain)
     write_recipe(folder / "lora.yaml", tower, diffuse={**plain, "log_every": 5, "lora": LORA})
 
@@ -191,7 +190,7 @@ EVERYTHING: dict[str, Any] = {
     "save_every": SAVE_EVERY,
     "eval_every": 3,
     "eval_limit": 2,
-    "data": {"holdout": 2, "row_length": 400},
+    "data": {"holdout": 2, "row_length": 128, "max_length": 128},
 }
 
 
@@ -299,14 +298,12 @@ class Courses:
 
 
 @pytest.fixture
-def courses(
-    killer: Killer, prepared: Callable[[str], Path], tower: Path, shapes: dict[str, Path], tmp_path: Path
-) -> Callable[..., Courses]:
+def courses(killer: Killer, prepared: Callable[[str], Path], tower: Path, tmp_path: Path) -> Callable[..., Courses]:
     """Settings of the stage -> runs in which everything moves."""
 
     def make(**settings: Any) -> Courses:
         recipe = write_recipe(
-            tmp_path / "recipe.yaml", tower, diffuse=stage("diffuse", shapes["train"], **EVERYTHING, **settings)
+            tmp_path / "recipe.yaml", tower, diffuse=stage("diffuse", short_records(tmp_path, 10), **EVERYTHING, **settings)
         )
         words = ["convert", "--from", str(prepared("llama")), "--stage", "diffuse", "--recipe", str(recipe)]
         whole = killer.run([*words, "--out", str(tmp_path / "whole")], tmp_path / "whole")

@@ -1,7 +1,6 @@
 """The start of a run: its data is read and measured once and by one process, its model is loaded once."""
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,10 +10,11 @@ from typing import Any
 import datasets.config
 import pytest
 import tiny_runs
+from forks import Forks
 from helpers import QUIET
+from processes import on_processes
 from tiny_runs import record, stage, succeed, write_data, write_recipe
 from transformers import AutoImageProcessor, AutoTokenizer
-from two_processes import on_two_processes
 
 from diffvl.config.recipe import Data
 from diffvl.conversion.run import SAMPLE_SETTINGS
@@ -116,7 +116,8 @@ def test_barriers_are_patient(monkeypatch: pytest.MonkeyPatch):
 # --- two processes ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_command_on_two_processes(source: Callable[[str], Path], tower: Path, tmp_path: Path):
+@pytest.mark.parametrize("program", ["diffvl", pytest.param("fresh diffvl", marks=pytest.mark.slow)])
+def test_a_command_on_two_processes(program: str, forks: Forks, source: Callable[[str], Path], tower: Path, tmp_path: Path):
     """One reads, measures, prepares and answers, the other waits; a mistake that one finds ends both."""
     file = write_data(tmp_path, *[record()] * 5)
     recipe = write_recipe(
@@ -124,11 +125,10 @@ def test_a_command_on_two_processes(source: Callable[[str], Path], tower: Path, 
     )
     words = ("convert", source("llama"), "--recipe", recipe, "--out", tmp_path / "out")
     bad = write_data(tmp_path, record(), record(answer=""), name="bad.json")
-    program = (sys.executable, "-m", "diffvl.cli", *words)
-    ended = on_two_processes([*program, "--data", bad])
+    ended = on_processes(forks, tmp_path, program, [*words, "--data", bad])
     assert [one.code for one in ended] == [2, 2]
     assert all("bad.json:3: turn 2: empty answer" in one.err and "Traceback" not in one.err for one in ended)
     assert not (tmp_path / "out").exists()
-    ended = on_two_processes(program)
+    ended = on_processes(forks, tmp_path, program, words)
     assert [one.code for one in ended] == [0, 0], ended
     assert ended[1].out == "" and len((tmp_path / "out" / "diffuse" / "samples.jsonl").read_text().splitlines()) == 1

@@ -7,8 +7,8 @@ from typing import Any
 
 import datasets.config
 import pytest
-from conftest import Loaded
 from helpers import picture
+from shared_fixtures import Loaded
 
 from diffvl.config.recipe import Data
 from diffvl.data.records import Record, Turn

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import Forks
 from helpers import metrics, stage_recipe, weights_of
 from tiny_runs import record, write_data
 from training_runs import BETA, crash, require_same_steps, run, run_two, two_processes
@@ -90,16 +91,17 @@ def test_how_a_step_is_cut_changes_nothing(cut: int, whole: Path, prepared: Call
     assert sorted(listed(ours)) == sorted(listed(whole))
 
 
-def test_two_processes_leave_out_the_same(whole: Path, prepared: Callable[[str], Path], tmp_path: Path):
+def test_two_processes_leave_out_the_same(forks: Forks, whole: Path, prepared: Callable[[str], Path], tmp_path: Path):
     """One sample a micro-batch: an empty one of one process stands beside a full one of the other."""
-    require_same_steps(run_two(prepared("llama"), recipe_of(data_file(tmp_path), 1, 4), tmp_path), metrics(whole))
+    two = run_two(forks, prepared("llama"), recipe_of(data_file(tmp_path), 1, 4), tmp_path)
+    require_same_steps(two, metrics(whole))
     assert sorted(listed(partial(tmp_path / "run"))) == sorted(listed(whole))
 
 
-def test_two_processes_stop_together(prepared: Callable[[str], Path], tmp_path: Path):
+def test_two_processes_stop_together(forks: Forks, prepared: Callable[[str], Path], tmp_path: Path):
     """Though each bad record is met by one of them alone."""
     recipe = recipe_of(data_file(tmp_path), 1, 4, data={"max_skipped": 0.1})
-    ended = two_processes(prepared("llama"), recipe, tmp_path)
+    ended = two_processes(forks, prepared("llama"), recipe, tmp_path)
     told = [re.findall(r"\d of 10 records cannot be used .*more than data.max_skipped=0.1 .*", said) for _, said in ended]
     assert [code for code, _ in ended] == [1, 1] and told[0] == told[1] != [], ended
 

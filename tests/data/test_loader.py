@@ -10,8 +10,8 @@ from typing import Any
 import datasets.config
 import numpy
 import pytest
-from conftest import Loaded
 from helpers import QUIET
+from shared_fixtures import Loaded
 from tiny_runs import record, write_data
 
 from diffvl.config.recipe import MAX_SKIPPED, Data

@@ -11,8 +11,8 @@ import pytest
 import tiny_runs
 import torch
 from block_checkpoints import BLOCK, block_checkpoint, fed, ids_of, tokenizer
-from conftest import Loaded
 from helpers import picture
+from shared_fixtures import Loaded
 from tiny_runs import refused, succeed
 from transformers import CompileConfig
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from block_checkpoints import BLOCK, block_checkpoint, fed, ids_of, tokenizer
-from conftest import Loaded
 from rich.console import Console
+from shared_fixtures import Loaded
 from tiny_runs import Ended, command, refused, succeed
 
 from diffvl.decode.answer import Answer, Decoder, Watcher, answer_chats

@@ -35,10 +35,16 @@ CHAT = [
 
 
 @pytest.fixture(scope="module")
-def exported(prepared: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Model type -> a block-diffusion checkpoint as a stage writes it."""
+def exported(
+    prepared: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> dict[str, Path]:
+    """Model type, llama and those that the tests of this session ask for -> a block-diffusion checkpoint as a stage writes it."""
+    parameters = [
+        vars(item)["callspec"].params for item in request.session.items if item.path == request.path and "callspec" in vars(item)
+    ]
+    asked = {"llama", *(given["model_type"] for given in parameters if "model_type" in given)}
     directories = {}
-    for model_type in TRUNKS:
+    for model_type in sorted(asked & set(TRUNKS)):
         model, processor = load_checkpoint(prepared(model_type))
         model.config.set_decoding("blocks", BLOCK, "block", "absolute", "same")
         directories[model_type] = tmp_path_factory.mktemp(f"exported-{model_type}")

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Loaded
 from helpers import batch, objective, sample
+from shared_fixtures import Loaded
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffvl.attention.block_mask import block_mask

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Loaded
 from helpers import CONTEXTS, GRIDS, ORDINARY, TARGETS, batch, objective, sample
+from shared_fixtures import Loaded
 from transformers import AutoModelForCausalLM
 
 from diffvl.config.recipe import BlockDiffusionObjective

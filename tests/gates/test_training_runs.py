@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from forks import Forks
 from helpers import metrics, stage_recipe, text_only, trunks, weights_of
+from tiny_runs import short_records
 from training_runs import BETA, crash, require_same_steps, run, run_two
 
 from diffvl.config.recipe import Recipe
@@ -30,16 +32,12 @@ RESUMED = {
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_is_the_uninterrupted_one(
-    name: str,
-    prepared: Callable[[str], Path],
-    shapes: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, prepared: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """To the bit: every line of metrics.jsonl and every weight. Two crashes, each in the middle of an epoch of 4 steps and with
     a lost step behind its checkpoint; the held-out measure runs in between."""
     settings = {"steps": 8, "save_every": 2, "eval_every": 3, **RESUMED[name]}
-    recipe = stage_recipe(shapes["train"], holdout=2, **settings)
+    recipe = stage_recipe(short_records(tmp_path, 10), holdout=2, **settings)
     start = prepared("llama")
     torch.manual_seed(11)  # the state that a run finds must not matter
     whole = run(start, recipe, tmp_path / "whole")
@@ -62,11 +60,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 
 @pytest.mark.parametrize("model_type", trunks("llama"))
 def test_a_resumed_run_is_the_uninterrupted_one_in_every_family(
-    model_type: str, prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_type: str, prepared: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A shorter run of the same, with packed rows and two curricula, cut between a save and the next."""
     moving = {**BETA, "block_size": 8, "block_curriculum": {0.0: 4, 0.5: 8}, "complementary": True}
-    recipe = stage_recipe(shapes["train"], row_length=1024, objective=moving, steps=4, save_every=2, batch_size=1)
+    recipe = stage_recipe(short_records(tmp_path, 10), row_length=256, objective=moving, steps=4, save_every=2, batch_size=1)
     start = prepared(model_type)
     whole = run(start, recipe, tmp_path / "whole")
     crash(start, recipe, tmp_path / "cut", step=3, resume=False, patch=monkeypatch)
@@ -80,10 +78,10 @@ def test_a_resumed_run_is_the_uninterrupted_one_in_every_family(
 # --- how a step is cut ------------------------------------------------------------------------------------------------------
 
 
-def step_recipe(shapes: dict[str, Path], batch_size: int, accumulation: int) -> Recipe:
+def step_recipe(data: Path, batch_size: int, accumulation: int) -> Recipe:
     """Three steps of 8 samples out of 10, so that an epoch ends inside."""
     cut = {"batch_size": batch_size, "accumulation": accumulation}
-    return stage_recipe(shapes["train"], objective=BETA, steps=3, **cut)
+    return stage_recipe(data, objective=BETA, steps=3, **cut)
 
 
 @pytest.fixture(scope="module")
@@ -91,36 +89,38 @@ def whole_steps(
     prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
     """metrics.jsonl of one process that takes all 8 samples at once."""
-    return metrics(run(prepared("llama"), step_recipe(shapes, 8, 1), tmp_path_factory.mktemp("eight") / "run"))
+    return metrics(run(prepared("llama"), step_recipe(shapes["train"], 8, 1), tmp_path_factory.mktemp("eight") / "run"))
 
 
 @pytest.mark.parametrize("model_type", trunks("llama"))
-def test_accumulation_changes_nothing_in_any_family(
-    model_type: str, prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path: Path
-):
-    start = prepared(model_type)
-    ones, eights = (metrics(run(start, step_recipe(shapes, 8 // cut, cut), tmp_path / str(cut))) for cut in (8, 1))
+def test_accumulation_changes_nothing_in_any_family(model_type: str, prepared: Callable[[str], Path], tmp_path: Path):
+    start, data = prepared(model_type), short_records(tmp_path, 10)
+    ones, eights = (metrics(run(start, step_recipe(data, 8 // cut, cut), tmp_path / str(cut))) for cut in (8, 1))
     require_same_steps(ones, eights)
 
 
 def test_accumulation_changes_nothing(
     whole_steps: list[dict[str, Any]], prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path: Path
 ):
-    ones = metrics(run(prepared("llama"), step_recipe(shapes, 1, 8), tmp_path / "run"))
+    ones = metrics(run(prepared("llama"), step_recipe(shapes["train"], 1, 8), tmp_path / "run"))
     require_same_steps(ones, whole_steps)
 
 
 def test_two_processes_are_one(
-    whole_steps: list[dict[str, Any]], prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path: Path
+    forks: Forks,
+    whole_steps: list[dict[str, Any]],
+    prepared: Callable[[str], Path],
+    shapes: dict[str, Path],
+    tmp_path: Path,
 ):
-    require_same_steps(run_two(prepared("llama"), step_recipe(shapes, 2, 2), tmp_path), whole_steps)
+    require_same_steps(run_two(forks, prepared("llama"), step_recipe(shapes["train"], 2, 2), tmp_path), whole_steps)
 
 
-def test_two_processes_without_pictures(prepared: Callable[[str], Path], tmp_path: Path):
+def test_two_processes_without_pictures(forks: Forks, prepared: Callable[[str], Path], tmp_path: Path):
     """The connector is all that trains, and nothing has passed through it: data parallelism must still find its gradients."""
     data = text_only(tmp_path / "text.json", 8)
     recipe = stage_recipe(data, objective={"kind": "ar"}, trainable={"connector": 1e-3}, steps=2, batch_size=2)
-    assert [line["step"] for line in run_two(prepared("llama"), recipe, tmp_path) if "loss" in line] == [1, 2]
+    assert [line["step"] for line in run_two(forks, prepared("llama"), recipe, tmp_path) if "loss" in line] == [1, 2]
 
 
 def test_noise_is_drawn_by_optimiser_steps(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from chat_zoo import BACKENDS, STOPS, TEMPLATES, chat_processor, random_chat, zoo_tokenizer
-from conftest import Loaded
+from shared_fixtures import Loaded
 from slow_encoding import encode_slowly, untrimmed
 
 from diffvl.demo.standins import CHATML, GEMMA, make_tokenizer

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Loaded
 from decode_chats import CHATS, answers, generated
-from helpers import CONTEXTS, GRIDS, TARGETS, picture, trunks
+from helpers import CONTEXTS, GRIDS, TARGETS, pairwise, picture, trunks
+from shared_fixtures import Loaded
 from transformers import TextIteratorStreamer
 
 from diffvl.hub import autoregressive_diffvl
@@ -73,10 +73,10 @@ def test_ended_samples_stay_where_they_are(loaded: Callable[[str], Loaded]):
         mask[row, -length:] = 1
     first = model.generate(ids[:1], max_new_tokens=8, eos_token_id=-1)[0, -8:].tolist()
     stop = first[1]
-    together = model.generate(ids, attention_mask=mask, max_new_tokens=100, eos_token_id=stop, pad_token_id=0)
+    together = model.generate(ids, attention_mask=mask, max_new_tokens=40, eos_token_id=stop, pad_token_id=0)
     assert isinstance(together, torch.Tensor)
     for row, length in enumerate(lengths):
-        alone = model.generate(ids[row : row + 1, -length:], max_new_tokens=100, eos_token_id=stop, pad_token_id=0)
+        alone = model.generate(ids[row : row + 1, -length:], max_new_tokens=40, eos_token_id=stop, pad_token_id=0)
         given = alone[0, length:].tolist()
         assert together[row, max(lengths) :][: len(given)].tolist() == given
 
@@ -132,7 +132,7 @@ def test_a_fused_commit_decodes_what_a_commit_of_its_own_does(
 # --- the prefix of a conversation -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("context", "grid", "target"), list(itertools.product(CONTEXTS, GRIDS, TARGETS)))
+@pytest.mark.parametrize(("context", "grid", "target"), pairwise(CONTEXTS, GRIDS, TARGETS))
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
 def test_a_conversation_goes_on_from_its_prefix(
     model_type: str, context: str, grid: str, target: str, loaded: Callable[[str], Loaded]
@@ -189,9 +189,7 @@ def test_a_prefix_is_used_once(loaded: Callable[[str], Loaded]):
 # --- speculation and the AR baseline --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [None, 2])
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(("grid", "target", "steps"), pairwise(GRIDS, TARGETS, [None, 2]))
 @pytest.mark.parametrize("model_type", trunks())
 def test_speculation_gives_the_ar_answer(
     model_type: str, grid: str, target: str, steps: int | None, loaded: Callable[[str], Loaded]

@@ -11,15 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Loaded
 from helpers import ORDINARY
+from shared_fixtures import Loaded
 from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, GenerationConfig
 
 from diffvl.hub.answers_diffvl import BlockGenerationOutput, settled
 from diffvl.hub.cache_diffvl import ReadingCache
 from diffvl.hub.generation_diffvl import BlockGeneration
 from diffvl.hub.images_diffvl import ImageRows
-from diffvl.hub.layout_diffvl import Rope
 from diffvl.hub.settings_diffvl import DecodeSettings
 
 MASK, IMAGE, STOP, PAD, VOCABULARY, ROWS = 30, 31, 29, 28, 32, 36
@@ -40,7 +39,7 @@ class Scripted(BlockGeneration):
         self.trunk = SimpleNamespace(config=top, _can_set_attn_implementation=lambda: False)
         self.images = SimpleNamespace(
             encode=lambda pixels: ImageRows(torch.zeros(2 * len(pixels["pixel_values"]), 1), (2,) * len(pixels["pixel_values"])),
-            rope=lambda *_: Rope(),
+            has_axes=False,
         )
         self.script, self.height = torch.tensor(script), torch.tensor(height or [5.0] * len(script))
         self.calls: list[tuple[list[int], int]] = []  # what went in, and how much of it stays in the cache

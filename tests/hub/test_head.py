@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Loaded
 from helpers import ORDINARY, trunks
+from shared_fixtures import Loaded
 
 from diffvl.config.recipe import Lora
 from diffvl.hub import head_diffvl

@@ -12,8 +12,8 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from conftest import Loaded
 from PIL import Image, ImageCms
+from shared_fixtures import Loaded
 
 from diffvl.data.images import open_image
 from diffvl.data.records import Record, Turn

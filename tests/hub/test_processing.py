@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Loaded
 from decode_chats import CHATS
 from helpers import picture
+from shared_fixtures import Loaded
 
 from diffvl.demo.standins import TRUNKS
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Loaded
 from decode_chats import CHATS, generated
-from helpers import CONTEXTS, GRIDS, TARGETS, trunks
+from helpers import CONTEXTS, GRIDS, TARGETS, pairwise, trunks
+from shared_fixtures import Loaded
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig
 
@@ -35,7 +35,7 @@ def same(found: BlockGenerationOutput, expected: BlockGenerationOutput) -> bool:
 # --- the static cache ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("context", "grid", "target"), list(itertools.product(CONTEXTS, GRIDS, TARGETS)))
+@pytest.mark.parametrize(("context", "grid", "target"), pairwise(CONTEXTS, GRIDS, TARGETS))
 @pytest.mark.parametrize("model_type", trunks())
 def test_a_static_cache_gives_the_same_answers(
     model_type: str, context: str, grid: str, target: str, loaded: Callable[[str], Loaded]
@@ -86,9 +86,7 @@ def test_the_buffers_stay_with_the_model(loaded: Callable[[str], Loaded]):
         assert found.tolist() == wide.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8).tolist()
 
 
-@pytest.mark.parametrize("length", [1, 3, 4, 5])
-@pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize(("model_type", "context", "length"), pairwise(["llama", "mistral", "gemma2"], CONTEXTS, [1, 3, 4, 5]))
 def test_short_prompts_on_fresh_buffers(model_type: str, context: str, length: int, loaded: Callable[[str], Loaded]):
     model: Any = loaded(model_type)[0]
     ids = torch.arange(20, 20 + length)[None]
@@ -213,10 +211,11 @@ def test_token_by_token_is_compiled_too(mode: str, size: int, target: str, loade
 
 
 @pytest.mark.parametrize(("model_type", "context", "target"), [
-    ("llama", "block", "same"),
-    ("qwen2", "causal", "shift"),
-    ("qwen3", "causal", "same"),
+    ("llama", "causal", "same"),
     ("gemma2", "block", "shift"),
+    pytest.param("llama", "block", "same", marks=pytest.mark.slow),
+    pytest.param("qwen2", "causal", "shift", marks=pytest.mark.slow),
+    pytest.param("qwen3", "causal", "same", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_two_forms_are_compiled_and_no_more(
     model_type: str, context: str, target: str, loaded: Callable[[str], Loaded], fresh_compiler: None
@@ -306,21 +305,21 @@ def waits_of_a_block(loaded: Loaded, chats: list[Any], monkeypatch: pytest.Monke
     return found[1:]
 
 
-@pytest.mark.parametrize("extra", [{}, STATIC], ids=["growing", "static"])
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+@pytest.mark.parametrize(
+    ("model_type", "context", "target", "static"), pairwise(["llama", "gemma2"], CONTEXTS, TARGETS, [False, True])
+)
 def test_a_step_does_not_wait_for_the_device(
     model_type: str,
     context: str,
     target: str,
-    extra: dict[str, Any],
+    static: bool,
     loaded: Callable[[str], Loaded],
     monkeypatch: pytest.MonkeyPatch,
 ):
     """Not at all where the number of tokens a step is fixed; once a step, for how many settled, where it is not."""
     model, _ = both = loaded(model_type)
     model.config.set_decoding("blocks", 4, context, "absolute", target)
+    extra = STATIC if static else {}
     for chats in ([CHATS[0]], CHATS):
         for fixed in ({"denoising_steps": 2}, {"remasking": "sequential"}, {"temperature": 0.7}):
             assert not any(waits_of_a_block(both, chats, monkeypatch, **fixed, **extra))

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Loaded
 from decode_chats import CHATS
+from shared_fixtures import Loaded
 from transformers import GenerationConfig
 
 from diffvl.hub.settings_diffvl import MODES

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Loaded
 from decode_chats import CHATS
-from helpers import CONTEXTS, TARGETS
+from helpers import CONTEXTS, TARGETS, pairwise
+from shared_fixtures import Loaded
 
 from diffvl.hub.answers_diffvl import BatchAnswers, picker
 from diffvl.hub.cache_diffvl import static_trunk
@@ -52,10 +52,9 @@ def decode_without_values(
             decoder.commit()
 
 
-@pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+@pytest.mark.parametrize(
+    ("model_type", "context", "target", "static"), pairwise(["llama", "gemma2"], CONTEXTS, TARGETS, [False, True])
+)
 def test_a_block_needs_no_values(
     model_type: str,
     context: str,

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Loaded
 from helpers import CONTEXTS, GRIDS, TARGETS, metrics, objective, sample, stage_recipe, trunks
+from shared_fixtures import Loaded
 from training_runs import run
 
 from diffvl.config.recipe import ArObjective

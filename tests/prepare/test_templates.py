@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from chat_zoo import CONTROL, TEMPLATES, chat_processor
-from conftest import Loaded
+from shared_fixtures import Loaded
 
 from diffvl.config.resolve import resolve
 from diffvl.demo.standins import CHATML, GEMMA, make_tokenizer

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from conftest import Loaded
 from helpers import picture
+from shared_fixtures import Loaded
 
 from diffvl.hub.answers_diffvl import BlockGenerationOutput
 

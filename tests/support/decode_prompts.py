@@ -3,8 +3,8 @@
 from typing import Any
 
 import torch
-from conftest import Loaded
 from helpers import picture
+from shared_fixtures import Loaded
 
 from diffvl.bench.decoders import Prompts
 from diffvl.bench.random_model import TrunkSize

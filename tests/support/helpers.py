@@ -1,8 +1,9 @@
-"""What several tests need: hand-made batches, settings, and comparisons. No fixtures here; those stand in conftest.py.
+"""What several tests need: hand-made batches, settings, and comparisons. No fixtures here; those stand in shared_fixtures.py.
 
 Shapes: B batch, L clean length, S side of a picture in pixels.
 """
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ def sample(config: DiffVLConfig, lengths: Sequence[int], index: int = 0, picture
         ids[2 : 2 + config.image_tokens] = [config.image_token_id] * config.image_tokens
         assert lengths[0] >= 2 + config.image_tokens
         pixels = {"pixel_values": torch.randn(1, 3, standins.IMAGE_SIZE, standins.IMAGE_SIZE, generator=generator)}
-    return Sample(ids, answer, pixels, index)
+    return Sample(ids, answer, pixels, index, int(picture))
 
 
 def batch(samples: Sequence[Sample]) -> Batch:
@@ -64,11 +65,12 @@ def picture(seed: int = 0) -> Image.Image:
 
 
 def stage_recipe(data: Path, holdout: int = 0, row_length: int | None = None, **stage: Any) -> Recipe:
-    """A recipe with one stage, `diffuse`, in fp32: 4 steps of 2 samples unless `stage` says otherwise."""
+    """A recipe with one stage, `diffuse`, in fp32: 4 steps of 2 samples unless `stage` says otherwise. No sample may be longer
+    than a row."""
     settings = {
         "objective": {"kind": "block_diffusion", "block_size": 4},
         "trainable": {"trunk": 1e-3, "connector": 1e-3, "mask_row": 1e-3},
-        "data": {"train": str(data), "holdout": holdout, "max_length": 512, "row_length": row_length},
+        "data": {"train": str(data), "holdout": holdout, "max_length": min(512, row_length or 512), "row_length": row_length},
         "steps": 4,
         "batch_size": 2,
         "precision": "fp32",
@@ -106,3 +108,16 @@ def trunks(*left_out: str) -> list[Any]:
         for model_type in standins.TRUNKS
         if model_type not in left_out
     ]
+
+
+def pairwise(*axes: Sequence[Any]) -> list[Any]:
+    """All combinations as parameters of a test; by default as few as let every two values meet, the others among the slow
+    tests."""
+    every = list(itertools.product(*axes))
+    pairs = {one: set(itertools.combinations(enumerate(one), 2)) for one in every}
+    missing, chosen = set().union(*pairs.values()), set()
+    while missing:
+        best = max(every, key=lambda one: len(pairs[one] & missing))
+        chosen.add(best)
+        missing -= pairs[best]
+    return [pytest.param(*one, marks=() if one in chosen else pytest.mark.slow) for one in every]

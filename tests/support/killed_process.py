@@ -1,25 +1,22 @@
-"""Runs of the command that are killed, each in a process of its own: `Killer` asks, and this file as a program answers.
+"""Runs of the command that are killed, each in a process of its own: `Killer` asks, fork_server.py answers with `answer`.
 
-The program has imported the package once and forks a child for each run. A child ends by SIGKILL at the moment asked for: a
-named place in the code (`MOMENTS`), the n-th file operation, or a time after training began, which the program waits for
-outside the child. What children do comes back through a pipe, so that it is known up to the very moment of the kill.
+A run ends by SIGKILL at the moment asked for: a named place in the code (`MOMENTS`), the n-th file operation, or a time after
+training began, which the server waits for outside the run. What runs do comes back through a pipe, so that it is known up to
+the very moment of the kill.
 """
 
 import itertools
-import json
 import os
 import select
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, TypedDict
 
-import torch
+from forks import Forks
 from torch.distributed.checkpoint import state_dict_saver
 from transformers import modeling_utils
 
@@ -60,34 +57,17 @@ class Story:
 
 
 class Killer:
-    """The program of this file, started once and asked for one run after the other."""
+    """What asks for one run after the other."""
 
-    def __init__(self, errors: Path) -> None:
-        """`errors` gets what the runs say on stderr."""
-        variables = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-        with errors.open("wb") as file:
-            self._process = subprocess.Popen(
-                [sys.executable, __file__], env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True
-            )
-        self._errors = errors
+    def __init__(self, forks: Forks) -> None:
+        self._forks = forks
 
     def run(self, words: list[str], folder: Path, moment: Moment | None = None) -> Story:
         """Runs the command; file operations under `folder` count."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"words": words, "folder": str(folder), "moment": moment or {}}) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        assert answer, self.said()
-        return Story(**json.loads(answer))
+        return Story(**self._forks.ask("killed", words=words, folder=str(folder), moment=moment or {}))
 
     def said(self) -> str:
-        return self._errors.read_text(encoding="utf-8")
-
-    def __enter__(self) -> "Killer":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._process.communicate()
+        return self._forks.said()
 
 
 # --- named places ----------------------------------------------------------------------------------------------------------
@@ -301,18 +281,13 @@ def hear(story: Story, line: str) -> None:
     story.saving = kind == "saving" or (story.saving and kind != "saved")
 
 
-def answer(job: dict[str, Any]) -> Story:
+def answer(words: list[str], folder: str, moment: Moment) -> dict[str, Any]:
+    """The story of a run in a new process, as `Killer` reads it."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
-        run(job["words"], job["folder"], job["moment"], writing)
+        run(words, folder, moment, writing)
     os.close(writing)
     with open(reading, "rb", buffering=0) as pipe:
-        return follow(child, pipe, job["moment"].get("seconds"))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for request in sys.stdin:
-        print(json.dumps(vars(answer(json.loads(request)))), flush=True)
+        return vars(follow(child, pipe, moment.get("seconds")))

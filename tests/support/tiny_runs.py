@@ -132,6 +132,11 @@ def write_data(folder: Path, *records: dict[str, Any], name: str = "data.json") 
     return file
 
 
+def short_records(folder: Path, count: int, name: str = "data.json") -> Path:
+    """A data file of records with images and answers of one word, two words, ..., five words, one word, ..."""
+    return write_data(folder, *[record(answer="Red. " * (number % 5 + 1)) for number in range(count)], name=name)
+
+
 def write_gguf(model: Path, file: Path) -> None:
     """A llama checkpoint as a .gguf file in full precision."""
     gguf = pytest.importorskip("gguf")

@@ -1,12 +1,12 @@
 """Whole runs of `train`: in one process, ended by a crash, and in two processes."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import Forks
 from helpers import QUIET, metrics
-from two_processes import on_two_processes
+from processes import on_processes
 
 from diffvl.config.recipe import Recipe
 from diffvl.config.resolve import dump
@@ -40,18 +40,18 @@ def crash(start: Path, recipe: Recipe, directory: Path, step: int, resume: bool,
         run(start, recipe, directory, resume)
 
 
-def run_two(start: Path, recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
+def run_two(forks: Forks, start: Path, recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
     """metrics.jsonl of a run on two processes (gloo)."""
-    ended = two_processes(start, recipe, folder)
+    ended = two_processes(forks, start, recipe, folder)
     assert [code for code, _ in ended] == [0, 0], "\n".join(text for _, text in ended)
     return metrics(partial(folder / "run"))
 
 
-def two_processes(start: Path, recipe: Recipe, folder: Path) -> list[tuple[int, str]]:
+def two_processes(forks: Forks, start: Path, recipe: Recipe, folder: Path) -> list[tuple[int, str]]:
     """(exit code, what it printed) of each of the two processes of a run."""
     (folder / "recipe.yaml").write_text(dump(recipe))
-    program = [sys.executable, Path(__file__).with_name("train_process.py"), start, folder / "recipe.yaml", folder / "run"]
-    return [(ended.code, ended.out + ended.err) for ended in on_two_processes(program)]
+    words = (start, folder / "recipe.yaml", folder / "run")
+    return [(ended.code, ended.out + ended.err) for ended in on_processes(forks, folder, "train", words)]
 
 
 def require_same_steps(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:

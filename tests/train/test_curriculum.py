@@ -3,14 +3,14 @@ interrupted run takes them up where they stood."""
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import QUIET, metrics, stage_recipe, weights_of
-from tiny_runs import refused, stage, succeed, tree, write_recipe
+from tiny_runs import refused, short_records, stage, succeed, tree, write_recipe
 
 from diffvl.config.recipe import Recipe
 from diffvl.demo.shapes import write_shapes
@@ -137,18 +137,30 @@ class Interrupted:
         assert (tree(self.out / "diffuse.partial" / "checkpoints"), metrics(self.out / "diffuse.partial")) == before
 
 
-@pytest.fixture
-def interrupted(prepared: Callable[[str], Path], tower: Path, tmp_path: Path) -> Interrupted:
+@pytest.fixture(scope="module")
+def stopped(prepared: Callable[[str], Path], tower: Path, tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
     """Four epochs of four records, two a step."""
-    data = write_shapes(tmp_path / "set", align=1, train=4, test=1)["train"]
+    folder = tmp_path_factory.mktemp("stopped")
+    data = write_shapes(folder / "set", align=1, train=4, test=1)["train"]
     settings = {"objective": MOVING, "steps": None, "epochs": 4, "save_every": 2}
-    recipe = write_recipe(tmp_path / "recipe.yaml", tower, diffuse=stage("diffuse", data, **settings))
-    words = ("convert", "--from", prepared("llama"), "--stage", "diffuse", "--recipe", recipe, "--out", tmp_path / "out")
+    recipe = write_recipe(folder / "recipe.yaml", tower, diffuse=stage("diffuse", data, **settings))
+    words = ("convert", "--from", prepared("llama"), "--stage", "diffuse", "--recipe", recipe, "--out", folder / "out")
     with pytest.MonkeyPatch.context() as patch:
         stop_before(5, patch)
         refused(*words, says=["stopped"])
-    assert read_json(tmp_path / "out" / "diffuse.partial" / "checkpoints" / "checkpoint-4" / "state.json")["steps"] == STEPS
-    return Interrupted(words, tmp_path / "out", data)
+    assert read_json(folder / "out" / "diffuse.partial" / "checkpoints" / "checkpoint-4" / "state.json")["steps"] == STEPS
+    return Interrupted(words, folder / "out", data)
+
+
+@pytest.fixture
+def interrupted(stopped: Interrupted, tmp_path: Path) -> Iterator[Interrupted]:
+    """The stopped run, which is put back when the test has done with it."""
+    for path in (stopped.out, stopped.data.parent):
+        shutil.copytree(path, tmp_path / path.name)
+    yield stopped
+    for path in (stopped.out, stopped.data.parent):
+        shutil.rmtree(path)
+        (tmp_path / path.name).rename(path)
 
 
 def test_a_run_goes_on_only_with_its_own_number_of_steps_and_curricula(interrupted: Interrupted):
@@ -185,12 +197,12 @@ def test_a_checkpoint_whose_curriculum_stood_elsewhere(interrupted: Interrupted)
 
 def test_eight_rows_at_once_are_eight_rows_one_by_one(prepared: Callable[[str], Path], tmp_path: Path):
     """Nine packed rows, so that an epoch ends inside a step, and blocks that grow."""
-    data = write_shapes(tmp_path / "set", align=1, train=24, test=1)["train"]
+    data = short_records(tmp_path, 25)
     moving = {**MOVING, "complementary": True, "weight": "effective"}
     lines = []
     for batch_size in (8, 1):
         cut = {"batch_size": batch_size, "accumulation": 8 // batch_size}
-        recipe = stage_recipe(data, row_length=512, objective=moving, steps=4, **cut)
+        recipe = stage_recipe(data, row_length=192, objective=moving, steps=4, **cut)
         lines.append(metrics(run(prepared("llama"), recipe, tmp_path / f"run-{batch_size}")))
     assert [line["epoch"] for line in lines[0]] == [0.5, 1.0, 1.5, 2.0]
     assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]] == [1, 2, 3, 4]

@@ -1,7 +1,7 @@
 """What a plan takes over from a trunk that was a diffusion language model already: target and block size, and what it refuses.
 
-A recipe names both for AR trunks, where they are a choice. Here they are facts of the checkpoint, so they fill what a recipe leaves
-open; what it says counts, and a contradiction is told.
+For AR trunks both are a choice of the recipe. Here they are facts of the checkpoint, so they fill what a recipe leaves open; what
+it says counts, and a contradiction is told.
 """
 
 import copy
@@ -42,7 +42,7 @@ def check_objectives(recipe: Recipe, stages: tuple[StageName, ...], source: Diff
             )
         if objective.target != source.target:
             log.warning(
-                "stages.%s.objective.target is %s, but %s was trained with %s: it has to learn anew which token a position predicts",
+                "stages.%s.objective.target is %s, but %s was trained with %s: it has to learn anew what a position predicts",
                 name,
                 objective.target,
                 source.model_type,

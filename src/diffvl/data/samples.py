@@ -23,13 +23,13 @@ from diffvl.hub.processing_diffvl import ChatEncoding, DiffVLProcessor
 class Sample:
     """ids: the clean stream. answer: per token 0, k inside the k-th answer, or -k where that answer is not trained on: then it
     is context, which ends blocks as every earlier answer does. pixels: what `processor.pixels` made of its images, or None.
-    index: the record's place in its dataset, which seeds its noise. image_tokens: how many each image takes."""
+    index: the record's place in its dataset, which seeds its noise. images: how many it shows."""
 
     ids: list[int]
     answer: list[int]
     pixels: Pixels | None
     index: int
-    image_tokens: tuple[int, ...] = ()
+    images: int = 0
 
 
 def messages_of(record: Record) -> list[dict[str, Any]]:
@@ -83,7 +83,7 @@ def sample_of(record: Record, index: int, processor: DiffVLProcessor, longest: i
     pixels = None
     if record.images:
         pixels = processor.pixels([open_image(path, record.source) for path in record.images])
-    return Sample(encoding.ids, _marked_untrained(encoding.answer, record), pixels, index)
+    return Sample(encoding.ids, _marked_untrained(encoding.answer, record), pixels, index, len(record.images))
 
 
 def _marked_untrained(answer: list[int], record: Record) -> list[int]:
@@ -104,8 +104,7 @@ class Batch(TypedDict):
     inside the k-th, -k where that one is not trained on. valid [S, L]: False for padding. labels [S, L]: the ids of tokens of
     trained answers, -100 elsewhere; their number is the loss normaliser. sample [S]: dataset indices. row [S]: the row that
     each sample stands in, rising from 0. pixels: the tensors of all images in order, under the names
-    that the model takes them by; absent in a batch without images. image_tokens [N]: how many each image takes, where they differ
-    (a native vision-language model)."""
+    that the model takes them by; absent in a batch without images. images [S]: how many images each sample shows."""
 
     input_ids: torch.Tensor
     answer_index: torch.Tensor
@@ -114,7 +113,7 @@ class Batch(TypedDict):
     sample: torch.Tensor
     row: torch.Tensor
     pixels: NotRequired[Pixels]
-    image_tokens: NotRequired[torch.Tensor]
+    images: NotRequired[torch.Tensor]
 
 
 def collate(rows: Sequence[Sequence[Sample | Problem]], pad_token_id: int) -> dict[str, Any]:
@@ -148,8 +147,7 @@ def collate(rows: Sequence[Sequence[Sample | Problem]], pad_token_id: int) -> di
     pixels = join_pixels([sample.pixels for sample in good if sample.pixels is not None])
     if pixels:
         batch["pixels"] = pixels
-    if image_tokens := [count for sample in good for count in sample.image_tokens]:
-        batch["image_tokens"] = torch.tensor(image_tokens)
+        batch["images"] = torch.tensor([sample.images for sample in good])
     if problems:
         batch[PROBLEMS] = problems
     return batch

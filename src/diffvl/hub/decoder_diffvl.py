@@ -18,7 +18,7 @@ import torch
 
 from .blocks_diffvl import Counts, Piece, Places, Prefix, Prompt
 from .cache_diffvl import BlockCache, StaticBlockCache, StaticTrunk
-from .images_diffvl import ImageRows
+from .images_diffvl import ImageRows, images_of_samples
 from .masks_diffvl import attention_masks
 
 
@@ -54,8 +54,10 @@ class BlockDecoder:
         self.prompt = Prompt.laid_out(input_ids, valid, answer_index, self.config)
         self.counts = self._count()
         rows = self._encoded(pixels, prefix)
-        rope = model.images.rope(input_ids, valid, pixels, () if rows is None else rows.counts)
-        self.prompt = replace(self.prompt, rope=rope)
+        if model.images.has_axes:
+            is_image = (input_ids == self.config.image_token_id) & valid
+            images = images_of_samples(is_image, () if rows is None else rows.counts)
+            self.prompt = replace(self.prompt, rope=model.images.rope(input_ids, valid, pixels, images))
         self.block = self.prompt.first_block(self.config, self.counts)
         self.committed = replace(Prefix.empty(input_ids, pixels, self.config, self.counts.is_ragged), rows=rows)
         self.waiting: Piece | None = None

@@ -90,11 +90,11 @@ def _counts(output: Any) -> tuple[int, ...]:
     return (math.prod(value.shape[1:-1]),) * len(value) if value.dim() > 2 else (len(value),)
 
 
-def join_pixels(parts: Sequence[Pixels]) -> dict[str, torch.Tensor]:
+def join_pixels(parts: Sequence[Pixels]) -> Pixels:
     """Joins the pixels of several images or samples, in order; {} for none.
 
-    Tensors are joined along their images or patches, dim 0, and padded with zeros where other dims differ. Where all parts of a
-    key begin with a 1 for the text that they belong to ([1, tiles, 3, S, S]), they are joined along dim 1.
+    Tensors are joined along dim 0 and filled up with zeros where other dims differ (tiles, height and width), as the processors
+    of such models do themselves: a size, a mask or the zeros tell those models what is real.
 
     Raises:
         ValueError: if the parts have other keys, or tensors of other numbers of dims.
@@ -111,19 +111,13 @@ def join_pixels(parts: Sequence[Pixels]) -> dict[str, torch.Tensor]:
 def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
     if len({tensor.dim() for tensor in tensors}) > 1:
         raise ValueError(f"pixels of the shapes {[tuple(tensor.shape) for tensor in tensors]} cannot be joined")
-    along = 1 if _is_nested(tensors[0]) else 0
-    sizes = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
+    sizes = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
     padded = []
     for tensor in tensors:
-        missing = [0 if dim == along else size - own for dim, (size, own) in enumerate(zip(sizes, tensor.shape, strict=True))]
+        missing = [size - own for size, own in zip(sizes, tensor.shape[1:], strict=True)]
         pads = [amount for size in reversed(missing) for amount in (0, size)]
-        padded.append(torch.nn.functional.pad(tensor, pads) if any(pads) else tensor)
-    return torch.cat(padded, along)
-
-
-def _is_nested(tensor: torch.Tensor) -> bool:
-    """Whether a tensor of pixels is [1 text, tiles, 3, height, width] (or its mask, [1 text, tiles, height, width])."""
-    return tensor.shape[0] == 1 and (tensor.dim() == 5 or (tensor.dim() == 4 and tensor.shape[1] != 3))
+        padded.append(torch.nn.functional.pad(tensor, pads) if any(missing) else tensor)
+    return torch.cat(padded)
 
 
 class OwnImages:
@@ -151,7 +145,7 @@ class OwnImages:
         """What the trunk's own `generate` is called with for prompts [B, T]; the answer alone comes back."""
         return self.arguments(ids, rows, placed_images(ids, self.config))
 
-    def rope(self, ids: torch.Tensor, valid: torch.Tensor, pixels: Pixels, counts: Sequence[int]) -> Rope:
+    def rope(self, ids: torch.Tensor, valid: torch.Tensor, pixels: Pixels, images: Sequence[int]) -> Rope:
         """Position ids: the index of each token."""
         return Rope()
 
@@ -196,26 +190,25 @@ class NativeImages:
         """What the source's own `generate` is called with for prompts [B, T]; they come back before the answer."""
         return {"input_ids": ids, **pixels, **token_types(stock(self.source), ids, self.config.image_token_id)}
 
-    def rope(self, ids: torch.Tensor, valid: torch.Tensor, pixels: Pixels, counts: Sequence[int]) -> Rope:
+    def rope(self, ids: torch.Tensor, valid: torch.Tensor, pixels: Pixels, images: Sequence[int]) -> Rope:
         """Position ids as the source numbers its tokens, sample by sample: some families count images over a whole batch.
 
         Args:
-            ids, valid: clean tokens [B, T], of any padding. counts: rows of each image of the batch.
+            ids, valid: clean tokens [B, T], of any padding. images: how many images each sample shows.
         """
         if not self.has_axes:
             return Rope()
         number = self.body.get_rope_index
         known = inspect.signature(number).parameters
         grids, first, tables = pixels.get("image_grid_thw"), 0, []
-        for own_ids, own_valid in zip(ids, valid, strict=True):
+        for own_ids, own_valid, count in zip(ids, valid, images, strict=True):
             sample = own_ids[own_valid][None]
             types = (sample == self.config.image_token_id).long()
-            images = _images_in(int(types.sum()), counts[first:])
             given: dict[str, Any] = {"mm_token_type_ids": types} if "mm_token_type_ids" in known else {}
-            if images and grids is not None:
-                given["image_grid_thw"] = grids[first : first + images]
+            if count and grids is not None:
+                given["image_grid_thw"] = grids[first : first + count]
             tables.append(number(sample, **given)[0][:, 0])
-            first += images
+            first += count
         lengths = valid.sum(1)
         table = torch.zeros(len(tables[0]), len(ids), max(int(lengths.max()), 1), dtype=torch.long, device=ids.device)
         for line, entries in enumerate(tables):
@@ -259,19 +252,24 @@ def settle_frozen(module: torch.nn.Module, text: set[Any]) -> None:
             child.eval()
 
 
-def _images_in(tokens: int, counts: Sequence[int]) -> int:
-    """How many of the next images a sample with so many image tokens shows.
+def images_of_samples(is_image: torch.Tensor, counts: Sequence[int]) -> list[int]:
+    """How many images each sample shows.
 
+    Args:
+        is_image: image tokens, [B, T]. counts: rows of each image of the batch, in order.
     Raises:
-        ValueError: if they do not come out even.
+        ValueError: if a sample ends inside an image.
     """
-    number = 0
-    while tokens > 0 and number < len(counts):
-        tokens -= counts[number]
-        number += 1
-    if tokens:
-        raise ValueError("images and image tokens do not match: a sample ends inside an image")
-    return number
+    rest, numbers = list(counts), []
+    for tokens in is_image.sum(1).tolist():
+        found = number = 0
+        while found < tokens and rest:
+            found += rest.pop(0)
+            number += 1
+        if found != tokens:
+            raise ValueError("images and image tokens do not match: a prompt ends inside an image")
+        numbers.append(number)
+    return numbers
 
 
 def answer_cells(block: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ from .cache_diffvl import ReadingCache
 from .configuration_diffvl import DiffVLConfig
 from .generation_diffvl import BlockGeneration
 from .head_diffvl import flat_rows, head_on, mapped_rows
-from .images_diffvl import ImageRows, NativeImages, OwnImages, settle_frozen, span_ids, stock
+from .images_diffvl import ImageRows, NativeImages, OwnImages, images_of_samples, settle_frozen, span_ids, stock
 from .layout_diffvl import Layout, Rope, clean_layout, image_rows
 from .masks_diffvl import attention_masks
 from .settings_diffvl import refuse_videos
@@ -347,7 +347,9 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
     ) -> Rope:
         """Position ids of tokens that a caller gave none for."""
         if not past:
-            return self.images.rope(input_ids, valid, pixels, () if rows is None else rows.counts)
+            is_image = (input_ids == self.config.image_token_id) & valid
+            images = images_of_samples(is_image, () if rows is None else rows.counts) if self.images.has_axes else ()
+            return self.images.rope(input_ids, valid, pixels, images)
         if self.images.has_axes:
             raise ValueError("after a cache this model needs position_ids [axes, batch, tokens]: its rotation is not the order")
         return Rope()

@@ -305,8 +305,8 @@ def clean_rope(model: Any, config: DiffVLConfig, batch: Batch) -> Rope:
     if config.source_config is None:
         return Rope()
     stock: Any = model.module if hasattr(model, "module") else model  # data parallelism wraps it
-    counts = batch["image_tokens"].tolist() if "image_tokens" in batch else ()
-    return stock.images.rope(batch["input_ids"], batch["valid"], batch.get("pixels", {}), counts)
+    images = batch["images"].tolist() if "images" in batch else [0] * len(batch["input_ids"])
+    return stock.images.rope(batch["input_ids"], batch["valid"], batch.get("pixels", {}), images)
 
 
 def _mark_spans(layout: Layout, batch: Batch, config: DiffVLConfig) -> None:

@@ -31,8 +31,11 @@ def with_own_mask_token(name: str, tokenizer: Any, family: Family, source: Diffu
             f"{name}: row {row}, the mask token, is {token!r} in its tokenizer, a piece of ordinary text; set mask_token_id in "
             "its config.json right"
         )
-    if token is None and len(tokenizer) > row:
-        raise CheckpointError(f"{name}: its tokenizer has no token for row {row}, the mask token; fetch the checkpoint again")
+    if token is None and (len(tokenizer) > row or family.mask_token.text in tokenizer.get_vocab()):
+        raise CheckpointError(
+            f"{name}: its tokenizer has no token for row {row}, the mask token by its config.json; set mask_token_id right, or "
+            "fetch the checkpoint again"
+        )
     if token is not None:
         tokenizer.add_special_tokens({"mask_token": token})
     return family.model_copy(update={"mask_token": MaskToken(text=family.mask_token.text, id=row)})

@@ -7,6 +7,7 @@ models let the tokens of an image see each other; which rule theirs is, is found
 Shapes: B batch, L tokens, V vocabulary.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,8 @@ from diffvl.prepare.processor import read_native_processor
 from diffvl.prepare.source import Source
 from diffvl.store import checkpoint, weights
 
-IMAGE_IDS = ("image_token_id", "image_token_index", "image_patch_id")
+log = logging.getLogger(__name__)
+
 PLACEHOLDERS = ("video_token_id", "video_token_index", "audio_token_id", "audio_token_index")
 SIZES = ((64, 48), (40, 72))  # pixels (width, height) of the images that parity is proven on
 
@@ -109,14 +111,17 @@ def read_native_parts(source: Source, recipe: Recipe, config: PretrainedConfig) 
         CheckpointError, UnsupportedModelError, ConfigError.
     """
     weights.check_vlm(source.model, config, source.revision)
-    processor, image_inputs = read_native_processor(source.model, source.revision, source.trust_remote_code, recipe.prepare)
+    processor, facts = read_native_processor(
+        source.model, source.revision, source.trust_remote_code, system_turn=recipe.prepare.system_turn, config=config
+    )
+    for advice in facts.advice:
+        log.info("%s: %s", source.model, advice)
     family, tokenizer = family_of(config.model_type), processor.tokenizer
     table_size = config.get_text_config(decoder=True).vocab_size
     known = min(len(tokenizer), table_size)
     shown_as = {"image_token": processor.image_token}  # which the tokenizer has
     mask_id, _ = add_tokens(tokenizer, family.model_copy(update=shown_as), table_size)
-    image_id = next(id for name in IMAGE_IDS if (id := getattr(config, name, None)) is not None)
-    return NativeParts(source, config, processor, known, mask_id, image_id, tuple(image_inputs))
+    return NativeParts(source, config, processor, known, mask_id, facts.image_token_id, tuple(facts.image_inputs))
 
 
 def assemble_native(source: Any, parts: NativeParts) -> DiffVLForConditionalGeneration:
@@ -225,10 +230,11 @@ def _difference(model: DiffVLForConditionalGeneration, rule: str, prompts: Seque
 
 @torch.no_grad()
 def parity(model: DiffVLForConditionalGeneration, prompt: Prompt, known: int) -> float:
-    """Measures the difference of the model's logits to the source's. A 2-D mask that hides nothing is never left to the trunk: it
-    goes in as explicit masks and positions."""
+    """Measures the difference of the model's logits to the source's. A 2-D mask that hides nothing is never left to the trunk:
+    it goes in as explicit masks and positions."""
     logits = model(prompt.ids, **prompt.images, attention_mask=torch.ones_like(prompt.ids)).logits.float()
-    return spread((logits - prompt.logits)[..., :known], prompt.logits[..., :known])
+    expected = prompt.logits[..., :known]
+    return spread(logits[..., :known] - expected, expected)
 
 
 def _long_span(model: DiffVLForConditionalGeneration, prompt: Prompt) -> Prompt | None:

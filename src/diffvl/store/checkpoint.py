@@ -150,7 +150,8 @@ def load_description(directory: Path) -> tuple[DiffVLConfig, DiffVLProcessor]:
     config, processor = _explain_damage(
         directory, lambda: (DiffVLConfig.from_pretrained(directory), DiffVLProcessor.from_pretrained(directory))
     )
-    absent = [name for name in ("text_config", "vision_config") if getattr(config, name) is None]
+    parts = ("text_config", "vision_config") if config.source_config is None else ("text_config",)
+    absent = [name for name in parts if getattr(config, name) is None]
     if absent:
         raise CheckpointError(f"{directory / 'config.json'}: no {' and no '.join(absent)} in it; copy the checkpoint again")
     _require_tokens(directory, config, processor)
@@ -158,9 +159,12 @@ def load_description(directory: Path) -> tuple[DiffVLConfig, DiffVLProcessor]:
 
 
 def _require_tokens(directory: Path, config: DiffVLConfig, processor: DiffVLProcessor) -> None:
-    """Raises CheckpointError unless mask and image token are the tokenizer's own and have rows in the trunk's embedding."""
+    """Raises CheckpointError unless mask and image token are the tokenizer's own and have rows in the trunk's embedding. (The
+    placeholder of a native model may be another token than the one that shows an image.)"""
     tokenizer, size = processor.tokenizer, config.text_config.vocab_size
-    tokens = {"mask_token_id": tokenizer.mask_token, "image_token_id": processor.image_token}
+    tokens = {"mask_token_id": tokenizer.mask_token}
+    if config.source_config is None:
+        tokens["image_token_id"] = processor.image_token
     for name, token in tokens.items():
         given, expected = getattr(config, name), tokenizer.convert_tokens_to_ids(token)
         if given != expected or not 0 <= given < size:

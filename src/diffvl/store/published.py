@@ -102,21 +102,27 @@ def _require_token_ids(file: Path, settings: dict[str, Any]) -> None:
             )
 
 
+def settings_in(name: str, file: str, revision: str | None) -> dict[str, Any] | None:
+    """Reads a small JSON file of a checkpoint; None where it has none."""
+    path = Path(name)
+    if path.is_dir():
+        found: str | None = str(path / file) if (path / file).is_file() else None
+    else:
+        quietly = dict.fromkeys(("gated_repo", "missing_entries", "connection_errors"), False)
+        arguments = {f"_raise_exceptions_for_{what}": value for what, value in quietly.items()}
+        found = explain_failures(name, lambda: cached_file(name, file, revision=revision or "main", **arguments))
+    return None if found is None else read_json(Path(found))
+
+
 # --- what cannot be trained ----------------------------------------------------------------------------------------------
 
 
 def _refuse_adapter(name: str, revision: str | None) -> None:
     """Refuses an adapter: transformers loads one beside the weights, or its base model in its place, without a word."""
     path = Path(name)
-    if path.is_dir():
-        file: str | None = str(path / ADAPTER_FILE) if (path / ADAPTER_FILE).is_file() else None
-    else:
-        quietly = dict.fromkeys(("gated_repo", "missing_entries", "connection_errors"), False)
-        arguments = {f"_raise_exceptions_for_{what}": value for what, value in quietly.items()}
-        file = explain_failures(name, lambda: cached_file(name, ADAPTER_FILE, revision=revision or "main", **arguments))
-    if file is None:
+    settings = settings_in(name, ADAPTER_FILE, revision)
+    if settings is None:
         return
-    settings = read_json(Path(file))
     kind = str(settings.get("peft_type") or "LoRA").replace("LORA", "LoRA")
     base = settings.get("base_model_name_or_path") or "its base model"
     code = (

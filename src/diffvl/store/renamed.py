@@ -56,7 +56,8 @@ def translated(name: str, settings: dict[str, Any], family: Family) -> Pretraine
     assert mask is not None, f"{family.model_type}: a family of diffusion language models agrees on a mask token"
     source = DiffusionSource(family.model_type, mask, rules.target, block)
     config = AutoConfig.for_model(rules.model_type, **_stock_settings(given, rules))
-    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
+    stock_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    config.architectures = [stock_class.__name__]
     setattr(config, SOURCE, vars(source).copy())
     return config
 

@@ -65,14 +65,19 @@ def track(
     every: float = PLAIN_EVERY,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[T]:
-    """Yields the items of `iterable` and shows how many are done; `total` None where the length is unknown.
+    """Yields the items of `iterable` and shows how many are done; `total` None where the length is unknown. An estimated total
+    gives way to the number of items that there were.
 
     It may run inside a `TrainingProgress`: its bar then stands below the other one (rich 14.1 and later).
     """
     if console.is_interactive:
         name, left = TextColumn("{task.description}", markup=False), TimeRemainingColumn(elapsed_when_finished=True)
         with Progress(name, BarColumn(), MofNCompleteColumn(), left, console=console) as progress:
-            yield from progress.track(iterable, total=total, description=text)
+            task = progress.add_task(text, total=total)
+            for done, item in enumerate(iterable, start=1):
+                yield item
+                progress.update(task, completed=done, total=total if total is None else max(total, done))
+            progress.update(task, total=progress.tasks[task].completed)
         return
     out_of = "" if total is None else f"/{total}"
     began = last_line = clock()
@@ -82,7 +87,7 @@ def track(
         if clock() - last_line >= every:
             last_line = clock()
             say(console, f"{text}: {done}{out_of}")
-    say(console, f"{text}: {done}{out_of} done in {duration(clock() - began)}")
+    say(console, f"{text}: {done}{out_of and f'/{done}'} done in {duration(clock() - began)}")
 
 
 def number(value: float, digits: int = 4) -> str:

@@ -1,0 +1,110 @@
+"""The proof that chats are read as the checkpoint's own processor reads them: the same tokens, the same pixels.
+
+Asked of it are chats with one image, with several and with none. It gets them as its users give them, through its own
+`apply_chat_template`; we expand images one by one.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from PIL import Image
+
+from diffvl.errors import UnsupportedModelError, first_line
+from diffvl.hub.processing_diffvl import DiffVLProcessor
+from diffvl.hub.source_diffvl import FAULTS
+
+log = logging.getLogger(__name__)
+
+SIZES = ((90, 120), (140, 64), (56, 56))  # height and width of the images
+
+
+def require_same(model: str, processor: DiffVLProcessor, inner: Any) -> list[str]:
+    """Compares chats.
+
+    Args:
+        inner: the checkpoint's own processor.
+    Returns:
+        what could not be compared, or differs for several images in one chat, in words.
+    Raises:
+        UnsupportedModelError: if a chat with one image or none has other tokens or other pixels.
+    """
+    advice = []
+    for name, chat in chats().items():
+        try:
+            native = _native(inner, processor, chat)
+        except (ImportError, *FAULTS) as error:
+            advice.append(f"its own processor could not be asked about a chat with {name} ({first_line(error)})")
+            continue
+        ours = processor.apply_chat_template(chat, tokenize=True, add_generation_prompt=True)
+        if name == "several images" and not _same_ids(ours, native):
+            if not _same_ids(ours, _flat(inner, processor, chat)):
+                raise _differs(model, name, "tokens")
+            advice.append(
+                "its own processor shows several images of one chat smaller than a single one; here each is shown as a single one"
+            )
+        elif not _same_ids(ours, native):
+            raise _differs(model, name, "tokens")
+        elif name == "one image" and (wrong := _other_pixels(ours, native)):
+            raise _differs(model, name, wrong)
+    return advice
+
+
+def chats() -> dict[str, list[dict[str, Any]]]:
+    """Gives the chats that are compared."""
+    first, second, third = (
+        {"type": "image", "image": Image.linear_gradient("L").resize((width, height)).convert("RGB")} for height, width in SIZES
+    )
+    asked = {"type": "text", "text": "What is this? Say 3 words."}
+    answered = {"role": "assistant", "content": [{"type": "text", "text": "A grey ramp."}]}
+    return {
+        "one image": [{"role": "user", "content": [first, asked]}],
+        "no image": [{"role": "user", "content": [asked]}],
+        "several images": [
+            {"role": "user", "content": [first, {"type": "text", "text": "and "}, second, asked]},
+            answered,
+            {"role": "user", "content": [{"type": "text", "text": "And this?"}, third]},
+        ],
+    }
+
+
+def _native(inner: Any, processor: DiffVLProcessor, chat: list[dict[str, Any]]) -> Any:
+    return inner.apply_chat_template(
+        chat,
+        chat_template=processor.encoder.template.source,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+
+
+def _flat(inner: Any, processor: DiffVLProcessor, chat: list[dict[str, Any]]) -> Any:
+    """Asks it with the images in one list, each by itself."""
+    text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    images = [part["image"] for message in chat for part in message["content"] if part["type"] == "image"]
+    bos = inner.tokenizer.bos_token
+    add = bos is None or not text.startswith(bos)
+    return inner(text=[text], images=images, add_special_tokens=add, return_tensors="pt")
+
+
+def _same_ids(ours: Any, native: Any) -> bool:
+    return ours["input_ids"].tolist() == torch.as_tensor(native["input_ids"]).tolist()
+
+
+def _other_pixels(ours: Any, native: Any) -> str:
+    """Names the first pixel tensor that is not the same; empty if all are."""
+    for name, value in ours.items():
+        if name in ("input_ids", "attention_mask", "answer_index"):
+            continue
+        if name not in native or not torch.equal(value, torch.as_tensor(native[name])):
+            return name
+    return ""
+
+
+def _differs(model: str, name: str, what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{model}: a chat with {name} has other {what} than the checkpoint's own processor gives it: what it writes around an "
+        "image depends on more than the image",
+        "processor",
+    )
