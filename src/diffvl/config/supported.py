@@ -48,7 +48,7 @@ def refusal(config: "transformers.PreTrainedConfig") -> Refusal | None:
     brings_class = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if is_remote(type(config)) or (brings_class and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING):
         return Refusal(OWN_CODE, own_code(name, config.to_dict()))
-    return None if is_vlm(config) else _refused_class(name, config)
+    return _refused_class(name, config)
 
 
 def vlm_refusal(config: "transformers.PreTrainedConfig") -> Refusal | None:
@@ -135,8 +135,6 @@ def is_remote(config_class: type) -> bool:
 
 def _refused_parts(name: str, config: "transformers.PreTrainedConfig") -> Refusal | None:
     """Refuses models that are more than a language model."""
-    if is_vlm(config):
-        return None
     if getattr(config, "vision_config", None) is not None:
         return Refusal(
             "vision-language model of another kind",

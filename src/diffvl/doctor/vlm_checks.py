@@ -94,7 +94,7 @@ def parity_error(source: PreTrainedModel, pixels: Pixels, rule: str) -> float:
         layout = clean_layout(torch.zeros_like(ids), valid, "causal")
         layout.image_attention = rule
         layout.span = span_ids(ids == model.config.image_token_id, answer, valid, torch.zeros_like(valid), rule)
-        rope = model.images.rope(ids, valid, images, () if rows is None else rows.counts)
+        rope = model.images.rope(ids, valid, images, [2 if images else 0])
         masks = attention_masks(model.config.text_config, layout, slice(None), torch.float32)
         index = placed_images(ids, model.config)
         ours = model(ids, rows=rows, image_index=index, attention_mask=masks, position_ids=rope.at(layout.position)).logits

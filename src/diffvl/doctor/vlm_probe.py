@@ -114,7 +114,7 @@ class VlmProbe:
         clean.image_attention = config.image_attention
         is_image = ids == config.image_token_id
         clean.span = span_ids(is_image, answer, valid, answer_cells(block, answer), config.image_attention)
-        numbers = model.images.rope(ids, valid, pixels, rows.counts)
+        numbers = model.images.rope(ids, valid, pixels, [2, 0])
         masked = stream.eligible & (torch.arange(stream.eligible.shape[1]) % 2 == 0)
         shown = placed_images(ids, config, valid)
         return cls(
