@@ -63,7 +63,7 @@ def vlm_refusal(config: "transformers.PreTrainedConfig") -> Refusal | None:
     if getattr(config, "is_encoder_decoder", False) or "decoder_input_ids" in parameters:
         return Refusal(
             "encoder-decoder",
-            f"{name} is an encoder-decoder: a decoder of its own writes answers, they do not stand behind the prompt in one stream",
+            f"{name} is an encoder-decoder: answers come from a decoder of their own, and do not stand behind the prompt",
         )
     if apart := [given for given in parameters if given.startswith("cross_attention_") or given in SEEN_APART]:
         return Refusal(

@@ -34,8 +34,9 @@ gradients, a new token. Types that can be encoders too are taken as decoders (`i
 VISION_LANGUAGE_MODELS = """\
 One row for each model type that `AutoModelForImageTextToText` knows. Probed as above, in the form in which it is exported, with
 two images in the prompts, which go through the vision part of the copy: explicit masks and the model's own position ids against
-its own forward, which also tells how its image tokens see each other (its images are longer than its window); images before an
-answer and after one, cut inside a block, cut into two forwards; several samples in one row; frozen vision.
+its own forward, which also tells how its image tokens see each other; images before an answer and after one, cut inside a block,
+cut into two forwards; several samples in one row; frozen vision. Where image tokens see each other both ways, the images are
+longer than the window, since shorter ones would not show how span and window meet.
 
 `causal`: image tokens see each other as any tokens do. `runs`: both ways inside a run of image tokens, as far as the window
 reaches; `runs_beyond_window`: whatever the window; `runs_sliding`: in layers with a window only. `images`: all image tokens

@@ -37,14 +37,17 @@ class Findings:
 
 def run_vlm_checks(source: PreTrainedModel, pixels: Pixels) -> Findings:
     """Runs every check, each for all contexts; weights are left as they were, the embedding table is one row longer."""
+    alone = run_check("own forward", lambda: _own_forward(source, pixels))
+    if not alone.passed:
+        return Findings("", [alone])
     rule, parity = find_rule(source, pixels)
     if not parity.passed:
-        return Findings("", [parity])
+        return Findings("", [alone, parity])
     model = shipped(source, pixels, rule)
     try:
         both = [VlmProbe.make(model, pixels, context) for context in GRIDS]
     except MODEL_FAULTS as error:
-        return Findings(rule, [parity, Check("layout", False, None, "runs", describe_fault(error))])
+        return Findings(rule, [alone, parity, Check("layout", False, None, "runs", describe_fault(error))])
     last = both[-1]
     checks: dict[str, Callable[[], Check]] = {
         "position ids": lambda: below("position ids", _positions_error(last)),
@@ -62,10 +65,20 @@ def run_vlm_checks(source: PreTrainedModel, pixels: Pixels) -> Findings:
         "gradients": lambda: _gradients(last),
         "new token": lambda: below("new token", _new_token_error(last)),
     }
-    return Findings(rule, [parity, *(run_check(name, check) for name, check in checks.items())])
+    return Findings(rule, [alone, parity, *(run_check(name, check) for name, check in checks.items())])
 
 
 # --- how image tokens see each other ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _own_forward(source: PreTrainedModel, pixels: Pixels) -> Check:
+    """Runs the stock model by itself: logits must be finite numbers, or nothing can be said of it."""
+    model = shipped(source, pixels)
+    ids, answer = (part[None] for part in conversation(SINGLE, image_sizes(model, pixels), model.config.image_token_id))
+    logits, _ = native_pass(source, ids, answer, pixels)
+    fault = "" if bool(logits.isfinite().all()) else "its logits are no finite numbers"
+    return Check("own forward", not fault, None, "finite", fault)
 
 
 @torch.no_grad()
@@ -76,10 +89,20 @@ def find_rule(source: PreTrainedModel, pixels: Pixels) -> tuple[str, Check]:
     for rule in IMAGE_ATTENTION:
         found = run_check("AR parity", lambda rule=rule: below("AR parity", parity_error(source, pixels, rule)))
         if found.passed:
-            return rule, found
+            return rule, found if rule == "causal" else _long_enough(source, pixels, found)
         if least.error is None or (found.error is not None and found.error < least.error):
             best, least = rule, found
     return best, least
+
+
+def _long_enough(source: PreTrainedModel, pixels: Pixels, parity: Check) -> Check:
+    """Refuses a finding on images that all fit in the window: they do not show how span and window meet."""
+    window = getattr(source.config.get_text_config(decoder=True), "sliding_window", None)
+    longest = max(image_sizes(shipped(source, pixels), pixels))
+    if window is None or longest > window:
+        return parity
+    fault = f"images of {longest} tokens are not longer than the window of {window}: how they meet cannot be told"
+    return Check(parity.name, False, None, parity.wanted, fault)
 
 
 @torch.no_grad()

@@ -27,9 +27,10 @@ from diffvl.prepare.attention_proof import BLOCK_SIZE, GRIDS
 # Below what some types use for images inside their vocabulary.
 TOKENS, MASK = range(FIRST_ORDINARY, 99), 99
 Piece = tuple[str, int]  # "text", "answer" (tokens) or "image" (its number)
-# Images before the first answer and in the second question, where one ends inside a block; the other conversation has none.
+# Images before the first answer and in the second question, where one ends inside a block. It begins so soon that the stops which
+# fill up the first answer's last block have indices inside it. The other conversation has no image.
 CHATS: tuple[tuple[Piece, ...], ...] = (
-    (("text", 5), ("image", 0), ("text", 4), ("answer", 7), ("text", 3), ("image", 1), ("answer", 9)),
+    (("text", 5), ("image", 0), ("text", 4), ("answer", 5), ("text", 1), ("image", 1), ("answer", 9)),
     (("text", 6), ("answer", 5)),
 )
 SINGLE: tuple[Piece, ...] = (("text", 4), ("image", 0), ("text", 2), ("image", 1), ("text", 4), ("answer", 10))
