@@ -102,15 +102,16 @@ def test_generated_tokens_do_not_depend_on_the_batch(model_type: str, loaded: Ca
     model.config.set_decoding("blocks", 4, "causal", "response", "same")
     prompts = [CHAT[:1], BESIDE[0][:1], BESIDE[1][:1]]
     together = processor.apply_chat_template(prompts, tokenize=True, add_generation_prompt=True)
-    for mode in ("blocks", "ar", "speculative"):
-        settings: dict[str, Any] = {"mode": mode, "max_new_tokens": 9}
+    static = {"cache_implementation": "static", "disable_compile": True}
+    for way in ({"mode": "blocks"}, {"mode": "ar"}, {"mode": "speculative"}, static):
+        settings: dict[str, Any] = {**way, "max_new_tokens": 9}
         answers: Any = model.generate(**together, **settings)
         answers = answers[:, together["input_ids"].shape[1] :]
         for row, prompt in enumerate(prompts):
             one = processor.apply_chat_template(prompt, tokenize=True, add_generation_prompt=True)
             alone: Any = model.generate(**one, **settings)
             given = alone[0, one["input_ids"].shape[1] :].tolist()
-            assert answers[row, : len(given)].tolist() == given, (mode, row)
+            assert answers[row, : len(given)].tolist() == given, (settings, row)
 
 
 @pytest.mark.parametrize("model_type", natives())
