@@ -206,7 +206,7 @@ def processor_tokenizer(family: str) -> PreTrainedTokenizerFast:
     look = LOOKS[family]
     base = make_tokenizer("llama" if look.base == "vicuna" else look.base)
     backend = base.backend_tokenizer
-    names = {"pad_token": base.pad_token, "eos_token": base.eos_token}
+    names: dict[str, Any] = {"pad_token": base.pad_token, "eos_token": base.eos_token}
     special = look.tokens
     if look.base == "vicuna":
         names, special = {"pad_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}, ("<unk>", "<s>", "</s>", *special)

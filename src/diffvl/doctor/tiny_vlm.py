@@ -11,9 +11,18 @@ from typing import Any
 
 from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
-from diffvl.doctor.tiny_copy import FIRST_ORDINARY, HEAD_DIM, HIDDEN, INTERMEDIATE, NUM_EXPERTS, NUM_HEADS, ROPE, build_with
-from diffvl.doctor.tiny_copy import shrink_settings
 from diffvl.doctor.timm_tower import stand_in_towers
+from diffvl.doctor.tiny_copy import (
+    FIRST_ORDINARY,
+    HEAD_DIM,
+    HIDDEN,
+    INTERMEDIATE,
+    NUM_EXPERTS,
+    NUM_HEADS,
+    ROPE,
+    build_with,
+    shrink_settings,
+)
 
 IMAGE, PATCH = 56, 14  # pixels: 4 x 4 patches
 LAYERS = 2

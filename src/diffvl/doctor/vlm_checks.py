@@ -17,14 +17,14 @@ from transformers import PreTrainedModel
 
 from diffvl.doctor.checks import MODEL_FAULTS, Check, above, below, describe_fault, leaky, run_check
 from diffvl.doctor.vlm_pixels import Pixels
-from diffvl.doctor.vlm_probe import MASK, SINGLE, TOKENS, VlmProbe, conversation, image_sizes, permitted, shipped, token_types
+from diffvl.doctor.vlm_probe import MASK, SINGLE, TOKENS, VlmProbe, conversation, image_sizes, permitted, shipped
 from diffvl.doctor.vlm_reference import direct_logits, native_pass, native_positions
 from diffvl.hub.cache_diffvl import BlockCache
 from diffvl.hub.images_diffvl import placed_images, span_ids, vision_parameters
 from diffvl.hub.layout_diffvl import IMAGE_ATTENTION, Layout, clean_layout
 from diffvl.hub.masks_diffvl import attention_masks, block_kernels
 from diffvl.objective.packing import pack
-from diffvl.prepare.attention_proof import GRIDS, TOLERANCE, largest, smallest, spread
+from diffvl.prepare.attention_proof import GRIDS, largest, smallest, spread
 
 
 @dataclass(frozen=True)
