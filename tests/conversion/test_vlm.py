@@ -63,7 +63,7 @@ def test_it_goes_to_diffuse_directly(converted: dict[str, Path]):
 def test_generate_and_evaluate(model_type: str, converted: dict[str, Path], tmp_path: Path):
     directory = converted[model_type]
     image = directory.parent.parent / "2.png"
-    shown = succeed("generate", directory, image, "What is it?", "--max-new-tokens", "6", "--json")
+    shown = succeed("generate", directory, "--image", image, "--prompt", "What is it?", "--max-new-tokens", "6", "--json")
     assert json.loads(shown.out)["tokens"] >= 1
     figures = json.loads(succeed("evaluate", directory, "--data", directory.parent.parent / "data.json", "--json").out)
     assert 0 < figures["masked_loss"] < 50 and 0 <= figures["exact_match"] <= 1

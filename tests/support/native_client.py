@@ -6,6 +6,7 @@ python -I native_client.py IMAGE DIR...   -> a JSON line for each directory
 import json
 import sys
 import warnings
+from typing import Any
 
 warnings.simplefilter("ignore")
 
@@ -16,7 +17,7 @@ def main() -> None:
 
     image, *directories = sys.argv[1:]
     for directory in directories:
-        model = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True).eval()
+        model: Any = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True).eval()
         processor = AutoProcessor.from_pretrained(directory, trust_remote_code=True)
         content = [{"type": "image", "path": image}, {"type": "text", "text": "What is it?"}]
         chat = [{"role": "user", "content": content}]

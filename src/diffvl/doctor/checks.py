@@ -152,7 +152,7 @@ def _cached(probe: ProbeText, cache: BlockCache, past: torch.Tensor, fresh: torc
     """Computes the logits of the tokens at `fresh` over the cached ones at `past`, as the decoder asks for them: where nothing is
     stored, without a mask but for windows."""
     rows = {name: row[:1, torch.cat([past, fresh])] for name, row in probe.layout.rows.items()}
-    layout = Layout(**rows, context=probe.layout.context)
+    layout = probe.layout.with_rows(rows)
     queries = slice(len(past), None)
     cache.store = store
     with block_kernels(probe.trunk):
