@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import picture
-from tiny_runs import succeed
+from tiny_runs import refused, succeed
 
 from diffvl.store.checkpoint import load_checkpoint, read_state
 
@@ -67,6 +67,10 @@ def test_generate_and_evaluate(model_type: str, converted: dict[str, Path], tmp_
     assert json.loads(shown.out)["tokens"] >= 1
     figures = json.loads(succeed("evaluate", directory, "--data", directory.parent.parent / "data.json", "--json").out)
     assert 0 < figures["masked_loss"] < 50 and 0 <= figures["exact_match"] <= 1
+
+
+def test_there_is_nothing_to_compare_its_decoding_with(converted: dict[str, Path]):
+    refused("bench", "decode", converted["gemma3"], says=["converted from a whole vision-language model"])
 
 
 def test_it_goes_on_from_where_it_is(source: Callable[[str], Path], converted: dict[str, Path]):
