@@ -119,7 +119,7 @@ def test_clean_streams_go_through_the_causal_kernel(context: str, block_size: in
     """Packed, cut by turns, beside other rows, in blocks that the band holds and in too wide ones, and under a window: values and
     gradients of dense SDPA; and the causal kernel is used where it can be."""
     whole = long_rows(context, block_size)
-    layout = Layout(**{name: row[rows_taken] for name, row in whole.rows.items()}, context=context)
+    layout = whole.with_rows({name: row[rows_taken] for name, row in whole.rows.items()})
     mask = block_mask(layout, 64, window)
     plan = cpu.plan_of(mask)
     causal = [part for group in plan for part in group.parts if isinstance(part, cpu.Slab) and part.causal]

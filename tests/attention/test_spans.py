@@ -46,9 +46,9 @@ def test_block_masks_and_tiles_are_the_dense_rule(context: str, rule: str, windo
     assert bool((allowed & ~plain).any()) == (rule != "runs_sliding" or window is not None), "spans change nothing here"
     assert torch.equal(executed(block_mask(layout, 8, window), 8), allowed)
     generator = torch.Generator().manual_seed(0)
-    states = [torch.randn(len(allowed), 2, allowed.shape[-1], 8, generator=generator).requires_grad_() for _ in range(3)]
-    dense = scaled_dot_product_attention(*states, attn_mask=allowed[:, None])
-    tiled = tiled_attention(torch.nn.Identity(), *states, block_mask(layout, 32, window))[0].transpose(1, 2)
+    q, k, v = (torch.randn(len(allowed), 2, allowed.shape[-1], 8, generator=generator).requires_grad_() for _ in range(3))
+    dense = scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None])
+    tiled = tiled_attention(torch.nn.Identity(), q, k, v, block_mask(layout, 32, window))[0].transpose(1, 2)
     torch.testing.assert_close(tiled, dense, rtol=1e-5, atol=1e-6)
 
 

@@ -341,10 +341,11 @@ def test_models_and_recipes_are_listed_whole_however_narrow_the_terminal(run_cli
     assert [cell.strip() for cell in row.strip("│").split("│")] == [
         "qwen2.5-7b",
         "Qwen/Qwen2.5-7B-Instruct",
-        "qwen2",
-        "google/siglip2-so400m-patch14-384",
-        "llava",
+        *("language model", "llava", "google/siglip2-so400m-patch14-384"),
+        *("7.62B", "15.2", "17.5", "122"),
     ]
+    row = next(line for line in lines if "qwen2.5-vl-3b" in line)
+    assert [cell.strip() for cell in row.strip("│").split("│")][2:5] == ["vision-language model", "vlm", "its own"]
     assert any("mistral" in line and "sliding window" in line for line in lines)
     listed = run_cli("recipes")[1]
     assert "DiffusionVL's two stages as published" in next(line for line in listed.splitlines() if "llava" in line)

@@ -13,8 +13,10 @@ from diffvl.config.supported import check_supported
 from diffvl.errors import ConfigError, UnsupportedModelError
 
 FAMILY_FILES = sorted(presets("convert").iterdir())
-STOCK = [file.stem for file in FAMILY_FILES if family_of(file.stem).loads_as is None]
-TRANSLATED = [file.stem for file in FAMILY_FILES if file.stem not in STOCK]
+STOCK, VISION, TRANSLATED = (
+    [file.stem for file in FAMILY_FILES if family_of(file.stem).route == route]
+    for route in ("language model", "vision-language model", "diffusion language model")
+)
 RECIPE_FILES = sorted(presets("recipes").iterdir())
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 64}
 
@@ -38,6 +40,8 @@ def test_family_file(file: Path):
     assert file.name == f"{family.model_type}.yaml"
     stock = family.model_type if family.loads_as is None else family.loads_as.model_type
     assert stock in transformers.CONFIG_MAPPING
+    assert (family.loads_as is not None) == (family.model_type in TRANSLATED)
+    assert (family.recipe == "vlm") == (family.model_type in VISION)
     assert "\n" not in family.note and 0 < len(family.note) <= 110
     assert {family.recipe, *(entry.recipe or family.recipe for entry in family.checkpoints.values())} <= set(recipe_names())
     assert all(re.fullmatch(r"[\w-]+/[\w.-]+", entry.repo) for entry in family.checkpoints.values())
@@ -57,8 +61,9 @@ def test_lora_targets_are_the_linear_layers_of_the_trunk(model_type: str):
 
 
 def test_families_and_their_agreed_tokens():
-    names = ["Dream", "gemma2", "gpt2", "llada", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "sdar", "sdar_moe"]
-    assert [family.model_type for family in all_families()] == names
+    names = sorted([*STOCK, *TRANSLATED, *VISION])
+    assert sorted(family.model_type for family in all_families()) == names
+    assert len(STOCK) == 7 and len(TRANSLATED) == 4 and len(VISION) == 10
     for model_type in ("qwen2", "qwen3", "qwen3_moe"):
         family = family_of(model_type)
         assert (family.mask_token.text, family.mask_token.id, family.image_token) == ("<|MASK|>", 151669, "<|image_pad|>")
@@ -108,6 +113,18 @@ NAMED = {
     "smollm2-135m": ("llama", "HuggingFaceTB/SmolLM2-135M-Instruct"),
     "llada-8b": ("llada", "GSAI-ML/LLaDA-8B-Instruct"),
     "dream-7b": ("Dream", "Dream-org/Dream-v0-Instruct-7B"),
+    **{f"qwen2-vl-{name}": ("qwen2_vl", f"Qwen/Qwen2-VL-{name.upper()}-Instruct") for name in ("2b", "7b")},
+    **{f"qwen2.5-vl-{name}": ("qwen2_5_vl", f"Qwen/Qwen2.5-VL-{name.upper()}-Instruct") for name in ("3b", "7b")},
+    **{f"qwen3-vl-{name}": ("qwen3_vl", f"Qwen/Qwen3-VL-{name.upper()}-Instruct") for name in ("2b", "4b", "8b")},
+    "llava-1.5-7b": ("llava", "llava-hf/llava-1.5-7b-hf"),
+    "pixtral-12b": ("llava", "mistral-community/pixtral-12b"),
+    "llava-next-7b": ("llava_next", "llava-hf/llava-v1.6-mistral-7b-hf"),
+    **{f"llava-onevision-{name}": ("llava_onevision", f"llava-hf/llava-onevision-qwen2-{name}-ov-hf") for name in ("0.5b", "7b")},
+    **{f"smolvlm-{name}": ("smolvlm", f"HuggingFaceTB/SmolVLM2-{name.upper()}-Video-Instruct") for name in ("256m", "500m")},
+    "smolvlm-2.2b": ("smolvlm", "HuggingFaceTB/SmolVLM2-2.2B-Instruct"),
+    "gemma3-4b": ("gemma3", "google/gemma-3-4b-it"),
+    **{f"internvl3-{name}": ("internvl", f"OpenGVLab/InternVL3-{name.upper()}-hf") for name in ("1b", "2b", "8b")},
+    "paligemma2": ("paligemma", "google/paligemma2-3b-mix-448"),
     **{f"sdar-{name}": ("sdar", f"JetLM/SDAR-{name.upper()}-Chat") for name in ("1.7b", "4b", "8b")},
 }
 DEFAULT_RECIPES = {"smollm2-135m": "demo", "llada-8b": "dllm", "dream-7b": "dllm"}
@@ -121,7 +138,9 @@ def test_the_named_checkpoints():
         found = named_checkpoint(name)
         assert found is not None and (found[0], found[1].repo, found[1].revision) == (model_type, repo, "main")
         tower = "facebook/dinov2-small" if name == "smollm2-135m" else "google/siglip2-so400m-patch14-384"
-        assert (found[1].vision_tower, recipe_of_name(name)) == (tower, DEFAULT_RECIPES.get(name, "llava"))
+        recipe = "vlm" if model_type in VISION else DEFAULT_RECIPES.get(name, "llava")
+        assert (found[1].vision_tower, recipe_of_name(name)) == (tower, recipe)
+        assert found[1].parameters is not None and 0 < found[1].parameters < 100
     assert recipe_of_name("no-such-name") is None
 
 
@@ -156,7 +175,7 @@ def test_a_recipe_names_no_data(name: str):
 
 
 def test_recipe_names_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    assert recipe_names() == ["ar-control", "demo", "dllm", "emoji", "llava", "lora", "sdar", "sdar-vl"]
+    assert recipe_names() == ["ar-control", "demo", "dllm", "emoji", "llava", "lora", "sdar", "sdar-vl", "vlm", "vlm-lora"]
     own = tmp_path / "own.yaml"
     own.write_text("stages: {}\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -210,7 +229,7 @@ def test_the_ar_control_differs_from_the_emoji_recipe_by_its_objective_alone():
 # --- unsupported architectures -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", STOCK)
+@pytest.mark.parametrize("model_type", [*STOCK, *VISION])
 def test_every_listed_family_is_supported(model_type: str):
     check_supported(transformers.AutoConfig.for_model(model_type))
 
@@ -228,7 +247,6 @@ REFUSED = {
     "alibi": ("bloom", {"hidden_size": 16, "n_layer": 2, "n_head": 2}, "bloom takes no position_ids"),
     "no decoder": ("t5", {"d_model": 16, "num_layers": 2}, "t5 is no causal language model that transformers"),
     "vision": ("vit", {"hidden_size": 16}, "vit is no causal language model"),
-    "vlm": ("qwen2_5_vl", {}, r"qwen2_5_vl is a vision-language model .* This version converts language models"),
     "no head": ("qwen2", TINY | {"architectures": ["Qwen2Model"]}, "holds a Qwen2Model, which has no causal language-model head"),
     "masked lm": ("bert", {"architectures": ["BertForMaskedLM"]}, "holds a BertForMaskedLM, which has no causal"),
 }

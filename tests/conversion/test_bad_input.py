@@ -83,10 +83,18 @@ def test_recurrent_architectures(convert: Workshop, tmp_path: Path):
     convert.refuses(model=hybrid, says=["qwen3_next has layers of type linear_attention", needs])
 
 
-@pytest.mark.parametrize("model_type", ["llava", "qwen2_vl"])
-def test_a_vision_language_model(model_type: str, convert: Workshop, tmp_path: Path):
-    says = [f"{model_type} is a vision-language model", "Give its language model instead"]
-    convert.refuses(model=config_alone(tmp_path / "vlm", model_type), says=says)
+def test_settings_of_a_tower_for_a_model_that_has_its_own(source: Callable[[str], Path], tmp_path: Path):
+    """Also those of another recipe: nothing is left out in silence."""
+    useless = "has no effect: MODEL is a vision-language model and keeps its own vision part"
+    words = ("convert", source("qwen2_vl"), "--out", tmp_path / "out")
+    refused(*words, "--set", "prepare.image_size=64", says=[f"prepare.image_size {useless}"])
+    refused(*words, "--recipe", "llava", says=[f"prepare.vision_layer {useless}", "--recipe vlm or vlm-lora"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_vision_language_model_needs_no_align_stage(source: Callable[[str], Path], tmp_path: Path):
+    says = ["--stage align: the recipe has no such stage, only diffuse", "A vision-language model has an aligned connector"]
+    refused("convert", source("llava"), "--out", tmp_path / "out", "--stage", "align", says=says)
 
 
 def test_a_diffvl_directory_as_model(run: tiny_runs.Run, convert: Workshop):

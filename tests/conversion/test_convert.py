@@ -340,13 +340,13 @@ def test_every_recipe_trains(name: str, run: tiny_runs.Run, source: Callable[[st
     stages = read_yaml(find_recipe(name))["stages"]
     settings = [f"prepare.vision_tower={tower}", "prepare.vision_layer=-2", "prepare.image_size=32"]
     start: tuple[object, ...] = (source("qwen2"),)
-    if "align" not in stages:
-        settings, start = [], ("--from", run.align)
+    if "prepare" not in read_yaml(find_recipe(name)) and "align" not in stages:
+        settings, start = [], (source("qwen2_vl"),) if name.startswith("vlm") else ("--from", run.align)
     for kind, given in stages.items():
         small = {"epochs": "null", "steps": 2, "batch_size": 2, "accumulation": 1, "eval_every": "null"}
         small["data"] = f"{{train: {short_records(tmp_path, 10)}, max_length: 400}}"
         settings += [f"stages.{kind}.{key}={value}" for key, value in small.items()]
-        assert given["objective"]["kind"] in ("ar", "block_diffusion")
+        assert given["objective"]["kind"] in ("ar", "block_diffusion", "full_diffusion")
     words = [word for setting in settings for word in ("--set", setting)]
     succeed("convert", *start, "--recipe", name, "--out", tmp_path / "out", *words)
     for kind in stages:

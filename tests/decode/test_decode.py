@@ -305,7 +305,7 @@ def test_what_a_checkpoint_was_not_trained_for(other_context: Path, prepared: Ca
     ({"grid": "foo"}, "grid is 'foo', expected one of absolute, response"),
     ({"decoding": None}, "decoding is None, expected one of blocks, ar"),
     ({"text_config": None}, "config.json: no text_config in it; copy the checkpoint again"),
-    ({"vision_config": {}}, "a part of the configuration (text_config, vision_config) names no model_type"),
+    ({"vision_config": {}}, "a part of the configuration (text_config, vision_config, source_config) names no model_type"),
 ])  # fmt: skip
 def test_a_damaged_configuration_is_told(change: dict[str, Any], says: str, checkpoint: Path, tmp_path: Path):
     damaged = tiny_runs.copy(checkpoint, tmp_path / "damaged")

@@ -102,15 +102,16 @@ def test_generated_tokens_do_not_depend_on_the_batch(model_type: str, loaded: Ca
     model.config.set_decoding("blocks", 4, "causal", "response", "same")
     prompts = [CHAT[:1], BESIDE[0][:1], BESIDE[1][:1]]
     together = processor.apply_chat_template(prompts, tokenize=True, add_generation_prompt=True)
-    for mode in ("blocks", "ar", "speculative"):
-        settings: dict[str, Any] = {"mode": mode, "max_new_tokens": 9}
+    static = {"cache_implementation": "static", "disable_compile": True}
+    for way in ({"mode": "blocks"}, {"mode": "ar"}, {"mode": "speculative"}, static):
+        settings: dict[str, Any] = {**way, "max_new_tokens": 9}
         answers: Any = model.generate(**together, **settings)
         answers = answers[:, together["input_ids"].shape[1] :]
         for row, prompt in enumerate(prompts):
             one = processor.apply_chat_template(prompt, tokenize=True, add_generation_prompt=True)
             alone: Any = model.generate(**one, **settings)
             given = alone[0, one["input_ids"].shape[1] :].tolist()
-            assert answers[row, : len(given)].tolist() == given, (mode, row)
+            assert answers[row, : len(given)].tolist() == given, (settings, row)
 
 
 @pytest.mark.parametrize("model_type", natives())
@@ -120,8 +121,9 @@ def test_a_conversation_goes_on_from_its_prefix(model_type: str, loaded: Callabl
     settings: dict[str, Any] = {"max_new_tokens": 6, "return_dict_in_generate": True}
     first = processor.apply_chat_template(CHAT[:1], tokenize=True, add_generation_prompt=True)
     second = processor.apply_chat_template(CHAT[:3], tokenize=True, add_generation_prompt=True)
-    prefix = model.generate(**first, **settings).prefix
-    fresh, continued = model.generate(**second, **settings), model.generate(**second, prefix=prefix, **settings)
+    generate: Any = model.generate
+    prefix = generate(**first, **settings).prefix
+    fresh, continued = generate(**second, **settings), generate(**second, prefix=prefix, **settings)
     assert torch.equal(fresh.sequences, continued.sequences) and continued.reused > 20
 
 
@@ -220,7 +222,8 @@ def test_diffuse_and_generate(
     parts = parts_of(model)
     assert {parts[f"source.{name}"] for name in moved} == {"trunk"} and len(moved) > 4
     mask = model.config.mask_token_id
-    table, was = model.get_input_embeddings().weight, before.get_input_embeddings().weight
+    embeddings: Any = model.get_input_embeddings(), before.get_input_embeddings()
+    table, was = (embedding.weight for embedding in embeddings)
     assert not torch.equal(table[mask], was[mask])
     if lora:
         others = [row for row in range(len(table)) if row != mask]

@@ -116,7 +116,7 @@ class Streams:
         """[B, T, V]; all rows have the same layout."""
         batch_size = len(ids_BT)
         rows = {name: row.expand(batch_size, -1) for name, row in self.layout.rows.items()}
-        layout = type(self.layout)(**rows, context=self.layout.context)
+        layout = replace(self.layout, **rows)
         masks = attention_masks(self.model.config.text_config, layout, slice(None), torch.float32)
         with torch.no_grad():
             return self.model(ids_BT, attention_mask=masks, position_ids=layout.position).logits
@@ -137,7 +137,7 @@ def streams(model: Model, context: str, grid: str, kind: type[Layout] = Layout) 
     masked = stream.eligible & (torch.arange(noisy.shape[1]) % 2 == 0)
     noisy = noisy.masked_fill(masked, model.config.mask_token_id)
     ids = torch.cat([one["input_ids"], noisy], 1)
-    return Streams(model, kind(**layout.rows, context=context), ids, one["input_ids"].shape[1])
+    return Streams(model, kind(**vars(layout)), ids, one["input_ids"].shape[1])
 
 
 def leak(two: Streams) -> float:
@@ -209,7 +209,7 @@ def test_packed_documents_are_isolated(model_type: str, context: str, loaded: Ca
 
     def part(layout: Layout, places: slice, document: int) -> Layout:
         rows = {name: row[:, places] for name, row in layout.rows.items()}
-        return Layout(**{**rows, "document": rows["document"] + document}, context=context)
+        return layout.with_rows({**rows, "document": rows["document"] + document})
 
     noisy = slice(one.clean, total)
     layout = part(one.layout, clean, 0).joined(part(other.layout, clean, 1))

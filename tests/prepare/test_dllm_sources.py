@@ -20,9 +20,9 @@ from diffvl.doctor.doctor import examine
 from diffvl.errors import CheckpointError
 from diffvl.hub.layout_diffvl import Layout
 from diffvl.prepare import assemble
+from diffvl.prepare.parity import Parity
 from diffvl.prepare.run import prepare
 from diffvl.prepare.source import Source
-from diffvl.prepare.parity import Parity
 from diffvl.store.checkpoint import load_checkpoint, read_state
 from diffvl.store.files import read_json
 

@@ -180,7 +180,8 @@ class Operations:
             return
         # A tree is removed name by name, from inside its open folder.
         inside = self._folder in str(arguments[0]) or (event in ("os.remove", "os.rmdir") and arguments[1] != -1)
-        if inside and self._counted(f"{event} {arguments[0]}"):
+        names = arguments[:2] if event == "os.rename" else arguments[:1]  # of a rename the new one, too
+        if inside and self._counted(" ".join(map(str, (event, *names)))):
             die()
 
     def _writing_tensors(self, write: Callable[..., Any], written_file: Callable[[tuple[Any, ...]], Path]) -> Callable[..., Any]:

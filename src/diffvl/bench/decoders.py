@@ -76,7 +76,7 @@ def ar_generate(model: Any, prompts: Prompts, steps: int, on_first: OnFirst | No
     if not prompts.pixels:
         inputs, begin = {"input_ids": prompts.ids}, prompts.ids.shape[1]
     else:
-        inputs, begin = {"inputs_embeds": model.embed(prompts.ids, prompts.pixels["pixel_values"], None)}, 0
+        inputs, begin = model.images.prompt(prompts.ids, prompts.pixels, model.images.encode(prompts.pixels)), 0
     with many_forms() if compiled else nullcontext():
         sequences = trunk.generate(
             **inputs,

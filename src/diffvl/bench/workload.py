@@ -95,8 +95,14 @@ def checkpoint_workload(
 
 
 def load_block_decoder(directory: Path, device: torch.device) -> Decoder:
-    """Loads a checkpoint. Raises UsageError for one that has only seen the next-token objective."""
+    """Loads a checkpoint. Raises UsageError for one that has only seen the next-token objective, or is a whole vision-language
+    model: the published loop, to which decoding is compared, knows one square an image and one rotary axis."""
     decoder = load_for_decoding(directory)
+    if decoder.model.is_native:
+        raise UsageError(
+            f"{directory}: converted from a whole vision-language model, for which there is no published loop to compare with; "
+            "`diffvl generate DIR --json` tells the speed of an answer"
+        )
     if decoder.model.config.decoding != "blocks":
         raise UsageError(
             f"{directory}: the checkpoint decodes token by token (it has seen no block-diffusion stage): train one with "

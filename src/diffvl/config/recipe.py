@@ -251,12 +251,26 @@ class Prepare(Section):
     )
     vision_layer: int = Field(default=-2, description="index into the tower's hidden states, as in LLaVA; -1 is the last layer")
     image_size: int | None = Field(default=None, ge=14, description="pixels per side; default: the tower's own")
+    min_pixels: int | None = Field(
+        default=None, ge=1, description="of a vision-language model that counts pixels: smaller images are enlarged to this many"
+    )
+    max_pixels: int | None = Field(
+        default=None,
+        ge=1,
+        description="likewise: larger images are reduced to this many; with it falls the number of their tokens",
+    )
     connector: Connector = MlpConnector()
     system_turn: Literal["template", "first_question"] = Field(
         default="template",
         description="`first_question` puts a system turn in front of the first question, in training and decoding: for chat "
         "templates that take no system turn",
     )
+
+    @model_validator(mode="after")
+    def _pixels_in_order(self) -> Self:
+        if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels ({self.min_pixels}) must not be above max_pixels ({self.max_pixels})")
+        return self
 
 
 # --- training ------------------------------------------------------------------------------------------------------------

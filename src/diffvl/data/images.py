@@ -8,16 +8,18 @@ times a second and no more.
 import os
 import re
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
 from diffvl.data.content import kind_of, text_of
 from diffvl.data.keys import is_absent
 from diffvl.errors import DataError
-from diffvl.hub.seen_diffvl import as_seen
+from diffvl.hub.seen_diffvl import Size, as_seen, size_as_seen
 
+T = TypeVar("T")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _LONGEST = 4096  # characters; a longer text is no path
 IMAGE_MISSING = "image missing"
@@ -110,6 +112,19 @@ def open_image(path: str, source: str) -> Image.Image:
     Raises:
         DataError: naming `source` (file and line of the record) and the image.
     """
+    return _look(path, source, as_seen)
+
+
+def image_size(path: str, source: str) -> Size:
+    """Gives the height and width of what `open_image` gives, from the first bytes of the file where these say it.
+
+    Raises:
+        DataError: as `open_image`, if they cannot be read.
+    """
+    return _look(path, source, size_as_seen)
+
+
+def _look(path: str, source: str, look: Callable[[Image.Image], T]) -> T:
     if "://" in path or path.startswith("data:"):
         raise DataError(f"{source}: {path[:80]} is no file: images are not fetched, give the path of a file", IMAGE_MISSING)
     try:
@@ -117,7 +132,7 @@ def open_image(path: str, source: str) -> Image.Image:
             # A large image is none to be warned of; PIL refuses those that are too large.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                return as_seen(image)
+                return look(image)
     except FileNotFoundError as error:
         raise DataError(f"{source}: image {path} does not exist", IMAGE_MISSING) from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

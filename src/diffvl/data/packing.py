@@ -63,6 +63,8 @@ def _name(table: RecordTable, processor: DiffVLProcessor) -> str:
     tokenizer = processor.tokenizer
     facts = [_FORMAT, table.content, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
     facts += [processor.image_tokens, processor.image_token, processor.stop_token, processor.system_turn]
+    if processor.asks_sizes:
+        facts += [processor.source, processor.image_processor.to_json_string()]
     return f"lengths-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}"
 
 

@@ -11,12 +11,14 @@ import torch
 from jinja2.exceptions import TemplateError
 
 from diffvl.data.content import pieces_between
-from diffvl.data.images import open_image
+from diffvl.data.images import UNREADABLE, image_size, open_image
 from diffvl.data.problems import TOO_LONG, Problem
 from diffvl.data.records import Record
 from diffvl.errors import DataError
 from diffvl.hub.images_diffvl import Pixels, join_pixels
 from diffvl.hub.processing_diffvl import ChatEncoding, DiffVLProcessor
+from diffvl.hub.seen_diffvl import Size, size_of
+from diffvl.hub.source_diffvl import ImageRefusedError
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ def encode_record(record: Record, processor: DiffVLProcessor, longest: int | Non
     """
     _refuse_image_token(record, processor.image_token)
     try:
-        encoding = processor.encode_chat(messages_of(record))
+        encoding = processor.encode_chat(messages_of(record), sizes=_sizes_of(record) if processor.asks_sizes else None)
+    except ImageRefusedError as error:
+        raise DataError(f"{record.source}: record {record.id}: {error}", UNREADABLE) from error
     except (TemplateError, ValueError) as error:
         message = f"{record.source}: record {record.id} does not fit the model's chat template: {error}"
         raise DataError(message, kind="does not fit the chat template") from error
@@ -63,6 +67,12 @@ def encode_record(record: Record, processor: DiffVLProcessor, longest: int | Non
         told = f"{record.source}: {len(encoding.ids)} tokens, images included, where at most {longest} are allowed"
         raise DataError(told, kind=TOO_LONG)
     return encoding
+
+
+def _sizes_of(record: Record) -> list[Size]:
+    """Gives the sizes of a record's images. Raises DataError for one that cannot be read."""
+    known = {path: image_size(path, record.source) for path in dict.fromkeys(record.images)}
+    return [known[path] for path in record.images]
 
 
 def _refuse_image_token(record: Record, token: str) -> None:
@@ -82,7 +92,10 @@ def sample_of(record: Record, index: int, processor: DiffVLProcessor, longest: i
     encoding = encode_record(record, processor, longest)
     pixels = None
     if record.images:
-        pixels = processor.pixels([open_image(path, record.source) for path in record.images])
+        images = [open_image(path, record.source) for path in record.images]
+        if processor.asks_sizes and [size_of(image) for image in images] != _sizes_of(record):
+            raise DataError(f"{record.source}: an image has other sizes in its head and in its pixels: save it anew", UNREADABLE)
+        pixels = processor.pixels(images)
     return Sample(encoding.ids, _marked_untrained(encoding.answer, record), pixels, index, len(record.images))
 
 

@@ -206,7 +206,7 @@ def processor_tokenizer(family: str) -> PreTrainedTokenizerFast:
     look = LOOKS[family]
     base = make_tokenizer("llama" if look.base == "vicuna" else look.base)
     backend = base.backend_tokenizer
-    names = {"pad_token": base.pad_token, "eos_token": base.eos_token}
+    names: dict[str, Any] = {"pad_token": base.pad_token, "eos_token": base.eos_token}
     special = look.tokens
     if look.base == "vicuna":
         names, special = {"pad_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}, ("<unk>", "<s>", "</s>", *special)
@@ -216,7 +216,7 @@ def processor_tokenizer(family: str) -> PreTrainedTokenizerFast:
         names["eos_token"] = "<end_of_utterance>"
     backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
     if look.bos:
-        bos = names["bos_token"]
+        bos = str(names["bos_token"])
         backend.post_processor = TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, backend.token_to_id(bos))]
         )

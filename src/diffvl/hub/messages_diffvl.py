@@ -28,7 +28,7 @@ def turns_of(messages: Messages, image_token: str, structured: bool = False) -> 
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str):
             raise ValueError(f"a message has the role {role!r}; expected system, user or assistant")
-        parts = [content] if isinstance(content, str) else _parts(role, content, image_token)
+        parts: list[Part] = [content] if isinstance(content, str) else _parts(role, content, image_token)
         if isinstance(content, str) and image_token in content:
             raise _placeholder(image_token)
         if len(message) > 2:

@@ -303,7 +303,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         position_ids: torch.Tensor | None,
         input_ids: torch.Tensor,
         past: int,
-        pixels: Mapping[str, torch.Tensor],
+        pixels: dict[str, torch.Tensor],
         rows: ImageRows | None,
     ) -> tuple[Any, torch.Tensor]:
         """Whatever the caller gave -> masks per layer type and rotary position ids."""
@@ -331,9 +331,9 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
             return None, rope  # the trunk's own causal attention, which needs no mask
         layout.position = torch.cat([layout.position[:, :past], order], dim=1)
         if mask is not None and mask.dim() == 3:
-            layout = _GivenMask(**layout.rows, context="causal", mask=mask.bool())
-        dtype = self.get_input_embeddings().weight.dtype
-        return attention_masks(self.config.text_config, layout, queries, dtype), rope
+            layout = _GivenMask(layout.rows, "causal", mask.bool())
+        table: Any = self.get_input_embeddings()
+        return attention_masks(self.config.text_config, layout, queries, table.weight.dtype), rope
 
     def _mark_spans(self, layout: Layout, input_ids: torch.Tensor) -> None:
         """Lets the image tokens of a prompt see each other as the trunk wants it."""
@@ -343,7 +343,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         layout.image_attention = self.config.image_attention
 
     def _rope(
-        self, input_ids: torch.Tensor, valid: torch.Tensor, past: int, pixels: Mapping[str, torch.Tensor], rows: ImageRows | None
+        self, input_ids: torch.Tensor, valid: torch.Tensor, past: int, pixels: dict[str, torch.Tensor], rows: ImageRows | None
     ) -> Rope:
         """Position ids of tokens that a caller gave none for."""
         if not past:
@@ -366,11 +366,11 @@ def _check_mask(mask: torch.Tensor, batch: int, tokens: int, total: int) -> None
 class _GivenMask(Layout):
     """A caller's own [B, T, K] mask in the place of the attention rule; windows still apply."""
 
-    def __init__(self, mask: torch.Tensor, context: str, **rows: torch.Tensor) -> None:
-        super().__init__(context=context, **rows)
+    def __init__(self, rows: dict[str, torch.Tensor], context: str, mask: torch.Tensor) -> None:
+        super().__init__(**rows, context=context)  # type: ignore[arg-type]
         self.mask = mask
 
     def allowed(self, queries: slice = slice(None), window: int | None = None, chunk: int | None = None) -> torch.Tensor:
         rows = {**self.rows, "block": torch.zeros_like(self.block)}
-        everything = Layout(**rows, context="block").allowed(queries, window, chunk)
+        everything = Layout(**rows, context="block").allowed(queries, window, chunk)  # type: ignore[arg-type]
         return everything & self.mask

@@ -88,6 +88,11 @@ class DiffVLProcessor(ProcessorMixin):
         return [image_processor, cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs)]
 
     @property
+    def asks_sizes(self) -> bool:
+        """Whether an image's tokens follow from its size."""
+        return self.source is not None
+
+    @property
     def images(self) -> SourceImages | None:
         """Images through the checkpoint's own processor; None in the own kind."""
         if self.source is None:

@@ -223,7 +223,8 @@ def full_diffusion(model: Any, config: DiffVLConfig, batch: Batch, objective: Fu
     sample, place = noised.masked.nonzero(as_tuple=True)
     at = packed.place[sample, place if objective.target == "same" else place - 1]
     noisy_ids, image = ids.masked_fill(noised.masked, config.mask_token_id), _shown_images(config, batch)
-    entropy, correct = _predict(model, config, batch, packed, noisy_ids, image, at, ids[noised.masked])
+    rope = clean_rope(model, config, batch).at(layout.position)
+    entropy, correct = _predict(model, config, batch, packed, rope, noisy_ids, image, at, ids[noised.masked])
     weights = block_weights(objective.weight, noised.p, noised.masked, stream.eligible, turn)[noised.masked]
     sums = {
         "predicted": noised.masked.sum(),

@@ -176,6 +176,11 @@ def square_processor(processor: Any, tower: PretrainedConfig, settings: Prepare)
     Raises:
         ConfigError: if the size, the layer or the connector do not fit the tower.
     """
+    if settings.min_pixels is not None or settings.max_pixels is not None:
+        raise ConfigError(
+            "prepare.min_pixels and max_pixels are for vision-language models; here every image is made a square: set "
+            "prepare.image_size"
+        )
     crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
     sizes = [size["height"] for size in (crop, processor.size) if size and "height" in size]
     side = settings.image_size or (sizes[0] if sizes else tower.image_size)

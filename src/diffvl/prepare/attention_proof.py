@@ -130,7 +130,7 @@ def ar_error(trunk: PreTrainedModel, ids: torch.Tensor) -> float:
 def clean_error(probe: ProbeText) -> float:
     """Compares the clean stream that has the noisy one after it with the clean stream alone."""
     rows = {name: row[:, : probe.clean_length] for name, row in probe.layout.rows.items()}
-    layout = Layout(**rows, context=probe.layout.context)
+    layout = probe.layout.with_rows(rows)
     alone = forward(probe.trunk, probe.ids[:, : probe.clean_length], layout).logits.float()
     valid = rows["valid"]
     return spread(probe.logits()[:, : probe.clean_length][valid] - alone[valid], alone[valid])

@@ -31,7 +31,7 @@ def limit_pixels(image_processor: Any, min_pixels: int | None, max_pixels: int |
     high = size["longest_edge"] if max_pixels is None else max_pixels
     if low > high:
         raise ConfigError(
-            f"prepare.min_pixels: {low} pixels at least and {high} at most; without a setting it is the checkpoint's"
+            f"prepare.min_pixels: {low} pixels at least, but {high} at most; the one that is not set is the checkpoint's own"
         )
     image_processor.size = _sized(size, low, high)
 

@@ -111,8 +111,15 @@ def read_native_parts(source: Source, recipe: Recipe, config: PretrainedConfig) 
         CheckpointError, UnsupportedModelError, ConfigError.
     """
     weights.check_vlm(source.model, config, source.revision)
+    settings = recipe.prepare
     processor, facts = read_native_processor(
-        source.model, source.revision, source.trust_remote_code, system_turn=recipe.prepare.system_turn, config=config
+        source.model,
+        source.revision,
+        source.trust_remote_code,
+        settings.min_pixels,
+        settings.max_pixels,
+        settings.system_turn,
+        config,
     )
     for advice in facts.advice:
         log.info("%s: %s", source.model, advice)

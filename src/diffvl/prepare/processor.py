@@ -15,7 +15,7 @@ from typing import Any
 import transformers
 from PIL import Image
 from transformers import AutoImageProcessor, PretrainedConfig, ProcessorMixin
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.auto_mappings import PROCESSOR_MAPPING_NAMES
 
 from diffvl.config.families import family_of
 from diffvl.errors import CheckpointError, UnsupportedModelError, first_line

@@ -71,11 +71,11 @@ def load_tokenizer(
             f"{model}: its tokenizer has the chat templates {', '.join(sorted(named))}, but none named default; put the one to "
             "train on beside the tokenizer as chat_template.jinja"
         )
-    template = tokenizer.get_chat_template()
-    if family.chat_template is not None and REASONING_TAG in template:
+    chosen = tokenizer.get_chat_template()
+    if family.chat_template is not None and REASONING_TAG in chosen:
         log.warning("%s: its chat template writes %s into some answers; replaced by the family's", model, REASONING_TAG)
-        template = family.chat_template
-    tokenizer.chat_template = with_fixed_date(template)
+        chosen = family.chat_template
+    tokenizer.chat_template = with_fixed_date(chosen)
     return tokenizer
 
 

@@ -1,0 +1,104 @@
+"""The route from an AR vision-language model, by the command line: convert, generate, evaluate, go on, load elsewhere."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import picture
+from tiny_runs import refused, succeed
+
+from diffvl.store.checkpoint import load_checkpoint, read_state
+
+CLIENT = Path(__file__).parents[1] / "support" / "native_client.py"
+SMALL = {"epochs": "null", "steps": 2, "batch_size": 1, "accumulation": 1, "precision": "fp32", "save_every": 1}
+
+
+def records(folder: Path, count: int = 4) -> Path:
+    """Records with an image each, of different sizes."""
+    written = []
+    for number in range(count):
+        picture(number).resize((48 + 20 * number, 60)).save(folder / f"{number}.png")
+        turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": f"Number {number}."}]
+        written.append({"image": f"{number}.png", "conversations": turns})
+    (folder / "data.json").write_text(json.dumps(written), encoding="utf-8")
+    return folder / "data.json"
+
+
+def convert(source: Path, folder: Path, *words: object) -> Path:
+    """Runs the default recipe of such a source, cut short; returns the finished stage."""
+    data = records(folder)
+    settings = [word for key, value in SMALL.items() for word in ("--set", f"stages.diffuse.{key}={value}")]
+    settings += ["--set", f"stages.diffuse.data={{train: {data}, max_length: 512, holdout: 1}}"]
+    succeed("convert", source, "--out", folder / "out", *settings, *words)
+    return folder / "out" / "diffuse"
+
+
+@pytest.fixture(scope="module")
+def converted(source: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Model type -> a finished run: full, and with adapters."""
+    runs = {}
+    for model_type, words in (("qwen2_5_vl", ()), ("gemma3", ("--recipe", "vlm-lora")), ("llava_next", ())):
+        runs[model_type] = convert(source(model_type), tmp_path_factory.mktemp(model_type), *words)
+    return runs
+
+
+def test_it_goes_to_diffuse_directly(converted: dict[str, Path]):
+    for model_type, directory in converted.items():
+        assert sorted(path.name for path in directory.parent.iterdir()) == ["diffuse", "prepared"]
+        prepared = read_state(directory.parent / "prepared")
+        assert len(prepared["parents"]) == 1 and 0 <= prepared["proofs"]["ar_parity"] < 1e-4
+        config = load_checkpoint(directory)[0].config
+        assert config.image_attention == ("runs" if model_type == "gemma3" else "causal")
+        assert config.text_config is config.source_config.get_text_config(decoder=True)
+        assert config.text_config.mask_token_id == config.mask_token_id
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "gemma3", "llava_next"])
+def test_generate_and_evaluate(model_type: str, converted: dict[str, Path], tmp_path: Path):
+    directory = converted[model_type]
+    image = directory.parent.parent / "2.png"
+    shown = succeed("generate", directory, "--image", image, "--prompt", "What is it?", "--max-new-tokens", "6", "--json")
+    assert json.loads(shown.out)["tokens"] >= 1
+    figures = json.loads(succeed("evaluate", directory, "--data", directory.parent.parent / "data.json", "--json").out)
+    assert 0 < figures["masked_loss"] < 50 and 0 <= figures["exact_match"] <= 1
+
+
+def test_there_is_nothing_to_compare_its_decoding_with(converted: dict[str, Path]):
+    refused("bench", "decode", converted["gemma3"], says=["converted from a whole vision-language model"])
+
+
+def test_it_goes_on_from_where_it_is(source: Callable[[str], Path], converted: dict[str, Path]):
+    """A finished run is not trained again, and another stage can start from it."""
+    directory = converted["qwen2_5_vl"]
+    before = (directory / "model.safetensors").stat().st_mtime_ns
+    data = f"{{train: {directory.parent.parent / 'data.json'}, max_length: 512, holdout: 1}}"
+    settings = [word for key, value in SMALL.items() for word in ("--set", f"stages.diffuse.{key}={value}")]
+    words = ("--out", directory.parent, "--resume", *settings, "--set", f"stages.diffuse.data={data}")
+    succeed("convert", source("qwen2_5_vl"), *words)
+    assert (directory / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_checkpoint_loads_and_answers_without_diffvl(converted: dict[str, Path], tmp_path: Path):
+    image = next(iter(converted.values())).parent.parent / "1.png"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    program = [sys.executable, "-I", CLIENT, image, *converted.values()]
+    done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    facts = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(facts) == len(converted)
+    for directory, found in zip(converted.values(), facts, strict=True):
+        assert found["module"].startswith("transformers_modules.") and not found["diffvl"]
+        model, processor = load_checkpoint(directory)
+        content = [{"type": "image", "path": str(image)}, {"type": "text", "text": "What is it?"}]
+        inputs = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True, add_generation_prompt=True)
+        ours: Any = model.eval().generate(**inputs, max_new_tokens=8)
+        assert ours[0, inputs["input_ids"].shape[1] :].tolist() == found["answer"]
+        with torch.no_grad():
+            logits = model(**{name: value for name, value in inputs.items() if name != "answer_index"}).logits[0, -1]
+        torch.testing.assert_close(logits[:20], torch.tensor(found["logits"]), rtol=1e-5, atol=1e-5)
