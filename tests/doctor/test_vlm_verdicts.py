@@ -125,7 +125,7 @@ def test_configurations_of_published_sizes_are_shrunk_and_pass(name: str):
     require_passes(judge(name, config_of(model_type, **settings)), rule)
 
 
-@pytest.mark.parametrize("model_type", ["molmo2", "gemma3n"])
+@pytest.mark.parametrize("model_type", ["molmo2", pytest.param("gemma3n", marks=pytest.mark.slow)])
 def test_where_no_row_can_be_added_the_mask_token_must_be_a_spare_one(model_type: str):
     verdict = judge_vlm_type(model_type)
     assert (verdict.answer, verdict.reason, failed(verdict)) == ("supported", SPARE_TOKEN, {"new token"})
