@@ -34,7 +34,7 @@ def samples(model: Any) -> list[Sample]:
 
 
 def plain_loss(model: Any, one: Sample, masked: list[bool], t: list[float], settings: FullDiffusionObjective) -> torch.Tensor:
-    """One sample alone: masks in its ids, a dense mask turn by turn, the loss of Eq. 5 summed over the masked tokens."""
+    """One sample alone: masks in its ids, a dense mask turn by turn, the weighted loss summed over the masked tokens."""
     config = model.config
     turn, turns = 0, []
     for place in range(len(one.ids)):
