@@ -97,6 +97,13 @@ def test_another_block_size_of_the_checkpoint_counts():
     assert source is not None and (source.block_size, source.grid) == (16, "absolute")
 
 
+def test_a_block_size_that_stands_in_the_name_alone_is_told(caplog: pytest.LogCaptureFixture):
+    for name, settings in (("JetLM/SDAR-4B-Chat-b16", {}), ("x-b4", {}), ("x-b16", {"block_size": 16}), ("x", {})):
+        translated(name, {**QWEN, **settings}, family_of("sdar"))
+    (told,) = [message for message in caplog.messages if "block size" in message]
+    assert told.startswith("JetLM/SDAR-4B-Chat-b16: its config.json names no block size, so 4 is taken;") and "of 16" in told
+
+
 def test_published_defaults_and_nulls():
     config = stock_config("llada", n_kv_heads=None, embedding_size=None, rope_theta=5e5, eos_token_id=3)
     assert (config.num_key_value_heads, config.vocab_size, config.rope_parameters["rope_theta"]) == (2, 128, 5e5)
