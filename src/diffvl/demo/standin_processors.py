@@ -216,7 +216,7 @@ def processor_tokenizer(family: str) -> PreTrainedTokenizerFast:
         names["eos_token"] = "<end_of_utterance>"
     backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
     if look.bos:
-        bos = names["bos_token"]
+        bos = str(names["bos_token"])
         backend.post_processor = TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, backend.token_to_id(bos))]
         )
