@@ -257,7 +257,7 @@ class Prepare(Section):
     max_pixels: int | None = Field(
         default=None,
         ge=1,
-        description="likewise: larger images are reduced to this many; with it falls the number of their tokens",
+        description="likewise: larger images are reduced to this many, and with them their tokens",
     )
     connector: Connector = MlpConnector()
     system_turn: Literal["template", "first_question"] = Field(
