@@ -20,7 +20,8 @@ from diffvl.config.supported import refusal
 from diffvl.demo import standins
 from diffvl.doctor import doctor
 from diffvl.doctor.checks import Check, above, below
-from diffvl.doctor.doctor import Verdict, exact_up_to, examine, judge
+from diffvl.doctor.doctor import examine, judge
+from diffvl.doctor.verdict import Verdict, exact_up_to
 from diffvl.hub import layout_diffvl
 from diffvl.prepare.attention_proof import TOLERANCE, largest, smallest
 

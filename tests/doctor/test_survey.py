@@ -11,8 +11,8 @@ from helpers import QUIET
 from diffvl.cli import main as cli
 from diffvl.doctor import survey as architectures
 from diffvl.doctor.checks import Check
-from diffvl.doctor.doctor import Verdict
 from diffvl.doctor.survey import default_config, judge_type, model_types, page, survey
+from diffvl.doctor.verdict import Verdict
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 ANSWERS = {"Supported": "supported", "Not supported": "not supported", "Unknown": "unknown"}

@@ -3,7 +3,7 @@
 import os
 import time
 
-from diffvl.doctor.doctor import Verdict
+from diffvl.doctor.verdict import Verdict
 
 
 def judged(name: str) -> Verdict:

@@ -22,7 +22,7 @@ from diffvl.store.files import Writing
 from diffvl.terminal import console as terminal
 
 if TYPE_CHECKING:
-    from diffvl.doctor.doctor import Verdict
+    from diffvl.doctor.verdict import Verdict
 
 INTERRUPTED = 130  # 128 + SIGINT, what Typer exits with on Ctrl-C
 CLOSED_PIPE = 141  # 128 + SIGPIPE, what a shell sees of a program that died of it
@@ -139,7 +139,7 @@ def doctor(
         str | None, typer.Argument(metavar="MODEL", help="A name from `diffvl models`, a hub id, a directory or a .gguf file.")
     ] = None,
     every: Annotated[
-        bool, typer.Option("--all", help="Every causal language model that the installed transformers knows.")
+        bool, typer.Option("--all", help="Every language model and vision-language model that the installed transformers knows.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="With --all: write the page here.", metavar="FILE")] = None,
     as_json: AsJson = False,
@@ -167,11 +167,15 @@ def doctor(
 
 def _survey(out: Path | None, as_json: bool) -> None:
     """`diffvl doctor --all`."""
-    from diffvl.doctor.survey import model_types, survey, write_page
+    from diffvl.doctor.page import write_page
+    from diffvl.doctor.survey import judge_vlm_type, model_types, survey, vlm_types
 
-    verdicts = survey(model_types(), terminal.console(stderr=True))
+    console = terminal.console(stderr=True)
+    of_text = survey(model_types(), console)
+    of_images = survey(vlm_types(), console, judged_by=judge_vlm_type)
     if out is not None:
-        write_page(verdicts, out)
+        write_page(of_text, of_images, out)
+    verdicts = [*of_text, *of_images]
     if as_json:
         print_json({"verdicts": [verdict.as_json() for verdict in verdicts]})
     elif out is not None:
@@ -190,6 +194,8 @@ def _print_verdict(verdict: "Verdict") -> None:
         ]
         print_table(["check", "std of the logits", "wanted", "result"], rows)
         print_line(f"probed: {verdict.copy}; random weights, fp32; {verdict.seconds:.1f} s")
+        if verdict.image_attention:
+            print_line(f"images: {', '.join(verdict.image_inputs)}; attention among image tokens: {verdict.image_attention}")
     subject = verdict.model if verdict.model_type in ("", verdict.model) else f"{verdict.model} ({verdict.model_type})"
     print_line(f"{subject}: {verdict.answer}", "bold green" if verdict.answer == "supported" else "bold red")
     for words in (verdict.reason, verdict.template):

@@ -39,20 +39,66 @@ def check_supported(config: "transformers.PreTrainedConfig") -> None:
 
 def refusal(config: "transformers.PreTrainedConfig") -> Refusal | None:
     """Tells what `check_supported` raises, or None."""
-    name = config.model_type or type(config).__name__
-    found = _refused_layers(name, config.get_text_config(decoder=True)) or _refused_parts(name, config)
+    if is_vlm(config):
+        return vlm_refusal(config)
+    name, text_config = config.model_type or type(config).__name__, config.get_text_config(decoder=True)
+    found = _refused_layers(name, text_config) or _refused_embeddings(name, text_config) or _refused_parts(name, config)
     if found is not None:
         return found
     brings_class = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if is_remote(type(config)) or (brings_class and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING):
         return Refusal(OWN_CODE, own_code(name, config.to_dict()))
-    return None if is_vlm(config) else _refused_class(name, config)
+    return _refused_class(name, config)
+
+
+def vlm_refusal(config: "transformers.PreTrainedConfig") -> Refusal | None:
+    """Tells the same of a whole vision-language model, which `AutoModelForImageTextToText` knows.
+
+    Images must stand in the text as tokens, of which the model's own forward takes the rows; who sees whom must follow masks, and
+    where a token stands the position ids.
+    """
+    name = config.model_type or type(config).__name__
+    model_class: Any = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    parameters = inspect.signature(model_class.forward).parameters
+    if getattr(config, "is_encoder_decoder", False) or "decoder_input_ids" in parameters:
+        return Refusal(
+            "encoder-decoder",
+            f"{name} is an encoder-decoder: answers come from a decoder of their own, and do not stand behind the prompt",
+        )
+    if apart := [given for given in parameters if given.startswith("cross_attention_") or given in SEEN_APART]:
+        return Refusal(
+            "images not by placeholders",
+            f"{name} does not show images as tokens of the text (its forward takes {apart[0]}), so no mask steers who sees them",
+        )
+    if missing := [needed for needed in NEEDED_INPUTS if needed not in parameters]:
+        return Refusal("forward lacks inputs", f"{name}: the forward of {model_class.__name__} takes no {', '.join(missing)}")
+    if found := _refused_layers(name, config.get_text_config(decoder=True)):
+        return found
+    if getattr(model_class, "_is_stateful", False):
+        return Refusal("recurrent or convolutional layers", f"{name} is recurrent, which no mask can steer")
+    if image_token_id(config) is None:
+        return Refusal("no image token", f"{name}: its config names no token that shows an image ({', '.join(IMAGE_IDS)})")
+    numbering = getattr(model_class, "get_rope_index", None)
+    if numbering is not None and "mm_token_type_ids" not in inspect.signature(numbering).parameters:
+        return Refusal(
+            "positions that text and images alone do not tell",
+            f"{name} numbers its tokens with sounds in mind, and cannot be asked for the position ids of text and images",
+        )
+    return None
+
+
+IMAGE_IDS = ("image_token_id", "image_token_index", "image_patch_id")
+NEEDED_INPUTS = ("position_ids", "past_key_values", "pixel_values", "mm_encoder_outputs")
+# By these a forward takes images, or where they are, beside the text.
+SEEN_APART = ("image_encoder_embeddings", "perceiver_embeddings", "image_embeds_position_mask")
+VISION_PARTS = ("vision_config", "vq_config", *IMAGE_IDS)
 
 
 def is_vlm(config: "transformers.PreTrainedConfig") -> bool:
-    """Tells whether a configuration is that of a whole vision-language model which transformers knows."""
+    """Tells whether a configuration is that of a whole vision-language model which transformers knows. A few types stand among
+    the causal language models as well; theirs is one if it names a token for images."""
     known = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return known and (type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "vision_config"))
+    return known and (type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or image_token_id(config) is not None)
 
 
 def is_vlm_type(settings: dict[str, Any]) -> bool:
@@ -60,7 +106,8 @@ def is_vlm_type(settings: dict[str, Any]) -> bool:
     kind = str(settings.get("model_type"))
     names = transformers.models.auto.modeling_auto
     known = kind in names.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    return known and (kind not in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "vision_config" in settings)
+    is_text = kind in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not any(settings.get(part) for part in VISION_PARTS)
+    return known and not is_text
 
 
 def own_code(name: str, settings: dict[str, Any]) -> str:
@@ -77,7 +124,7 @@ def own_code(name: str, settings: dict[str, Any]) -> str:
 
 def image_token_id(config: "transformers.PreTrainedConfig") -> int | None:
     """Gives the id of the token that shows a row of an image, under whatever name the configuration has it; None without one."""
-    found = (getattr(config, name, None) for name in ("image_token_id", "image_token_index", "image_patch_id"))
+    found = (getattr(config, name, None) for name in IMAGE_IDS)
     return next((value for value in found if isinstance(value, int)), None)
 
 
@@ -88,13 +135,11 @@ def is_remote(config_class: type) -> bool:
 
 def _refused_parts(name: str, config: "transformers.PreTrainedConfig") -> Refusal | None:
     """Refuses models that are more than a language model."""
-    if is_vlm(config):
-        return None
     if getattr(config, "vision_config", None) is not None:
         return Refusal(
-            "vision-language model: not in yet",
-            f"{name} is a vision-language model (its config has vision_config). This version converts language models; the way "
-            "from an AR vision-language model is not in yet. Give its language model instead, e.g. `diffvl convert qwen2.5-0.5b`",
+            "vision-language model of another kind",
+            f"{name} sees images (its config has vision_config), but is none of the vision-language models that "
+            "AutoModelForImageTextToText knows by a token for images; it cannot be converted",
         )
     for part in ("audio_config", "audio_encoder_config", "audio_encoder"):
         if getattr(config, part, None) is not None:
@@ -106,8 +151,9 @@ def _refused_layers(name: str, text_config: "transformers.PreTrainedConfig") -> 
     """Refuses layers that do not follow masks and positions alone."""
     layers = set(getattr(text_config, "layer_types", None) or ())
     if unknown := sorted(layers - MASKABLE_LAYERS - SPARSE_LAYERS):
+        attends = all(kind.endswith("_attention") and kind != "linear_attention" for kind in unknown)
         return Refusal(
-            "recurrent or convolutional layers",
+            "attention of another kind" if attends else "recurrent or convolutional layers",
             f"{name} has layers of type {', '.join(unknown)}: only attention layers that take a mask "
             f"({', '.join(sorted(MASKABLE_LAYERS))}) can be made block-causal; recurrent and convolutional ones cannot",
         )
@@ -121,6 +167,11 @@ def _refused_layers(name: str, text_config: "transformers.PreTrainedConfig") -> 
             f"{name} has sparse attention layers ({', '.join(sparse)}), which choose by themselves what a token sees and keep "
             f"more in their cache than keys and values{exact}. Not in yet",
         )
+    return None
+
+
+def _refused_embeddings(name: str, text_config: "transformers.PreTrainedConfig") -> Refusal | None:
+    """Refuses language models that no image of ours can be shown to."""
     if size := getattr(text_config, "hidden_size_per_layer_input", None):
         return Refusal(
             "per-layer embeddings: not in yet",

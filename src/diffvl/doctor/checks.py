@@ -122,7 +122,7 @@ def leaking(probe: ProbeText) -> ProbeText:
 
 def leaky(layout: Layout) -> Layout:
     """Puts the bug into a layout."""
-    return LeakyLayout(**layout.rows, context=layout.context, image_attention=layout.image_attention)
+    return LeakyLayout(**vars(layout))
 
 
 @torch.no_grad()

@@ -6,23 +6,23 @@ probed is a tiny random copy of the configuration, so the answer takes a second 
 why; then the chat template.
 """
 
-import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from diffvl.config.families import diffusion_source, family_of_trunk, named_checkpoint, require_known
-from diffvl.config.supported import OWN_CODE, Refusal, refusal
+from diffvl.config.supported import OWN_CODE, Refusal, is_vlm, refusal
 from diffvl.doctor.checks import MODEL_FAULTS, Check, describe_fault, run_checks
 from diffvl.doctor.plain_forward import Token, plain_forward, tokens_of
 from diffvl.doctor.tiny_copy import FIRST_ORDINARY, build, describe, ordinary_tokens, probe_text
+from diffvl.doctor.verdict import Support, Verdict, with_limit
+from diffvl.doctor.vlm_verdict import judge_vlm
 from diffvl.errors import CheckpointError, UnsupportedModelError
-from diffvl.prepare.attention_proof import TOLERANCE, conversations, largest, native_logits, spread
+from diffvl.prepare.attention_proof import TOLERANCE, conversations, native_logits, spread
 from diffvl.prepare.templates import look_at_template
 from diffvl.store import weights
 from diffvl.store.checkpoint import DiffVLConfig  # importing it makes DiffVL directories known to transformers
@@ -30,62 +30,16 @@ from diffvl.store.published import load_config
 from diffvl.store.tensorfiles import has_weights
 
 ONLY_CONFIGURATION = "there are no weights beside config.json: only the architecture was judged"
-Support = Literal["supported", "not supported", "unknown"]
 
 # Refused for what the rest of diffvl cannot do yet: whether their attention follows masks is worth measuring all the same.
 MEASURED_ANYWAY = {
-    "vision-language model: not in yet",
+    "vision-language model of another kind",
     "per-layer embeddings: not in yet",
     "audio model",
     "no position_ids",
     OWN_CODE,
 }
 FILES = "its files"
-NOT_ATTENTION = {"embeddings given", "head on some rows", "head in chunks", "new token"}
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """kind: the reason in a few words, the same for all models that it applies to. reason: in full. limit: tokens, clean and
-    noisy together, beyond which it no longer holds. copy: what was probed. seconds: for everything. template: what else there is
-    to know about the chat template."""
-
-    model: str
-    model_type: str
-    answer: Support
-    kind: str = ""
-    reason: str = ""
-    limit: int | None = None
-    copy: str = ""
-    checks: tuple[Check, ...] = ()
-    seconds: float = 0.0
-    template: str = ""
-
-    @property
-    def attention_holds(self) -> bool:
-        """Whether every check of attention was made and passed, whatever else stands against the model."""
-        made = [check for check in self.checks if check.name not in NOT_ATTENTION]
-        return bool(made) and all(check.passed for check in made)
-
-    @property
-    def worst_error(self) -> float | None:
-        """The largest of the errors that must vanish; None where none was measured."""
-        errors = [check.error for check in self.checks if check.error is not None and check.wanted.startswith("<")]
-        return largest(errors) if errors else None
-
-    def as_json(self) -> dict[str, Any]:
-        """Gives all figures, without infinities, which JSON does not know."""
-        figures = asdict(self) | {"attention_holds": self.attention_holds, "worst_error": self.worst_error}
-        figures["seconds"] = round(self.seconds, 3)
-        return _finite(figures)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # --- one model -----------------------------------------------------------------------------------------------------------
@@ -116,7 +70,7 @@ def examine(model: str, trust_remote_code: bool = False) -> Verdict:
         else:
             verdict = judge(model, config, trust_remote_code)
             verdict = replace(verdict, reason="; ".join(filter(None, [verdict.reason, against])))
-            if verdict.answer == "supported" and against != ONLY_CONFIGURATION:
+            if verdict.answer == "supported" and against != ONLY_CONFIGURATION and not is_vlm(config):
                 verdict = _with_template(verdict, repo, revision, trust_remote_code)
     return replace(verdict, seconds=time.perf_counter() - start)
 
@@ -128,7 +82,8 @@ def _against_files(repo: str, config: PretrainedConfig, revision: str | None) ->
     if Path(repo).is_dir() and not has_weights(Path(repo)):
         return ONLY_CONFIGURATION
     try:
-        weights.check_trunk(repo, config, revision)
+        check = weights.check_vlm if is_vlm(config) else weights.check_trunk
+        check(repo, config, revision)
     except (CheckpointError, UnsupportedModelError) as error:
         return Refusal(getattr(error, "kind", FILES), str(error))
     return ""
@@ -146,7 +101,9 @@ def _with_template(verdict: Verdict, repo: str, revision: str | None, trust_remo
 def judge(model: str, config: PretrainedConfig, trust_remote_code: bool = False) -> Verdict:
     """Judges a configuration."""
     if isinstance(config, DiffVLConfig):
-        config = config.text_config
+        config = config.source_config or config.text_config
+    if is_vlm(config):
+        return judge_vlm(model, config)
     kind = family_of_trunk(config).model_type
     refused = refusal(config)
     verdict = Verdict(model, kind, "supported", reason=_translated(config))
@@ -168,10 +125,7 @@ def judge(model: str, config: PretrainedConfig, trust_remote_code: bool = False)
         # A new copy: the probe has grown the table of the first.
         answer, found = diagnose(build(config, trust_remote_code), verdict.checks)
         return replace(verdict, answer=answer, kind=found.kind, reason=f"{kind}: {found.message}")
-    if found := exact_up_to(config):
-        message = f"exact while clean and noisy tokens together are at most {found[1]:,} ({found[0]} in its config.json)"
-        return replace(verdict, limit=found[1], reason=message)
-    return verdict
+    return with_limit(verdict, config)
 
 
 def _translated(config: PretrainedConfig) -> str:
@@ -184,16 +138,6 @@ def _translated(config: PretrainedConfig) -> str:
         f"a diffusion language model, read as a stock {config.model_type}: target {source.target}, mask token "
         f"{source.mask_token_id}, {sight}"
     )
-
-
-def exact_up_to(config: PretrainedConfig) -> tuple[str, int] | None:
-    """Gives (setting, tokens) of an architecture that counts tokens by their place in the row, from which on noisy tokens, which
-    stand after the clean ones, are taken for later ones than they are."""
-    settings = config.get_text_config(decoder=True)
-    step = getattr(settings, "floor_scale", None)  # of Llama 4: layers without rope sharpen with the index
-    if step and getattr(settings, "attn_temperature_tuning", False) and not all(settings.no_rope_layers):
-        return "floor_scale", int(step) - 1
-    return None
 
 
 # --- why not -------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
-"""Every causal-LM model type of the installed transformers -> its verdict -> docs/architectures.md.
+"""Every model type of the installed transformers, language models and vision-language models -> its verdict.
 
-Place in the flow: `diffvl doctor --all`. Each type is judged by `doctor` on its default configuration. Invariant: no model can
-spoil the survey. They run in a child process, one after the other; a model that ends the process or takes too long costs its own
-verdict ("unknown", with what happened), and a new child goes on with the next.
+Place in the flow: `diffvl doctor --all`; `page` makes docs/architectures.md of the verdicts. Each type is judged by `doctor` on
+its default configuration. Invariant: no model can spoil the survey. They run in a child process, one after the other; a model
+that ends the process or takes too long costs its own verdict ("unknown", with what happened), and a new child goes on with the
+next.
 """
 
 import multiprocessing
@@ -12,20 +13,23 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from rich.console import Console
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
+from diffvl.config.supported import is_vlm
 from diffvl.doctor.checks import MODEL_FAULTS, describe_fault
-from diffvl.doctor.doctor import Verdict, judge
-from diffvl.machine import versions
-from diffvl.store.files import replace_text
+from diffvl.doctor.doctor import judge
+from diffvl.doctor.verdict import Verdict
+from diffvl.doctor.vlm_defaults import default_vlm_config
+from diffvl.doctor.vlm_verdict import judge_vlm
 from diffvl.terminal.bars import track
 
 SECONDS_PER_MODEL = 120.0  # measured: less than a second each
@@ -49,8 +53,15 @@ COMPLETIONS: dict[str, dict[str, Any]] = {
 
 
 def model_types() -> list[str]:
-    """Lists every causal-LM model type that the installed transformers knows, in alphabetical order."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    """Lists every causal-LM model type that the installed transformers knows, in alphabetical order, but for those that are
+    vision-language models."""
+    both = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) & set(vlm_types())
+    return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - {kind for kind in both if is_vlm(default_config(kind))})
+
+
+def vlm_types() -> list[str]:
+    """Lists every image-text-to-text model type that the installed transformers knows, in alphabetical order."""
+    return sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 
 def default_config(model_type: str) -> transformers.PretrainedConfig:
@@ -63,13 +74,26 @@ def default_config(model_type: str) -> transformers.PretrainedConfig:
 
 def judge_type(model_type: str) -> Verdict:
     """Judges a model type's default configuration."""
+    return _judged(model_type, default_config, judge)
+
+
+def judge_vlm_type(model_type: str) -> Verdict:
+    """Judges a vision-language type's default configuration."""
+    return _judged(model_type, default_vlm_config, judge_vlm)
+
+
+def _judged(
+    model_type: str,
+    make: Callable[[str], transformers.PretrainedConfig],
+    judged_by: Callable[[str, transformers.PretrainedConfig], Verdict],
+) -> Verdict:
     start = time.perf_counter()
     try:
-        config = default_config(model_type)
+        config = make(model_type)
     except MODEL_FAULTS as error:
         message = f"{model_type}: its default configuration cannot be made ({describe_fault(error)})"
         return Verdict(model_type, model_type, "unknown", "no configuration", message)
-    found = judge(model_type, config)
+    found = judged_by(model_type, config)
     return Verdict(**{**vars(found), "model_type": model_type, "seconds": time.perf_counter() - start})
 
 
@@ -160,114 +184,3 @@ def serve(connection: Connection, judged_by: Judge) -> None:
         except EOFError:
             return
         connection.send(judged_by(model_type))
-
-
-# --- the page ------------------------------------------------------------------------------------------------------------
-
-INTRODUCTION = """\
-# Which architectures take block diffusion
-
-Written by `diffvl doctor --all --out {out}` on {date} with transformers {transformers}, torch {torch}, Python {python};
-do not edit.
-
-One row for each model type that `AutoModelForCausalLM` knows. Each is probed as a tiny random fp32 copy of its *default*
-configuration, with every kind of layer, window, rope, head and expert that it has: an explicit causal mask against the model's
-own forward; no leak, and a leaking mask that must be noticed; noisy blocks against a direct forward and against the doubled
-layout; training against decoding over the block cache; embeddings, the head on some rows and in chunks, gradients, a new token.
-Errors are in standard deviations of the logits, and must lie below 0.001. Types that can be encoders too are taken as decoders
-(`is_decoder: true`). A checkpoint's own configuration may differ from the default one: `diffvl doctor MODEL` reads it.
-"""
-
-
-def write_page(verdicts: Sequence[Verdict], file: Path) -> None:
-    """Writes the page whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(file, page(verdicts, file))
-
-
-def page(verdicts: Sequence[Verdict], file: Path) -> str:
-    """Writes the survey as markdown."""
-    facts = {
-        "out": file.as_posix() if not file.is_absolute() else file.name,
-        "date": datetime.now(UTC).date().isoformat(),
-        **versions(),
-    }
-    parts = [INTRODUCTION.format(**facts), _counts(verdicts), _supported(verdicts), _almost(verdicts)]
-    parts += [_refused(verdicts), _unknown(verdicts)]
-    return "\n".join(parts)
-
-
-def _with_answer(verdicts: Sequence[Verdict], answer: str) -> list[Verdict]:
-    return [verdict for verdict in verdicts if verdict.answer == answer]
-
-
-def _counts(verdicts: Sequence[Verdict]) -> str:
-    good, bad = _with_answer(verdicts, "supported"), _with_answer(verdicts, "not supported")
-    errors = [verdict.worst_error for verdict in good if verdict.worst_error is not None]
-    smallest = [largest for verdict in bad if not verdict.attention_holds and (largest := verdict.worst_error) is not None]
-    rows = [
-        ("model types", len(verdicts)),
-        ("supported", len(good)),
-        ("not supported", len(bad)),
-        ("of these, attention passes", sum(verdict.attention_holds for verdict in bad)),
-        ("unknown", len(_with_answer(verdicts, "unknown"))),
-        ("largest error of a supported one", f"{max(errors, default=0.0):.1e}"),
-        ("smallest error of one whose attention fails", f"{min(smallest, default=0.0):.2g}"),
-    ]
-    return _table(("figure", "value"), [(name, str(value)) for name, value in rows])
-
-
-def _supported(verdicts: Sequence[Verdict]) -> str:
-    rows = [
-        (f"`{verdict.model_type}`", _class(verdict), verdict.copy, f"{verdict.worst_error:.1e}", verdict.reason)
-        for verdict in _with_answer(verdicts, "supported")
-    ]
-    return "## Supported\n\n" + _table(("model type", "class", "probed as", "worst error", "limit"), rows)
-
-
-def _almost(verdicts: Sequence[Verdict]) -> str:
-    rows = [
-        (f"`{verdict.model_type}`", _class(verdict), verdict.copy, verdict.kind)
-        for verdict in _with_answer(verdicts, "not supported")
-        if verdict.attention_holds
-    ]
-    introduction = "Masks and positions steer these as they should; something else stands in the way (next section).\n\n"
-    return (
-        "## Attention passes, refused for another reason\n\n"
-        + introduction
-        + _table(("model type", "class", "probed as", "why"), rows)
-    )
-
-
-def _refused(verdicts: Sequence[Verdict]) -> str:
-    refused = _with_answer(verdicts, "not supported")
-    kinds = sorted({verdict.kind for verdict in refused})
-    parts = ["## Not supported\n"]
-    for kind in kinds:
-        of_kind = [verdict for verdict in refused if verdict.kind == kind]
-        rows = [(f"`{verdict.model_type}`", _class(verdict), _error(verdict), verdict.reason) for verdict in of_kind]
-        parts.append(
-            f"### {kind[0].upper()}{kind[1:]} ({len(rows)})\n\n{_table(('model type', 'class', 'worst error', 'why'), rows)}"
-        )
-    return "\n".join(parts)
-
-
-def _unknown(verdicts: Sequence[Verdict]) -> str:
-    rows = [(f"`{verdict.model_type}`", _class(verdict), verdict.reason) for verdict in _with_answer(verdicts, "unknown")]
-    introduction = (
-        "The tiny copy could not be made or run, so nothing is claimed; `diffvl doctor` on a real checkpoint may do better.\n\n"
-    )
-    return "## Unknown\n\n" + introduction + _table(("model type", "class", "what happened"), rows)
-
-
-def _class(verdict: Verdict) -> str:
-    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[verdict.model_type])
-
-
-def _error(verdict: Verdict) -> str:
-    return "-" if verdict.worst_error is None else f"{verdict.worst_error:.2g}"
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [headings, ["---"] * len(headings), *([cell.replace("|", "\\|") or "-" for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n" if rows else "None.\n"

@@ -1,7 +1,7 @@
 """A stand-in for vision towers from the library timm, which a tiny copy does without.
 
-Place in the flow: `tiny_vlm` builds a copy inside `stand_in_towers`. What such a copy proves is the language half and how it takes
-images; the tower's own weights and sizes are timm's affair.
+Place in the flow: `tiny_vlm` builds a copy inside `stand_in_towers`. What such a copy proves is the language half and how it
+takes images; the tower's own weights and sizes are timm's affair.
 
 Shapes: N images, C width, h x w patches.
 """

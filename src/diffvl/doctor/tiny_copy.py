@@ -307,7 +307,7 @@ def describe(model: PreTrainedModel) -> str:
     words += [f"{experts} experts"] if experts > 1 else []
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     words.append("tied" if head is not None and head.weight is table.weight else "untied")
-    return ", ".join([*words, f"{model.config._attn_implementation} attention"])
+    return ", ".join([*words, f"{config._attn_implementation} attention"])
 
 
 # --- what it reads -------------------------------------------------------------------------------------------------------

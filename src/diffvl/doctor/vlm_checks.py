@@ -1,8 +1,8 @@
 """What must hold of a vision-language model before block diffusion can be put on it: the demands of `checks`, with images.
 
 Place in the flow: `doctor` builds the copy (`tiny_vlm`) and asks here. What is run is what will be shipped (`vlm_probe`); the
-references ask the stock model alone (`vlm_reference`). How clean image tokens see each other is found out first: of the rules that
-the hub knows, the one under which explicit masks give the model's own logits.
+references ask the stock model alone (`vlm_reference`). How clean image tokens see each other is found out first: of the rules
+that the hub knows, the one under which explicit masks give the model's own logits.
 
 Shapes: B conversations, L clean length, T = all tokens of a row, V vocabulary.
 """
@@ -37,14 +37,17 @@ class Findings:
 
 def run_vlm_checks(source: PreTrainedModel, pixels: Pixels) -> Findings:
     """Runs every check, each for all contexts; weights are left as they were, the embedding table is one row longer."""
+    alone = run_check("own forward", lambda: _own_forward(source, pixels))
+    if not alone.passed:
+        return Findings("", [alone])
     rule, parity = find_rule(source, pixels)
     if not parity.passed:
-        return Findings("", [parity])
+        return Findings("", [alone, parity])
     model = shipped(source, pixels, rule)
     try:
         both = [VlmProbe.make(model, pixels, context) for context in GRIDS]
     except MODEL_FAULTS as error:
-        return Findings(rule, [parity, Check("layout", False, None, "runs", describe_fault(error))])
+        return Findings(rule, [alone, parity, Check("layout", False, None, "runs", describe_fault(error))])
     last = both[-1]
     checks: dict[str, Callable[[], Check]] = {
         "position ids": lambda: below("position ids", _positions_error(last)),
@@ -62,10 +65,20 @@ def run_vlm_checks(source: PreTrainedModel, pixels: Pixels) -> Findings:
         "gradients": lambda: _gradients(last),
         "new token": lambda: below("new token", _new_token_error(last)),
     }
-    return Findings(rule, [parity, *(run_check(name, check) for name, check in checks.items())])
+    return Findings(rule, [alone, parity, *(run_check(name, check) for name, check in checks.items())])
 
 
 # --- how image tokens see each other ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _own_forward(source: PreTrainedModel, pixels: Pixels) -> Check:
+    """Runs the stock model by itself: logits must be finite numbers, or nothing can be said of it."""
+    model = shipped(source, pixels)
+    ids, answer = (part[None] for part in conversation(SINGLE, image_sizes(model, pixels), model.config.image_token_id))
+    logits, _ = native_pass(source, ids, answer, pixels)
+    fault = "" if bool(logits.isfinite().all()) else "its logits are no finite numbers"
+    return Check("own forward", not fault, None, "finite", fault)
 
 
 @torch.no_grad()
@@ -76,10 +89,20 @@ def find_rule(source: PreTrainedModel, pixels: Pixels) -> tuple[str, Check]:
     for rule in IMAGE_ATTENTION:
         found = run_check("AR parity", lambda rule=rule: below("AR parity", parity_error(source, pixels, rule)))
         if found.passed:
-            return rule, found
+            return rule, found if rule == "causal" else _long_enough(source, pixels, found)
         if least.error is None or (found.error is not None and found.error < least.error):
             best, least = rule, found
     return best, least
+
+
+def _long_enough(source: PreTrainedModel, pixels: Pixels, parity: Check) -> Check:
+    """Refuses a finding on images that all fit in the window: they do not show how span and window meet."""
+    window = getattr(source.config.get_text_config(decoder=True), "sliding_window", None)
+    longest = max(image_sizes(shipped(source, pixels), pixels))
+    if window is None or longest > window:
+        return parity
+    fault = f"images of {longest} tokens are not longer than the window of {window}: how they meet cannot be told"
+    return Check(parity.name, False, None, parity.wanted, fault)
 
 
 @torch.no_grad()
@@ -94,7 +117,7 @@ def parity_error(source: PreTrainedModel, pixels: Pixels, rule: str) -> float:
         layout = clean_layout(torch.zeros_like(ids), valid, "causal")
         layout.image_attention = rule
         layout.span = span_ids(ids == model.config.image_token_id, answer, valid, torch.zeros_like(valid), rule)
-        rope = model.images.rope(ids, valid, images, () if rows is None else rows.counts)
+        rope = model.images.rope(ids, valid, images, [2 if images else 0])
         masks = attention_masks(model.config.text_config, layout, slice(None), torch.float32)
         index = placed_images(ids, model.config)
         ours = model(ids, rows=rows, image_index=index, attention_mask=masks, position_ids=rope.at(layout.position)).logits
@@ -104,10 +127,11 @@ def parity_error(source: PreTrainedModel, pixels: Pixels, rule: str) -> float:
 
 
 def _positions_error(probe: VlmProbe) -> float:
-    """Compares position ids of the clean stream with those that the stock model makes."""
+    """Compares position ids of the clean stream with those that the stock model makes, counted from the first token: where they
+    begin does not matter to rotary positions, and to others the parity of logits tells."""
     numbers = native_positions(probe)
     ours = probe.rope[..., :1, : numbers.shape[-1]]
-    return float((ours - numbers).abs().max())
+    return float(((ours - ours[..., :1]) - (numbers - numbers[..., :1])).abs().max())
 
 
 @torch.no_grad()
@@ -123,7 +147,7 @@ def _images_effect(probe: VlmProbe) -> float:
 
 
 def _leaking(probe: VlmProbe) -> VlmProbe:
-    return VlmProbe(**{**vars(probe), "layout": leaky(probe.layout)})
+    return probe.changed(layout=leaky(probe.layout))
 
 
 def leak(probe: VlmProbe) -> float:
@@ -155,7 +179,7 @@ def both_ways(probe: VlmProbe) -> float:
 def _clean_part(probe: VlmProbe) -> VlmProbe:
     part = slice(0, probe.clean_length)
     rows = {"ids": probe.ids[:, part], "image_index": probe.image_index[:, part], "rope": probe.rope[..., part]}
-    return VlmProbe(**{**vars(probe), **rows, "layout": probe.layout.part(part)})
+    return probe.changed(layout=probe.layout.part(part), **rows)
 
 
 def _clean_error(probe: VlmProbe) -> float:
@@ -225,7 +249,7 @@ def _cut_error(probe: VlmProbe) -> float:
     if layout.span is not None:
         layout.span = torch.where(torch.arange(layout.span.shape[1]) < middle, layout.span, layout.span + layout.span.max())
         layout.span = torch.where(clean.layout.span == 0, 0, layout.span)
-    clean = VlmProbe(**{**vars(clean), "layout": layout})
+    clean = clean.changed(layout=layout)
     whole, valid = clean.logits()[0], clean.layout.valid[0].nonzero()[:, 0]
     cache, nothing = BlockCache(), torch.zeros(0, dtype=torch.long)
     parts = [_cached(clean, cache, nothing, valid[:middle], True), _cached(clean, cache, valid[:middle], valid[middle:], True)]
@@ -236,14 +260,11 @@ def _cut_error(probe: VlmProbe) -> float:
 def _packing_error(probe: VlmProbe) -> float:
     """Compares the conversations side by side in one row with each in a row of its own."""
     packed = pack(probe.layout, torch.zeros(len(probe.ids), dtype=torch.long))
-    row = VlmProbe(
-        **{
-            **vars(probe),
-            "layout": packed.layout,
-            "ids": packed.moved(probe.ids, 0),
-            "image_index": packed.moved(probe.image_index, -1),
-            "rope": packed.moved(probe.rope, 0),
-        }
+    row = probe.changed(
+        layout=packed.layout,
+        ids=packed.moved(probe.ids, 0),
+        image_index=packed.moved(probe.image_index, -1),
+        rope=packed.moved(probe.rope, 0),
     )
     alone, valid = probe.logits(), probe.layout.valid
     together = row.logits().flatten(0, 1)[packed.place[valid]]

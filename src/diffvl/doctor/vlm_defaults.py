@@ -17,6 +17,9 @@ _COHERE = {
 }
 _PERCEPTION = {"model_type": "timm_wrapper", "architecture": "vit_pe_core_large_patch14_336", "model_args": {"embed_dim": 1024}}
 COMPLETIONS: dict[str, dict[str, Any]] = {
+    # In checkpoints the map names every token of the vocabulary that stands for a part of an image.
+    "chameleon": {"vocabulary_map": {"<image>": 8711}},
+    "emu3": {"vocabulary_map": {"<image>": 151859}},
     "cohere_compass": {"text_config": _COHERE},
     "deepseek_ocr2": {
         "text_config": {"mlp_layer_types": ["dense"] + ["sparse"] * 11, "num_experts_per_tok": 6, "n_routed_experts": 64}

@@ -1,7 +1,7 @@
 """Two conversations with images, laid out as in training, and a tiny vision-language model in the form in which it is shipped.
 
-Place in the flow: `vlm_checks` measures on it. Everything that a checkpoint will run stands in the way here: `DiffVLFor...` around
-the stock model, images as rows, its own position ids, spans and masks. The references (`vlm_reference`) ask the stock model.
+Place in the flow: `vlm_checks` measures on it. Everything that a checkpoint will run is run here: the DiffVL model around the
+stock one, images as rows, its own position ids, spans and masks. The references (`vlm_reference`) ask the stock model.
 
 Shapes: B conversations, L clean length, R noisy length, T = L + R, A rotary axes, V vocabulary.
 """
@@ -27,9 +27,10 @@ from diffvl.prepare.attention_proof import BLOCK_SIZE, GRIDS
 # Below what some types use for images inside their vocabulary.
 TOKENS, MASK = range(FIRST_ORDINARY, 99), 99
 Piece = tuple[str, int]  # "text", "answer" (tokens) or "image" (its number)
-# Images before the first answer and in the second question, where one ends inside a block; the other conversation has none.
+# Images before the first answer and in the second question, where one ends inside a block. It begins so soon that the stops which
+# fill up the first answer's last block have indices inside it. The other conversation has no image.
 CHATS: tuple[tuple[Piece, ...], ...] = (
-    (("text", 5), ("image", 0), ("text", 4), ("answer", 7), ("text", 3), ("image", 1), ("answer", 9)),
+    (("text", 5), ("image", 0), ("text", 4), ("answer", 5), ("text", 1), ("image", 1), ("answer", 9)),
     (("text", 6), ("answer", 5)),
 )
 SINGLE: tuple[Piece, ...] = (("text", 4), ("image", 0), ("text", 2), ("image", 1), ("text", 4), ("answer", 10))
@@ -40,9 +41,11 @@ MARKS_ANSWERS = ("paligemma",)
 
 def shipped(source: PreTrainedModel, pixels: Pixels, image_attention: str = "causal") -> DiffVLForConditionalGeneration:
     """Puts a stock model into the form in which `prepare` writes it; it stays the same object."""
+    image_id = image_token_id(source.config)
+    assert image_id is not None, "refused by the static rule"
     config = DiffVLConfig(
         source_config=source.config,
-        image_token_id=image_token_id(source.config),
+        image_token_id=image_id,
         mask_token_id=MASK,
         vocabulary_size=MASK + 1,
         image_inputs=list(pixels),
@@ -84,7 +87,8 @@ def conversation(chat: tuple[Piece, ...], sizes: tuple[int, int], image_id: int)
 class VlmProbe:
     """Both streams of the conversations, every second answer token masked.
 
-    ids, image_index [B, T] and rope [B, T] or [A, B, T] belong to `layout`; the first `clean_length` columns are the clean stream.
+    ids, image_index [B, T] and rope [B, T] or [A, B, T] belong to `layout`; their first `clean_length` columns are the clean
+    stream.
     """
 
     model: DiffVLForConditionalGeneration
@@ -111,7 +115,7 @@ class VlmProbe:
         clean.image_attention = config.image_attention
         is_image = ids == config.image_token_id
         clean.span = span_ids(is_image, answer, valid, answer_cells(block, answer), config.image_attention)
-        numbers = model.images.rope(ids, valid, pixels, rows.counts)
+        numbers = model.images.rope(ids, valid, pixels, [2, 0])
         masked = stream.eligible & (torch.arange(stream.eligible.shape[1]) % 2 == 0)
         shown = placed_images(ids, config, valid)
         return cls(
@@ -142,9 +146,9 @@ class VlmProbe:
         """Runs the model: [B, T, V] in fp32."""
         return permitted(self.forward().logits)
 
-    def changed(self, **rows: torch.Tensor) -> "VlmProbe":
-        """Puts other ids, or other images, on the same layout."""
-        return replace(self, **rows)
+    def changed(self, **parts: Any) -> "VlmProbe":
+        """Puts other ids, images or another layout in the place of its own."""
+        return replace(self, **parts)
 
     def noisy_blocks(self, row: int = 0) -> list[int]:
         """Lists the noisy blocks of one conversation."""

@@ -59,7 +59,9 @@ def _rows_at(value: Any, index: torch.Tensor, total: int) -> Any:
     """Rows of a field: a tensor with one row for each image token in its leading dimensions, a list of such parts, or a list of
     such tensors (one for each layer that they go into)."""
     if isinstance(value, torch.Tensor):
-        return _flat(value, total)[index]
+        flat = _flat(value, total)
+        # Some forwards take such a tensor apart into images: it keeps its form, all rows in one.
+        return flat[index].view(*[1] * (value.dim() - flat.dim()), -1, *flat.shape[1:])
     if all(isinstance(part, torch.Tensor) for part in value) and sum(_leading(part) for part in value) == total:
         return [torch.cat([part.flatten(0, -2) for part in value])[index]]
     taken = [part if isinstance(part, int) else _rows_at(part, index, total) for part in value]
