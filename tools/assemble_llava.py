@@ -1,5 +1,7 @@
-"""Joins a language model and a vision transformer to a stock LLaVA checkpoint with a fresh projector: a small whole vision-language
-model out of real parts, for machines that reach no model hub. It has to be trained (`--stage align` of recipes/vlm-demo.yaml).
+"""Joins a language model and a vision transformer to a stock LLaVA checkpoint with a fresh projector.
+
+That makes a small whole vision-language model out of real parts, for machines that reach no model hub. It has to be trained
+(`--stage align` of recipes/vlm-demo.yaml).
 
     python tools/assemble_llava.py models/smollm2-135m-instruct models/dinov2-small models/llava-smollm2
 """
