@@ -135,7 +135,7 @@ def _recipe_of_family(request: ConvertRequest, path: Path) -> str:
     if not path.exists() and len(path.parts) == 2:  # a hub id
         return family_of_trunk(load_config(str(path), request.trust_remote_code)).recipe
     file = path / "config.json"  # whatever is wrong with it is told when it is loaded
-    return family_of(str(read_json(file).get("model_type") if file.is_file() else None)).recipe
+    return family_of(str(read_json(file).get("model_type") or None if file.is_file() else None)).recipe
 
 
 def _refuse_diffvl(path: Path) -> None:
