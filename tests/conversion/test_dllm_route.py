@@ -145,7 +145,7 @@ def test_another_recipe_later_is_filled_too(runs: Callable[[str], Run], shapes: 
     """The directory remembers what its trunk was."""
     words = ("convert", "--from", runs("Dream").align, "--stage", "diffuse", "--recipe", "dllm", "--data", shapes["train"])
     out = tmp_path / "out"
-    succeed(*words, "--out", out, *small(Path(), "diffuse")[2:])
+    succeed(*words, "--out", out, "--lora", *small(Path(), "diffuse")[2:])
     objective = recipe_of(out / "diffuse").stages["diffuse"].objective
     assert isinstance(objective, BlockDiffusionObjective) and objective.target == "shift"
 

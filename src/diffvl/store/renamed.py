@@ -31,7 +31,7 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 def diffusion_family(settings: dict[str, Any]) -> Family | None:
     """Finds the family of config.json's model_type if it is one of diffusion language models."""
-    family = family_of(str(settings.get("model_type")))
+    family = family_of(str(settings.get("model_type") or None))
     return None if family.loads_as is None else family
 
 
