@@ -21,7 +21,7 @@ from diffvl.config.supported import check_supported
 from diffvl.errors import CheckpointError, ConfigError, UnsupportedModelError, first_line
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.modeling_diffvl import Connector, DiffVLForConditionalGeneration
-from diffvl.hub.processing_diffvl import DiffVLProcessor
+from diffvl.hub.processing_diffvl import BACKEND, DiffVLProcessor
 from diffvl.prepare import attention_proof as proof
 from diffvl.prepare.attention_proof import conversations
 from diffvl.prepare.templates import check_template, load_tokenizer, stop_token, system_advice
@@ -172,7 +172,9 @@ def load_tower_parts(source: Source) -> tuple[PretrainedConfig, Any]:
     """Reads configuration and image processor of the vision tower."""
     config = weights.tower_config(source.vision_tower, source.trust_remote_code)
     try:
-        processor = AutoImageProcessor.from_pretrained(source.vision_tower, trust_remote_code=source.trust_remote_code)
+        processor = AutoImageProcessor.from_pretrained(
+            source.vision_tower, backend=BACKEND, trust_remote_code=source.trust_remote_code
+        )
     except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(
             f"{source.vision_tower}: it has no image processor that can be read; expected a preprocessor_config.json beside the "
