@@ -81,9 +81,8 @@ def test_lengths_follow_from_sizes(one: Native):
         found = one.processor.apply_chat_template(messages, tokenize=True)
         assert encoding.ids == found["input_ids"][0].tolist()
         assert one.processor.encode_chat(messages) == encoding, "the images say their sizes themselves"
-        first = len(one.processor.source["first_tokens"]) if encoding.rendered[:1] != "<" or one.family == "idefics3" else 0
-        again = one.processor.tokenizer(encoding.text, add_special_tokens=False)["input_ids"]
-        assert one.processor.tokenizer.decode(again) == one.processor.tokenizer.decode(encoding.ids[first:])
+        said = one.processor.tokenizer.decode(encoding.ids)
+        assert said.endswith(encoding.text) and said.removesuffix(encoding.text) in ("", "<s>")
 
 
 def answers_in(processor: DiffVLProcessor, encoding: ChatEncoding) -> list[str]:
