@@ -18,7 +18,6 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
 
 from diffvl.config.supported import refusal
 from diffvl.demo import standins
-from diffvl.doctor import doctor
 from diffvl.doctor.checks import Check, above, below
 from diffvl.doctor.doctor import examine, judge
 from diffvl.doctor.verdict import Verdict, exact_up_to
@@ -97,7 +96,7 @@ def test_a_limit_is_told_and_is_real():
 
 
 def test_a_limit_stands_in_the_verdict(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(doctor, "exact_up_to", lambda config: ("floor_scale", 8191))
+    monkeypatch.setattr("diffvl.doctor.verdict.exact_up_to", lambda config: ("floor_scale", 8191))
     verdict = verdict_on("llama")
     assert (verdict.answer, verdict.limit) == ("supported", 8191)
     assert verdict.reason == "exact while clean and noisy tokens together are at most 8,191 (floor_scale in its config.json)"
@@ -111,7 +110,7 @@ REFUSED = {
     "rwkv": ("recurrent or convolutional layers", "rwkv is recurrent"),
     "qwen3_5": ("recurrent or convolutional layers", "qwen3_5 has layers of type linear_attention"),
     "deepseek_v32": ("sparse attention: not in yet", "are at most 2,048 (index_topk). Not in yet"),
-    "gemma3": ("vision-language model: not in yet", "its config has vision_config"),
+    "phi4_multimodal": ("vision-language model of another kind", "its config has vision_config"),
     "moshi": ("audio model", "its config has audio_encoder_config"),
     "gemma4_text": ("per-layer embeddings: not in yet", "hidden_size_per_layer_input is 256"),
     "gemma4_unified_assistant": ("draft model", "is the draft model of another one"),
@@ -134,8 +133,8 @@ def test_recurrent_layers_are_refused_from_a_directory_without_a_probe(tmp_path:
 
 def test_attention_of_what_is_refused_for_another_reason_is_measured():
     """So that docs/architectures.md can tell what is worth supporting next."""
-    vision, alibi = verdict_on("gemma3"), verdict_on("mpt")
-    assert vision.attention_holds and failed(vision) == set()
+    vision, alibi = verdict_on("git"), verdict_on("mpt")
+    assert vision.kind == "vision-language model of another kind" and vision.attention_holds and failed(vision) == set()
     assert not alibi.attention_holds and {"direct forward", "train = decode"} <= failed(alibi)
     per_layer = verdict_on("gemma3n_text")
     assert per_layer.attention_holds and failed(per_layer) == {"embeddings given"}

@@ -1,6 +1,8 @@
 """docs/architectures.md: every model type of the installed transformers has its row, and no model can spoil the survey."""
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,22 @@ from helpers import QUIET
 from diffvl.cli import main as cli
 from diffvl.doctor import survey as architectures
 from diffvl.doctor.checks import Check
-from diffvl.doctor.survey import default_config, judge_type, model_types, page, survey
+from diffvl.doctor.page import page
+from diffvl.doctor.survey import default_config, judge_type, judge_vlm_type, model_types, survey, vlm_types
 from diffvl.doctor.verdict import Verdict
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 ANSWERS = {"Supported": "supported", "Not supported": "not supported", "Unknown": "unknown"}
+TEXT, VISION = "Language models", "Vision-language models"
+
+
+def chapters_of(text: str) -> dict[str, str]:
+    """Title -> text of the chapters of a page."""
+    return {part.partition("\n")[0]: part for part in text.split("\n# ")[1:]}
 
 
 def answers_of(text: str) -> dict[str, str]:
-    """Model type -> answer, from the sections of a page; a type stands in one of them."""
+    """Model type -> answer, from the sections of a chapter; a type stands in one of them."""
     found: dict[str, str] = {}
     for section in text.split("\n## ")[1:]:
         title = section.partition("\n")[0]
@@ -33,34 +42,57 @@ def answers_of(text: str) -> dict[str, str]:
 # --- the page ------------------------------------------------------------------------------------------------------------
 
 
-def test_every_model_type_has_its_verdict_on_the_page():
-    text = PAGE.read_text(encoding="utf-8")
-    assert sorted(answers_of(text)) == model_types(), "write it again: diffvl doctor --all --out docs/architectures.md"
-    assert f"| model types | {len(model_types())} |" in text
+@pytest.mark.parametrize(("title", "types"), [(TEXT, model_types()), (VISION, vlm_types())])
+def test_every_model_type_has_its_verdict_on_the_page(title: str, types: list[str]):
+    text = chapters_of(PAGE.read_text(encoding="utf-8"))[title]
+    assert sorted(answers_of(text)) == types, "write it again: diffvl doctor --all --out docs/architectures.md"
+    assert f"| model types | {len(types)} |" in text
     for answer in ANSWERS.values():
         assert f"| {answer} | {list(answers_of(text).values()).count(answer)} |" in text
+
+
+def test_at_least_58_vision_language_types_are_supported_and_none_that_was_not_probed():
+    text = chapters_of(PAGE.read_text(encoding="utf-8"))[VISION]
+    supported = text.partition("\n## Supported\n")[2].partition("\n## ")[0]
+    errors = re.findall(r"^\| `.*\| (\d\.\de-\d\d) \| [^|]* \|$", supported, flags=re.MULTILINE)
+    assert len(vlm_types()) == 97
+    assert len(errors) == list(answers_of(text).values()).count("supported") >= 58
+    assert max(map(float, errors)) < 1e-4
+
+
+def test_types_in_both_lists_stand_in_the_chapter_of_what_they_are():
+    types = model_types()
+    assert len(types) > 170 and not {"gemma3", "llama4", "mllama", "fuyu"} & set(types)
+    assert {"gemma3_text", "emu3", "git"} <= set(types)
 
 
 def test_the_page_holds_what_the_survey_found():
     good = Verdict("llama", "llama", "supported", copy="2 layers", checks=(Check("AR parity", True, 2e-6, "< 0.001"),))
     limited = Verdict("llama4_text", "llama4_text", "supported", reason="exact up to 7", limit=7, checks=good.checks)
-    almost = Verdict("gemma3", "gemma3", "not supported", "vision", "has a | in it", checks=good.checks)
+    almost = Verdict("moshi", "moshi", "not supported", "sound", "has a | in it", checks=good.checks)
     bad = Verdict("gpt_neo", "gpt_neo", "not supported", "own mask", "why", checks=(Check("no leak", False, 2.5, "< 0.001"),))
     lost = Verdict("xlm", "xlm", "unknown", "no answer", "xlm: no answer within 5 s")
-    text = page([good, limited, almost, bad, lost], Path("docs/x.md"))
-    assert answers_of(text) == {
+    seeing = Verdict("gemma3", "gemma3", "supported", copy="2 layers", checks=good.checks)
+    seeing = replace(seeing, image_inputs=("pixel_values", "image_sizes"), image_attention="runs")
+    blind = Verdict("mllama", "mllama", "not supported", "images not by placeholders", "mllama does not")
+    text = page([good, limited, almost, bad, lost], [seeing, blind], Path("docs/x.md"))
+    chapters = chapters_of(text)
+    assert answers_of(chapters[TEXT]) == {
         **{"llama": "supported", "llama4_text": "supported", "xlm": "unknown"},
-        **{"gemma3": "not supported", "gpt_neo": "not supported"},
+        **{"moshi": "not supported", "gpt_neo": "not supported"},
     }
+    assert answers_of(chapters[VISION]) == {"gemma3": "supported", "mllama": "not supported"}
     assert "Written by `diffvl doctor --all --out docs/x.md` on 20" in text
     for line in (
         "| of these, attention passes | 1 |",
         "| largest error of a supported one | 2.0e-06 |",
         "| smallest error of one whose attention fails | 2.5 |",
         "| `llama4_text` | Llama4ForCausalLM | - | 2.0e-06 | exact up to 7 |",
-        "### Vision (1)",
-        "| `gemma3` | Gemma3ForConditionalGeneration | 2e-06 | has a \\| in it |",
+        "### Sound (1)",
+        "| `moshi` | MoshiForCausalLM | 2e-06 | has a \\| in it |",
         "| `xlm` | XLMWithLMHeadModel | xlm: no answer within 5 s |",
+        "| `gemma3` | Gemma3ForConditionalGeneration | 2 layers | pixel_values, image_sizes | runs | 2.0e-06 | - |",
+        "| `mllama` | MllamaForConditionalGeneration | - | mllama does not |",
     ):
         assert line in text.splitlines(), line
 
@@ -115,20 +147,33 @@ def test_real_children_survive_their_models():
 
 
 @pytest.mark.slow
-def test_the_page_is_up_to_date():
-    found = {verdict.model_type: verdict.answer for verdict in survey(model_types(), QUIET)}
-    assert found == answers_of(PAGE.read_text(encoding="utf-8")), (
+@pytest.mark.parametrize(("title", "types", "judged_by"), [(TEXT, model_types, judge_type), (VISION, vlm_types, judge_vlm_type)])
+def test_the_page_is_up_to_date(title: str, types: Callable[[], list[str]], judged_by: Callable[[str], Verdict]):
+    found = {verdict.model_type: verdict.answer for verdict in survey(types(), QUIET, judged_by=judged_by)}
+    assert found == answers_of(chapters_of(PAGE.read_text(encoding="utf-8"))[title]), (
         "write it again: diffvl doctor --all --out docs/architectures.md"
     )
 
 
+def test_a_handful_of_types_is_surveyed_in_one_child():
+    types = ["mllama", "internvl", "qwen2_5_omni_thinker", "gemma3"]
+    verdicts = survey(types, QUIET, judged_by=judge_vlm_type)
+    assert [verdict.model_type for verdict in verdicts] == types
+    assert [verdict.answer for verdict in verdicts] == ["not supported", "supported", "not supported", "supported"]
+    text = chapters_of(page([], verdicts, Path("x.md")))[VISION]
+    assert answers_of(text) == {verdict.model_type: verdict.answer for verdict in verdicts}
+    assert "| supported | 2 |" in text and "| largest error of a supported one | 0.0e+00 |" not in text
+
+
 def test_the_command_writes_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     verdict = Verdict("llama", "llama", "supported", checks=(Check("AR parity", True, 0.0, "< 0.001"),))
-    monkeypatch.setattr(architectures, "survey", lambda types, console: [verdict])
+    seeing = replace(verdict, model="llava", model_type="llava")
+    monkeypatch.setattr(architectures, "survey", lambda types, console, judged_by=None: [seeing if judged_by else verdict])
     monkeypatch.setattr("sys.argv", ["diffvl", "doctor", "--all", "--out", str(tmp_path / "new" / "a.md")])
     monkeypatch.setattr("sys.excepthook", None)
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 0
-    assert answers_of((tmp_path / "new" / "a.md").read_text(encoding="utf-8")) == {"llama": "supported"}
+    chapters = chapters_of((tmp_path / "new" / "a.md").read_text(encoding="utf-8"))
+    assert (answers_of(chapters[TEXT]), answers_of(chapters[VISION])) == ({"llama": "supported"}, {"llava": "supported"})
     assert capsys.readouterr().out == f"{tmp_path / 'new' / 'a.md'}\n"

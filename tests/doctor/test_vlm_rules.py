@@ -20,9 +20,9 @@ from diffvl.prepare.attention_proof import TOLERANCE
 
 def copy_of(model_type: str) -> PreTrainedModel:
     if model_type == "gemma4 that looks both ways":
-        vision = {"model_type": "gemma4_vision"}
-        text = {"use_bidirectional_attention": "vision"}
-        return build_vlm(CONFIG_MAPPING["gemma4"](vision_config=vision, text_config=text))
+        settings: dict[str, Any] = {"vision_config": {"model_type": "gemma4_vision"}}
+        settings["text_config"] = {"use_bidirectional_attention": "vision"}
+        return build_vlm(CONFIG_MAPPING["gemma4"](**settings))
     return build_vlm(default_vlm_config(model_type))
 
 

@@ -1,6 +1,7 @@
 """`diffvl doctor` on vision-language models: what is supported passes with images, the rest is refused for the right reason."""
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from diffvl.config.supported import is_vlm, is_vlm_type, vlm_refusal
+from diffvl.demo.standin_processors import PROCESSORS
 from diffvl.demo.standin_vlms import VLMS, make_vlm
 from diffvl.doctor import tiny_vlm
 from diffvl.doctor.doctor import examine, judge
@@ -50,10 +52,28 @@ def require_passes(verdict: Verdict, rule: str) -> None:
 @pytest.mark.parametrize(
     "model_type", [*EIGHT, *(pytest.param(kind, marks=pytest.mark.slow) for kind in VLMS if kind not in EIGHT)]
 )
-def test_every_stand_in_passes(model_type: str, tmp_path: Path):
-    verdict = examine(str(make_vlm(tmp_path, model_type)))
+def test_every_stand_in_passes(model_type: str, source: Callable[[str], Path], tmp_path: Path):
+    whole = model_type in PROCESSORS
+    verdict = examine(str(source(model_type) if whole else make_vlm(tmp_path, model_type)))
     require_passes(verdict, "runs" if model_type == "gemma3" else "causal")
     assert (verdict.model_type, verdict.image_inputs[0]) == (model_type, "pixel_values")
+    assert ("its processor was not looked at" in verdict.template) != whole
+
+
+def test_of_a_diffvl_directory_the_source_is_probed(prepared: Callable[[str], Path]):
+    verdict = examine(str(prepared("gemma3")))
+    require_passes(verdict, "runs")
+    assert verdict.model_type == "gemma3"
+
+
+def test_a_processor_that_cannot_be_used_is_a_reason(source: Callable[[str], Path], tmp_path: Path):
+    """By the same proof as prepare's, after the architecture has passed."""
+    model = tmp_path / "model"
+    shutil.copytree(source("llava"), model)
+    (model / "processor_config.json").write_text('{"processor_class": "NoSuchProcessor"}', encoding="utf-8")
+    verdict = examine(str(model))
+    assert (verdict.answer, verdict.kind, verdict.attention_holds) == ("not supported", "processor", True)
+    assert "transformers has no processor for it (NoSuchProcessor)" in verdict.reason
 
 
 # Sizes as published checkpoints have them, where they differ from the defaults in more than a width.
@@ -182,9 +202,8 @@ def run(run_cli: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int
     return partial(run_cli, "doctor")
 
 
-def test_the_command_tells_how_images_are_seen(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    directory = str(make_vlm(tmp_path, "gemma3"))
-    capsys.readouterr()  # the bars of transformers
+def test_the_command_tells_how_images_are_seen(run, source: Callable[[str], Path]):
+    directory = str(source("gemma3"))
     code, out, err = run(directory)
     assert (code, err) == (0, "")
     assert all(name in out for name in CHECKS) and "fails" not in out
@@ -192,8 +211,8 @@ def test_the_command_tells_how_images_are_seen(run, tmp_path: Path, capsys: pyte
     assert out.endswith(f"{directory} (gemma3): supported\n")
 
 
-def test_json(run, tmp_path: Path):
-    code, out, _ = run(str(make_vlm(tmp_path, "qwen2_vl")), "--json")
+def test_json(run, source: Callable[[str], Path]):
+    code, out, _ = run(str(source("qwen2_vl")), "--json")
     figures = json.loads(out)
     assert code == 0 and figures["answer"] == "supported"
     assert (figures["image_attention"], figures["image_inputs"]) == ("causal", ["pixel_values", "image_grid_thw"])

@@ -23,7 +23,8 @@ from diffvl.doctor.verdict import Support, Verdict, with_limit
 from diffvl.doctor.vlm_verdict import judge_vlm
 from diffvl.errors import CheckpointError, UnsupportedModelError
 from diffvl.prepare.attention_proof import TOLERANCE, conversations, native_logits, spread
-from diffvl.prepare.templates import look_at_template
+from diffvl.prepare.processor import read_native_processor
+from diffvl.prepare.templates import TOKENIZER_FILES, look_at_template
 from diffvl.store import weights
 from diffvl.store.checkpoint import DiffVLConfig  # importing it makes DiffVL directories known to transformers
 from diffvl.store.published import load_config
@@ -70,8 +71,12 @@ def examine(model: str, trust_remote_code: bool = False) -> Verdict:
         else:
             verdict = judge(model, config, trust_remote_code)
             verdict = replace(verdict, reason="; ".join(filter(None, [verdict.reason, against])))
-            if verdict.answer == "supported" and against != ONLY_CONFIGURATION and not is_vlm(config):
-                verdict = _with_template(verdict, repo, revision, trust_remote_code)
+            if verdict.answer == "supported" and against != ONLY_CONFIGURATION:
+                if is_vlm(config):
+                    verdict = _with_template(verdict, repo, lambda: _look_at_processor(repo, config, trust_remote_code, revision))
+                else:
+                    given = (repo, verdict.model_type, trust_remote_code, revision)
+                    verdict = _with_template(verdict, repo, lambda: look_at_template(*given))
     return replace(verdict, seconds=time.perf_counter() - start)
 
 
@@ -89,13 +94,23 @@ def _against_files(repo: str, config: PretrainedConfig, revision: str | None) ->
     return ""
 
 
-def _with_template(verdict: Verdict, repo: str, revision: str | None, trust_remote_code: bool) -> Verdict:
-    """Judges the chat template of a model whose architecture is supported."""
+def _with_template(verdict: Verdict, repo: str, look: Callable[[], str]) -> Verdict:
+    """Judges the chat template or the processor of a model whose architecture is supported; `look` tells what there is to
+    know."""
     try:
-        return replace(verdict, template=look_at_template(repo, verdict.model_type, trust_remote_code, revision))
+        return replace(verdict, template=look())
     except (CheckpointError, UnsupportedModelError) as error:
         fetched = isinstance(error, UnsupportedModelError) or Path(repo).exists()
-        return replace(verdict, answer="not supported" if fetched else "unknown", kind="chat template", reason=str(error))
+        kind = getattr(error, "kind", "") or "chat template"
+        return replace(verdict, answer="not supported" if fetched else "unknown", kind=kind, reason=str(error))
+
+
+def _look_at_processor(repo: str, config: PretrainedConfig, trust_remote_code: bool, revision: str | None) -> str:
+    """Gives for a vision-language model what `look_at_template` gives for a language model."""
+    if Path(repo).is_dir() and not any((Path(repo) / name).is_file() for name in TOKENIZER_FILES):
+        return "no tokenizer beside it, so its processor was not looked at"
+    _, facts = read_native_processor(repo, revision, trust_remote_code, config=config)
+    return "; ".join(facts.advice)
 
 
 def judge(model: str, config: PretrainedConfig, trust_remote_code: bool = False) -> Verdict:
