@@ -15,12 +15,13 @@ from PIL import Image
 from shared_fixtures import Loaded
 from train_and_decode import compare, images_in, training_sample
 from training_runs import BETA, crash, run
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, DynamicCache
 
 from diffvl.data.samples import collate
 from diffvl.demo.standin_processors import PROCESSORS
 from diffvl.demo.standin_vlms import VLMS
 from diffvl.hub import layout_diffvl
+from diffvl.hub.decoder_diffvl import BlockDecoder
 from diffvl.hub.images_diffvl import token_types, vision_parameters
 from diffvl.hub.processing_diffvl import pixels_in
 from diffvl.objective.losses import Draw, block_diffusion
@@ -125,6 +126,29 @@ def test_a_conversation_goes_on_from_its_prefix(model_type: str, loaded: Callabl
     prefix = generate(**first, **settings).prefix
     fresh, continued = generate(**second, **settings), generate(**second, prefix=prefix, **settings)
     assert torch.equal(fresh.sequences, continued.sequences) and continued.reused > 20
+
+
+@pytest.mark.parametrize("model_type", natives("llava", "gemma3"))
+@torch.no_grad()
+def test_a_callers_own_block_mask_is_enough(model_type: str, loaded: Callable[[str], Loaded]):
+    """SDAR-VL's calling sequence, which knows no spans: whole blocks of the prompt, then the first open block over the cache."""
+    model, processor = loaded(model_type)
+    model.config.set_decoding("blocks", 4, "block", "absolute", "same")
+    inputs = processor.apply_chat_template(CHAT[:1], tokenize=True, add_generation_prompt=True)
+    ids, pixels = inputs["input_ids"], pixels_in(inputs)
+    length, begin = ids.shape[1], ids.shape[1] // 4 * 4
+    block = torch.arange(begin + 4) // 4
+    mask, position = (block[:, None] >= block[None])[None], torch.arange(begin + 4)[None]
+    cache = DynamicCache()
+    before = {"attention_mask": mask[:, :begin, :begin], "position_ids": position[:, :begin]}
+    model(ids[:, :begin], **pixels, **before, past_key_values=cache, use_cache=True)
+    opened = torch.full((1, 4), model.config.mask_token_id)
+    opened[:, : length - begin] = ids[:, begin:]
+    after = {"attention_mask": mask[:, begin:], "position_ids": position[:, begin:]}
+    theirs = model(opened, **after, past_key_values=cache, use_cache=True, store_kv=False).logits[0, length - begin :]
+    decoder = BlockDecoder(model, ids, inputs["attention_mask"].bool(), inputs["answer_index"], pixels)
+    decoder.prefill()
+    torch.testing.assert_close(theirs, decoder.block_logits()[0, length - begin :], rtol=1e-4, atol=1e-4)
 
 
 def leak(loaded: Loaded, context: str, monkeypatch: pytest.MonkeyPatch | None = None) -> float:

@@ -10,7 +10,7 @@ from helpers import CONTEXTS, GRIDS, TARGETS, metrics, objective, sample, stage_
 from shared_fixtures import Loaded
 from training_runs import run
 
-from diffvl.config.recipe import ArObjective
+from diffvl.config.recipe import ArObjective, FullDiffusionObjective
 from diffvl.data.loader import load_data
 from diffvl.data.samples import collate
 from diffvl.hub.layout_diffvl import Layout
@@ -51,6 +51,7 @@ def test_packing_changes_nothing_in_any_family(model_type: str, loaded: Callable
     settings = objective(complementary=True, weight="effective")
     require_same(*(loss_in_rows(loaded(model_type), rows, settings) for rows in (TOGETHER, ALONE)))
     require_same(*(loss_in_rows(loaded(model_type), rows, ArObjective()) for rows in (TOGETHER, ALONE)))
+    require_same(*(loss_in_rows(loaded(model_type), rows, FullDiffusionObjective()) for rows in (TOGETHER, ALONE)))
 
 
 @pytest.mark.parametrize("target", TARGETS)

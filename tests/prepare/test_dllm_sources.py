@@ -1,6 +1,9 @@
 """A diffusion language model as MODEL: what `prepare` proves, keeps and records, and that none of its code runs."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -80,6 +83,30 @@ def test_the_mask_token_is_its_own_and_its_row_is_untouched(
         image = model.config.image_token_id
         kept = [row for row in range(len(before)) if row != image]
         assert mask in kept and torch.equal(after[kept], before[kept])
+
+
+@pytest.mark.parametrize("model_type", DLLMS)
+def test_what_is_written_names_no_code_but_ours(model_type: str, ready: Callable[[str], Path]):
+    """The published tokenizers name classes of their own, which do not lie beside our checkpoint."""
+    for file in ready(model_type).glob("*.json"):
+        content = read_json(file)
+        maps = [part["auto_map"] for part in (content, content.get("text_config") or {}) if "auto_map" in part]
+        assert all(name.partition(".")[0].endswith("_diffvl") for found in maps for name in found.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", DLLMS)
+def test_it_loads_and_answers_without_diffvl(model_type: str, ready: Callable[[str], Path], tmp_path: Path):
+    program = (
+        "import sys; from transformers import AutoModelForImageTextToText as M, AutoProcessor as P; d = sys.argv[1]; "
+        "p = P.from_pretrained(d, trust_remote_code=True); m = M.from_pretrained(d, trust_remote_code=True); "
+        "i = p.apply_chat_template([{'role': 'user', 'content': 'hi'}], tokenize=True, add_generation_prompt=True); "
+        "print(m.generate(**i, max_new_tokens=8).shape, 'diffvl' in sys.modules)"
+    )
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    words = [sys.executable, "-c", program, str(ready(model_type))]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=variables, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.strip().endswith("False"), done.stderr
 
 
 def test_the_trunk_is_stock_under_its_own_names(ready: Callable[[str], Path]):

@@ -64,6 +64,8 @@ def test_it_loads_as_the_stock_model_with_the_tensors_of_the_files(model_type: s
         both = [model(input_ids=ids, attention_mask=mask, position_ids=position).logits for model in (trunk, plain)]
         causal = trunk(input_ids=ids).logits
     assert torch.equal(*both) and not torch.allclose(causal, both[0], atol=0.1)
+    trunk.save_pretrained(tmp_path / "saved")
+    assert any(name.startswith("model.layers.0.self_attn.") for name in load_file(tmp_path / "saved" / made.WEIGHTS))
 
 
 def to_stock(name: str) -> str:
@@ -77,8 +79,9 @@ def to_stock(name: str) -> str:
 
 
 @pytest.mark.parametrize("model_type", DLLMS)
-def test_what_the_trunk_remembers(model_type: str, dllm: Callable[[str], Path]):
+def test_what_the_trunk_remembers(model_type: str, dllm: Callable[[str], Path], caplog: pytest.LogCaptureFixture):
     config = load_config(str(dllm(model_type)), False)
+    assert not caplog.messages, "every published setting is known"
     source = diffusion_source(config)
     assert source is not None and source.model_type == model_type and config.model_type == STOCK[model_type]
     assert source.target == ("shift" if model_type == "Dream" else "same")
@@ -95,6 +98,13 @@ def test_the_mask_token_is_the_checkpoints_else_the_agreed_one(model_type: str, 
 def test_another_block_size_of_the_checkpoint_counts():
     source = diffusion_source(stock_config("sdar", block_size=16))
     assert source is not None and (source.block_size, source.grid) == (16, "absolute")
+
+
+def test_a_block_size_that_stands_in_the_name_alone_is_told(caplog: pytest.LogCaptureFixture):
+    for name, settings in (("JetLM/SDAR-4B-Chat-b16", {}), ("x-b4", {}), ("x-b16", {"block_size": 16}), ("x", {})):
+        translated(name, {**QWEN, **settings}, family_of("sdar"))
+    (told,) = [message for message in caplog.messages if "block size" in message]
+    assert told.startswith("JetLM/SDAR-4B-Chat-b16: its config.json names no block size, so 4 is taken;") and "of 16" in told
 
 
 def test_published_defaults_and_nulls():
@@ -183,6 +193,12 @@ def test_released_models_are_named(settings: dict[str, Any], says: str, tmp_path
     with pytest.raises(UnsupportedModelError) as refused:
         load_config(str(tmp_path), False)
     assert says in str(refused.value) and "comes with its layout, in a later version" in str(refused.value)
+
+
+def test_a_config_without_a_model_type(tmp_path: Path):
+    made.edit_json(tmp_path / "config.json", model_type="")
+    with pytest.raises(UnsupportedModelError):
+        load_config(str(tmp_path), False)
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------------

@@ -194,8 +194,8 @@ class BlockDiffusionObjective(Section):
 
 
 class FullDiffusionObjective(Section):
-    """Masked-token cross-entropy on answers that are noised in their place, with attention both ways (LLaDA, arXiv 2502.09992,
-    Eq. 5; Dream): the loss of diffusion language models, to which a connector is aligned."""
+    """Masked-token cross-entropy on answers that are noised in their place, with attention both ways (LLaDA, arXiv 2502.09992;
+    Dream): the loss of diffusion language models, to which a connector is aligned."""
 
     kind: Literal["full_diffusion"] = "full_diffusion"
     block_size: int = Field(default=32, ge=1, le=1024, description="tokens per block in decoding; the loss knows no blocks")
@@ -257,7 +257,7 @@ class Prepare(Section):
     max_pixels: int | None = Field(
         default=None,
         ge=1,
-        description="likewise: larger images are reduced to this many; with it falls the number of their tokens",
+        description="likewise: larger images are reduced to this many, and with them their tokens",
     )
     connector: Connector = MlpConnector()
     system_turn: Literal["template", "first_question"] = Field(

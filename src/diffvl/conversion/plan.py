@@ -144,7 +144,7 @@ def _recipe_of_family(request: ConvertRequest, path: Path) -> str:
         return VLM_RECIPE if is_vlm(config) else family_of_trunk(config).recipe
     file = path / "config.json"  # whatever is wrong with it is told when it is loaded
     settings = read_json(file) if file.is_file() else {}
-    return VLM_RECIPE if is_vlm_type(settings) else family_of(str(settings.get("model_type"))).recipe
+    return VLM_RECIPE if is_vlm_type(settings) else family_of(str(settings.get("model_type") or None)).recipe
 
 
 def _refuse_diffvl(path: Path) -> None:

@@ -49,15 +49,21 @@ def messages_of(record: Record) -> list[dict[str, Any]]:
     return messages
 
 
-def encode_record(record: Record, processor: DiffVLProcessor, longest: int | None = None) -> ChatEncoding:
-    """Turns a record into token ids and answer marks.
+def encode_record(
+    record: Record, processor: DiffVLProcessor, longest: int | None = None, sizes: list[Size] | None = None
+) -> ChatEncoding:
+    """Turns a record into token ids and answer marks; no image is decoded.
 
+    Args:
+        sizes: of its images, where they are known already.
     Raises:
         DataError: naming the record, if the chat template or the processor refuses it, or it has more than `longest` tokens.
     """
     _refuse_image_token(record, processor.image_token)
+    if sizes is None and processor.asks_sizes:
+        sizes = _sizes_of(record)
     try:
-        encoding = processor.encode_chat(messages_of(record), sizes=_sizes_of(record) if processor.asks_sizes else None)
+        encoding = processor.encode_chat(messages_of(record), sizes=sizes)
     except ImageRefusedError as error:
         raise DataError(f"{record.source}: record {record.id}: {error}", UNREADABLE) from error
     except (TemplateError, ValueError) as error:
@@ -89,11 +95,12 @@ def _refuse_image_token(record: Record, token: str) -> None:
 
 def sample_of(record: Record, index: int, processor: DiffVLProcessor, longest: int | None = None) -> Sample:
     """Builds the whole sample, images decoded and resized. Raises DataError as `encode_record`, or for an image."""
-    encoding = encode_record(record, processor, longest)
+    sizes = _sizes_of(record) if processor.asks_sizes else None
+    encoding = encode_record(record, processor, longest, sizes)
     pixels = None
     if record.images:
         images = [open_image(path, record.source) for path in record.images]
-        if processor.asks_sizes and [size_of(image) for image in images] != _sizes_of(record):
+        if sizes is not None and sizes != [size_of(image) for image in images]:
             raise DataError(f"{record.source}: an image has other sizes in its head and in its pixels: save it anew", UNREADABLE)
         pixels = processor.pixels(images)
     return Sample(encoding.ids, _marked_untrained(encoding.answer, record), pixels, index, len(record.images))

@@ -11,6 +11,7 @@ chunk.
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -331,7 +332,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
             return None, rope  # the trunk's own causal attention, which needs no mask
         layout.position = torch.cat([layout.position[:, :past], order], dim=1)
         if mask is not None and mask.dim() == 3:
-            layout = _GivenMask(layout.rows, "causal", mask.bool())
+            layout = _GivenMask(layout, mask.bool())
         table: Any = self.get_input_embeddings()
         return attention_masks(self.config.text_config, layout, queries, table.weight.dtype), rope
 
@@ -364,13 +365,22 @@ def _check_mask(mask: torch.Tensor, batch: int, tokens: int, total: int) -> None
 
 
 class _GivenMask(Layout):
-    """A caller's own [B, T, K] mask in the place of the attention rule; windows still apply."""
+    """A caller's own [B, T, K] mask in the place of the attention rule; windows still apply, and the tokens of an image still see
+    each other where the model wants it, of which a caller knows nothing."""
 
-    def __init__(self, rows: dict[str, torch.Tensor], context: str, mask: torch.Tensor) -> None:
-        super().__init__(**rows, context=context)  # type: ignore[arg-type]
+    def __init__(self, layout: Layout, mask: torch.Tensor) -> None:
+        super().__init__(**vars(layout))
         self.mask = mask
 
     def allowed(self, queries: slice = slice(None), window: int | None = None, chunk: int | None = None) -> torch.Tensor:
-        rows = {**self.rows, "block": torch.zeros_like(self.block)}
-        everything = Layout(**rows, context="block").allowed(queries, window, chunk)  # type: ignore[arg-type]
-        return everything & self.mask
+        plain = replace(self.plain, image_attention="causal")
+        everything = replace(plain, block=torch.zeros_like(self.block), context="block").allowed(queries, window, chunk)
+        given = everything & self.mask
+        if self.span is None:
+            return given
+        return given | (self.plain.allowed(queries, window, chunk) & ~plain.allowed(queries, window, chunk))
+
+    @property
+    def plain(self) -> Layout:
+        """The same tokens without the caller's mask."""
+        return self.with_rows(self.rows)

@@ -19,7 +19,7 @@ from diffvl.config.recipe import Prepare, Recipe
 from diffvl.errors import CheckpointError, ConfigError, UnsupportedModelError, first_line
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.modeling_diffvl import Connector, DiffVLForConditionalGeneration
-from diffvl.hub.processing_diffvl import DiffVLProcessor
+from diffvl.hub.processing_diffvl import BACKEND, DiffVLProcessor
 from diffvl.prepare import attention_proof as proof
 from diffvl.prepare.mask_token import with_own_mask_token
 from diffvl.prepare.parity import Parity
@@ -156,7 +156,7 @@ def load_tower_parts(source: Source) -> tuple[PretrainedConfig, Any]:
     name = _tower_of(source)
     config = weights.tower_config(name, source.trust_remote_code)
     try:
-        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=source.trust_remote_code)
+        processor = AutoImageProcessor.from_pretrained(name, backend=BACKEND, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(
             f"{name}: it has no image processor that can be read; expected a preprocessor_config.json beside the "

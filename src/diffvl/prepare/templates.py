@@ -51,6 +51,7 @@ def load_tokenizer(
             tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         elif family.loads_as is not None:
             tokenizer = getattr(transformers, family.loads_as.tokenizer).from_pretrained(model, revision=revision or "main")
+            tokenizer.init_kwargs.pop("auto_map", None)  # it would be written again, and name code that is not there
         else:
             tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code, revision=revision or "main")
     except (OSError, ValueError, ImportError) as error:

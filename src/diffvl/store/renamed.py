@@ -6,6 +6,7 @@ every reason at once. What a family demands and renames stands in its file in `c
 """
 
 import logging
+import re
 from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
@@ -30,7 +31,7 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 def diffusion_family(settings: dict[str, Any]) -> Family | None:
     """Finds the family of config.json's model_type if it is one of diffusion language models."""
-    family = family_of(str(settings.get("model_type")))
+    family = family_of(str(settings.get("model_type") or None))
     return None if family.loads_as is None else family
 
 
@@ -49,7 +50,9 @@ def translated(name: str, settings: dict[str, Any], family: Family) -> Pretraine
     mask = settings.get("mask_token_id")
     mask = family.mask_token.id if mask is None else mask
     block = settings.get("block_size")
-    block = rules.block_size if block is None else block
+    if block is None and rules.block_size is not None:
+        block = rules.block_size
+        _tell_name(name, block)
     for key, value, least in (("mask_token_id", mask, 0), ("block_size", block, 1)):
         if value is not None and (type(value) is not int or value < least):
             raise CheckpointError(f"{name}: {key} in its config.json is {value!r}; expected a whole number of at least {least}")
@@ -83,6 +86,20 @@ def _tell_unknown(name: str, settings: dict[str, Any], rules: LoadsAs) -> None:
     if unknown := sorted(key for key, value in settings.items() if key not in known and value not in (None, False)):
         log.warning(
             "%s: settings of its config.json that its family does not know, and that have no effect: %s", name, some(unknown)
+        )
+
+
+def _tell_name(name: str, block_size: int) -> None:
+    """Warns where a name speaks of another block size: that of released SDAR models stands nowhere else."""
+    found = re.search(r"-b(\d+)$", name.rstrip("/"))
+    if found and int(found[1]) != block_size:
+        log.warning(
+            "%s: its config.json names no block size, so %d is taken; if it was trained in blocks of %s, as its name seems to "
+            'say, set "block_size": %s there',
+            name,
+            block_size,
+            found[1],
+            found[1],
         )
 
 

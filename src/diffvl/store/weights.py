@@ -216,6 +216,8 @@ def load_trunk(name: str, config: PretrainedConfig, revision: str | None = None)
         names = key_mapping(config)
         arguments = {"key_mapping": names} if names else {}
         model = _load(AutoModelForCausalLM, name, config=config, revision=revision, **arguments)
+        if names:
+            del model._weight_conversions  # by which transformers would give the old names back when it saves
     require_finite(name, model)
     return model
 

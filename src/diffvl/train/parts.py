@@ -8,6 +8,7 @@ frozen table bit-identical. `fold_mask_row` writes it back. Connector and mask r
 """
 
 import re
+import warnings
 from typing import Any
 
 import torch
@@ -132,7 +133,10 @@ def add_adapters(model: DiffVLForConditionalGeneration, lora: Lora, family_targe
         targets = _text_linears(model.source, targets)
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
     try:
-        model.put_trunk(get_peft_model(model.trunk, config))
+        with warnings.catch_warnings():
+            # peft asks transformers by the old name
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            model.put_trunk(get_peft_model(model.trunk, config))
     except (ValueError, re.error) as error:
         raise ConfigError(f"lora.targets {targets!r} does not fit this trunk: {error}") from error
 
