@@ -17,7 +17,7 @@ from .chat_diffvl import ImageText, walls_of
 from .images_diffvl import Pixels
 from .seen_diffvl import Size
 
-MAX_SIZES = 4096  # remembered
+MAX_SIZES = 16_384  # remembered; their texts are far fewer
 SAMPLE: Size = (64, 64)
 # What calling the processor may raise for an image that it is not made for.
 FAULTS = (TypeError, ValueError, ArithmeticError, AttributeError, LookupError)
@@ -117,7 +117,7 @@ class SourceImages:
         return {name: value for name, value in inputs.items() if name not in _OF_TEXT and not name.endswith("token_type_ids")}
 
     def _call(self, image: Any, **settings: Any) -> Any:
-        arguments = {"add_special_tokens": False, "return_tensors": "pt", **settings}
+        arguments = {"add_special_tokens": False, "return_tensors": "pt", "verbose": False, **settings}
         try:
             return self.processor(text=[self.placeholder], images=[image], **arguments)
         except FAULTS as error:
