@@ -157,6 +157,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_it_works_where_diffvl_is_not(tmp_path: Path):
     """In a clean process, from what lies beside an exported checkpoint."""
     families = ("qwen2_vl", "internvl", "gemma3", "smolvlm")  # tokens of the tokenizer by name, line ends, a missing package
