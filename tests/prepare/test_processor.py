@@ -151,11 +151,6 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         described(processor_class="PixtralProcessor"),
         "its PixtralProcessor needs torchvision, even for still images",
     ),
-    "a package is missing": (
-        "idefics3",
-        described(processor_class="SmolVLMProcessor"),
-        "its SmolVLMProcessor cannot be used: Package `num2words` is required",
-    ),
     "own code": (
         "llava",
         described(processor_class="MyProcessor", auto_map={"AutoProcessor": "processing.MyProcessor"}),

@@ -22,6 +22,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from diffvl.demo.standins import make_tokenizer
 from diffvl.errors import UsageError
@@ -126,8 +127,8 @@ def _next() -> BaseImageProcessor:
     return LlavaNextImageProcessorPil(size={"shortest_edge": IMAGE}, crop_size=_SQUARE, image_grid_pinpoints=SHAPES)
 
 
-def _idefics() -> BaseImageProcessor:
-    return Idefics3ImageProcessorPil(size={"longest_edge": 2 * IMAGE}, max_image_size={"longest_edge": IMAGE})
+_IDEFICS_TOKENS = ("<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>", *_ROWS_AND_COLUMNS)
+_IDEFICS_SIZES = {"size": {"longest_edge": 2 * IMAGE}, "max_image_size": {"longest_edge": IMAGE}}
 
 
 LOOKS: dict[str, Look] = {
@@ -176,9 +177,16 @@ LOOKS: dict[str, Look] = {
     ),
     "idefics3": Look(
         "Idefics3Processor",
-        _idefics,
+        lambda: Idefics3ImageProcessorPil(**_IDEFICS_SIZES),
         IDEFICS,
-        ("<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>", *_ROWS_AND_COLUMNS),
+        _IDEFICS_TOKENS,
+        settings={"image_seq_len": TILE_TOKENS},
+    ),
+    "smolvlm": Look(
+        "SmolVLMProcessor",
+        lambda: SmolVLMImageProcessorPil(**_IDEFICS_SIZES),
+        IDEFICS,
+        (*_IDEFICS_TOKENS, "<video>"),
         settings={"image_seq_len": TILE_TOKENS},
     ),
 }
@@ -212,7 +220,7 @@ def processor_tokenizer(family: str) -> PreTrainedTokenizerFast:
         names, special = {"pad_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}, ("<unk>", "<s>", "</s>", *special)
     elif look.base == "gemma2":
         names["bos_token"] = base.bos_token
-    elif family == "idefics3":
+    elif look.template == IDEFICS:
         names["eos_token"] = "<end_of_utterance>"
     backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
     if look.bos:

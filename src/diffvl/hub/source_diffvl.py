@@ -7,6 +7,7 @@ same tokens and the same pixels wherever it stands, in training and in decoding.
 The tokens of an image follow from its size: they are taken from a blank image of that size, once.
 """
 
+from types import FunctionType
 from typing import Any
 
 import transformers
@@ -43,7 +44,7 @@ def build_processor(class_name: str, settings: dict[str, Any], image_processor: 
 
     Raises:
         ValueError: if transformers has no such class here.
-        ImportError, TypeError, AttributeError: by the class itself, if a package or a token is missing.
+        ImportError, TypeError, AttributeError: by the class itself, if a setting or a token is missing.
     """
     found = getattr(transformers, class_name, None)
     if found is None or getattr(found, "is_dummy", False):
@@ -54,8 +55,18 @@ def build_processor(class_name: str, settings: dict[str, Any], image_processor: 
     def check(processor: Any, name: str, part: Any) -> Any:
         return Absent if isinstance(part, Absent) else found.check_argument_for_proper_class(processor, name, part)
 
-    made = type(class_name, (found,), {"check_argument_for_proper_class": check})
+    made = type(class_name, (found,), {"check_argument_for_proper_class": check, "__init__": _without_packages(found.__init__)})
     return made(**parts, **settings)
+
+
+def _without_packages(init: Any) -> Any:
+    """The same `__init__`, for which optional packages that are not installed, None in its module, are there: SmolVLM's asks for
+    one that writes the number of frames of a video in words."""
+    known = init.__globals__
+    missing = {name: Absent() for name in init.__code__.co_names if name in known and known[name] is None}
+    made = FunctionType(init.__code__, {**known, **missing}, init.__name__, init.__defaults__, init.__closure__)
+    made.__kwdefaults__ = init.__kwdefaults__
+    return made
 
 
 class SourceImages:
