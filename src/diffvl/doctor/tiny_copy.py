@@ -50,7 +50,7 @@ SIZES = {
     name: value
     for names, value in {
         "hidden_size d_model n_embd emb_dim word_embed_proj_dim embedding_size input_embedding_size": HIDDEN,
-        "output_embedding_size hidden_size_global dim_model_base lru_width embed_dim": HIDDEN,
+        "output_embedding_size hidden_size_global dim_model_base lru_width embed_dim moe_hidden_size": HIDDEN,
         "pronunciation_embed_dim shape_embed_dim": HIDDEN,  # of RoCBert
         "head_dim attention_head_dim attention_head_size global_head_dim kv_channels dim_head d_head": HEAD_DIM,
         "swa_head_dim qk_nope_head_dim v_head_dim swa_v_head_dim index_head_dim query_pre_attn_scalar": HEAD_DIM,
@@ -64,7 +64,7 @@ SIZES = {
         "intermediate_size n_inner ffn_dim decoder_ffn_dim encoder_ffn_dim dff dim_ff d_inner ffn_hidden_size": INTERMEDIATE,
         "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size": INTERMEDIATE,
         "expert_ffn_hidden_size intermediate_size_mlp dense_intermediate_size shared_intermediate_size": INTERMEDIATE,
-        "moe_shared_expert_intermediate_size feed_forward_size": INTERMEDIATE,
+        "moe_shared_expert_intermediate_size feed_forward_size alignment_intermediate_size": INTERMEDIATE,
         "num_experts num_local_experts n_routed_experts moe_num_experts zero_expert_num": NUM_EXPERTS,
         "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions model_max_length": MAX_POSITIONS,
         "sliding_window sliding_window_size window_size": WINDOW,

@@ -53,6 +53,7 @@ NOT_KEPT = {"per_layer_config", "layer_types", "dtype", "torch_dtype", "transfor
 MODALITY_IDS = re.compile(r".*(_token_id|_token_index|_patch_id|_start_id|_end_id|newline_id)")
 TEXT_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 FIRST_MODALITY = 3
+VQ_FIRST, VQ_IMAGE = 100, 32  # where images become ids of the vocabulary: the first such id, and pixels of a side
 
 
 def shrink_vlm(config: PretrainedConfig) -> PretrainedConfig:
@@ -68,6 +69,7 @@ def shrink_vlm(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _shrink_vision(settings: dict[str, Any]) -> dict[str, Any]:
+    """Shrinks one level of a part that sees or hears."""
     tiny: dict[str, Any] = {}
     for name, value in settings.items():
         if name in NOT_KEPT:
@@ -115,7 +117,7 @@ def build_vlm(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
         return build_with(AutoModelForImageTextToText, shrink_vlm(config), seed)
 
 
-# --- what fits together in single types ----------------------------------------------------------------------------------
+# --- what fits together in single types ------------------------------------------------------------------------------------
 
 
 def _as_it_is(tiny: dict[str, Any]) -> None:
@@ -191,9 +193,7 @@ def _vq_tokens(images: list[str]) -> Callable[[dict[str, Any]], None]:
     return fit
 
 
-VQ_FIRST, VQ_IMAGE = 100, 32
-
-
+# Settings that hang together with a size elsewhere, by model type; each puts the tiny settings right in place.
 FITTINGS: dict[str, Callable[[dict[str, Any]], None]] = {
     # A query for every two patches.
     "aria": lambda tiny: tiny.update(projector_patch_to_query_dict={16: 8}),

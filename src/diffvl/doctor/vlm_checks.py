@@ -299,7 +299,7 @@ def _gradients(probe: VlmProbe) -> Check:
     model.train()
     try:
         with torch.random.fork_rng(devices=[]):
-            cross_entropy(permitted(probe.forward().logits)[masked], truth[masked]).backward()
+            cross_entropy(permitted(probe.forward(encode=True).logits)[masked], truth[masked]).backward()
         fault = _wrong_gradients(source, vision)
         moved = [name for name, value in source.state_dict().items() if not torch.equal(value, before[name])]
         fault = fault or (f"a forward changes {', '.join(moved[:3])}" if moved else "")

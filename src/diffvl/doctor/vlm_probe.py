@@ -134,12 +134,12 @@ class VlmProbe:
     def source(self) -> Any:
         return self.model.source
 
-    def forward(self, **more: Any) -> Any:
-        """Runs one pass as training does it; gives what the model gives."""
+    def forward(self, encode: bool = False, **more: Any) -> Any:
+        """Runs one pass as training does it, over rows that are there already or, with `encode`, the vision part as well; gives
+        what the model gives."""
         masks = attention_masks(self.model.config.text_config, self.layout, slice(None), torch.float32)
-        return self.model(
-            self.ids, rows=self.rows, image_index=self.image_index, attention_mask=masks, position_ids=self.rope, **more
-        )
+        images: dict[str, Any] = dict(self.pixels) if encode else {"rows": self.rows}
+        return self.model(self.ids, **images, image_index=self.image_index, attention_mask=masks, position_ids=self.rope, **more)
 
     @torch.no_grad()
     def logits(self) -> torch.Tensor:
