@@ -121,15 +121,16 @@ def _described(model: str, revision: str | None, model_type: str) -> tuple[str, 
     name = described.get("processor_class")
     for file in _DESCRIPTIONS:
         name = name or (settings_in(model, file, revision) or {}).get("processor_class")
-    name = name or PROCESSOR_MAPPING_NAMES.get(model_type)
-    found = getattr(transformers, str(name), None)
-    if name is None or found is None:
+    name = str(name or PROCESSOR_MAPPING_NAMES.get(model_type) or model_type)
+    found: Any = getattr(transformers, name, None)
+    is_dummy = getattr(found, "is_dummy", False)
+    if not is_dummy and not (isinstance(found, type) and issubclass(found, ProcessorMixin)):
         raise UnsupportedModelError(
-            f"{model}: transformers has no processor for it ({name or model_type}): images could not be shown as the checkpoint "
+            f"{model}: transformers has no processor for it ({name}): images could not be shown as the checkpoint "
             "shows them; one that runs code of the checkpoint is not taken",
             PROCESSOR,
         )
-    if getattr(found, "is_dummy", False):
+    if is_dummy:
         raise UnsupportedModelError(f"{model}: its {name} needs torchvision, even for still images", PROCESSOR)
     taken = set(inspect.signature(found.__init__).parameters) - {"self", "kwargs", "chat_template", *found.get_attributes()}
     return name, {key: value for key, value in described.items() if key in taken}, template
