@@ -10,6 +10,7 @@ import pytest
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from diffvl.config.supported import is_vlm, is_vlm_type, vlm_refusal
+from diffvl.demo.standin_processors import PROCESSORS, make_processor_files
 from diffvl.demo.standin_vlms import VLMS, make_vlm
 from diffvl.doctor import tiny_vlm
 from diffvl.doctor.doctor import examine, judge
@@ -18,6 +19,7 @@ from diffvl.doctor.verdict import Verdict
 from diffvl.doctor.vlm_defaults import default_vlm_config
 from diffvl.doctor.vlm_verdict import SPARE_TOKEN, judge_vlm
 from diffvl.prepare.attention_proof import TOLERANCE
+from diffvl.store.published import load_config
 
 CHECKS = [
     *("own forward", "AR parity", "position ids", "images show", "no leak", "a leak is caught", "block sees itself"),
@@ -29,6 +31,12 @@ EIGHT = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl_moe", "glm4v", "llava_next", "inter
 
 def config_of(model_type: str, **settings: Any) -> PretrainedConfig:
     return CONFIG_MAPPING[model_type](**settings)
+
+
+def published(directory: Path, model_type: str) -> Path:
+    """A checkpoint with its processor, where there is a stand-in for that."""
+    tokenizer = make_processor_files(directory, model_type) if model_type in PROCESSORS else None
+    return make_vlm(directory, model_type, tokenizer=tokenizer)
 
 
 def failed(verdict: Verdict) -> set[str]:
@@ -51,7 +59,8 @@ def require_passes(verdict: Verdict, rule: str) -> None:
     "model_type", [*EIGHT, *(pytest.param(kind, marks=pytest.mark.slow) for kind in VLMS if kind not in EIGHT)]
 )
 def test_every_stand_in_passes(model_type: str, tmp_path: Path):
-    verdict = examine(str(make_vlm(tmp_path, model_type)))
+    directory = published(tmp_path, model_type)
+    verdict = examine(str(directory)) if model_type in PROCESSORS else judge(str(directory), load_config(str(directory), False))
     require_passes(verdict, "runs" if model_type == "gemma3" else "causal")
     assert (verdict.model_type, verdict.image_inputs[0]) == (model_type, "pixel_values")
 
@@ -183,7 +192,7 @@ def run(run_cli: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int
 
 
 def test_the_command_tells_how_images_are_seen(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    directory = str(make_vlm(tmp_path, "gemma3"))
+    directory = str(published(tmp_path, "gemma3"))
     capsys.readouterr()  # the bars of transformers
     code, out, err = run(directory)
     assert (code, err) == (0, "")
@@ -193,7 +202,7 @@ def test_the_command_tells_how_images_are_seen(run, tmp_path: Path, capsys: pyte
 
 
 def test_json(run, tmp_path: Path):
-    code, out, _ = run(str(make_vlm(tmp_path, "qwen2_vl")), "--json")
+    code, out, _ = run(str(published(tmp_path, "qwen2_vl")), "--json")
     figures = json.loads(out)
     assert code == 0 and figures["answer"] == "supported"
     assert (figures["image_attention"], figures["image_inputs"]) == ("causal", ["pixel_values", "image_grid_thw"])
@@ -212,6 +221,20 @@ def test_files_that_do_not_fit_are_told_before_anything_is_probed(tmp_path: Path
     (directory / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     verdict = examine(str(directory))
     assert (verdict.answer, verdict.kind, verdict.checks) == ("not supported", "its files", ())
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        ("preprocessor_config.json", "it has no image processor that can be read; expected a preprocessor_config.json beside"),
+        ("chat_template.jinja", "its tokenizer has no chat template, so prompts and answers cannot be told apart"),
+    ],
+)
+def test_what_convert_would_refuse_of_its_processor(file: str, reason: str, tmp_path: Path):
+    directory = published(tmp_path, "qwen2_vl")
+    (directory / file).unlink()
+    verdict = examine(str(directory))
+    assert (verdict.answer, verdict.kind) == ("not supported", "processor") and reason in verdict.reason
 
 
 def test_judging_leaves_the_configuration_as_it_is():

@@ -3,12 +3,13 @@
 Place in the flow: a question before `convert`. Read are configuration, tokenizer and the headers of the weight files; what is
 probed is a tiny random copy of the configuration, so the answer takes a second and no weights. Order: what `published` and
 `supported` refuse, what is wrong with the files, what `checks` measures and, where one of them fails, a few experiments that tell
-why; then the chat template.
+why; then the chat template, and the processor of a vision-language model.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from diffvl.doctor.verdict import Support, Verdict, with_limit
 from diffvl.doctor.vlm_verdict import judge_vlm
 from diffvl.errors import CheckpointError, UnsupportedModelError
 from diffvl.prepare.attention_proof import TOLERANCE, conversations, native_logits, spread
+from diffvl.prepare.processor import PROCESSOR, read_native_processor
 from diffvl.prepare.templates import look_at_template
 from diffvl.store import weights
 from diffvl.store.checkpoint import DiffVLConfig  # importing it makes DiffVL directories known to transformers
@@ -70,8 +72,9 @@ def examine(model: str, trust_remote_code: bool = False) -> Verdict:
         else:
             verdict = judge(model, config, trust_remote_code)
             verdict = replace(verdict, reason="; ".join(filter(None, [verdict.reason, against])))
-            if verdict.answer == "supported" and against != ONLY_CONFIGURATION and not is_vlm(config):
-                verdict = _with_template(verdict, repo, revision, trust_remote_code)
+            if verdict.answer == "supported" and against != ONLY_CONFIGURATION:
+                look = partial(_with_processor, config=config) if is_vlm(config) else _with_template
+                verdict = look(verdict, repo, revision, trust_remote_code)
     return replace(verdict, seconds=time.perf_counter() - start)
 
 
@@ -94,8 +97,24 @@ def _with_template(verdict: Verdict, repo: str, revision: str | None, trust_remo
     try:
         return replace(verdict, template=look_at_template(repo, verdict.model_type, trust_remote_code, revision))
     except (CheckpointError, UnsupportedModelError) as error:
-        fetched = isinstance(error, UnsupportedModelError) or Path(repo).exists()
-        return replace(verdict, answer="not supported" if fetched else "unknown", kind="chat template", reason=str(error))
+        return _refused(verdict, repo, "chat template", error)
+
+
+def _with_processor(
+    verdict: Verdict, repo: str, revision: str | None, trust_remote_code: bool, config: PretrainedConfig
+) -> Verdict:
+    """Judges the processor and the chat template of a vision-language model whose architecture is supported."""
+    try:
+        _, facts = read_native_processor(repo, revision, trust_remote_code, config=config)
+    except (CheckpointError, UnsupportedModelError) as error:
+        return _refused(verdict, repo, PROCESSOR, error)
+    return replace(verdict, template="; ".join(facts.advice))
+
+
+def _refused(verdict: Verdict, repo: str, kind: str, error: CheckpointError | UnsupportedModelError) -> Verdict:
+    """Says what stands against a checkpoint's files; of one that could not be fetched nothing is known."""
+    fetched = isinstance(error, UnsupportedModelError) or Path(repo).exists()
+    return replace(verdict, answer="not supported" if fetched else "unknown", kind=kind, reason=str(error))
 
 
 def judge(model: str, config: PretrainedConfig, trust_remote_code: bool = False) -> Verdict:
