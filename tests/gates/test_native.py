@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,28 @@ def test_no_leak_and_the_bug_is_caught(
 
     monkeypatch.setattr(layout_diffvl, "attends", leaking)
     assert leak(loaded(model_type), context) > 0.01
+
+
+@torch.no_grad()
+def test_pixels_that_are_not_all_there(loaded: Callable[[str], Loaded]):
+    """One message for a tensor that a caller left out; image_sizes, which callers of SDAR-VL always name, count images and not the
+    patches of packed ones."""
+    model, processor = loaded("qwen3_vl")
+    inputs = processor.apply_chat_template(CHAT[:1], tokenize=True, add_generation_prompt=True)
+    for name in pixels_in(inputs):
+        rest = {key: value for key, value in inputs.items() if key != name}
+        for call in (model, partial(model.generate, max_new_tokens=1)):
+            with pytest.raises(ValueError, match=f"images without {name}; expected them as image_grid_thw, pixel_values"):
+                call(**rest)
+    text = {name: value for name, value in inputs.items() if name not in pixels_in(inputs)}
+    with pytest.raises(ValueError, match="image tokens in the text, but no image_grid_thw, pixel_values"):
+        model(**text)
+    sizes = torch.tensor([[60, 112], [40, 40]])
+    assert torch.equal(model(**inputs, image_sizes=sizes).logits, model(**inputs).logits)
+    assert model.generate(**inputs, image_sizes=sizes, max_new_tokens=1).shape[1] == inputs["input_ids"].shape[1] + 1
+    tiled, inputs = loaded("llava_next")[0], loaded("llava_next")[1].apply_chat_template(CHAT[:1], tokenize=True)
+    with pytest.raises(ValueError, match="1 image_sizes, but another number of images"):
+        tiled(**{**inputs, "image_sizes": sizes[:1]})
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------------
