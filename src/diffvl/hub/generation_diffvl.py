@@ -70,9 +70,8 @@ class BlockGeneration:
             raise ValueError(f"{len(image_sizes)} image_sizes, but another number of images")
         if streamer is not None and len(input_ids) != 1:
             raise ValueError(f"a streamer takes one prompt, got {len(input_ids)}")
-        names = self.config.image_inputs
-        given_pixels = {"pixel_values": pixel_values, "image_sizes": image_sizes}
-        pixels = self.pixels_of(given_pixels | {name: arguments.pop(name) for name in names if name in arguments})
+        more = {name: arguments.pop(name) for name in self.config.image_inputs if name in arguments}
+        pixels = self.pixels_of({"pixel_values": pixel_values, "image_sizes": image_sizes, **more})
         given = Arguments(arguments, generation_config, self.generation_config)
         settings = settings_of(given, self.config, input_ids.shape[1])
         settings = replace(settings, compile_config=compile_config_for(settings, input_ids.device))
@@ -82,8 +81,7 @@ class BlockGeneration:
             raise ValueError(f"prefix has no effect with mode={settings.mode!r}: it holds blocks")
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         marks = torch.zeros_like(input_ids) if answer_index is None else answer_index
-        static = self._static_trunk_for(settings, input_ids)
-        decoder = BlockDecoder(self, input_ids, valid, marks, pixels, prefix, static)
+        decoder = BlockDecoder(self, input_ids, valid, marks, pixels, prefix, self._static_trunk_for(settings, input_ids))
         if streamer is not None:
             streamer.put(input_ids.cpu())
         answers = BatchAnswers(decoder, settings, streamer, on_step)

@@ -170,14 +170,11 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         # Class and register tokens stand before the patches in every stock tower.
         return self.connector(states[:, states.shape[1] - side * side :])
 
-    def _shown(
-        self, input_ids: torch.Tensor, rows: ImageRows | None, image_index: torch.Tensor | None, images: int
-    ) -> torch.Tensor | None:
+    def _shown(self, input_ids: torch.Tensor, rows: ImageRows | None, image_index: torch.Tensor | None) -> torch.Tensor | None:
         """For each token the row of the image tokens that it shows, [B, T]; None where none shows any.
 
         Args:
             image_index: as the caller gave it; default: the placeholders in reading order.
-            images: how many images there are.
         Raises:
             ValueError: if images and placeholders do not match in number.
         """
@@ -190,7 +187,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         if image_index is not None:
             return image_index
         if int(is_image.sum()) != rows.total:
-            raise ValueError(f"{images} images give {rows.total} image tokens, the text has {int(is_image.sum())}")
+            raise ValueError(f"{len(rows.counts)} images give {rows.total} image tokens, the text has {int(is_image.sum())}")
         return image_rows(is_image)
 
     def pixels_of(self, given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -272,17 +269,13 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         seen = self.pixels_of({"pixel_values": pixel_values, "image_sizes": image_sizes, **pixels})
         if rows is None and seen and not text_only:
             rows = self.images.encode(seen)
-        shown = None if text_only else self._shown(input_ids, rows, image_index, 0 if rows is None else len(rows.counts))
+        shown = None if text_only else self._shown(input_ids, rows, image_index)
         inputs = self.images.arguments(input_ids, rows, shown)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         masks, position_ids = self._masks(attention_mask, position_ids, input_ids, past, seen, rows)
-        cache = past_key_values
-        if use_cache and cache is None:
-            cache = DynamicCache()
-        elif cache is not None and not store_kv:
-            cache = ReadingCache(cache)
+        kept = DynamicCache() if use_cache and past_key_values is None else past_key_values
+        cache = kept if kept is None or store_kv or past_key_values is None else ReadingCache(kept)
         logits = self._logits(inputs, masks, position_ids, cache, logits_rows, row_map)
-        kept = past_key_values if past_key_values is not None else (cache if use_cache else None)
         return CausalLMOutputWithPast(logits=logits, past_key_values=kept)
 
     def _logits(
