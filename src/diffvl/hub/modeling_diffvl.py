@@ -270,12 +270,11 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         if rows is None and seen and not text_only:
             rows = self.images.encode(seen)
         shown = None if text_only else self._shown(input_ids, rows, image_index)
-        inputs = self.images.arguments(input_ids, rows, shown)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         masks, position_ids = self._masks(attention_mask, position_ids, input_ids, past, seen, rows)
         kept = DynamicCache() if use_cache and past_key_values is None else past_key_values
         cache = kept if kept is None or store_kv or past_key_values is None else ReadingCache(kept)
-        logits = self._logits(inputs, masks, position_ids, cache, logits_rows, row_map)
+        logits = self._logits(self.images.arguments(input_ids, rows, shown), masks, position_ids, cache, logits_rows, row_map)
         return CausalLMOutputWithPast(logits=logits, past_key_values=kept)
 
     def _logits(
