@@ -198,6 +198,14 @@ def test_what_is_chosen(loaded: Callable[[str], Loaded]):
     assert llama.config._attn_implementation == "sdpa"
 
 
+def test_an_empty_copy_takes_tiles():
+    """`convert` asks one before anything is prepared; it has no values to try them with."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes))
+    assert choose(empty, TILED, CPU) == TILED
+
+
 def test_what_flex_attention_cannot_take_is_known_without_a_gpu(caplog: pytest.LogCaptureFixture):
     """Before a kernel is compiled: dropout, which it does not have, and heads too narrow for it."""
     sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}

@@ -69,6 +69,15 @@ def test_generate_and_evaluate(model_type: str, converted: dict[str, Path], tmp_
     assert 0 < figures["masked_loss"] < 50 and 0 <= figures["exact_match"] <= 1
 
 
+def test_what_a_stage_names_is_checked_before_anything_is_prepared(source: Callable[[str], Path], tmp_path: Path):
+    settings = f"stages.diffuse.data={{train: {records(tmp_path)}, max_length: 512, holdout: 1}}"
+    words = ("convert", source("qwen2_5_vl"), "--out", tmp_path / "out", "--set", settings)
+    part = "stages.diffuse.trainable.connector=1e-4"
+    refused(*words, "--set", part, says=["diffuse: trainable.connector: this model has no parameters of that part; leave it out"])
+    assert not (tmp_path / "out").exists()
+    succeed(*words, "--set", "stages.diffuse.attention=eager", "--set", "stages.diffuse.trainable.tower=1e-5", "--dry-run")
+
+
 def test_there_is_nothing_to_compare_its_decoding_with(converted: dict[str, Path]):
     refused("bench", "decode", converted["gemma3"], says=["converted from a whole vision-language model"])
 

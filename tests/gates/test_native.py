@@ -4,13 +4,15 @@ shuffle, spans that see themselves both ways, sliding windows, experts, tied hea
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import metrics, objective, picture, stage_recipe, weights_of
+from helpers import QUIET, metrics, objective, picture, stage_recipe, weights_of
 from PIL import Image
 from shared_fixtures import Loaded
 from train_and_decode import compare, images_in, training_sample
@@ -25,12 +27,15 @@ from diffvl.hub.decoder_diffvl import BlockDecoder
 from diffvl.hub.images_diffvl import token_types, vision_parameters
 from diffvl.hub.processing_diffvl import pixels_in
 from diffvl.objective.losses import Draw, block_diffusion
-from diffvl.store.checkpoint import load_checkpoint
+from diffvl.prepare.run import prepare
+from diffvl.prepare.source import Source
+from diffvl.store.checkpoint import load_checkpoint, saved_dtype
+from diffvl.train import stage as training
 from diffvl.train.parts import parts_of
 
 NATIVE = [model_type for model_type in VLMS if model_type in PROCESSORS]
 # M-RoPE, tiles with newlines, spans and windows, nested pixels; the others repeat these, all run with `make test-slow`.
-DIFFERENT = ("qwen3_vl", "llava_next", "gemma3", "smolvlm")
+DIFFERENT = ("qwen3_vl", "llava_next", "gemma3", "idefics3")
 
 
 def sized(width: int, height: int, seed: int) -> Image.Image:
@@ -197,6 +202,28 @@ def test_no_leak_and_the_bug_is_caught(
     assert leak(loaded(model_type), context) > 0.01
 
 
+@torch.no_grad()
+def test_pixels_that_are_not_all_there(loaded: Callable[[str], Loaded]):
+    """One message for a tensor that a caller left out; image_sizes, which callers of SDAR-VL always name, count images and not the
+    patches of packed ones."""
+    model, processor = loaded("qwen3_vl")
+    inputs = processor.apply_chat_template(CHAT[:1], tokenize=True, add_generation_prompt=True)
+    for name in pixels_in(inputs):
+        rest = {key: value for key, value in inputs.items() if key != name}
+        for call in (model, partial(model.generate, max_new_tokens=1)):
+            with pytest.raises(ValueError, match=f"images without {name}; expected them as image_grid_thw, pixel_values"):
+                call(**rest)
+    text = {name: value for name, value in inputs.items() if name not in pixels_in(inputs)}
+    with pytest.raises(ValueError, match="image tokens in the text, but no image_grid_thw, pixel_values"):
+        model(**text)
+    sizes = torch.tensor([[60, 112], [40, 40]])
+    assert torch.equal(model(**inputs, image_sizes=sizes).logits, model(**inputs).logits)
+    assert model.generate(**inputs, image_sizes=sizes, max_new_tokens=1).shape[1] == inputs["input_ids"].shape[1] + 1
+    tiled, inputs = loaded("llava_next")[0], loaded("llava_next")[1].apply_chat_template(CHAT[:1], tokenize=True)
+    with pytest.raises(ValueError, match="1 image_sizes, but another number of images"):
+        tiled(**{**inputs, "image_sizes": sizes[:1]})
+
+
 # --- whole runs ------------------------------------------------------------------------------------------------------------
 
 
@@ -257,6 +284,27 @@ def test_diffuse_and_generate(
     inputs = processor.apply_chat_template(CHAT[:3], tokenize=True, add_generation_prompt=True)
     answer: Any = model.eval().generate(**inputs, max_new_tokens=5)
     assert 1 <= answer.shape[1] - inputs["input_ids"].shape[1] <= 5
+
+
+@pytest.mark.parametrize("model_type", natives("qwen2_5_vl", "gemma3", "llava_next"))
+def test_a_bf16_source(model_type: str, source: Callable[[str], Path], records: Path, tmp_path: Path):
+    """Sources are published in bf16: one is prepared with the logits that it has, trained as such, and what answers in memory
+    after a stage is what was written."""
+    half = shutil.copytree(source(model_type), tmp_path / "half")
+    AutoModelForImageTextToText.from_pretrained(half, dtype=torch.bfloat16).save_pretrained(half)
+    settings: dict[str, Any] = {"trainable": {"trunk": 1e-3, "mask_row": 1e-3}, "steps": 1, "objective": BETA}
+    recipe = stage_recipe(records, precision="bf16", **settings)
+    start = prepare(Source(str(half), None, None), recipe, tmp_path / "prepared", QUIET)
+    assert {value.dtype for value in weights_of(start).values()} == {torch.bfloat16}
+    ended: list[Any] = []
+    onlooker = training.Onlooker(lambda *_: None, lambda model, *_: ended.append(model))
+    trained = training.train(start, recipe, "diffuse", tmp_path / "diffuse", False, QUIET, onlooker)
+    assert saved_dtype(trained) == torch.bfloat16
+    model, processor = load_checkpoint(trained)
+    inputs = processor.apply_chat_template(CHAT[:3], tokenize=True, add_generation_prompt=True)
+    given = {name: value for name, value in inputs.items() if name != "answer_index"}
+    with torch.no_grad():
+        assert torch.equal(model.eval()(**given).logits, ended[0].eval()(**given).logits)
 
 
 @pytest.mark.parametrize("model_type", natives("qwen3_vl"))

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from diffvl.hub import source_diffvl
 from diffvl.hub.chat_diffvl import ChatEncoding
 from diffvl.hub.images_diffvl import join_pixels
 from diffvl.hub.processing_diffvl import DiffVLProcessor, pixels_in
-from diffvl.hub.source_diffvl import ImageRefusedError, build_processor
+from diffvl.hub.source_diffvl import ImageRefusedError, build_processor, placeholder_of
 from diffvl.store.checkpoint import HUB, HUB_FILES, PROCESSOR_MAP
 
 SIZES = ((56, 56), (64, 64), (60, 100), (200, 60), (333, 500), (20, 31), (112, 112), (57, 113))
@@ -156,23 +157,25 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_it_works_where_diffvl_is_not(tmp_path: Path):
     """In a clean process, from what lies beside an exported checkpoint."""
-    for family in PROCESSORS:
+    families = ("qwen2_vl", "internvl", "gemma3", "smolvlm")  # tokens of the tokenizer by name, line ends, a missing package
+    for family in families:
         directory = tmp_path / family
         native(family).processor.save_pretrained(directory)
         file = directory / "processor_config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "auto_map": PROCESSOR_MAP}))
         for name in HUB_FILES:
             shutil.copyfile(HUB / name, directory / name)
-    directories = [str(tmp_path / family) for family in PROCESSORS]
+    directories = [str(tmp_path / family) for family in families]
     environment = {"PATH": "/usr/bin", "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, "-c", CLEAN, *directories], capture_output=True, text=True, env=environment, check=False
     )
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout)
-    for family, directory in zip(PROCESSORS, directories, strict=True):
+    for family, directory in zip(families, directories, strict=True):
         picture = Image.linear_gradient("L").resize((120, 70)).convert("RGB")
         expected = native(family).processor.apply_chat_template(
             chat([picture, "What?"]), tokenize=True, add_generation_prompt=True
@@ -256,6 +259,12 @@ def test_tokens_of_images_in_a_text_are_refused(family: str):
     for token in processor.images.tokens & set(processor.tokenizer.get_added_vocab()):
         with pytest.raises(ValueError, match="a control token of the model"):
             processor.encode_chat(chat(f"What is {token}?"))
+
+
+def test_a_placeholder_may_be_another_token_than_the_rows():
+    assert placeholder_of(native("internvl").inner) == "<IMG_CONTEXT>"
+    assert placeholder_of(SimpleNamespace(image_token="<row>", image_placeholder_token="<image>")) == "<image>"
+    assert placeholder_of(SimpleNamespace()) is None
 
 
 def test_sizes_and_images_must_match():

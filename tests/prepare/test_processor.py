@@ -156,6 +156,11 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         described(processor_class="MyProcessor", auto_map={"AutoProcessor": "processing.MyProcessor"}),
         r"transformers has no processor for it \(MyProcessor\).*one that runs code of the checkpoint is not taken",
     ),
+    "no processor": (
+        "llava",
+        described(processor_class="LlavaConfig"),
+        r"transformers has no processor for it \(LlavaConfig\)",
+    ),
     "special tokens are missing": (
         "idefics3",
         without_tokens("<fake_token_around_image>"),

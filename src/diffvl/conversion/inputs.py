@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from diffvl.attention.choose import choose
-from diffvl.config.recipe import StageName
+from diffvl.config.recipe import Stage, StageName
 from diffvl.config.supported import is_vlm
 from diffvl.conversion.plan import Plan
 from diffvl.conversion.resume import is_finished
@@ -19,11 +19,14 @@ from diffvl.data.fingerprint import require_same_data
 from diffvl.data.loader import StageData, check_images, load_data
 from diffvl.data.table import RecordTables
 from diffvl.errors import ConfigError
+from diffvl.hub.configuration_diffvl import DiffVLConfig
+from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.prepare.run import Parts, read_parts
 from diffvl.store import checkpoint
 from diffvl.terminal.bars import spinner_or_line
 from diffvl.train.launch import process_state
+from diffvl.train.parts import require_parts
 from diffvl.train.stage import longest_trainable
 
 
@@ -82,7 +85,7 @@ def _open_stage(
     stage = plan.recipe.stages[name]
     try:
         with spinner_or_line(console, f"checking the data of {name}"):
-            _check_attention(config, stage.attention, plan)
+            _check_trunk(config, stage, plan)
             longest = longest_trainable(config.get_text_config(decoder=True), stage.objective)
             data = load_data(stage.data, processor, longest, console, tables)
     except ConfigError as error:
@@ -94,13 +97,18 @@ def _open_stage(
     return data
 
 
-def _check_attention(config: PretrainedConfig, wanted: str, plan: Plan) -> None:
+def _check_trunk(config: PretrainedConfig, stage: Stage, plan: Plan) -> None:
     """Asks an empty copy of the trunk whether it takes what a stage names. Raises ConfigError if it does not."""
-    if wanted == "auto":
+    if stage.attention == "auto" and not is_vlm(config):
         return
-    trusted = plan.source is not None and plan.source.trust_remote_code
     with torch.device("meta"):
-        kind = AutoModelForImageTextToText if is_vlm(config) else AutoModelForCausalLM
-        text_config = config if is_vlm(config) else config.get_text_config(decoder=True)
-        empty = kind.from_config(copy.deepcopy(text_config), trust_remote_code=trusted)
-    choose(empty, wanted, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        if is_vlm(config):
+            model = DiffVLForConditionalGeneration(DiffVLConfig(source_config=copy.deepcopy(config)))
+            require_parts(model, stage)
+            empty = model.trunk
+        else:
+            trusted = plan.source is not None and plan.source.trust_remote_code
+            text_config = copy.deepcopy(config.get_text_config(decoder=True))
+            empty = AutoModelForCausalLM.from_config(text_config, trust_remote_code=trusted)
+    if stage.attention != "auto":
+        choose(empty, stage.attention, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -128,7 +128,7 @@ def _next() -> BaseImageProcessor:
 
 
 _IDEFICS_TOKENS = ("<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>", *_ROWS_AND_COLUMNS)
-_IDEFICS_SIZES = {"size": {"longest_edge": 2 * IMAGE}, "max_image_size": {"longest_edge": IMAGE}}
+_IDEFICS_SIZES: dict[str, Any] = {"size": {"longest_edge": 2 * IMAGE}, "max_image_size": {"longest_edge": IMAGE}}
 
 
 LOOKS: dict[str, Look] = {

@@ -66,7 +66,7 @@ class BlockGeneration:
         """
         if len(input_ids) == 0:
             raise ValueError("no prompts: input_ids has no rows")
-        if image_sizes is not None and (pixel_values is None or len(image_sizes) != len(pixel_values)):
+        if image_sizes is not None and pixel_values is None:
             raise ValueError(f"{len(image_sizes)} image_sizes, but another number of images")
         if streamer is not None and len(input_ids) != 1:
             raise ValueError(f"a streamer takes one prompt, got {len(input_ids)}")

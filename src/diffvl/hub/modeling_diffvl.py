@@ -185,7 +185,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         if rows is None:
             shown = is_image if image_index is None else image_index >= 0
             if bool(shown.any()):
-                raise ValueError(f"{int(is_image.sum())} image tokens in the text, but no {self.config.image_inputs[0]}")
+                raise ValueError(f"{int(is_image.sum())} image tokens in the text, but no {', '.join(self.config.image_inputs)}")
             return None
         if image_index is not None:
             return image_index
@@ -197,13 +197,26 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         """The tensors among a caller's that say what the images are.
 
         Raises:
-            ValueError: for one that this model does not know.
+            ValueError: for one that this model does not know, if only some are given, and for another number of image_sizes.
         """
         names = self.config.image_inputs
         unknown = [name for name, value in given.items() if name not in names and name != "image_sizes" and value is not None]
         if unknown:
             raise ValueError(f"{unknown[0]} is not known here; expected images as {', '.join(names)}")
         found = {name: given[name] for name in names if given.get(name) is not None}
+        if not found.keys() - {"image_sizes"}:
+            return {}
+        if missing := [name for name in names if name not in found]:
+            raise ValueError(f"images without {missing[0]}; expected them as {', '.join(names)}")
+        sizes, shown = given.get("image_sizes"), given.get("pixel_values")
+        # A model that packs the patches of its images into one row does not ask for sizes.
+        if (
+            sizes is not None
+            and (not self.is_native or "image_sizes" in names)
+            and shown is not None
+            and len(sizes) != len(shown)
+        ):
+            raise ValueError(f"{len(sizes)} image_sizes, but another number of images")
         return found if all(len(value) for value in found.values()) else {}
 
     def forward(
@@ -256,8 +269,6 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
             ValueError: on inputs that do not fit together, and on videos.
         """
         refuse_videos(pixel_values_videos=pixel_values_videos, image_sizes_videos=image_sizes_videos)
-        if image_sizes is not None and pixel_values is not None and len(image_sizes) != len(pixel_values):
-            raise ValueError(f"{len(image_sizes)} image_sizes for {len(pixel_values)} images")
         seen = self.pixels_of({"pixel_values": pixel_values, "image_sizes": image_sizes, **pixels})
         if rows is None and seen and not text_only:
             rows = self.images.encode(seen)

@@ -257,7 +257,7 @@ class DiffVLProcessor(ProcessorMixin):
         turns = [self.encoder.turns(messages) for messages in batch]
         shown = [images_as_seen(own) for own in _in_order(batch, images)]
         encodings = [
-            self.encoder.encode_turns(one, add_generation_prompt, [size_of(image) for image in own])
+            self.encoder.encode_turns(one, add_generation_prompt, [size_of(image) for image in own] if self.asks_sizes else None)
             for one, own in zip(turns, shown, strict=True)
         ]
         data = {**self._pad_left(encodings), **self.pixels([image for own in shown for image in own])}

@@ -17,7 +17,7 @@ from .chat_diffvl import ImageText, walls_of
 from .images_diffvl import Pixels
 from .seen_diffvl import Size
 
-MAX_SIZES = 4096  # remembered
+MAX_SIZES = 16_384  # remembered; their texts are far fewer
 SAMPLE: Size = (64, 64)
 # What calling the processor may raise for an image that it is not made for.
 FAULTS = (TypeError, ValueError, ArithmeticError, AttributeError, LookupError)
@@ -69,6 +69,11 @@ def _without_packages(init: Any) -> Any:
     return made
 
 
+def placeholder_of(processor: Any) -> str | None:
+    """The text that stands for an image in a text for this processor; some use another token for its rows."""
+    return getattr(processor, "image_placeholder_token", None) or getattr(processor, "image_token", None)
+
+
 class SourceImages:
     """Images through a checkpoint's own processor.
 
@@ -79,12 +84,13 @@ class SourceImages:
 
     def __init__(self, processor: Any, first_ids: list[int], first_text: str) -> None:
         self.processor, self.first_ids, self.first_text = processor, first_ids, first_text
+        self.placeholder = placeholder_of(processor)
         self._backend: Any = processor.tokenizer.backend_tokenizer
         self._walls = walls_of(processor.tokenizer)
         self._by_size: dict[Size, ImageText] = {}
         self._by_text: dict[str, ImageText] = {}
         vocabulary = processor.tokenizer.convert_ids_to_tokens(sorted(set(self.of(SAMPLE).ids)))
-        self.tokens = frozenset(vocabulary) - {processor.image_token}
+        self.tokens = frozenset(vocabulary) - {self.placeholder}
 
     def of(self, size: Size) -> ImageText:
         """What an image of this height and width is in the text.
@@ -111,9 +117,9 @@ class SourceImages:
         return {name: value for name, value in inputs.items() if name not in _OF_TEXT and not name.endswith("token_type_ids")}
 
     def _call(self, image: Any, **settings: Any) -> Any:
-        arguments = {"add_special_tokens": False, "return_tensors": "pt", **settings}
+        arguments = {"add_special_tokens": False, "return_tensors": "pt", "verbose": False, **settings}
         try:
-            return self.processor(text=[self.processor.image_token], images=[image], **arguments)
+            return self.processor(text=[self.placeholder], images=[image], **arguments)
         except FAULTS as error:
             size = "x".join(map(str, getattr(image, "size", ())))
             raise ImageRefusedError(f"{type(self.processor).__name__} refuses an image of {size} pixels: {error}") from error

@@ -237,7 +237,7 @@ def assemble(trunk: Any, tower: Any, parts: OwnParts, recipe: Recipe) -> DiffVLF
     with torch.no_grad():
         fresh.layers[-1].get_parameter("weight").mul_(recipe.prepare.connector.gain)
     model.connector = fresh
-    torch.nn.Module.to(model, dtype=trunk.dtype)
+    checkpoint.cast_weights(model, trunk.dtype)
     return model
 
 
@@ -277,7 +277,7 @@ def _reference_logits(trunk: PreTrainedModel, parity: Parity, known: int) -> tor
     dtype = trunk.dtype
     trunk.float().eval()
     logits = parity.source_logits(trunk, parity.probe(known))
-    torch.nn.Module.to(trunk, dtype=dtype)
+    checkpoint.cast_weights(trunk, dtype)
     return logits
 
 

@@ -65,7 +65,7 @@ class NativeParts:
         model = assemble_native(source, self)
         dtype = source.dtype
         find_image_attention(model.float().eval(), prompts, self.known)
-        torch.nn.Module.to(model, dtype=dtype)
+        checkpoint.cast_weights(model, dtype)
         return model, prompts
 
     def prove(self, directory: Path, prompts: "list[Prompt]") -> tuple[dict[str, float], str]:
@@ -179,7 +179,7 @@ def reference(source: PreTrainedModel, parts: NativeParts) -> list[Prompt]:
     dtype = source.dtype
     source.float().eval()
     prompts = [_answered(source, parts, images) for images in probe_images()]
-    torch.nn.Module.to(source, dtype=dtype)
+    checkpoint.cast_weights(source, dtype)
     return prompts
 
 

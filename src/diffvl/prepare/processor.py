@@ -18,9 +18,9 @@ from transformers import AutoImageProcessor, PretrainedConfig, ProcessorMixin
 from transformers.models.auto.auto_mappings import PROCESSOR_MAPPING_NAMES
 
 from diffvl.config.families import family_of
-from diffvl.errors import CheckpointError, UnsupportedModelError, first_line
+from diffvl.errors import CheckpointError, UnsupportedModelError, first_few, first_line
 from diffvl.hub.processing_diffvl import BACKEND, DiffVLProcessor
-from diffvl.hub.source_diffvl import FAULTS, SAMPLE, build_processor
+from diffvl.hub.source_diffvl import FAULTS, SAMPLE, build_processor, placeholder_of
 from diffvl.hub.template_diffvl import with_fixed_date
 from diffvl.prepare.image_size import limit_pixels
 from diffvl.prepare.same_as_native import require_same
@@ -76,7 +76,7 @@ def read_native_processor(
         tokenizer.chat_template = template
         stop = stop_token(tokenizer, structured=True)
         processor = DiffVLProcessor(
-            image_processor, tokenizer, inner.image_token, 0, stop, system_turn=system_turn, source=source
+            image_processor, tokenizer, str(placeholder_of(inner)), 0, stop, system_turn=system_turn, source=source
         )
         _require_images_in_text(model, processor)
         check_template(processor.encoder)
@@ -121,15 +121,16 @@ def _described(model: str, revision: str | None, model_type: str) -> tuple[str, 
     name = described.get("processor_class")
     for file in _DESCRIPTIONS:
         name = name or (settings_in(model, file, revision) or {}).get("processor_class")
-    name = name or PROCESSOR_MAPPING_NAMES.get(model_type)
-    found = getattr(transformers, str(name), None)
-    if name is None or found is None:
+    name = str(name or PROCESSOR_MAPPING_NAMES.get(model_type) or model_type)
+    found: Any = getattr(transformers, name, None)
+    is_dummy = getattr(found, "is_dummy", False)
+    if not is_dummy and not (isinstance(found, type) and issubclass(found, ProcessorMixin)):
         raise UnsupportedModelError(
-            f"{model}: transformers has no processor for it ({name or model_type}): images could not be shown as the checkpoint "
+            f"{model}: transformers has no processor for it ({name}): images could not be shown as the checkpoint "
             "shows them; one that runs code of the checkpoint is not taken",
             PROCESSOR,
         )
-    if getattr(found, "is_dummy", False):
+    if is_dummy:
         raise UnsupportedModelError(f"{model}: its {name} needs torchvision, even for still images", PROCESSOR)
     taken = set(inspect.signature(found.__init__).parameters) - {"self", "kwargs", "chat_template", *found.get_attributes()}
     return name, {key: value for key, value in described.items() if key in taken}, template
@@ -167,9 +168,9 @@ def _inner(class_name: str, settings: dict[str, Any], image_processor: Any, toke
     count = len(tokenizer)
     inner = build_processor(class_name, settings, image_processor, tokenizer)
     if len(tokenizer) != count:
-        missing = tokenizer.convert_ids_to_tokens(list(range(count, len(tokenizer))))
+        missing = first_few(tokenizer.convert_ids_to_tokens(list(range(count, len(tokenizer)))), 3)
         raise ValueError(f"its tokenizer lacks {', '.join(missing)}, which it writes for images; take the one published with it")
-    token = getattr(inner, "image_token", None)
+    token = placeholder_of(inner)
     if not token:
         raise ValueError("it has no token that stands for an image in a text")
     if token not in tokenizer.get_added_vocab():

@@ -203,6 +203,14 @@ def saved_dtype(directory: Path) -> torch.dtype:
     return getattr(torch, read_json(directory / "config.json")["dtype"])
 
 
+def cast_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Puts what a checkpoint of the model holds in a dtype, in place. What the model computes for itself, the frequencies of its
+    rotation above all, stays as it is, as it does when the checkpoint is loaded."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+
+
 def read_state(directory: Path) -> dict[str, Any]:
     """Reads `diffvl.json` of a finished directory. Raises CheckpointError if there is none."""
     path = directory / STATE_FILE

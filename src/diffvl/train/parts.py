@@ -87,15 +87,21 @@ def fold_mask_row(model: DiffVLForConditionalGeneration) -> None:
     delattr(model, MASK_ROW)
 
 
+def require_parts(model: DiffVLForConditionalGeneration, stage: Stage) -> None:
+    """Raises ConfigError if the model has nothing of a part that is to train."""
+    there = {*parts_of(model).values(), MASK_ROW}
+    if missing := [part for part in stage.trainable if part not in there]:
+        raise ConfigError(f"trainable.{missing[0]}: this model has no parameters of that part; leave it out")
+
+
 def freeze_others(model: DiffVLForConditionalGeneration, stage: Stage) -> None:
     """Only the parts in `trainable` require gradients; under LoRA, only adapters within the trunk. What trains is fp32.
 
     Raises:
         ConfigError: if the model has nothing of a part that is to train.
     """
+    require_parts(model, stage)
     parts = parts_of(model)
-    if missing := [part for part in stage.trainable if part not in parts.values()]:
-        raise ConfigError(f"trainable.{missing[0]}: this model has no parameters of that part; leave it out")
     for name, parameter in model.named_parameters():
         part = parts[name]
         trains = part in stage.trainable and (part != "trunk" or stage.lora is None or "lora_" in name)

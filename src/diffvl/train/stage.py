@@ -186,7 +186,7 @@ def unfit(model: DiffVLForConditionalGeneration, stage: Stage, dtype: torch.dtyp
     if "mask_row" in stage.trainable:
         fold_mask_row(model)
     merge_adapters(model)
-    torch.nn.Module.to(model, dtype=dtype)
+    checkpoint.cast_weights(model, dtype)
     model.config.dtype = dtype
 
 
