@@ -210,7 +210,12 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
             raise ValueError(f"images without {missing[0]}; expected them as {', '.join(names)}")
         sizes, shown = given.get("image_sizes"), given.get("pixel_values")
         # A model that packs the patches of its images into one row does not ask for sizes.
-        if sizes is not None and (not self.is_native or "image_sizes" in names) and shown is not None and len(sizes) != len(shown):
+        if (
+            sizes is not None
+            and (not self.is_native or "image_sizes" in names)
+            and shown is not None
+            and len(sizes) != len(shown)
+        ):
             raise ValueError(f"{len(sizes)} image_sizes, but another number of images")
         return found if all(len(value) for value in found.values()) else {}
 
