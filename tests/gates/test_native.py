@@ -218,7 +218,8 @@ def test_pixels_that_are_not_all_there(loaded: Callable[[str], Loaded]):
         model(**text)
     sizes = torch.tensor([[60, 112], [40, 40]])
     assert torch.equal(model(**inputs, image_sizes=sizes).logits, model(**inputs).logits)
-    assert model.generate(**inputs, image_sizes=sizes, max_new_tokens=1).shape[1] == inputs["input_ids"].shape[1] + 1
+    answer: Any = model.generate(**inputs, image_sizes=sizes, max_new_tokens=1)
+    assert answer.shape[1] == inputs["input_ids"].shape[1] + 1
     tiled, inputs = loaded("llava_next")[0], loaded("llava_next")[1].apply_chat_template(CHAT[:1], tokenize=True)
     with pytest.raises(ValueError, match="1 image_sizes, but another number of images"):
         tiled(**{**inputs, "image_sizes": sizes[:1]})
