@@ -10,7 +10,6 @@ import pytest
 from native_processors import chat, image, native, read
 from transformers import AutoTokenizer
 
-from diffvl.config.families import Family
 from diffvl.config.recipe import Prepare
 from diffvl.demo import standin_processors as standins
 from diffvl.demo.standin_processors import PROCESSORS, make_processor_files
@@ -127,8 +126,8 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         r"the chat template refuses this chat \(it takes no images in a turn of the role user\)",
     ),
     "template without a stop": (
-        "llava",
-        template(WITHOUT_STOP),
+        "llava_next",
+        template(standins.INST.replace(" + eos_token", "")),
         "writes no special token after an answer, so decoding could not",
     ),
     "not prefix-stable": (
@@ -229,11 +228,10 @@ def test_other_tokens_than_its_own_processor_gives(tmp_path: Path, monkeypatch: 
         read(tmp_path, "llava", tokenizer)
 
 
-def test_the_family_has_a_template_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+def test_the_family_has_a_template_instead(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """As LLaVA-1.5 needs one: its own writes no stop."""
     tokenizer = make_processor_files(tmp_path, "llava")
     template(WITHOUT_STOP)(tmp_path)
-    monkeypatch.setattr(reading, "family_of", lambda kind: Family(model_type=kind, chat_template=standins.VICUNA))
     with caplog.at_level(logging.WARNING):
         found, _ = read(tmp_path, "llava", tokenizer)
     assert "so decoding could not stop; let it write one; the family's chat template takes its place" in caplog.text

@@ -11,6 +11,7 @@ Shapes: B batch, L clean length, R noisy length, T = all tokens of a row, V voca
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -127,21 +128,32 @@ def leaky(layout: Layout) -> Layout:
 
 @torch.no_grad()
 def _decoding_error(probe: ProbeText) -> float:
-    """Compares the noisy logits of each block of the first sample with those over a cache of the clean tokens before it, which
-    were stored by a forward of their own, or by the same forward."""
-    expected, row = probe.logits()[0], 0
+    """Compares the noisy logits of each block of the first sample with those over a cache; see `cached_blocks_error`."""
+    return cached_blocks_error(probe.layout.selected(torch.tensor([0])), probe.logits()[0], partial(_cached, probe))
+
+
+CachedPass = Callable[[BlockCache, torch.Tensor, torch.Tensor, bool | int], torch.Tensor]
+
+
+def cached_blocks_error(layout: Layout, expected: torch.Tensor, run: CachedPass) -> float:
+    """Compares the logits of each noisy block with those over a cache of the clean tokens before it, which were stored by a
+    forward of their own, or by the same forward.
+
+    Args:
+        layout: of one sample. expected: logits of all its tokens, [T, V].
+        run: (cache, past, fresh, store) -> logits of the tokens at `fresh` over those at `past`; `store` of them are stored.
+    """
     apart, fused = BlockCache(), BlockCache()
-    clean = probe.is_clean()
-    block, valid = probe.layout.block[row], probe.layout.valid[row]
+    clean, block, valid = ~layout.noisy[0].bool(), layout.block[0], layout.valid[0]
     committed, worst = torch.zeros(0, dtype=torch.long), 0.0
-    for number in probe.noisy_blocks(row):
+    for number in block[~clean & valid].unique().tolist():
         before = (clean & valid & (block < number)).nonzero()[:, 0]
         fresh = before[len(committed) :]
         places = (~clean & valid & (block == number)).nonzero()[:, 0]
-        together = _cached(probe, fused, committed, torch.cat([fresh, places]), store=len(fresh))[len(fresh) :]
-        _cached(probe, apart, committed, fresh, store=True)
+        together = run(fused, committed, torch.cat([fresh, places]), len(fresh))[len(fresh) :]
+        run(apart, committed, fresh, True)
         committed = before
-        alone = _cached(probe, apart, committed, places, store=False)
+        alone = run(apart, committed, places, False)
         worst = largest([worst, *(spread(logits - expected[places], expected) for logits in (alone, together))])
         lengths = {cache.get_seq_length() for cache in (apart, fused)}
         assert lengths == {len(committed)}, f"the cache holds {lengths} tokens, {len(committed)} were stored"

@@ -9,13 +9,14 @@ Shapes: B conversations, L clean length, T = all tokens of a row, V vocabulary.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from diffvl.doctor.checks import MODEL_FAULTS, Check, above, below, describe_fault, leaky, run_check
+from diffvl.doctor.checks import MODEL_FAULTS, Check, above, below, cached_blocks_error, describe_fault, leaky, run_check
 from diffvl.doctor.vlm_pixels import Pixels
 from diffvl.doctor.vlm_probe import MASK, SINGLE, TOKENS, VlmProbe, conversation, image_sizes, permitted, shipped
 from diffvl.doctor.vlm_reference import direct_logits, native_pass, native_positions
@@ -220,24 +221,8 @@ def _cached(probe: VlmProbe, cache: BlockCache, past: torch.Tensor, fresh: torch
 
 
 def _decoding_error(probe: VlmProbe) -> float:
-    """Compares the noisy logits of each block of the first conversation with those over a cache of the clean tokens before it,
-    which were stored by a forward of their own, or by the same forward."""
-    expected = probe.logits()[0]
-    apart, fused = BlockCache(), BlockCache()
-    clean, block, valid = probe.is_clean(), probe.layout.block[0], probe.layout.valid[0]
-    committed, worst = torch.zeros(0, dtype=torch.long), 0.0
-    for number in probe.noisy_blocks():
-        before = (clean & valid & (block < number)).nonzero()[:, 0]
-        fresh = before[len(committed) :]
-        places = probe.own_block(number)[0].nonzero()[:, 0]
-        together = _cached(probe, fused, committed, torch.cat([fresh, places]), store=len(fresh))[len(fresh) :]
-        _cached(probe, apart, committed, fresh, store=True)
-        committed = before
-        alone = _cached(probe, apart, committed, places, store=False)
-        worst = largest([worst, *(spread(logits - expected[places], expected) for logits in (alone, together))])
-        lengths = {cache.get_seq_length() for cache in (apart, fused)}
-        assert lengths == {len(committed)}, f"the cache holds {lengths} tokens, {len(committed)} were stored"
-    return worst
+    """Compares the noisy logits of each block of the first conversation with those over a cache; see `cached_blocks_error`."""
+    return cached_blocks_error(probe.layout.selected(torch.tensor([0])), probe.logits()[0], partial(_cached, probe))
 
 
 def _cut_error(probe: VlmProbe) -> float:
