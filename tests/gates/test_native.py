@@ -204,7 +204,7 @@ def test_no_leak_and_the_bug_is_caught(
 
 @torch.no_grad()
 def test_pixels_that_are_not_all_there(loaded: Callable[[str], Loaded]):
-    """One message for a tensor that a caller left out; image_sizes, which callers of SDAR-VL always name, count images and not the
+    """One message for a tensor that a caller left out; image_sizes, which callers of SDAR-VL always name, count images, not the
     patches of packed ones."""
     model, processor = loaded("qwen3_vl")
     inputs = processor.apply_chat_template(CHAT[:1], tokenize=True, add_generation_prompt=True)
