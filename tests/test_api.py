@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from block_checkpoints import block_checkpoint
-from helpers import picture
+from helpers import random_image
 from tiny_runs import record, stage, succeed, write_data, write_recipe
 
 import diffvl
@@ -40,7 +40,7 @@ def loaded_model(checkpoint: Path) -> Any:
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    picture(3).save(tmp_path / "seen.png")
+    random_image(3).save(tmp_path / "seen.png")
     return tmp_path / "seen.png"
 
 
@@ -138,7 +138,7 @@ def test_settings_reach_the_recipe_and_any_file_name_does(source: Callable[[str]
 def test_generate_answers_what_the_command_answers(checkpoint: Path, loaded_model: Any, image: Path):
     words = ("--prompt", "What is it?", "--image", image, "--max-new-tokens", 12, "--json")
     told = json.loads(succeed("generate", checkpoint, *words).out)
-    for images in (image, str(image), [image], picture(3)):
+    for images in (image, str(image), [image], random_image(3)):
         answer = diffvl.generate(loaded_model, "What is it?", images=images, max_new_tokens=12)
         assert (answer.text, answer.tokens, answer.forwards) == tuple(told[name] for name in ("text", "tokens", "forwards"))
 

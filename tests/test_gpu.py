@@ -30,10 +30,10 @@ def on_gpu(model: Any) -> Any:
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral", "qwen3_moe"])
 def test_flex_attention_gives_the_loss_of_dense_attention(model_type: str, context: str, loaded: Callable[[str], Loaded]):
-    """Loss and gradients in fp32, packed rows, complementary masks, a picture, a sliding window."""
+    """Loss and gradients in fp32, packed rows, complementary masks, an image, a sliding window."""
     model = on_gpu(loaded(model_type)[0])
     lengths = [(200, 60, 3, 90), (60, 70)]
-    samples = [sample(model.config, one, index, picture=index == 0) for index, one in enumerate(lengths)]
+    samples = [sample(model.config, one, index, image=index == 0) for index, one in enumerate(lengths)]
     both: Any = {name: value.to(CUDA) for name, value in dict(batch(samples)).items() if isinstance(value, torch.Tensor)}
     both["row"] = torch.zeros(2, dtype=torch.long, device=CUDA)
     found = []
@@ -90,7 +90,7 @@ def test_a_block_does_not_wait_for_the_gpu(
     denoise, blocks = generation_diffvl.denoise, []
 
     def watched(*given: Any) -> Any:
-        torch.cuda.set_sync_debug_mode("error" if blocks else "default")  # the first block encodes the pictures
+        torch.cuda.set_sync_debug_mode("error" if blocks else "default")  # the first block encodes the images
         try:
             return denoise(*given)
         finally:

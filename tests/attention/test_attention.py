@@ -159,11 +159,11 @@ def test_flex_attention_understands_the_mask(compiled: bool):
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("model_type", [model_type for model_type in TRUNKS if model_type != "gemma2"])
 def test_the_loss_does_not_depend_on_the_implementation(model_type: str, context: str, loaded: Callable[[str], Loaded]):
-    """Loss and gradients of a packed batch with pictures, complementary masks and an AR term, dense and in cpu."""
+    """Loss and gradients of a packed batch with images, complementary masks and an AR term, dense and in cpu."""
     model, _ = loaded(model_type)
     term = {"ar_weight": 0.3} if context == "causal" else {}
     settings = objective(context=context, complementary=True, weight="effective", **term)
-    one = batch([sample(model.config, (21, 6, 3, 9), index=4, picture=True), sample(model.config, (6, 7), index=9)])
+    one = batch([sample(model.config, (21, 6, 3, 9), index=4, image=True), sample(model.config, (6, 7), index=9)])
     found = []
     try:
         for wanted in ("sdpa", TILED):

@@ -351,7 +351,7 @@ def test_models_and_recipes_are_listed_whole_however_narrow_the_terminal(run_cli
     assert "DiffusionVL's two stages as published" in next(line for line in listed.splitlines() if "llava" in line)
 
 
-def test_shapes_writes_the_picture_set_and_names_its_files(run_cli, tmp_path: Path):
+def test_shapes_writes_the_image_set_and_names_its_files(run_cli, tmp_path: Path):
     out = tmp_path / "data"
     code, printed, _ = run_cli("shapes", str(out), "--align", "2", "--train", "3", "--test", "1", "--seed", "5")
     assert code == 0

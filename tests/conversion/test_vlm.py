@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import picture
+from helpers import random_image
 from tiny_runs import refused, succeed
 
 from diffvl.store.checkpoint import load_checkpoint, read_state
@@ -23,7 +23,7 @@ def records(folder: Path, count: int = 4) -> Path:
     """Records with an image each, of different sizes."""
     written = []
     for number in range(count):
-        picture(number).resize((48 + 20 * number, 60)).save(folder / f"{number}.png")
+        random_image(number).resize((48 + 20 * number, 60)).save(folder / f"{number}.png")
         turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": f"Number {number}."}]
         written.append({"image": f"{number}.png", "conversations": turns})
     (folder / "data.json").write_text(json.dumps(written), encoding="utf-8")

@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets.config
 import pytest
-from helpers import picture
+from helpers import random_image
 from shared_fixtures import Loaded
 
 from diffvl.config.recipe import Data
@@ -75,7 +75,7 @@ def test_a_literal_marker_reaches_the_tokenizer_as_text(loaded: Callable[[str], 
     assert encoding.ids.count(processor.image_token_id) == processor.image_tokens
     prompt = user_message(r"What is \<image>?", [])
     assert prompt["content"] == [{"type": "text", "text": "What is <image>?"}]
-    shown = picture()
+    shown = random_image()
     both = user_message(r"What is \<image>?", [shown])["content"]
     assert [part["type"] for part in both] == ["text", "image", "text"] and both[2]["text"] == "\nWhat is <image>?"
     with pytest.raises(UsageError, match=r"the prompt has 1 <image> markers, 0 images were given .*write \\<image>"):

@@ -93,7 +93,7 @@ def test_an_image_that_comes_back_is_found(tmp_path: Path):
 # --- images that lie elsewhere -------------------------------------------------------------------------------------------
 
 
-def test_pictures_of_another_folder(tmp_path: Path):
+def test_images_of_another_folder(tmp_path: Path):
     path = write_data(tmp_path, record())
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from block_checkpoints import BLOCK, block_checkpoint
-from helpers import picture
+from helpers import random_image
 from tiny_runs import Ended, command, refused
 
 from diffvl.decode import chat
@@ -37,7 +37,7 @@ def decoder(checkpoint: Path) -> Decoder:
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    picture(3).save(tmp_path / "seen it.png")
+    random_image(3).save(tmp_path / "seen it.png")
     return tmp_path / "seen it.png"
 
 
@@ -75,8 +75,8 @@ def expected(decoder: Decoder, messages: list[Any], **settings: Any) -> str:
     return answer_chats(decoder, [messages], DecodeSettings(**{"max_new_tokens": TOKENS, **settings}))[0].text
 
 
-def parts(text: str, *pictures: Any) -> dict[str, Any]:
-    content = [{"type": "image", "image": one} for one in pictures]
+def parts(text: str, *images: Any) -> dict[str, Any]:
+    content = [{"type": "image", "image": one} for one in images]
     return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
 
 
@@ -90,7 +90,7 @@ def said(text: str) -> dict[str, Any]:
 @pytest.mark.parametrize("settings", [{}, {"denoising_steps": 2}, {"mode": "speculative"}, {"mode": "ar"}], ids=str)
 def test_an_answer_has_the_history_and_a_prefix_changes_nothing(settings: dict[str, Any], decoder: Decoder, image: Path):
     listener = Listener(decoder, **settings)
-    seen = picture(3)
+    seen = random_image(3)
     messages: list[Any] = [parts("What is it?")]
     first = expected(decoder, messages, **settings)
     assert listener.take("What is it?\n") == first + "\n"
@@ -138,7 +138,7 @@ def test_reset_forgets_everything(decoder: Decoder, image: Path):
     assert listener.chat.turns[-1].reused == 0
 
 
-def test_a_message_may_say_where_its_pictures_stand(decoder: Decoder, image: Path):
+def test_a_message_may_say_where_its_images_stand(decoder: Decoder, image: Path):
     listener = Listener(decoder)
     listener.take(f"/image {image}")
     listener.take(f"/image {image}")
@@ -146,7 +146,7 @@ def test_a_message_may_say_where_its_pictures_stand(decoder: Decoder, image: Pat
     assert listener.complaints == ["the prompt has 1 <image> markers, 2 images were given"]
     between: dict[str, Any] = {"role": "user", "content": []}
     for text in ("Is ", " like ", "?"):
-        between["content"] += [{"type": "text", "text": text}, {"type": "image", "image": picture(3)}]
+        between["content"] += [{"type": "text", "text": text}, {"type": "image", "image": random_image(3)}]
     del between["content"][-1]
     assert listener.take("Is <image> like <image>?") == expected(decoder, [between]) + "\n"
 
@@ -157,7 +157,7 @@ def test_a_path_is_taken_as_it_is_typed_or_dropped(name: str, how: str, tmp_path
     """Terminals paste a file that is dropped on them as for a shell."""
     monkeypatch.setenv("HOME", str(tmp_path))
     path = tmp_path / name
-    picture(3).save(path)
+    random_image(3).save(path)
     typed = {
         "as it is": str(path),
         "quoted": shlex.quote(str(path)),
@@ -183,7 +183,7 @@ def test_a_path_that_is_not_there_is_told_without_its_quotes(decoder: Decoder, t
 
 
 def test_mistakes_are_told_and_the_chat_goes_on(checkpoint: Path, image: Path, tmp_path: Path):
-    (tmp_path / "text.png").write_text("I am no picture", encoding="utf-8")
+    (tmp_path / "text.png").write_text("I am no image", encoding="utf-8")
     wrong = [
         "/image",
         f"/image {tmp_path}/none.png",
@@ -282,7 +282,7 @@ def test_ctrl_c_before_anything_was_said_forgets_the_message(decoder: Decoder, i
             assert listener.take("Go on.") == ""
     assert listener.complaints == ["interrupted: the message is forgotten"] * 2
     assert listener.chat.history == before and len(listener.chat.images) == 1
-    assert listener.take("Why?") == expected(decoder, [*before, parts("\nWhy?", picture(3))]) + "\n"
+    assert listener.take("Why?") == expected(decoder, [*before, parts("\nWhy?", random_image(3))]) + "\n"
 
 
 def lines_of(*lines: str | type[BaseException]) -> Callable[[], str]:

@@ -11,7 +11,7 @@ import pytest
 import tiny_runs
 import torch
 from block_checkpoints import BLOCK, block_checkpoint, fed, ids_of, tokenizer
-from helpers import picture
+from helpers import random_image
 from shared_fixtures import Loaded
 from tiny_runs import refused, succeed
 from transformers import CompileConfig
@@ -38,7 +38,7 @@ def other_context(prepared: Callable[[str], Path], tmp_path_factory: pytest.Temp
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    picture(3).save(tmp_path / "seen.png")
+    random_image(3).save(tmp_path / "seen.png")
     return tmp_path / "seen.png"
 
 
@@ -138,7 +138,7 @@ def test_json_has_text_and_figures(checkpoint: Path, image: Path):
     assert reply["forwards"] < asked(checkpoint, "--prompt", "What is it?", "--image", image)["forwards"]
     plain = succeed("generate", checkpoint, "--prompt", "What is it?", "--image", image, "--steps", 2, "--max-new-tokens", 12)
     assert plain.out == reply["text"] + "\n" and plain.err == ""
-    assert asked(checkpoint, "--prompt", "What is it?")["text"] != reply["text"], "the picture is looked at"
+    assert asked(checkpoint, "--prompt", "What is it?")["text"] != reply["text"], "the image is looked at"
 
 
 def test_every_flag_reaches_the_decoder(checkpoint: Path):
@@ -256,7 +256,7 @@ GOOD = {"prompt": "Hi"}
     ({"prompt": "Hi " * 400}, "new ones do not fit the context of 512: shorten the prompt or lower --max-new-tokens"),
 ])  # fmt: skip
 def test_a_bad_line_is_told_before_anything_is_decoded(line: object, says: str, checkpoint: Path, image: Path, tmp_path: Path):
-    (tmp_path / "text.png").write_text("I am no picture", encoding="utf-8")
+    (tmp_path / "text.png").write_text("I am no image", encoding="utf-8")
     file = write_lines(tmp_path / "ask.jsonl", GOOD, line, GOOD)
     ended = tiny_runs.command("generate", checkpoint, "--batch", file)
     assert (ended.code, ended.out) == (2, "")
@@ -373,7 +373,7 @@ def test_checkpoints_of_another_kind_are_named(verb: str, config: Any, says: str
     assert refused(verb, tmp_path, *words, says=[says]).startswith(str(tmp_path))
 
 
-def test_a_picture_is_looked_at_before_the_weights_are_read(tmp_path: Path):
+def test_an_image_is_looked_at_before_the_weights_are_read(tmp_path: Path):
     refused("generate", tmp_path / "nowhere", "--prompt", "Hi", "--image", tmp_path / "no.png", says=["no.png does not exist"])
 
 

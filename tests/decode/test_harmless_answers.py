@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from block_checkpoints import block_checkpoint
-from helpers import picture
+from helpers import random_image
 from tiny_runs import stage, write_recipe
 
 from diffvl.cli import main as cli
@@ -93,7 +93,7 @@ def test_generate_batch(is_terminal: bool, checkpoint: Path, tmp_path: Path):
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_chat(is_terminal: bool, checkpoint: Path, tmp_path: Path):
     image = tmp_path / "a\x1b[2J.png"
-    picture().save(image)
+    random_image().save(image)
     lines = f"Hi\n/image {image}\n/image {image}x\n/no\x07order\n"
     with answering(NASTY):
         code, out, err = ended("utf-8", is_terminal, lines, "chat", checkpoint, "--max-new-tokens", 4)
@@ -106,11 +106,11 @@ def test_chat_without_a_stdin_ends(checkpoint: Path):
     assert ended("utf-8", False, None, "chat", checkpoint) == (0, "", "")
 
 
-def test_messages_name_the_picture(checkpoint: Path, tmp_path: Path):
+def test_messages_name_the_image(checkpoint: Path, tmp_path: Path):
     image = tmp_path / "it's [x]\x1b.png"
     code, out, err = ended("utf-8", False, "", "generate", checkpoint, "--prompt", "x", "--image", image)
     assert (code, out, err) == (2, "", f"error: --image: image {visible(str(image))} does not exist\n")
-    image.write_text("no picture", encoding="utf-8")
+    image.write_text("no image", encoding="utf-8")
     code, _, err = ended("ascii", False, "", "generate", checkpoint, "--prompt", "x", "--image", image)
     assert code == 2 and err.startswith(f"error: --image: image {tmp_path}/it's [x]") and "cannot be read" in err
 
@@ -120,7 +120,7 @@ def test_convert_and_evaluate(encoding: str, source: Callable[[str], Path], towe
     """Both stages in folders whose names are markup; questions and answers that act on a terminal; a terminal without é."""
     folder = tmp_path / "[bold]data [x] é :cat:"
     folder.mkdir()
-    picture().save(folder / "a.png")
+    random_image().save(folder / "a.png")
     turns = [{"from": "human", "value": f"<image>\n{NASTY}"}, {"from": "gpt", "value": "A red dot [/b].\x1b[2J"}]
     data = folder / "data.json"
     data.write_text(json.dumps([{"image": "a.png", "conversations": turns}] * 4), encoding="utf-8")

@@ -39,10 +39,10 @@ def screen(width: int = 80, height: int = 20) -> Console:
 
 
 def frames(console: Console) -> list[str]:
-    """What was drawn, picture by picture, without colours."""
+    """What was drawn, image by image, without colours."""
     assert isinstance(console.file, io.StringIO)
-    pictures = re.split(r"(?:\r|\x1b\[\?25[lh])(?:\x1b\[2K|\x1b\[1A|\x1b\[\?25[lh])*", console.file.getvalue())
-    return [re.sub(r"\x1b\[[0-9;]*m", "", picture) for picture in pictures if picture.strip()]
+    images = re.split(r"(?:\r|\x1b\[\?25[lh])(?:\x1b\[2K|\x1b\[1A|\x1b\[\?25[lh])*", console.file.getvalue())
+    return [re.sub(r"\x1b\[[0-9;]*m", "", image) for image in images if image.strip()]
 
 
 def step(ids: list[int], settled: list[bool], confidence: list[float]) -> DenoisingStep:
@@ -112,7 +112,7 @@ def test_control_characters_are_not_sent_to_the_terminal():
 # --- when it is drawn -----------------------------------------------------------------------------------------------------
 
 
-def test_at_most_fifteen_pictures_a_second_and_always_the_last():
+def test_at_most_fifteen_images_a_second_and_always_the_last():
     console, clock, words = screen(), Clock(), tokenizer()
     with BlockWatch(console, words, clock=clock) as watch:
         watch.put(torch.tensor([[1]]))

@@ -1,4 +1,4 @@
-"""The built-in picture set: right answers, a split that does not leak, the same bytes again."""
+"""The built-in image set: right answers, a split that does not leak, the same bytes again."""
 
 import json
 import random
@@ -81,15 +81,15 @@ def test_answers_agree_with_the_objects(folder: Path, split: str) -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_pictures_show_the_objects(folder: Path, split: str) -> None:
+def test_images_show_the_objects(folder: Path, split: str) -> None:
     for number, record in enumerate(read(folder, split)):
         assert record["image"] == f"images/{split}/{number:05d}.png"
-        picture = Image.open(folder / record["image"])
-        assert (picture.size, picture.mode, picture.format) == ((112, 112), "RGB", "PNG")
+        image = Image.open(folder / record["image"])
+        assert (image.size, image.mode, image.format) == ((112, 112), "RGB", "PNG")
         seen = []
         for index in range(4):
             y, x = 28 + 56 * (index // 2), 28 + 56 * (index % 2)
-            pixel = picture.getpixel((x, y))
+            pixel = image.getpixel((x, y))
             seen.append(next((colour for colour, value in COLOURS.items() if value == pixel), None))
         assert seen == [thing and thing[0] for thing in content_of(record)]
 
@@ -97,10 +97,10 @@ def test_pictures_show_the_objects(folder: Path, split: str) -> None:
 def test_objects_are_large_clean_and_inside_their_cell() -> None:
     for shape in SHAPES:
         for number in range(20):
-            picture = draw_image((("blue", shape), None, None, None), random.Random(f"test/{number}"))
-            assert len(set(picture.crop((56, 0, 112, 112)).get_flattened_data())) == 1  # nothing beyond the cell
-            assert len(set(picture.crop((0, 56, 112, 112)).get_flattened_data())) == 1
-            share = Counter(picture.crop((0, 0, 56, 56)).get_flattened_data())[COLOURS["blue"]] / 56**2
+            image = draw_image((("blue", shape), None, None, None), random.Random(f"test/{number}"))
+            assert len(set(image.crop((56, 0, 112, 112)).get_flattened_data())) == 1  # nothing beyond the cell
+            assert len(set(image.crop((0, 56, 112, 112)).get_flattened_data())) == 1
+            share = Counter(image.crop((0, 0, 56, 56)).get_flattened_data())[COLOURS["blue"]] / 56**2
             assert 0.12 < share < 0.5, shape
 
 
@@ -258,9 +258,9 @@ def test_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_sizes_out_of_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="built-in images: train must be at least 1 record, got 0"):
         write_shapes(tmp_path / "set", train=0)
-    picture = Image.new("RGB", (1, 1))
-    monkeypatch.setattr("diffvl.demo.shapes.draw_image", lambda *_: picture)
-    monkeypatch.setattr(picture, "save", lambda path: None)
+    image = Image.new("RGB", (1, 1))
+    monkeypatch.setattr("diffvl.demo.shapes.draw_image", lambda *_: image)
+    monkeypatch.setattr(image, "save", lambda path: None)
     with pytest.raises(DataError, match="test asks for more scenes than there are; it must be well below 16628 records"):
         write_shapes(tmp_path / "set", test=16700)
     assert list(tmp_path.iterdir()) == []

@@ -84,7 +84,7 @@ def test_loads_and_answers_without_diffvl(
 
 @pytest.mark.parametrize("model_type", trunks())
 def test_the_calling_sequence_answers_as_generate_does(model_type: str, visited: dict[str, tuple[dict[str, Any], torch.Tensor]]):
-    """SDAR-VL's three strategies with a picture and without, at the ends of prompts and blocks, token for token."""
+    """SDAR-VL's three strategies with an image and without, at the ends of prompts and blocks, token for token."""
     facts, _ = visited[model_type]
     assert facts["same_inputs"], "the processor called SDAR-VL's way gives other tensors"
     assert len(facts["answers"]) == 2 * 5 * 3

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import QUIET, metrics, objective, picture, stage_recipe, weights_of
+from helpers import QUIET, metrics, objective, random_image, stage_recipe, weights_of
 from PIL import Image
 from shared_fixtures import Loaded
 from train_and_decode import compare, images_in, training_sample
@@ -39,7 +39,7 @@ DIFFERENT = ("qwen3_vl", "llava_next", "gemma3", "idefics3")
 
 
 def sized(width: int, height: int, seed: int) -> Image.Image:
-    return picture(seed).resize((width, height))
+    return random_image(seed).resize((width, height))
 
 
 WIDE, TALL, SMALL = sized(112, 60, 1), sized(56, 100, 2), sized(40, 40, 3)

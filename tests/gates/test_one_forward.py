@@ -352,7 +352,7 @@ def test_layout_equivalence(model_type: str, context: str, grid: str, target: st
     """Loss and gradients of the short layout (L + R) are those of the full two-stream form (2L), summed over the samples; of two
     complementary copies, they are the mean of two such forms."""
     model, _ = loaded(model_type)
-    samples = [sample(model.config, (21, 6, 3, 9), index=4, picture=True), sample(model.config, (6, 7), index=9)]
+    samples = [sample(model.config, (21, 6, 3, 9), index=4, image=True), sample(model.config, (6, 7), index=9)]
     require_equal_forms(model, samples, context, grid, target)
 
 
@@ -364,7 +364,7 @@ def test_layout_equivalence_where_an_answer_is_not_trained_on(
 ):
     """In the plain form that answer is context, cut into blocks as any other, and has no weight."""
     model, _ = loaded("llama")
-    one = sample(model.config, (21, 6, 3, 9), index=4, picture=True)
+    one = sample(model.config, (21, 6, 3, 9), index=4, image=True)
     marked = replace(one, answer=[-mark if mark == untrained else mark for mark in one.answer])
     require_equal_forms(model, [marked, sample(model.config, (6, 7), index=9)], context, grid, "same")
 

@@ -39,10 +39,10 @@ def test_and_where_one_answer_is_not_trained_on(
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("model_type", trunks())
-def test_and_with_a_picture_inside_the_first_block(
+def test_and_with_an_image_inside_the_first_block(
     model_type: str, context: str, target: str, block_size: int, loaded: Callable[[str], Loaded]
 ):
-    """24: a picture cut by the start of the block in which the answer begins. 48: that block is the first of all, nothing is
+    """24: an image cut by the start of the block in which the answer begins. 48: that block is the first of all, nothing is
     in the cache. Both turns share grid cells."""
     assert compare(loaded(model_type), block_size, context, "absolute", target) == [True, False]
 

@@ -116,7 +116,7 @@ def test_two_processes_are_one(
     require_same_steps(run_two(forks, prepared("llama"), step_recipe(shapes["train"], 2, 2), tmp_path), whole_steps)
 
 
-def test_two_processes_without_pictures(forks: Forks, prepared: Callable[[str], Path], tmp_path: Path):
+def test_two_processes_without_images(forks: Forks, prepared: Callable[[str], Path], tmp_path: Path):
     """The connector is all that trains, and nothing has passed through it: data parallelism must still find its gradients."""
     data = text_only(tmp_path / "text.json", 8)
     recipe = stage_recipe(data, objective={"kind": "ar"}, trainable={"connector": 1e-3}, steps=2, batch_size=2)
@@ -194,7 +194,7 @@ def names_of(weights: dict[str, torch.Tensor], *parts: str) -> set[str]:
 
 
 def reached_connector(trained: Trained, model_type: str) -> set[str]:
-    """The connector's tensors, or none of them where two layers of window 10 see too few tokens back to reach the picture."""
+    """The connector's tensors, or none of them where two layers of window 10 see too few tokens back to reach the image."""
     return set() if model_type == "mistral" else names_of(trained.read, "connector.")
 
 

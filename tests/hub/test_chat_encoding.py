@@ -104,7 +104,7 @@ def test_work_grows_with_the_tokens(name: str, monkeypatch: pytest.MonkeyPatch):
         tokenised.clear()
         encoding = processor.encode_chat(rounds(number))
         assert rendered == [len(encoding.rendered)]
-        assert sum(tokenised) <= 3 * len(encoding.rendered), "pictures at one token each"
+        assert sum(tokenised) <= 3 * len(encoding.rendered), "images at one token each"
         assert len(tokenised) <= 2 * number + 2
         assert len(encoding.text) == len(encoding.rendered) + 499 * len("<image>")
 

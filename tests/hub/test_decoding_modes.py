@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from decode_chats import CHATS, answers, generated
-from helpers import CONTEXTS, GRIDS, TARGETS, pairwise, picture, trunks
+from helpers import CONTEXTS, GRIDS, TARGETS, pairwise, random_image, trunks
 from shared_fixtures import Loaded
 from transformers import TextIteratorStreamer
 
@@ -30,7 +30,7 @@ REMASKING: list[dict[str, Any]] = [
 @pytest.mark.parametrize("rule", REMASKING, ids=lambda rule: rule.get("remasking", "static"))
 @pytest.mark.parametrize("model_type", trunks())
 def test_neighbours_change_nothing(model_type: str, rule: dict[str, Any], loaded: Callable[[str], Loaded]):
-    """Every prompt alone and in a batch with pictures and earlier turns, ended by stops at different times."""
+    """Every prompt alone and in a batch with images and earlier turns, ended by stops at different times."""
     model, _ = loaded(model_type)
     model.config.set_decoding("blocks", 4, "block", "absolute", "same")
     alone = [answers(loaded(model_type), [chat], max_new_tokens=14, **rule)[0] for chat in CHATS]
@@ -137,7 +137,7 @@ def test_a_fused_commit_decodes_what_a_commit_of_its_own_does(
 def test_a_conversation_goes_on_from_its_prefix(
     model_type: str, context: str, grid: str, target: str, loaded: Callable[[str], Loaded]
 ):
-    """Three turns, two pictures: the same answers as from nothing, with fewer tokens through the trunk."""
+    """Three turns, two images: the same answers as from nothing, with fewer tokens through the trunk."""
     model, processor = loaded(model_type)
     model.config.set_decoding("blocks", 4, context, grid, target)
     chat: list[dict[str, Any]] = []
@@ -166,11 +166,11 @@ def test_the_same_prompt_again(context: str, grid: str, target: str, loaded: Cal
         assert again.sequences.tolist() == first.sequences.tolist() and again.reused is not None and again.reused > 0
 
 
-def test_a_prefix_with_another_picture_is_not_taken(loaded: Callable[[str], Loaded]):
+def test_a_prefix_with_another_image_is_not_taken(loaded: Callable[[str], Loaded]):
     model, _ = loaded("llama")
     model.config.set_decoding("blocks", 4, "block", "absolute", "same")
     prefix = generated(loaded("llama"), [CHATS[0]], max_new_tokens=6).prefix
-    other = [{**CHATS[0][0], "content": [CHATS[0][0]["content"][0], {"type": "image", "image": picture(7)}]}]
+    other = [{**CHATS[0][0], "content": [CHATS[0][0]["content"][0], {"type": "image", "image": random_image(7)}]}]
     output = generated(loaded("llama"), [other], max_new_tokens=6, prefix=prefix)
     fresh = generated(loaded("llama"), [other], max_new_tokens=6)
     assert output.sequences is not None and fresh.sequences is not None
@@ -414,7 +414,7 @@ def test_ar_follows_token_by_token(loaded: Callable[[str], Loaded]):
 
 @pytest.mark.parametrize("mode", ["speculative", "ar"])
 def test_the_mask_token_is_never_an_answer(mode: str, loaded: Callable[[str], Loaded]):
-    """Its row, the picture's and a spare one made the likeliest of all."""
+    """Its row, the image's and a spare one made the likeliest of all."""
     model, _ = loaded("qwen2")
     model.config.set_decoding("blocks", 4, "causal", "absolute", "same")
     bias = torch.zeros(model.config.text_config.vocab_size)

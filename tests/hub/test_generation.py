@@ -376,7 +376,7 @@ def test_settings_that_do_not_fit(settings: dict[str, Any], words: str):
     assert model.calls == []
 
 
-def test_pictures_and_placeholders_must_match():
+def test_images_and_placeholders_must_match():
     with pytest.raises(ValueError, match="0 images give 0 image tokens, the text has 2"):
         endless().answer([0, IMAGE, IMAGE])
     with pytest.raises(ValueError, match="target 'shift' predicts a token from the one before it, but the prompt is empty"):

@@ -110,7 +110,7 @@ def test_rendered_text_gives_what_a_chat_gives(one: Native):
     chats = [CHATS["rounds"], CHATS["none"], CHATS["one"]]
     expected = one.processor.apply_chat_template(chats, tokenize=True, add_generation_prompt=True)
     texts = one.processor.apply_chat_template(chats, add_generation_prompt=True)
-    shown = [picture for messages in chats for picture in images_in(messages)]
+    shown = [image for messages in chats for image in images_in(messages)]
     if not one.processor.encoder.generation_prompt:
         with pytest.raises(ValueError, match="this chat template writes nothing before an answer"):
             one.processor(text=texts, images=shown)
@@ -176,10 +176,8 @@ def test_it_works_where_diffvl_is_not(tmp_path: Path):
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout)
     for family, directory in zip(families, directories, strict=True):
-        picture = Image.linear_gradient("L").resize((120, 70)).convert("RGB")
-        expected = native(family).processor.apply_chat_template(
-            chat([picture, "What?"]), tokenize=True, add_generation_prompt=True
-        )
+        image = Image.linear_gradient("L").resize((120, 70)).convert("RGB")
+        expected = native(family).processor.apply_chat_template(chat([image, "What?"]), tokenize=True, add_generation_prompt=True)
         assert found[directory] == {name: value.flatten().tolist()[:4000] for name, value in expected.items()}
 
 

@@ -1,4 +1,4 @@
-"""The processor called as that of any vision-language model: rendered text and pictures in, what `generate` needs out."""
+"""The processor called as that of any vision-language model: rendered text and images in, what `generate` needs out."""
 
 import base64
 from collections.abc import Callable
@@ -8,24 +8,24 @@ from typing import Any
 import pytest
 import torch
 from decode_chats import CHATS
-from helpers import picture
+from helpers import random_image
 from shared_fixtures import Loaded
 
 from diffvl.demo.standins import TRUNKS
 
-PICTURES = [picture(), picture(1)]  # those of CHATS, in their order
+IMAGES = [random_image(), random_image(1)]  # those of CHATS, in their order
 
 
 @pytest.mark.parametrize("model_type", TRUNKS)
 def test_rendered_text_gives_what_a_chat_gives(model_type: str, loaded: Callable[[str], Loaded]):
-    """Ids, pictures and the marks of earlier answers, without which blocks would be cut elsewhere than in training."""
+    """Ids, images and the marks of earlier answers, without which blocks would be cut elsewhere than in training."""
     model, processor = loaded(model_type)
     model.config.set_decoding("blocks", 4, "block", "response", "same")
     expected = processor.apply_chat_template(CHATS, tokenize=True, add_generation_prompt=True)
     texts = processor.apply_chat_template(CHATS, add_generation_prompt=True)
     processor.tokenizer.padding_side = "left"
     try:
-        inputs = processor(text=texts, images=PICTURES, padding=True, return_tensors="pt")
+        inputs = processor(text=texts, images=IMAGES, padding=True, return_tensors="pt")
     finally:
         processor.tokenizer.padding_side = "right"
     for name in ("input_ids", "attention_mask", "answer_index"):
@@ -33,7 +33,7 @@ def test_rendered_text_gives_what_a_chat_gives(model_type: str, loaded: Callable
     torch.testing.assert_close(inputs["pixel_values"], expected["pixel_values"])
     found = model.generate(**inputs, max_new_tokens=6)
     assert torch.equal(found, model.generate(**expected, max_new_tokens=6))  # type: ignore[arg-type]
-    right = processor(text=texts, images=PICTURES, padding=True, return_tensors="pt")
+    right = processor(text=texts, images=IMAGES, padding=True, return_tensors="pt")
     if processor.tokenizer.padding_side == "right":
         shown = right["attention_mask"].bool()
         assert right["answer_index"][shown].tolist() == expected["answer_index"][expected["attention_mask"].bool()].tolist()
@@ -44,7 +44,7 @@ def test_forms_of_the_marks(loaded: Callable[[str], Loaded]):
     """Lists for lists, none where there are no earlier answers, and one message where tokens cannot be matched."""
     _, processor = loaded("llama")
     text = processor.apply_chat_template(CHATS[2], add_generation_prompt=True)
-    one = processor(text=text, images=[PICTURES[1]])
+    one = processor(text=text, images=[IMAGES[1]])
     (row,) = one["answer_index"] if isinstance(one["answer_index"][0], list) else [one["answer_index"]]
     assert sum(row) == sum(processor.encode_chat(CHATS[2], add_generation_prompt=True).answer) > 3
     assert "answer_index" not in processor(text=processor.apply_chat_template(CHATS[1], add_generation_prompt=True))
@@ -86,17 +86,17 @@ def earlier() -> list[dict[str, Any]]:
     return [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Sure?"}]
 
 
-# --- pictures of messages ----------------------------------------------------------------------------------------------------
+# --- images of messages ----------------------------------------------------------------------------------------------------
 
 
 def shown(*parts: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*({"type": "image", **part} for part in parts), {"type": "text", "text": "What?"}]}]
 
 
-def test_pictures_stand_in_the_order_of_their_parts(loaded: Callable[[str], Loaded], tmp_path: Path):
-    """Whether a part carries its picture or takes the next one of those given beside the messages."""
+def test_images_stand_in_the_order_of_their_parts(loaded: Callable[[str], Loaded], tmp_path: Path):
+    """Whether a part carries its image or takes the next one of those given beside the messages."""
     _, processor = loaded("llama")
-    first, second, third = (picture(seed) for seed in (1, 2, 3))
+    first, second, third = (random_image(seed) for seed in (1, 2, 3))
 
     def pixels(chat: Any, images: Any = None) -> torch.Tensor:
         return processor.apply_chat_template(chat, tokenize=True, images=images)["pixel_values"]
@@ -132,18 +132,18 @@ def test_what_is_not_taken_is_refused_by_name(name: str, loaded: Callable[[str],
     ("parts", "images", "says"),
     [
         (
-            [{"image": picture()}],
-            [picture()],
+            [{"image": random_image()}],
+            [random_image()],
             "1 images are given beside the messages, but 0 of their 1 image parts carry none",
         ),
-        ([{}, {}], [picture()], "1 images are given beside the messages, but 2 of their 2 image parts carry none"),
+        ([{}, {}], [random_image()], "1 images are given beside the messages, but 2 of their 2 image parts carry none"),
         ([{}], None, "0 images are given beside the messages, but 1 of their 1"),
-        ([{}], [[picture()], [picture()]], "neither a flat list nor one list for each of the 1 conversations"),
+        ([{}], [[random_image()], [random_image()]], "neither a flat list nor one list for each of the 1 conversations"),
         ([{"url": "https://example.org/a.png"}], None, "is an address on the net; images are not fetched: give a file's path"),
         ([{"image": "nowhere.png"}], None, "the image 'nowhere.png' cannot be read"),
         ([{"base64": "AAAA"}], None, "the image 'AAAA' cannot be read"),
     ],
 )
-def test_pictures_that_do_not_fit_their_parts(parts: list[Any], images: Any, says: str, loaded: Callable[[str], Loaded]):
+def test_images_that_do_not_fit_their_parts(parts: list[Any], images: Any, says: str, loaded: Callable[[str], Loaded]):
     with pytest.raises(ValueError, match=says):
         loaded("llama")[1].apply_chat_template(shown(*parts), tokenize=True, images=images)

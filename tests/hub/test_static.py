@@ -40,7 +40,7 @@ def same(found: BlockGenerationOutput, expected: BlockGenerationOutput) -> bool:
 def test_a_static_cache_gives_the_same_answers(
     model_type: str, context: str, grid: str, target: str, loaded: Callable[[str], Loaded]
 ):
-    """Ragged batches with pictures and earlier turns; samples that end at different times; as many forwards."""
+    """Ragged batches with images and earlier turns; samples that end at different times; as many forwards."""
     model, _ = both = loaded(model_type)
     model.config.set_decoding("blocks", 4, context, grid, target)
     for chats in (CHATS, [CHATS[0]]):

@@ -27,7 +27,7 @@ def full(**settings: Any) -> FullDiffusionObjective:
 
 
 def samples(model: Any) -> list[Sample]:
-    return [sample(model.config, lengths, index, picture=index == 0) for index, lengths in enumerate(LENGTHS)]
+    return [sample(model.config, lengths, index, image=index == 0) for index, lengths in enumerate(LENGTHS)]
 
 
 # --- the loss, written out ---------------------------------------------------------------------------------------------------

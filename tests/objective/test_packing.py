@@ -21,10 +21,10 @@ DRAW = Draw(seed=3, step=2, progress=0.5)
 
 
 def loss_in_rows(loaded: Loaded, rows: list[list[int]], settings: Any) -> tuple[LossOutput, list[torch.Tensor | None]]:
-    """Five samples of two turns, two of them with a picture, in these rows."""
+    """Five samples of two turns, two of them with an image, in these rows."""
     model, _ = loaded
     lengths = [(21, 6, 3, 9), (6, 7), (20, 1, 2, 3), (3, 12), (5, 4, 1, 1)]
-    samples = [sample(model.config, length, index, picture=length[0] > 18) for index, length in enumerate(lengths)]
+    samples = [sample(model.config, length, index, image=length[0] > 18) for index, length in enumerate(lengths)]
     batch: Any = collate([[samples[place] for place in row] for row in rows], pad_token_id=0)
     output = loss_of(model, model.config, batch, settings, DRAW)
     return output, list(torch.autograd.grad(output.loss, list(model.parameters()), allow_unused=True))
@@ -64,7 +64,7 @@ def test_packing_changes_nothing_in_any_layout(context: str, grid: str, target: 
 
 
 def test_the_order_in_a_row_changes_nothing(loaded: Callable[[str], Loaded]):
-    """But for pictures, which are counted in the order of the batch and travel with their samples."""
+    """But for images, which are counted in the order of the batch and travel with their samples."""
     require_same(*(loss_in_rows(loaded("llama"), rows, objective()) for rows in ([[4, 2], [0, 3, 1]], ALONE)))
 
 

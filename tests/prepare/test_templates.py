@@ -214,8 +214,8 @@ def test_a_system_turn_needs_a_question_to_go_into():
     for turns in (chat(system="Be brief."), [{"role": "system", "content": "Be."}, {"role": "assistant", "content": "Hi"}]):
         with pytest.raises(ValueError, match="no question follows it"):
             folding.encode_chat(turns)
-    picture: list[Any] = [*chat(system=""), {"role": "user", "content": [{"type": "image"}]}]
-    assert folding.encode_chat(picture).ids == folding.encode_chat(picture[1:]).ids
+    image: list[Any] = [*chat(system=""), {"role": "user", "content": [{"type": "image"}]}]
+    assert folding.encode_chat(image).ids == folding.encode_chat(image[1:]).ids
 
 
 def test_the_system_setting_is_kept_beside_the_checkpoint(loaded: Callable[[str], Loaded], tmp_path: Path):

@@ -145,7 +145,7 @@ def test_page_has_headlines_samples_settings_and_versions(stage: Path) -> None:
     assert "versions torch 2.13.0 parents runs/a/align state finished True" in text
 
 
-def test_pictures_are_scaled_on_white_and_missing_ones_are_named(stage: Path) -> None:
+def test_images_are_scaled_on_white_and_missing_ones_are_named(stage: Path) -> None:
     shown = page(stage)
     source = next(attributes["src"] for tag, attributes in shown.tags if tag == "img")
     image = Image.open(io.BytesIO(base64.b64decode(str(source).partition(",")[2])))

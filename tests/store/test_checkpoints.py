@@ -265,7 +265,7 @@ TOWER_FAULTS: dict[str, tuple[Change, list[str]]] = {
     "width": (made.config(hidden_size=16), ["/model.safetensors: ", "but config.json asks for [16"]),
     "a layer more": (made.config(num_hidden_layers=4), ["lacks encoder.layers.3."]),
     "a layer less": (made.config(num_hidden_layers=2), ["has encoder.layers.2.", "besides"]),
-    "picture": (made.config(image_size=64), ["embeddings.position_embedding.weight has the shape [16, 32]", "[64, 32]"]),
+    "image": (made.config(image_size=64), ["embeddings.position_embedding.weight has the shape [16, 32]", "[64, 32]"]),
     "bin": (made.pickled, ["its weights are pickled (pytorch_model.bin)", "import AutoModel as M"]),
     "quantized": (made.config(quantization_config={"quant_method": "gptq", "bits": 4}), ["quantized (gptq, 4 bits)"]),
     "cut": (made.short(10), ["cut short: "]),

@@ -152,7 +152,7 @@ def random_text(source: random.Random) -> str:
 
 
 def random_chat(source: random.Random, system: bool, rounds: int | None = None) -> list[dict[str, Any]]:
-    """Up to six rounds, pictures in any question and beside each other, sometimes no answer at the end."""
+    """Up to six rounds, images in any question and beside each other, sometimes no answer at the end."""
     chat: list[dict[str, Any]] = []
     if system and source.random() < 0.4:
         chat.append({"role": "system", "content": random_text(source)})

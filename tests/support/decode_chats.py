@@ -1,19 +1,19 @@
-"""Conversations that tests decode with tiny models: pictures, earlier turns, different lengths; and short ways to do it."""
+"""Conversations that tests decode with tiny models: images, earlier turns, different lengths; and short ways to do it."""
 
 from typing import Any
 
-from helpers import picture
+from helpers import random_image
 from shared_fixtures import Loaded
 
 from diffvl.hub.answers_diffvl import BlockGenerationOutput
 
 CHATS: list[list[dict[str, Any]]] = [
-    [{"role": "user", "content": [{"type": "text", "text": "Now?"}, {"type": "image", "image": picture()}]}],
+    [{"role": "user", "content": [{"type": "text", "text": "Now?"}, {"type": "image", "image": random_image()}]}],
     [{"role": "user", "content": "A longer question, which has no picture to go with it. " * 2}],
     [
         {"role": "user", "content": "First"},
         {"role": "assistant", "content": "An answer."},
-        {"role": "user", "content": [{"type": "image", "image": picture(1)}, {"type": "text", "text": "and then?"}]},
+        {"role": "user", "content": [{"type": "image", "image": random_image(1)}, {"type": "text", "text": "and then?"}]},
     ],
     [{"role": "user", "content": "Hi"}],
 ]

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from helpers import picture
+from helpers import random_image
 from shared_fixtures import Loaded
 
 from diffvl.bench.decoders import Prompts
@@ -16,7 +16,7 @@ TINY = TrunkSize(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=128, voc
 
 
 def chat(text: str, seen: bool = False) -> list[dict[str, Any]]:
-    parts = [{"type": "image", "image": picture()}] if seen else []
+    parts = [{"type": "image", "image": random_image()}] if seen else []
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 

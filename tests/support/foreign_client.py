@@ -175,7 +175,7 @@ def visit(directory: str) -> tuple[dict[str, Any], torch.Tensor]:
     content = [{"type": "image", "image": Image.new("RGB", (40, 40), "red")}, {"type": "text", "text": "What is it?"}]
     messages = [{"role": "user", "content": content}]
     inputs = processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_tensors="pt")
-    # SDAR-VL's way to the same tensors: the text of the chat, then text and picture.
+    # SDAR-VL's way to the same tensors: the text of the chat, then text and image.
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     shown = dict(processor(images=content[0]["image"], text=prompt, return_tensors="pt"))
     plain = dict(processor(images=None, text=prompt.replace(processor.image_token, ""), return_tensors="pt"))

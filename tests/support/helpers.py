@@ -1,6 +1,6 @@
 """What several tests need: hand-made batches, settings, and comparisons. No fixtures here; those stand in shared_fixtures.py.
 
-Shapes: B batch, L clean length, S side of a picture in pixels.
+Shapes: B batch, L clean length, S side of an image in pixels.
 """
 
 import itertools
@@ -33,8 +33,8 @@ def objective(**settings: Any) -> BlockDiffusionObjective:
     return BlockDiffusionObjective.model_validate({"block_size": 4, **settings})
 
 
-def sample(config: DiffVLConfig, lengths: Sequence[int], index: int = 0, picture: bool = False) -> Sample:
-    """Random tokens: `lengths` are those of prompt, answer, prompt, answer ...; a picture stands inside the first prompt, and
+def sample(config: DiffVLConfig, lengths: Sequence[int], index: int = 0, image: bool = False) -> Sample:
+    """Random tokens: `lengths` are those of prompt, answer, prompt, answer ...; an image stands inside the first prompt, and
     its tokens are counted in that prompt's length. Every answer ends with the stop token."""
     generator = torch.Generator().manual_seed(1000 + index)
     ids: list[int] = []
@@ -45,11 +45,11 @@ def sample(config: DiffVLConfig, lengths: Sequence[int], index: int = 0, picture
         if number % 2:
             ids[-1] = config.stop_token_ids[0]
     pixels = None
-    if picture:
+    if image:
         ids[2 : 2 + config.image_tokens] = [config.image_token_id] * config.image_tokens
         assert lengths[0] >= 2 + config.image_tokens
         pixels = {"pixel_values": torch.randn(1, 3, standins.IMAGE_SIZE, standins.IMAGE_SIZE, generator=generator)}
-    return Sample(ids, answer, pixels, index, int(picture))
+    return Sample(ids, answer, pixels, index, int(image))
 
 
 def batch(samples: Sequence[Sample]) -> Batch:
@@ -57,8 +57,8 @@ def batch(samples: Sequence[Sample]) -> Batch:
     return collate([[one] for one in samples], pad_token_id=0)  # type: ignore[return-value]
 
 
-def picture(seed: int = 0) -> Image.Image:
-    """A small picture of random colours; different seeds give different pictures."""
+def random_image(seed: int = 0) -> Image.Image:
+    """A small image of random colours; different seeds give different images."""
     generator = torch.Generator().manual_seed(seed)
     colours = torch.randint(0, 256, (4, 4, 3), generator=generator, dtype=torch.uint8).numpy()
     return Image.fromarray(colours).resize((40, 40), Image.Resampling.NEAREST)
@@ -80,7 +80,7 @@ def stage_recipe(data: Path, holdout: int = 0, row_length: int | None = None, **
 
 
 def text_only(path: Path, count: int) -> Path:
-    """A data file of records without pictures."""
+    """A data file of records without images."""
     turns = [{"from": "human", "value": "Say it."}, {"from": "gpt", "value": "It."}]
     path.write_text(json.dumps([{"conversations": turns} for _ in range(count)]), encoding="utf-8")
     return path

@@ -1,6 +1,6 @@
 """Encoding as it was first written: plain, and quadratic in the turns. The reference for `hub/chat_diffvl.py`.
 
-The chat is rendered once for every answer and tokenised once for every seam, pictures at their length, and the whole prompt's
+The chat is rendered once for every answer and tokenised once for every seam, images at their length, and the whole prompt's
 tokens are compared. Offsets must not be trimmed (see `untrimmed`).
 """
 

@@ -119,7 +119,7 @@ def tree(directory: Path) -> dict[str, tuple[int, int]]:
 
 
 def record(image: str | None = "good.png", question: str = "<image>\nWhat is it?", answer: str = "A red dot.") -> dict[str, Any]:
-    """One record of LLaVA's form; its picture, if any, must lie beside the data file."""
+    """One record of LLaVA's form; its image, if any, must lie beside the data file."""
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     return {"conversations": turns} if image is None else {"image": image, "conversations": turns}
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from helpers import CONTEXTS, GRIDS, TARGETS, batch, objective, picture
+from helpers import CONTEXTS, GRIDS, TARGETS, batch, objective, random_image
 from PIL import Image
 from shared_fixtures import Loaded
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -24,7 +24,7 @@ from diffvl.objective.losses import Draw, block_diffusion, corrupt
 
 SETTINGS = list(itertools.product(CONTEXTS, GRIDS, TARGETS))
 CHAT: list[dict[str, Any]] = [
-    {"role": "user", "content": [{"type": "text", "text": "Now?"}, {"type": "image", "image": picture()}]},
+    {"role": "user", "content": [{"type": "text", "text": "Now?"}, {"type": "image", "image": random_image()}]},
     {"role": "assistant", "content": "A red circle and, to the right, 2 blue stars."},
     {"role": "user", "content": "What else?"},
     {"role": "assistant", "content": "Nothing else is in this picture, of that I am sure, and I have looked twice."},
@@ -51,8 +51,8 @@ class Spy:
 
 def training_sample(processor: DiffVLProcessor, messages: list[dict[str, Any]], index: int) -> Sample:
     encoding = processor.encode_chat(messages)
-    pictures = images_in(messages)
-    return Sample(encoding.ids, encoding.answer, processor.pixels(pictures) or None, index, len(pictures))
+    images = images_in(messages)
+    return Sample(encoding.ids, encoding.answer, processor.pixels(images) or None, index, len(images))
 
 
 def images_in(messages: list[dict[str, Any]]) -> list[Image.Image]:
@@ -73,7 +73,7 @@ def compare(
     packed: bool = False,
 ) -> list[bool]:
     """Holds every block of the trained answers (the first, the second) of a chat against decoding; returns, per answer, whether
-    its first block shows a picture.
+    its first block shows an image.
 
     Args:
         beside: other chats in the batch, in rows of their own or (packed) all in one.
@@ -96,7 +96,7 @@ def compare(
     logits_of = dict(zip(map(tuple, masked.nonzero().tolist()), spy.logits, strict=True))
     # 2. Decoding: the same blocks, opened in the same state.
     truth = both["input_ids"].gather(1, stream.source)[0]
-    shows_picture, compared = [], 0
+    shows_image, compared = [], 0
     for turn in (2 * number - 1 for number in trained):
         inputs = processor.apply_chat_template(chat[:turn], tokenize=True, add_generation_prompt=True)
         decoder = BlockDecoder(
@@ -115,7 +115,7 @@ def compare(
             prompt = ~opened.open_BD[0, :size]
             assert torch.equal(opened.ids_BD[0, :size][prompt], truth[places][prompt])
             if number == 0:
-                shows_picture.append(bool((opened.image_index_BD >= 0).any()))
+                shows_image.append(bool((opened.image_index_BD >= 0).any()))
             opened.ids_BD[0, :size] = truth[places].masked_fill(masked[0, places], model.config.mask_token_id)
             logits = decoder.block_logits()[0]
             for offset, place in enumerate(places.tolist()):
@@ -126,4 +126,4 @@ def compare(
             opened.ids_BD[0, :size] = truth[places]
             decoder.commit()
     assert compared == int(masked[0].sum()) > 20
-    return shows_picture
+    return shows_image

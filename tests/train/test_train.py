@@ -20,7 +20,7 @@ from diffvl.train import stage as training
 from diffvl.train.order import StepOrder
 
 
-def test_a_connector_stage_takes_batches_without_pictures(prepared: Callable[[str], Path], tmp_path: Path):
+def test_a_connector_stage_takes_batches_without_images(prepared: Callable[[str], Path], tmp_path: Path):
     """The connector is all that trains, and no token of the batch has passed through it."""
     recipe = stage_recipe(
         text_only(tmp_path / "text.json", 4), objective={"kind": "ar"}, trainable={"connector": 1e-3}, steps=2, batch_size=2
@@ -62,7 +62,7 @@ def test_a_process_without_held_out_records_knows_what_to_add(kind: str, loaded:
 
 
 def test_a_batch_without_samples_has_labels_for_the_trainer_to_count():
-    batch = collate([[Problem("other", Path("x.json"), 3, 2, None, "no picture")]], pad_token_id=0)
+    batch = collate([[Problem("other", Path("x.json"), 3, 2, None, "no image")]], pad_token_id=0)
     assert (batch["labels"] == IGNORED).all() and is_filler(batch)
 
 

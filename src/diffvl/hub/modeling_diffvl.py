@@ -206,13 +206,9 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         if missing := [name for name in names if name not in found]:
             raise ValueError(f"images without {missing[0]}; expected them as {', '.join(names)}")
         sizes, shown = given.get("image_sizes"), given.get("pixel_values")
-        # A model that packs the patches of its images into one row does not ask for sizes.
-        if (
-            sizes is not None
-            and (not self.is_native or "image_sizes" in names)
-            and shown is not None
-            and len(sizes) != len(shown)
-        ):
+        # A native model that does not ask for sizes may have packed the patches of its images into one row.
+        counts_images = not self.is_native or "image_sizes" in names
+        if counts_images and sizes is not None and shown is not None and len(sizes) != len(shown):
             raise ValueError(f"{len(sizes)} image_sizes, but another number of images")
         return found if all(len(value) for value in found.values()) else {}
 
@@ -242,7 +238,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
             input_ids: [B, T]; placeholders of `image_token_id` stand for image tokens.
             pixel_values: [N, 3, S, S], in reading order of the placeholders; of a native model what its processor gives.
             image_sizes: [N, 2] original height and width. A model that does not ask for them accepts them for callers of SDAR-VL
-                style; they are only counted, because every image is resized to one square.
+                style, and does not need them.
             pixels: the further tensors that say what the images are, by the names in `config.image_inputs`.
             attention_mask: None (causal), [B, K] (1 = token, 0 = padding, causal), [B, T, K] with 1 = attend (key j stands at
                 position j; windows are applied on top), or ready-made 4-D masks as `masks_diffvl.attention_masks` gives.

@@ -1,4 +1,4 @@
-"""One rule for what a picture is, whatever its file or mode: in training, decoding, the exported processor and the report."""
+"""One rule for what an image is, whatever its file or mode: in training, decoding, the exported processor and the report."""
 
 import base64
 import io
@@ -34,14 +34,14 @@ def near(one: Any, other: Any, by: int = 6) -> bool:
 
 def upright() -> Image.Image:
     """As the turned files of `cases/`: white, a red corner at the top left, a blue one at the bottom right."""
-    picture = Image.new("RGB", (60, 40), "white")
-    picture.paste(RED, (0, 0, 20, 20))
-    picture.paste(BLUE, (50, 30, 60, 40))
-    return picture
+    image = Image.new("RGB", (60, 40), "white")
+    image.paste(RED, (0, 0, 20, 20))
+    image.paste(BLUE, (50, 30, 60, 40))
+    return image
 
 
-def saved(picture: Image.Image, form: str, **options: Any) -> Image.Image:
-    picture.save(buffer := io.BytesIO(), form, **options)
+def saved(image: Image.Image, form: str, **options: Any) -> Image.Image:
+    image.save(buffer := io.BytesIO(), form, **options)
     return Image.open(buffer)
 
 
@@ -52,7 +52,7 @@ CLEAR = ["rgba_black_on_transparent.png", "p_trns.png", "gif_trns.gif", "rgba.we
 
 
 @pytest.mark.parametrize("name", TURNED)
-def test_pictures_are_turned_as_a_viewer_turns_them(name: str) -> None:
+def test_images_are_turned_as_a_viewer_turns_them(name: str) -> None:
     seen = open_image(str(CASES / name), "x.json:1")
     assert (seen.mode, seen.size) == ("RGB", (60, 40))
     assert near(seen.getpixel((4, 4)), RED)
@@ -61,7 +61,7 @@ def test_pictures_are_turned_as_a_viewer_turns_them(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CLEAR)
-def test_transparent_pictures_are_laid_on_white(name: str) -> None:
+def test_transparent_images_are_laid_on_white(name: str) -> None:
     seen = open_image(str(CASES / name), "x.json:1")
     assert seen.mode == "RGB" and near(seen.getpixel((0, 0)), WHITE)
     extrema: Any = seen.getextrema()
@@ -101,10 +101,10 @@ def test_orientations_that_say_nothing(value: int) -> None:
 
 
 def test_exif_that_cannot_be_read_says_nothing() -> None:
-    picture = upright()
+    image = upright()
     for broken in (b"Exif\0\0no such thing", b"Exif\0\0II*\0\xff\xff\xff\xff", b"MM", b"Exif\0\0MM\0*\0\0\0\x08\0\x01"):
-        picture.info["exif"] = broken
-        assert as_seen(picture).tobytes() == upright().tobytes()
+        image.info["exif"] = broken
+        assert as_seen(image).tobytes() == upright().tobytes()
 
 
 # --- modes ---------------------------------------------------------------------------------------------------------------
@@ -131,10 +131,10 @@ def test_alpha(mode: str) -> None:
     ],
 )
 def test_transparent_colours(mode: str, pixel: Any, key: Any, seen: tuple[int, int, int]) -> None:
-    picture = Image.new(mode, (2, 2), pixel)
-    picture.info["transparency"] = key
-    assert as_seen(picture).getpixel((1, 1)) == seen
-    assert picture.info["transparency"] == key and picture.mode == mode  # the caller's own is left alone
+    image = Image.new(mode, (2, 2), pixel)
+    image.info["transparency"] = key
+    assert as_seen(image).getpixel((1, 1)) == seen
+    assert image.info["transparency"] == key and image.mode == mode  # the caller's own is left alone
 
 
 def deep(mode: str, *values: float) -> Image.Image:
@@ -159,8 +159,8 @@ def deep(mode: str, *values: float) -> Image.Image:
     ],
 )
 def test_deep_greyscale_is_scaled(mode: str, values: tuple[float, ...], seen: tuple[int, ...]) -> None:
-    picture = as_seen(deep(mode, *values))
-    assert [picture.getpixel((place, 0)) for place in range(len(values))] == [(grey,) * 3 for grey in seen]
+    image = as_seen(deep(mode, *values))
+    assert [image.getpixel((place, 0)) for place in range(len(values))] == [(grey,) * 3 for grey in seen]
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_an_animation_shows_its_first_frame() -> None:
 
 
 @pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])
-def test_a_picture_without_pixels_is_refused(size: tuple[int, int]) -> None:
+def test_an_image_without_pixels_is_refused(size: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=f"an image of {size[0]} x {size[1]} pixels has nothing to show"):
         as_seen(Image.new("RGB", size))
 
@@ -240,7 +240,7 @@ def test_files_cut_short(form: str, tmp_path: Path) -> None:
         assert caught.value.kind == "image cannot be read"
 
 
-def test_pictures_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     upright().save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1300)  # PIL warns from here and refuses from twice as many
     assert open_image(str(tmp_path / "a.png"), "x.json:3").size == (60, 40)
@@ -250,7 +250,7 @@ def test_pictures_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("name", ["https://example.org/a.png", "data:image/png;base64,iVBOR"])
-def test_pictures_are_not_fetched(name: str) -> None:
+def test_images_are_not_fetched(name: str) -> None:
     with pytest.raises(DataError, match="is no file: images are not fetched, give the path of a file"):
         open_image(name, "--image")
     with pytest.raises(ValueError, match="is no file: images are not fetched"):
@@ -261,15 +261,15 @@ def test_pictures_are_not_fetched(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["exif6.jpg", "exif5.jpg", "rgba_black_on_transparent.png", "p_trns.png"])
-def test_one_picture_in_all_places(name: str, loaded: Callable[[str], Loaded], tmp_path: Path) -> None:
+def test_one_image_in_all_places(name: str, loaded: Callable[[str], Loaded], tmp_path: Path) -> None:
     """Training, decoding, the exported processor's ways in and the report: the pixels are those of `as_seen`."""
     _, processor = loaded("llama")
     path = CASES / name
     seen = open_image(str(path), "x")
     expected = processor.image_processor(images=[seen], return_tensors="pt")["pixel_values"]
 
-    def chat(**picture: Any) -> dict[str, Any]:
-        return {"role": "user", "content": [{"type": "image", **picture}, {"type": "text", "text": "What?"}]}
+    def chat(**image: Any) -> dict[str, Any]:
+        return {"role": "user", "content": [{"type": "image", **image}, {"type": "text", "text": "What?"}]}
 
     record = Record("r", (str(path),), (Turn("user", "<image>\nWhat?"), Turn("assistant", "This.")), "x.json:1")
     found = [(sample_of(record, 0, processor).pixels or {})["pixel_values"]]
