@@ -162,4 +162,4 @@ def test_a_model_that_is_no_stock_one(dllm: Callable[[str], Path], tower: Path, 
 def test_models_lists_them():
     rows = [line.replace("│", " ").split() for line in succeed("models").out.splitlines()]
     for name, repo, recipe in (("llada-8b", "GSAI-ML/LLaDA-8B-Instruct", "dllm"), ("sdar-8b", "JetLM/SDAR-8B-Chat", "sdar")):
-        assert any(row[:2] == [name, repo] and row[-1] == recipe for row in rows)
+        assert any(row[:6] == [name, repo, "diffusion", "language", "model", recipe] for row in rows)

@@ -155,7 +155,7 @@ def test_nan_is_no_image(tmp_path: Path) -> None:
     ("key", "value"),
     [
         *[(key, "a.png") for key in ("img", "IMG", "image_path", "Image", "IMAGES", "image_paths", "image_file", "imgae")],
-        *[(key, "a.png") for key in ("image", "photo_path", "pic", "image_name", "screenshot", "image-url")],
+        *[(key, "a.png") for key in ("picture", "photo_path", "pic", "image_name", "screenshot", "image-url")],
         *[(key, ["a.png", "b.png"]) for key in ("imgs", "image_files", "frames")],
         *[("img", "000123"), ("image_bytes", {"bytes": "iVBOR", "path": None}), ("image_url", "https://example.org/x")],
         *[("file", "a.jpg"), ("file_name", "x/a.JPEG"), ("url", "https://example.org/a.webp"), ("media", ["a.png"])],
@@ -430,7 +430,7 @@ def test_markers_of_others_are_refused(marker: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "marker", ["<img>", "<Image>", "<IMAGE>", "[image]", "[IMG_1]", "{image}", "<image/>", "<image>", "<images>"]
+    "marker", ["<img>", "<Image>", "<IMAGE>", "[image]", "[IMG_1]", "{image}", "<image/>", "<picture>", "<images>"]
 )
 def test_likely_markers_are_refused_in_records_with_images(marker: str, tmp_path: Path) -> None:
     turns = [{"from": "human", "value": f"{marker} What?"}, GOOD[1]]

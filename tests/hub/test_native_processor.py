@@ -307,5 +307,5 @@ def test_pixels_are_joined_and_filled_up():
     assert torch.equal(joined["pixel_values"][:1, :2, :3], one["pixel_values"])
     assert torch.equal(joined["pixel_values"][1:, :, :1], other["pixel_values"])
     assert join_pixels([]) == join_pixels([{}]) == {}
-    with pytest.raises(ValueError, match="images of other kinds cannot be joined"):
+    with pytest.raises(ValueError, match="pixels with other keys cannot be joined"):
         join_pixels([one, {"pixel_values": torch.ones(1)}])

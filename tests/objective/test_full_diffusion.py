@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Loaded
 from helpers import TARGETS, batch, sample
+from shared_fixtures import Loaded
 from torch.nn import functional
 
 from diffvl.config.recipe import FullDiffusionObjective

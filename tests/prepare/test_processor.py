@@ -167,7 +167,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     ),
     "the placeholder is missing": (
         "llava",
-        described(image_token="<image>"),
+        described(image_token="<picture>"),
         "LlavaProcessor cannot be used: ",
     ),
     "named tokens are missing": (
