@@ -42,8 +42,8 @@ def plain_loss(model: Any, one: Sample, masked: list[bool], t: list[float], sett
         turns.append(turn)
     ids = torch.tensor([[config.mask_token_id if hit else token for token, hit in zip(one.ids, masked, strict=True)]])
     embeds = model.get_input_embeddings()(ids)
-    if one.pixel_values is not None:
-        features = iter(model.image_features(one.pixel_values).flatten(0, 1))
+    if one.pixels is not None:
+        features = iter(model.image_features(one.pixels["pixel_values"]).flatten(0, 1))
         shown = [next(features) if token == config.image_token_id else embeds[0, place] for place, token in enumerate(one.ids)]
         embeds = torch.stack(shown)[None]
     allowed = torch.tensor([[seen <= own for seen in turns] for own in turns])[None, None]
