@@ -32,7 +32,7 @@ from diffvl.bench.training_forms import (
     parse_shapes,
     step_flops,
 )
-from diffvl.config.recipe import BlockDiffusionObjective
+from diffvl.config.objectives import BlockDiffusionObjective
 from diffvl.errors import ConfigError, DiffvlError, TrainingError, UsageError
 from diffvl.hub.layout_diffvl import Layout, block_index
 from diffvl.objective.losses import Draw

@@ -8,7 +8,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from diffvl.config.recipe import BlockDiffusionObjective, Recipe
+from diffvl.config.objectives import BlockDiffusionObjective
+from diffvl.config.recipe import Recipe
 from diffvl.config.resolve import dump, read_yaml, resolve
 from diffvl.errors import ConfigError
 

@@ -7,7 +7,8 @@ import pytest
 import transformers
 
 from diffvl.config.families import ALL_LINEAR, Family, all_families, family_of, named_checkpoint, recipe_of_name, suggest
-from diffvl.config.recipe import BetaNoise, BlockDiffusionObjective, Recipe
+from diffvl.config.objectives import BetaNoise, BlockDiffusionObjective
+from diffvl.config.recipe import Recipe
 from diffvl.config.resolve import find_recipe, parse, presets, read_yaml, recipe_names, resolve
 from diffvl.config.supported import check_supported
 from diffvl.errors import ConfigError, UnsupportedModelError

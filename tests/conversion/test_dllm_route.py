@@ -11,7 +11,8 @@ from helpers import metrics, weights_of
 from tiny_runs import Run, refused, stage, succeed, write_recipe
 
 from diffvl.config.families import DiffusionSource
-from diffvl.config.recipe import BlockDiffusionObjective, FullDiffusionObjective, Recipe
+from diffvl.config.objectives import BlockDiffusionObjective, FullDiffusionObjective
+from diffvl.config.recipe import Recipe
 from diffvl.config.resolve import find_recipe, read_yaml, resolve
 from diffvl.conversion.diffusion import filled
 from diffvl.demo.standin_dllms import DLLMS

@@ -13,7 +13,7 @@ from helpers import CONTEXTS, GRIDS, ORDINARY, TARGETS, batch, objective, sample
 from shared_fixtures import Loaded
 from transformers import AutoModelForCausalLM
 
-from diffvl.config.recipe import BlockDiffusionObjective
+from diffvl.config.objectives import BlockDiffusionObjective
 from diffvl.data.samples import Sample
 from diffvl.demo.standins import TRUNKS, WINDOW
 from diffvl.hub.configuration_diffvl import DiffVLConfig

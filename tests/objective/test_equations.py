@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffvl.config.recipe import BetaNoise, UniformNoise
+from diffvl.config.objectives import BetaNoise, UniformNoise
 from diffvl.objective.losses import block_weights
 from diffvl.objective.noise import mask_probabilities, mask_ratios, masked_tokens
 from diffvl.seeding import sample_generator

@@ -12,7 +12,7 @@ from helpers import TARGETS, batch, sample
 from shared_fixtures import Loaded
 from torch.nn import functional
 
-from diffvl.config.recipe import FullDiffusionObjective
+from diffvl.config.objectives import FullDiffusionObjective
 from diffvl.data.samples import Sample
 from diffvl.hub.layout_diffvl import NoisyStream, block_index
 from diffvl.objective import losses

@@ -13,7 +13,7 @@ import torch
 from helpers import objective
 from pydantic import TypeAdapter
 
-from diffvl.config.recipe import BetaNoise, BlockDiffusionObjective, ClampNoise, FullNoise, Noise, RampNoise, UniformNoise
+from diffvl.config.objectives import BetaNoise, BlockDiffusionObjective, ClampNoise, FullNoise, Noise, RampNoise, UniformNoise
 from diffvl.hub.layout_diffvl import NoisyStream, block_index, noisy_stream
 from diffvl.objective.losses import Corruption, Draw, corrupt
 from diffvl.objective.noise import beta_curriculum, mask_probabilities, mask_ratios, masked_tokens, noise_state

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import batch, objective
 
-from diffvl.config.recipe import ArObjective
+from diffvl.config.objectives import ArObjective
 from diffvl.data.samples import Sample
 from diffvl.hub.layout_diffvl import NoisyStream, block_index, noisy_stream
 from diffvl.objective.losses import Draw, ar, block_diffusion, loss_of, measure, predicting_places, rates, scores

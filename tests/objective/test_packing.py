@@ -10,7 +10,7 @@ from helpers import CONTEXTS, GRIDS, TARGETS, metrics, objective, sample, stage_
 from shared_fixtures import Loaded
 from training_runs import run
 
-from diffvl.config.recipe import ArObjective, FullDiffusionObjective
+from diffvl.config.objectives import ArObjective, FullDiffusionObjective
 from diffvl.data.loader import load_data
 from diffvl.data.samples import collate
 from diffvl.hub.layout_diffvl import Layout

@@ -15,7 +15,8 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-from diffvl.config.recipe import BlockDiffusionObjective, Recipe
+from diffvl.config.objectives import BlockDiffusionObjective
+from diffvl.config.recipe import Recipe
 from diffvl.config.resolve import resolve
 from diffvl.data.samples import Batch, Sample, collate
 from diffvl.demo import standins

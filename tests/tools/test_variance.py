@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import QUIET
 
-from diffvl.config.recipe import BlockDiffusionObjective, UniformNoise
+from diffvl.config.objectives import BlockDiffusionObjective, UniformNoise
 from diffvl.objective.losses import Draw, block_diffusion, block_weights
 from diffvl.objective.noise import mask_ratios, masked_tokens
 from diffvl.seeding import sample_generator

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from diffvl.config.recipe import Noise
+from diffvl.config.objectives import Noise
 from diffvl.objective.noise import mask_ratios
 
 QUANTILES = 2**13  # of the distribution of t; a multiple of the numbers of blocks, which the strata need

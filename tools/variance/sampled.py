@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from diffvl.bench.random_model import NUM_SPECIAL, TrunkSize, build_model
-from diffvl.config.recipe import BlockDiffusionObjective
+from diffvl.config.objectives import BlockDiffusionObjective
 from diffvl.data.samples import Batch, Sample, collate
 from diffvl.objective.losses import Draw, block_diffusion
 

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from diffvl.bench.machine import describe_machine
-from diffvl.config.recipe import BlockDiffusionObjective
+from diffvl.config.objectives import BlockDiffusionObjective
 from diffvl.terminal.bars import spinner_or_line, track
 from tools.variance import exact, sampled
 

@@ -16,7 +16,7 @@ import torch
 from diffvl.bench.decoders import DECODERS, Prompts
 from diffvl.bench.random_model import TrunkSize, build_model
 from diffvl.bench.training_forms import Shape, Step, TrainingSample, choose_attention, make_sample, ours, published
-from diffvl.config.recipe import BlockDiffusionObjective
+from diffvl.config.objectives import BlockDiffusionObjective
 from diffvl.errors import TrainingError
 from diffvl.hub.configuration_diffvl import never_predicted
 from diffvl.objective.losses import Draw

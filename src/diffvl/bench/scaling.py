@@ -8,7 +8,7 @@ import numpy as np
 
 from diffvl.bench.timing import Timer, time_forms
 from diffvl.bench.training_forms import Shape, make_sample
-from diffvl.config.recipe import BlockDiffusionObjective
+from diffvl.config.objectives import BlockDiffusionObjective
 
 LENGTH_FORMS = ("ar_answer_logits", "ours")
 ANSWER_FORMS = ("ours",)

@@ -17,7 +17,7 @@ from diffvl.bench.random_model import QUICK_SCALE, SCALES, TrunkSize, build_mode
 from diffvl.bench.scaling import FULL_PLAN, QUICK_PLAN, measure_scaling
 from diffvl.bench.timing import Timer, spread, time_forms, top_kernels
 from diffvl.bench.training_forms import FLOPS_FORMULA, FORMS, Shape, make_sample, parse_shapes, step_flops
-from diffvl.config.recipe import BlockDiffusionObjective
+from diffvl.config.objectives import BlockDiffusionObjective
 from diffvl.config.resolve import parse
 from diffvl.terminal.bars import spinner_or_line
 

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from diffvl.attention.choose import choose
 from diffvl.bench.random_model import NUM_SPECIAL, STOP_TOKEN, TrunkSize
-from diffvl.config.recipe import BlockDiffusionObjective
+from diffvl.config.objectives import BlockDiffusionObjective
 from diffvl.data.samples import IGNORED, Batch, Sample, collate, on_device
 from diffvl.errors import UsageError
 from diffvl.hub.layout_diffvl import block_index, noisy_stream

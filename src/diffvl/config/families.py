@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from diffvl.config.recipe import Section
 from diffvl.config.resolve import parse, presets, read_yaml
+from diffvl.config.section import Section
 from diffvl.errors import ConfigError, UsageError
 
 SIGLIP2 = "google/siglip2-so400m-patch14-384"  # the vision tower of the papers

@@ -8,7 +8,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from diffvl.config.recipe import Recipe, Section
+from diffvl.config.recipe import Recipe
+from diffvl.config.section import Section
 from diffvl.errors import ConfigError
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy
 from rich.console import Console
 
-from diffvl.config.recipe import ArObjective, BlockDiffusionObjective, Data, Objective
+from diffvl.config.objectives import ArObjective, BlockDiffusionObjective, Objective
+from diffvl.config.recipe import Data
 from diffvl.data.content import pieces_between
 from diffvl.data.images import open_image
 from diffvl.data.loader import SampleDataset, batches_of

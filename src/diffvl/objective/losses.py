@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional
 
 from diffvl.attention.block_mask import FLEX, bucket, training_masks
-from diffvl.config.recipe import ArObjective, BlockDiffusionObjective, FullDiffusionObjective, Noise, Objective, UniformNoise
+from diffvl.config.objectives import ArObjective, BlockDiffusionObjective, FullDiffusionObjective, Noise, Objective, UniformNoise
 from diffvl.data.samples import Batch
 from diffvl.hub.configuration_diffvl import DiffVLConfig, never_predicted
 from diffvl.hub.images_diffvl import answer_cells, placed_images, span_ids

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import torch
 
-from diffvl.config.recipe import BetaNoise, ClampNoise, FullNoise, Noise, RampNoise
+from diffvl.config.objectives import BetaNoise, ClampNoise, FullNoise, Noise, RampNoise
 
 
 def mask_ratios(

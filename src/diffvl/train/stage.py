@@ -17,7 +17,8 @@ from rich.console import Console
 
 from diffvl.attention.choose import choose, set_attention
 from diffvl.config.families import family_of
-from diffvl.config.recipe import Objective, Recipe, Stage, StageName
+from diffvl.config.objectives import Objective
+from diffvl.config.recipe import Recipe, Stage, StageName
 from diffvl.config.resolve import dump
 from diffvl.data.fingerprint import FileRecord, data_record, facts_of, is_same_data, write_data_record
 from diffvl.data.left_out import LEFT_OUT_FILE, LeftOut
