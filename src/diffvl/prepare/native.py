@@ -58,7 +58,7 @@ class NativeParts:
     def facts(self) -> dict[str, str]:
         return {}
 
-    def load(self, recipe: Recipe) -> "tuple[DiffVLForConditionalGeneration, list[Prompt]]":
+    def load(self, recipe: Recipe) -> "tuple[DiffVLForConditionalGeneration, list[ProbePrompt]]":
         """Loads the weights; returns the DiffVL model and the source's logits on some prompts."""
         source = weights.load_vlm(self.source.model, self.config, self.source.revision)
         prompts = reference(source, self)
@@ -68,7 +68,7 @@ class NativeParts:
         checkpoint.cast_weights(model, dtype)
         return model, prompts
 
-    def prove(self, directory: Path, prompts: "list[Prompt]") -> tuple[dict[str, float], str]:
+    def prove(self, directory: Path, prompts: "list[ProbePrompt]") -> tuple[dict[str, float], str]:
         """Holds what was written against the source; returns the figures, and what is said of them.
 
         Raises:
@@ -164,7 +164,7 @@ def assemble_native(source: Any, parts: NativeParts) -> DiffVLForConditionalGene
 
 
 @dataclass(frozen=True)
-class Prompt:
+class ProbePrompt:
     """A prompt [1, L] with what says which images it shows, and the source's own logits [1, L, V]."""
 
     ids: torch.Tensor
@@ -173,7 +173,7 @@ class Prompt:
 
 
 @torch.no_grad()
-def reference(source: PreTrainedModel, parts: NativeParts) -> list[Prompt]:
+def reference(source: PreTrainedModel, parts: NativeParts) -> list[ProbePrompt]:
     """Gives the source's own logits, in fp32 arithmetic, of what the checkpoint's processor makes of chats with and without
     images."""
     dtype = source.dtype
@@ -196,10 +196,10 @@ def _striped(width: int, height: int, number: int) -> Image.Image:
     return image
 
 
-def _answered(source: Any, parts: NativeParts, images: list[Image.Image]) -> Prompt:
+def _answered(source: Any, parts: NativeParts, images: list[Image.Image]) -> ProbePrompt:
     ids, pixels = parts.ask(parts.processor, images)
     logits = source(input_ids=ids, **pixels, **token_types(source, ids, parts.image_id), use_cache=False).logits
-    return Prompt(ids, pixels, logits.float())
+    return ProbePrompt(ids, pixels, logits.float())
 
 
 def _same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -207,7 +207,7 @@ def _same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
 
 
 @torch.no_grad()
-def find_image_attention(model: DiffVLForConditionalGeneration, prompts: Sequence[Prompt], known: int) -> float:
+def find_image_attention(model: DiffVLForConditionalGeneration, prompts: Sequence[ProbePrompt], known: int) -> float:
     """Finds out how the model's image tokens see each other, and records it in its configuration.
 
     Returns:
@@ -231,14 +231,14 @@ def find_image_attention(model: DiffVLForConditionalGeneration, prompts: Sequenc
     return differences[fitting[0]]
 
 
-def _difference(model: DiffVLForConditionalGeneration, rule: str, prompts: Sequence[Prompt], known: int) -> float:
+def _difference(model: DiffVLForConditionalGeneration, rule: str, prompts: Sequence[ProbePrompt], known: int) -> float:
     """Measures the largest difference of logits to the source's, with explicit masks of a rule."""
     model.config.image_attention = rule
     return largest(parity(model, prompt, known) for prompt in prompts)
 
 
 @torch.no_grad()
-def parity(model: DiffVLForConditionalGeneration, prompt: Prompt, known: int) -> float:
+def parity(model: DiffVLForConditionalGeneration, prompt: ProbePrompt, known: int) -> float:
     """Measures the difference of the model's logits to the source's. A 2-D mask that hides nothing is never left to the trunk:
     it goes in as explicit masks and positions."""
     logits = model(prompt.ids, **prompt.images, attention_mask=torch.ones_like(prompt.ids)).logits.float()
@@ -246,7 +246,7 @@ def parity(model: DiffVLForConditionalGeneration, prompt: Prompt, known: int) ->
     return spread(logits[..., :known] - expected, expected)
 
 
-def _long_span(model: DiffVLForConditionalGeneration, prompt: Prompt) -> Prompt | None:
+def _long_span(model: DiffVLForConditionalGeneration, prompt: ProbePrompt) -> ProbePrompt | None:
     """A prompt with one run of image tokens longer than the window, which shows how span and window meet; None where there
     is no window to be longer than."""
     text_config, source = model.config.text_config, model.source
@@ -261,4 +261,4 @@ def _long_span(model: DiffVLForConditionalGeneration, prompt: Prompt) -> Prompt 
     index[0, 4 : 4 + len(shown)] = shown
     types = token_types(source, ids, model.config.image_token_id)
     native = source(input_ids=ids, mm_encoder_outputs={"image": rows.gathered(shown)}, **types, use_cache=False)
-    return Prompt(ids, {"rows": rows, "image_index": index}, native.logits.float())
+    return ProbePrompt(ids, {"rows": rows, "image_index": index}, native.logits.float())
