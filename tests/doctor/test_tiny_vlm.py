@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
 from diffvl.config.supported import image_token_id
 from diffvl.doctor.timm_tower import TIMM_TYPES
@@ -76,3 +76,11 @@ def test_stand_ins_for_timm_are_gone_after_the_build():
     build_vlm(default_vlm_config("perception_lm"))
     known = AutoModel._model_mapping._extra_content  # pyright: ignore[reportAttributeAccessIssue]
     assert not {CONFIG_MAPPING[name] for name in TIMM_TYPES} & set(known)
+
+
+def test_a_tower_that_can_be_a_backbone_shrinks():
+    """DINOv2 lists its layers by name, too; what it lists follows from their number."""
+    vision = {"model_type": "dinov2", "num_hidden_layers": 12, "out_features": ["stage12"], "out_indices": [12]}
+    config = AutoConfig.for_model("llava", vision_config=vision)
+    tiny = shrink_vlm(config)
+    assert tiny.vision_config.out_features == [f"stage{tiny.vision_config.num_hidden_layers}"]

@@ -26,6 +26,8 @@ from diffvl.doctor.tiny_copy import (
 
 IMAGE, PATCH = 56, 14  # pixels: 4 x 4 patches
 LAYERS = 2
+# What a tower that can be a backbone says of its layers: it follows from their number.
+BACKBONE = {"stage_names", "out_features", "out_indices"}
 VISION_PART = re.compile("vision|vit|qformer|projector_config|perceiver|adapter_config|resampler|vq_config|audio")
 # Setting of a vision part -> tiny value, where the setting is a number.
 SIZES = {
@@ -72,7 +74,7 @@ def _shrink_vision(settings: dict[str, Any]) -> dict[str, Any]:
     """Shrinks one level of a part that sees or hears."""
     tiny: dict[str, Any] = {}
     for name, value in settings.items():
-        if name in NOT_KEPT:
+        if name in NOT_KEPT or name.lstrip("_") in BACKBONE:
             continue
         if name in LAYER_LISTS and value:
             tiny[name] = LAYER_LISTS[name]
