@@ -133,10 +133,11 @@ def test_a_conversation_goes_on_from_its_prefix(model_type: str, loaded: Callabl
     assert torch.equal(fresh.sequences, continued.sequences) and continued.reused > 20
 
 
-@pytest.mark.parametrize("model_type", natives("llava", "gemma3"))
+@pytest.mark.parametrize("model_type", natives("llava", "gemma3", "qwen2_5_vl"))
 @torch.no_grad()
 def test_a_callers_own_block_mask_is_enough(model_type: str, loaded: Callable[[str], Loaded]):
-    """SDAR-VL's calling sequence, which knows no spans: whole blocks of the prompt, then the first open block over the cache."""
+    """SDAR-VL's calling sequence, which knows neither spans nor several rotary axes: whole blocks of the prompt, then the first
+    open block over the cache."""
     model, processor = loaded(model_type)
     model.config.set_decoding("blocks", 4, "block", "absolute", "same")
     inputs = processor.apply_chat_template(CHAT[:1], tokenize=True, add_generation_prompt=True)

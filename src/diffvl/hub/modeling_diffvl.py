@@ -266,9 +266,8 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         if rows is None and seen and not text_only:
             rows = self.images.encode(seen)
         shown = None if text_only else self._shown(input_ids, rows, image_index)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        masks, position_ids = self._masks(attention_mask, position_ids, input_ids, past, seen, rows)
         kept = DynamicCache() if use_cache and past_key_values is None else past_key_values
+        masks, position_ids = self._masks(attention_mask, position_ids, input_ids, kept, seen, rows)
         cache = kept if kept is None or store_kv or past_key_values is None else ReadingCache(kept)
         logits = self._logits(self.images.arguments(input_ids, rows, shown), masks, position_ids, cache, logits_rows, row_map)
         return CausalLMOutputWithPast(logits=logits, past_key_values=kept)
@@ -302,7 +301,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         mask: Any,
         position_ids: torch.Tensor | None,
         input_ids: torch.Tensor,
-        past: int,
+        cache: Cache | None,
         pixels: dict[str, torch.Tensor],
         rows: ImageRows | None,
     ) -> tuple[Any, torch.Tensor]:
@@ -312,6 +311,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
                 raise ValueError("ready-made masks need explicit position_ids")
             return mask, position_ids
         batch, tokens = input_ids.shape
+        past = cache.get_seq_length() if cache is not None else 0
         total, device = past + tokens, input_ids.device
         queries = slice(past, total)
         valid = torch.ones(batch, total, dtype=torch.bool, device=device)
@@ -326,7 +326,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
             order = position_ids.expand(batch, tokens)
         rope = position_ids if position_ids is not None and position_ids.dim() == 3 else None
         if rope is None:
-            rope = self._rope(input_ids, valid, past, pixels, rows).at(order)
+            rope = self._rope(input_ids, valid, cache, pixels, rows).at(order)
         if mask is None and position_ids is None and past == 0 and layout.span is None:
             return None, rope  # the trunk's own causal attention, which needs no mask
         layout.position = torch.cat([layout.position[:, :past], order], dim=1)
@@ -343,16 +343,30 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         layout.image_attention = self.config.image_attention
 
     def _rope(
-        self, input_ids: torch.Tensor, valid: torch.Tensor, past: int, pixels: dict[str, torch.Tensor], rows: ImageRows | None
+        self,
+        input_ids: torch.Tensor,
+        valid: torch.Tensor,
+        cache: Cache | None,
+        pixels: dict[str, torch.Tensor],
+        rows: ImageRows | None,
     ) -> Rope:
-        """Position ids of tokens that a caller gave none for."""
-        if not past:
-            is_image = (input_ids == self.config.image_token_id) & valid
-            images = images_of_samples(is_image, () if rows is None else rows.counts) if self.images.has_axes else ()
-            return self.images.rope(input_ids, valid, pixels, images)
-        if self.images.has_axes:
-            raise ValueError("after a cache this model needs position_ids [axes, batch, tokens]: its rotation is not the order")
-        return Rope()
+        """Position ids of tokens that a caller gave none for. A cache remembers those of the prompt that began it: text after it
+        goes on from there."""
+        if not self.images.has_axes:
+            return Rope()
+        if cache is not None and cache.get_seq_length():
+            known = getattr(cache, "rope", None)
+            if known is None or pixels:
+                raise ValueError(
+                    "after this cache the model needs position_ids [axes, batch, tokens]: its rotation is not the order"
+                )
+            return known
+        is_image = (input_ids == self.config.image_token_id) & valid
+        images = images_of_samples(is_image, () if rows is None else rows.counts)
+        rope = self.images.rope(input_ids, valid, pixels, images)
+        if cache is not None:
+            cache.rope = rope  # type: ignore[attr-defined]
+        return rope
 
 
 def _check_mask(mask: torch.Tensor, batch: int, tokens: int, total: int) -> None:
