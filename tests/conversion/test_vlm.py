@@ -74,6 +74,12 @@ def test_what_a_stage_names_is_checked_before_anything_is_prepared(source: Calla
     words = ("convert", source("qwen2_5_vl"), "--out", tmp_path / "out", "--set", settings)
     part = "stages.diffuse.trainable.connector=1e-4"
     refused(*words, "--set", part, says=["diffuse: trainable.connector: this model has no parameters of that part; leave it out"])
+    for targets, says in (
+        (".*\\.no_such_proj", "names no linear layer of its text part"),
+        ("(q_proj", "is no regular expression"),
+    ):
+        adapters = f"stages.diffuse.lora.targets={json.dumps(targets)}"
+        refused(*words, "--recipe", "vlm-lora", "--set", adapters, says=["diffuse: lora.targets", says])
     assert not (tmp_path / "out").exists()
     succeed(*words, "--set", "stages.diffuse.attention=eager", "--set", "stages.diffuse.trainable.tower=1e-5", "--dry-run")
 

@@ -88,10 +88,12 @@ def fold_mask_row(model: DiffVLForConditionalGeneration) -> None:
 
 
 def require_parts(model: DiffVLForConditionalGeneration, stage: Stage) -> None:
-    """Raises ConfigError if the model has nothing of a part that is to train."""
+    """Raises ConfigError if the model lacks a part that is to train, or what adapters of a native one are to go on."""
     there = {*parts_of(model).values(), MASK_ROW}
     if missing := [part for part in stage.trainable if part not in there]:
         raise ConfigError(f"trainable.{missing[0]}: this model has no parameters of that part; leave it out")
+    if model.is_native and stage.lora is not None and stage.lora.targets is not None:
+        _text_linears(stock(model.source), stage.lora.targets)
 
 
 def freeze_others(model: DiffVLForConditionalGeneration, stage: Stage) -> None:
@@ -158,7 +160,10 @@ def _text_linears(source: Any, targets: str) -> str:
     linears = [
         f"{path}.{name}" for name, module in decoder.named_modules() if isinstance(module, nn.Linear) and "layers." in name
     ]
-    meant = linears if targets == ALL_LINEAR else [name for name in linears if re.fullmatch(targets, name)]
+    try:
+        meant = linears if targets == ALL_LINEAR else [name for name in linears if re.fullmatch(targets, name)]
+    except re.error as error:
+        raise ConfigError(f"lora.targets {targets!r} is no regular expression: {error}") from error
     if not meant:
         raise ConfigError(f"lora.targets {targets!r} does not fit this trunk: it names no linear layer of its text part, {path}")
     names = sorted({name.rsplit(".", 1)[-1] for name in meant})
