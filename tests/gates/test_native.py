@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ from transformers import AutoModelForImageTextToText, DynamicCache
 from diffvl.data.samples import collate
 from diffvl.demo.standin_processors import PROCESSORS
 from diffvl.demo.standin_vlms import VLMS
+from diffvl.errors import UnsupportedModelError
 from diffvl.hub import layout_diffvl
 from diffvl.hub.decoder_diffvl import BlockDecoder
 from diffvl.hub.images_diffvl import token_types, vision_parameters
 from diffvl.hub.processing_diffvl import pixels_in
 from diffvl.objective.losses import Draw, block_diffusion
+from diffvl.prepare import native
 from diffvl.prepare.run import prepare
 from diffvl.prepare.source import Source
 from diffvl.store.checkpoint import load_checkpoint, saved_dtype
@@ -80,6 +83,24 @@ def test_parity(model_type: str, source: Callable[[str], Path], loaded: Callable
         for mask in (None, inputs["attention_mask"]):
             logits = model(ids, **pixels, attention_mask=mask).logits[..., rows]
             assert torch.equal(logits, expected[..., rows]), (len(images_in(turns)), mask is None)
+
+
+def test_a_rule_that_fails_beyond_the_window_is_no_rule(loaded: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch):
+    """Gemma's rule is found; where none holds on a span longer than the window, the short ones do not decide."""
+    model, processor = loaded("gemma3")
+    model, known = copy.deepcopy(model), model.config.mask_token_id
+    prompts = [native.answered(model.source, processor, model.config.image_token_id, shown) for shown in native.probe_images()]
+    assert native.find_image_attention(model, prompts, known) < 1e-4 and model.config.image_attention == "runs"
+    whole = native._long_span
+
+    def other(*given: Any) -> Any:
+        prompt = whole(*given)
+        assert prompt is not None
+        return replace(prompt, logits=prompt.logits.flip(1))
+
+    monkeypatch.setattr(native, "_long_span", other)
+    with pytest.raises(UnsupportedModelError, match="no rule of attention among image tokens"):
+        native.find_image_attention(model, prompts, known)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["alone", "packed"])

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from diffvl.config.families import family_of
 from diffvl.config.recipe import Recipe
@@ -61,10 +61,11 @@ class NativeParts:
     def load(self, recipe: Recipe) -> "tuple[DiffVLForConditionalGeneration, list[ProbePrompt]]":
         """Loads the weights; returns the DiffVL model and the source's logits on some prompts."""
         source = weights.load_vlm(self.source.model, self.config, self.source.revision)
-        prompts = reference(source, self)
-        model = assemble_native(source, self)
         dtype = source.dtype
-        find_image_attention(model.float().eval(), prompts, self.known)
+        source.float().eval()  # arithmetic in fp32, whatever the weights are stored in
+        prompts = [answered(source, self.processor, self.image_id, images) for images in probe_images()]
+        model = assemble_native(source, self).eval()
+        find_image_attention(model, prompts, self.known)
         checkpoint.cast_weights(model, dtype)
         return model, prompts
 
@@ -80,7 +81,7 @@ class NativeParts:
             raise CheckpointError(
                 f"{directory}: AR parity fails, logits differ from the source's by {difference:.2g} std; nothing kept"
             )
-        again = [self.ask(processor, images) for images in probe_images()]
+        again = [encoded(processor, images) for images in probe_images()]
         same = [
             torch.equal(prompt.ids, ids) and _same(prompt.images, pixels)
             for prompt, (ids, pixels) in zip(prompts, again, strict=True)
@@ -93,15 +94,6 @@ class NativeParts:
             f"{block:.1e}; attention among image tokens: {model.config.image_attention}"
         )
         return {"ar_parity": difference, "block": block}, told
-
-    def ask(self, processor: DiffVLProcessor, images: list[Image.Image]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Encodes a chat with these images: ids [1, L] and pixels."""
-        content = [
-            part for image in images for part in ({"type": "image", "image": image}, {"type": "text", "text": "This is one."})
-        ]
-        chat = [{"role": "user", "content": [*content, {"type": "text", "text": "What is 12 and what is here?"}]}]
-        inputs: Mapping[str, Any] = processor.apply_chat_template(chat, tokenize=True, add_generation_prompt=True)
-        return inputs["input_ids"], pixels_in(inputs)
 
 
 def read_native_parts(source: Source, recipe: Recipe, config: PretrainedConfig) -> NativeParts:
@@ -172,17 +164,6 @@ class ProbePrompt:
     logits: torch.Tensor
 
 
-@torch.no_grad()
-def reference(source: PreTrainedModel, parts: NativeParts) -> list[ProbePrompt]:
-    """Gives the source's own logits, in fp32 arithmetic, of what the checkpoint's processor makes of chats with and without
-    images."""
-    dtype = source.dtype
-    source.float().eval()
-    prompts = [_answered(source, parts, images) for images in probe_images()]
-    checkpoint.cast_weights(source, dtype)
-    return prompts
-
-
 def probe_images() -> list[list[Image.Image]]:
     """The images of three prompts: none, one, and several."""
     images = [_striped(*size, number) for number, size in enumerate(SIZES)]
@@ -196,9 +177,19 @@ def _striped(width: int, height: int, number: int) -> Image.Image:
     return image
 
 
-def _answered(source: Any, parts: NativeParts, images: list[Image.Image]) -> ProbePrompt:
-    ids, pixels = parts.ask(parts.processor, images)
-    logits = source(input_ids=ids, **pixels, **token_types(source, ids, parts.image_id), use_cache=False).logits
+def encoded(processor: DiffVLProcessor, images: list[Image.Image]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Encodes a chat with these images: ids [1, L] and pixels."""
+    shown = [part for image in images for part in ({"type": "image", "image": image}, {"type": "text", "text": "This is one."})]
+    chat = [{"role": "user", "content": [*shown, {"type": "text", "text": "What is 12 and what is here?"}]}]
+    inputs: Mapping[str, Any] = processor.apply_chat_template(chat, tokenize=True, add_generation_prompt=True)
+    return inputs["input_ids"], pixels_in(inputs)
+
+
+@torch.no_grad()
+def answered(source: Any, processor: DiffVLProcessor, image_id: int, images: list[Image.Image]) -> ProbePrompt:
+    """Gives the source's own logits of what the checkpoint's processor makes of a chat with these images."""
+    ids, pixels = encoded(processor, images)
+    logits = source(input_ids=ids, **pixels, **token_types(source, ids, image_id), use_cache=False).logits
     return ProbePrompt(ids, pixels, logits.float())
 
 
@@ -219,14 +210,15 @@ def find_image_attention(model: DiffVLForConditionalGeneration, prompts: Sequenc
     if not differences["causal"] <= TOLERANCE:  # no other rule gives the same as this one
         differences |= {rule: _difference(model, rule, prompts, known) for rule in IMAGE_ATTENTION if rule != "causal"}
     fitting = [rule for rule, difference in differences.items() if difference <= TOLERANCE]
+    if fitting and fitting[0] != "causal" and (long := _long_span(model, prompts[1])) is not None:
+        differences = {rule: _difference(model, rule, [*prompts, long], known) for rule in fitting}
+        fitting = [rule for rule in fitting if differences[rule] <= TOLERANCE]
     if not fitting:
         told = ", ".join(f"{rule} {difference:.2g}" for rule, difference in differences.items())
         raise UnsupportedModelError(
             f"{model.config.source_config.model_type}: no rule of attention among image tokens gives the source's logits under "
             f"explicit masks (differences in standard deviations: {told})"
         )
-    if fitting[0] != "causal" and (long := _long_span(model, prompts[1])) is not None:
-        fitting = [rule for rule in fitting if _difference(model, rule, [long], known) <= TOLERANCE] or fitting
     model.config.image_attention = fitting[0]
     return differences[fitting[0]]
 
