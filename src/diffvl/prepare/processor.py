@@ -21,7 +21,7 @@ from diffvl.config.families import family_of
 from diffvl.errors import CheckpointError, UnsupportedModelError, first_few, first_line
 from diffvl.hub.processing_diffvl import BACKEND, DiffVLProcessor
 from diffvl.hub.source_diffvl import FAULTS, SAMPLE, build_processor, placeholder_of
-from diffvl.hub.template_diffvl import with_fixed_date
+from diffvl.hub.template_diffvl import Visual, with_fixed_date
 from diffvl.prepare.image_size import limit_pixels
 from diffvl.prepare.same_as_native import require_same
 from diffvl.prepare.templates import check_template, load_tokenizer, stop_token, system_advice
@@ -193,7 +193,7 @@ def _first_tokens(tokenizer: Any) -> list[str]:
 
 def _require_images_in_text(model: str, processor: DiffVLProcessor) -> None:
     """Raises UnsupportedModelError for a chat template that does not write an image's placeholder."""
-    rendered = processor.encoder.template.render([("user", (None, "question 0"))], add_generation_prompt=True)
+    rendered = processor.encoder.template.render([("user", (Visual.IMAGE, "question 0"))], add_generation_prompt=True)
     if processor.image_token not in rendered:
         raise UnsupportedModelError(
             f"{model}: its chat template writes no {processor.image_token} for an image, so it was made for text alone; put the "
