@@ -12,14 +12,15 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, takewhile
-from typing import Any, Protocol
+from itertools import accumulate, islice, takewhile
+from typing import Any, Protocol, TypeVar
 
-from .clips_diffvl import ClipSize
+from .clips_diffvl import Clip, ClipSize
 from .messages_diffvl import Messages, Placeholders, turns_of
 from .seen_diffvl import Size
 from .template_diffvl import ChatTemplate, ChatTemplateError, Shape, Spans, Turn, Visual, all_texts
 
+T = TypeVar("T")
 MAX_SEAMS, LONGEST_SEAM = 1024, 256  # remembered, and their characters
 
 
@@ -50,18 +51,33 @@ class ImageTexts(Protocol):
 @dataclass(frozen=True)
 class ChatEncoding:
     """ids: token ids. answer: per token 0, or k inside the k-th answer (its stop token included). rendered: the chat template's
-    text, with one placeholder for each image and video. image_texts: what these become."""
+    text, with one placeholder for each image and video. image_texts: what these become. shown: which placeholders are images and
+    which videos, in order."""
 
     ids: list[int]
     answer: list[int]
     rendered: str
     placeholders: tuple[str, ...] = ()
     image_texts: tuple[str, ...] = ()
+    shown: tuple[Visual, ...] = ()
 
     @property
     def text(self) -> str:
         """What the tokens stand for: the rendered chat with images at their length."""
         return insert(self.rendered, self.placeholders, self.image_texts)
+
+
+def arranged(shown: Sequence[Visual], ones: Sequence[T]) -> list[T]:
+    """Images and clips, or their sizes, in the order of a rendered chat: a template may put all images before the videos, or
+    behind.
+
+    Args:
+        ones: in the order of the messages' parts.
+    """
+    rest = {
+        visual: iter([one for one in ones if isinstance(one, Clip | ClipSize) is (visual is Visual.VIDEO)]) for visual in Visual
+    }
+    return [one for visual in shown for one in islice(rest[visual], 1)]
 
 
 def any_of(texts: Iterable[str]) -> re.Pattern[str]:
@@ -190,16 +206,18 @@ class ChatEncoder:
         if self.images is not None and self.images.first_ids and not rendered.startswith(self.images.first_text):
             ids, answer = self.images.first_ids + ids, [0] * len(self.images.first_ids) + answer
         placeholders = tuple(self.placeholders.values())
-        return ChatEncoding(ids, answer, rendered, placeholders, tuple(image.text for image in images))
+        shown = tuple(self.shown_in(rendered)) if images else ()
+        return ChatEncoding(ids, answer, rendered, placeholders, tuple(image.text for image in images), shown)
 
     def _image_texts(self, rendered: str, sizes: Sequence[Size | ClipSize] | None) -> list[ImageText]:
         """What the placeholders of a chat become, in order."""
-        found = len(self._placeholder.findall(rendered))
         if self.images is None:
-            return [self._same_image] * found
-        if found != len(sizes or ()):
-            raise ValueError(f"the sizes of {len(sizes or ())} images are given for the {found} images of the chat")
-        return [self.images.of(size) for size in sizes or ()]
+            return [self._same_image] * len(self._placeholder.findall(rendered))
+        shown, given = self.shown_in(rendered), sizes or ()
+        in_order = arranged(shown, given)
+        if not len(shown) == len(given) == len(in_order):
+            raise ValueError(f"the sizes of {len(given)} images are given for the {len(shown)} images of the chat")
+        return [self.images.of(size) for size in in_order]
 
     def _with_edges(self, rendered: str, spans: Spans, images: list[ImageText]) -> tuple[str, Spans]:
         """The chat with the plain text that some processors write beside an image, whose tokens depend on its neighbours."""

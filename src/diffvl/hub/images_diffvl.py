@@ -116,21 +116,16 @@ def _counts(output: Any) -> tuple[int, ...]:
 
 
 def join_pixels(parts: Sequence[Pixels]) -> Pixels:
-    """Joins the pixels of several images or samples, in order; {} for none.
+    """Joins the pixels of several images, videos or samples, in order, each tensor over those that have it; {} for none.
 
     Tensors are joined along dim 0 and filled up with zeros where other dims differ (tiles, height and width), as the processors
     of such models do themselves: a size, a mask or the zeros tell those models what is real.
 
     Raises:
-        ValueError: if the parts have other keys, or tensors of other numbers of dims.
+        ValueError: if tensors of a name have other numbers of dims.
     """
-    parts = [part for part in parts if part]
-    if not parts:
-        return {}
-    names = list(parts[0])
-    if any(set(part) != set(names) for part in parts):
-        raise ValueError(f"pixels with other keys cannot be joined: {sorted({key for part in parts for key in part})}")
-    return {name: _joined([part[name] for part in parts]) for name in names}
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: _joined([part[name] for part in parts if name in part]) for name in names}
 
 
 def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import AutoImageProcessor, BatchFeature, ProcessorMixin
 
-from .chat_diffvl import ChatEncoder, ChatEncoding
+from .chat_diffvl import ChatEncoder, ChatEncoding, arranged
 from .clips_diffvl import ClipSize, Sampler
 from .images_diffvl import Pixels, join_pixels
 from .messages_diffvl import Messages
@@ -278,6 +278,8 @@ class DiffVLProcessor(ProcessorMixin):
             self.encoder.encode_turns(one, add_generation_prompt, [*map(size_of_visual, own)] if self.asks_sizes else None)
             for one, own in zip(turns, shown, strict=True)
         ]
+        if self.asks_sizes:
+            shown = [arranged(encoding.shown, own) for encoding, own in zip(encodings, shown, strict=True)]
         data = {**self._pad_left(encodings), **self.pixels([image for own in shown for image in own])}
         return BatchFeature(data, tensor_type=return_tensors) if return_dict else data["input_ids"]
 

@@ -17,7 +17,7 @@ from transformers.video_utils import VideoMetadata
 
 from .chat_diffvl import ImageText, walls_of
 from .clips_diffvl import Clip, ClipSize, Sampler
-from .images_diffvl import Pixels
+from .images_diffvl import VIDEO_FRAMES, Pixels
 from .messages_diffvl import Placeholders
 from .seen_diffvl import Size
 from .template_diffvl import Visual
@@ -89,8 +89,6 @@ def placeholder_of(processor: Any) -> str | None:
 
 def sampler_of(video_processor: Any) -> Sampler:
     """Which frames of a video this processor of transformers shows."""
-    if video_processor.fps is None and video_processor.num_frames is None:
-        video_processor.fps = DEFAULT_FPS
     names = [name for name in video_processor.valid_kwargs.__annotations__ if name not in _NOT_SAMPLING]
 
     def of_file(metadata: VideoMetadata) -> list[int]:
@@ -147,7 +145,11 @@ class SourceImages:
             ImageRefusedError: if the processor does not take it.
         """
         inputs = self._call(image)
-        return {name: value for name, value in inputs.items() if name not in _OF_TEXT and not name.endswith("token_type_ids")}
+        found = {name: value for name, value in inputs.items() if name not in _OF_TEXT and not name.endswith("token_type_ids")}
+        frames = found.get("pixel_values_videos")
+        if frames is not None and frames.dim() == 5:  # one video a row
+            found[VIDEO_FRAMES] = torch.tensor([frames.shape[1]])
+        return found
 
     def _call(self, image: Any, **settings: Any) -> Any:
         arguments = {"add_special_tokens": False, "return_tensors": "pt", "verbose": False, **settings}

@@ -43,7 +43,7 @@ def build_video_processor(class_name: str, settings: dict[str, Any]) -> Any:
     if class_name not in _CLASSES:
         with _IMPORTING:
             _CLASSES[class_name] = type(class_name, (_stock_class(class_name), _Frames), {})
-    return _CLASSES[class_name](**settings)
+    return _CLASSES[class_name].from_dict(settings)  # type: ignore[attr-defined]
 
 
 # --- what torchvision does ---------------------------------------------------------------------------------------------------
