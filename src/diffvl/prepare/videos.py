@@ -128,8 +128,9 @@ def _shown_pixels(processor: Any) -> int:
 
 @dataclass(frozen=True)
 class TakenVideos:
-    """A processor, with videos or, for this `reason` (none where nobody expects any), without. token_id: the token that shows a row of a video, None where that
-    is the token of images. inputs: names of the tensors that say what the videos are, beside those of images."""
+    """A processor, with videos or, for this `reason` (none where nobody expects any), without. token_id: the token that shows a
+    row of a video, None where that is the token of images. inputs: names of the tensors that say what the videos are, beside
+    those of images."""
 
     processor: DiffVLProcessor
     token_id: int | None = None
