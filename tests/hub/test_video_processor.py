@@ -15,7 +15,7 @@ from diffvl.hub.source_diffvl import sampler_of
 from diffvl.hub.video_processor_diffvl import NoVideoProcessorError, build_video_processor, crop, pad, resize
 
 # These take more from torchvision than stands in the hub, or their folder has another name.
-WITHOUT = {"Ernie4_5_VLMoeVideoProcessor", "NemotronH_Omni_Reasoning_V3VideoProcessor"}
+WITHOUT = {"Ernie4_5_VLMoeVideoProcessor", "NemotronH_Omni_Reasoning_V3VideoProcessor", "MiniMaxM3VLVideoProcessor"}
 # What it compresses follows from the pixels, so that its tokens are not known from a size.
 BY_CONTENT = {"VideoLlama3VideoProcessor"}
 

@@ -169,5 +169,9 @@ def _stock_class(class_name: str) -> type:
     module = ModuleType(f"transformers.models.{folder}.video_processing_pil_{folder}")
     vars(module).update(imports.names, __package__=f"transformers.models.{folder}", __file__=str(file))
     sys.modules[module.__name__] = module  # where transformers looks for the source of a class
-    exec(code, vars(module))
+    try:
+        exec(code, vars(module))
+    except ImportError as error:  # by another module, from which it takes something
+        del sys.modules[module.__name__]
+        raise NoVideoProcessorError(f"{class_name} needs torchvision ({error})") from error
     return vars(module)[class_name]
