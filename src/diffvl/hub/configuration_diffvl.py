@@ -123,8 +123,10 @@ class DiffVLConfig(PreTrainedConfig):
         self.image_inputs = ["pixel_values"] if tiling is None else list(TILED_INPUTS)
 
     def to_dict(self) -> dict[str, Any]:
-        """As saved: the text configuration inside a source's is not written twice."""
+        """As saved: the text configuration inside a source's is not written twice, and nothing of tiles that are not cut."""
         settings = super().to_dict()
+        if self.tiling is None:
+            settings.pop("tiling", None)
         if self.source_config is not None:
             settings.pop("text_config", None)
         return settings
