@@ -55,7 +55,7 @@ def as_transformers_own(model: DiffVLForConditionalGeneration) -> Any:
         LlavaOnevisionConfig(
             text_config=config.text_config,
             vision_config=config.vision_config,
-            image_token_id=config.image_token_id,
+            image_token_index=config.image_token_id,
             image_grid_pinpoints=[[rows * tiles.pixels, columns * tiles.pixels] for rows, columns in tiles.grids],
             vision_aspect_ratio=f"anyres_max_{tiles.max_tiles}",
             vision_feature_layer=config.vision_layer,
@@ -71,6 +71,7 @@ def as_transformers_own(model: DiffVLForConditionalGeneration) -> Any:
     ]
     for theirs, ours in parts:
         theirs.load_state_dict(ours.state_dict())
+    assert model.image_newline is not None
     own.model.image_newline.data = model.image_newline.data
     own.tie_weights()
     return own.eval()
