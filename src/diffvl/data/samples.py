@@ -121,7 +121,7 @@ def sample_of(record: Record, index: int, processor: DiffVLProcessor, longest: i
     opened = [_opened(*one, record, processor, size) for one, size in zip(shown, sizes or [None] * len(shown), strict=True)]
     if sizes is not None:
         opened = arranged(encoding.shown, opened)
-    return Sample(encoding.ids, answer, processor.pixels(opened), index, len(record.images), len(record.videos))
+    return Sample(encoding.ids, answer, processor.pixels(opened, encoding.alone), index, len(record.images), len(record.videos))
 
 
 def _opened(visual: Visual, path: Video, record: Record, processor: DiffVLProcessor, size: "Size | ClipSize | None") -> Any:

@@ -345,5 +345,14 @@ class Prefix:
 
 
 def _begins_with(tensor: torch.Tensor, start: torch.Tensor) -> bool:
-    """Whether a tensor begins, along dim 0, with another."""
-    return tensor.shape[1:] == start.shape[1:] and torch.equal(tensor[: len(start)], start)
+    """Whether a tensor begins, along dim 0, with another. Beside larger images the same ones are filled up with zeros."""
+    first = tensor[: len(start)]
+    if first.dim() != start.dim() or len(first) < len(start):
+        return False
+    common = tuple(slice(min(sizes)) for sizes in zip(first.shape, start.shape, strict=True))
+    if not torch.equal(first[common], start[common]):
+        return False
+    return all(
+        whole.shape == start[common].shape or int(whole.count_nonzero()) == int(whole[common].count_nonzero())
+        for whole in (first, start)
+    )

@@ -15,12 +15,13 @@ import transformers
 from PIL import Image
 from transformers.video_utils import VideoMetadata
 
-from .chat_diffvl import ImageText, walls_of
+from .chat_diffvl import ImageText
 from .clips_diffvl import Clip, ClipSize, Sampler
 from .images_diffvl import VIDEO_FRAMES, Pixels
 from .messages_diffvl import Placeholders
 from .seen_diffvl import Size
 from .template_diffvl import Visual
+from .tokens_diffvl import walls_of
 
 MAX_SIZES = 16_384  # remembered; their texts are far fewer
 SAMPLE: Size = (64, 64)
@@ -107,6 +108,8 @@ class SourceImages:
         first_ids, first_text: see `ImageTexts`.
     """
 
+    structured = True
+
     def __init__(self, processor: Any, first_ids: list[int], first_text: str) -> None:
         self.processor, self.first_ids, self.first_text = processor, first_ids, first_text
         self.placeholders: Placeholders = {Visual.IMAGE: str(placeholder_of(processor))}
@@ -122,8 +125,8 @@ class SourceImages:
         ids = sorted({one for sample in samples for one in sample.ids})
         self.tokens = frozenset(processor.tokenizer.convert_ids_to_tokens(ids)) - {*self.placeholders.values()}
 
-    def of(self, size: Size | ClipSize) -> ImageText:
-        """What an image of this height and width is in the text, or a video.
+    def of(self, size: Size | ClipSize, alone: bool = True) -> ImageText:
+        """What an image of this height and width is in the text, or a video, whether others stand beside it or not.
 
         Raises:
             ImageRefusedError: if the processor does not take it.
