@@ -39,6 +39,10 @@ def images_in(messages: list[dict[str, Any]]) -> list[Any]:
 
 def asked_natively(one: Native, messages: list[dict[str, Any]]) -> Any:
     """What the checkpoint's own processor makes of a chat, images in one list."""
+    if not LOOKS[one.family].template:  # it writes around a question what belongs there
+        parts = messages[0]["content"]
+        text = "".join(part.get("text", one.processor.image_token) for part in parts)
+        return one.inner(text=[text], images=[images_in(messages)], return_tensors="pt")
     text = one.processor.apply_chat_template(messages, add_generation_prompt=True)
     bos = one.inner.tokenizer.bos_token
     special = bos is None or not text.startswith(bos)
@@ -48,6 +52,10 @@ def asked_natively(one: Native, messages: list[dict[str, Any]]) -> Any:
 @pytest.mark.parametrize("name", CHATS)
 def test_ids_and_pixels_are_its_own(one: Native, name: str):
     messages = CHATS[name]
+    if not LOOKS[one.family].template:
+        if name == "none":
+            pytest.skip("it takes no text without an image")
+        messages = messages[:1]
     found = one.processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)
     expected = asked_natively(one, messages)
     assert found["input_ids"].tolist() == expected["input_ids"].tolist()
@@ -62,6 +70,8 @@ def test_ids_and_pixels_are_its_own(one: Native, name: str):
 @pytest.mark.parametrize("name", ["one", "several", "rounds"])
 def test_ids_are_those_of_its_chat_template(one: Native, name: str):
     """Asked as its users ask it. LLaVA-OneVision shows several images of one chat smaller than a single one; we do not."""
+    if not LOOKS[one.family].template:
+        pytest.skip("it has none")
     template = one.processor.encoder.template.source
     expected = one.inner.apply_chat_template(
         CHATS[name], chat_template=template, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -230,7 +240,7 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch):
     images = copy.deepcopy(given.processor).images
     assert images is not None
     asked = []
-    monkeypatch.setattr(images, "_call", lambda *_, call=images._call, **more: asked.append(1) or call(*_, **more))
+    monkeypatch.setattr(images, "inputs", lambda *_, call=images.inputs, **more: asked.append(1) or call(*_, **more))
     texts = [images.of((56, 56)), images.of((57, 56)), images.of((56, 57)), images.of((56, 56))]
     assert len(asked) == 3 and all(text is texts[0] for text in texts), "equal texts are one object"
     monkeypatch.setattr(source_diffvl, "MAX_SIZES", 4)

@@ -21,7 +21,9 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.paligemma.processing_paligemma import EXTRA_TOKENS
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from diffvl.demo.standins import make_tokenizer
@@ -175,6 +177,14 @@ LOOKS: dict[str, Look] = {
         bos=True,
         settings={"image_seq_length": PLAIN_TOKENS},
     ),
+    # No chat template: the processor writes a question by itself, and answers end with the tokenizer's own stop.
+    "paligemma": Look(
+        "PaliGemmaProcessor",
+        lambda: SiglipImageProcessorPil(size=_SQUARE, image_seq_length=PLAIN_TOKENS),
+        "",
+        ("<image>", *EXTRA_TOKENS),
+        base="gemma2",
+    ),
     "idefics3": Look(
         "Idefics3Processor",
         lambda: Idefics3ImageProcessorPil(**_IDEFICS_SIZES),
@@ -205,7 +215,8 @@ def make_processor_files(directory: Path, family: str) -> PreTrainedTokenizerFas
     look.image_processor().save_pretrained(directory)
     settings = {"processor_class": look.processor, **look.settings}
     (directory / "processor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    (directory / "chat_template.jinja").write_text(look.template, encoding="utf-8")
+    if look.template:
+        (directory / "chat_template.jinja").write_text(look.template, encoding="utf-8")
     return tokenizer
 
 

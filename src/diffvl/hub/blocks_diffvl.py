@@ -213,7 +213,8 @@ class Prompt:
         # An image that reaches into the first open block is committed in two parts, which cannot see each other.
         span = span_ids(is_image, answers, inside, answer_cells(block, answers), config.image_attention)
         shown = placed_images(ids, config, inside)
-        return cls(ids, block, shown, lengths, block_of_answer[:, 0], start_B, end_B, span)
+        rope = Rope(first=config.first_position)
+        return cls(ids, block, shown, lengths, block_of_answer[:, 0], start_B, end_B, span, rope)
 
     def counted(self, block_size: int) -> Counts:
         """Brings to Python what shapes depend on, by waiting for the device once."""

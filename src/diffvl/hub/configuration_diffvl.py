@@ -20,6 +20,8 @@ CHOICES = {
     "grid": ("absolute", "response"),
     "target": ("same", "shift"),
     "image_attention": IMAGE_ATTENTION,
+    "token_types": ("images", "answers"),
+    "masks_at": ("forward", "text_part"),
 }
 
 
@@ -38,6 +40,9 @@ class DiffVLConfig(PreTrainedConfig):
         image_token_id, mask_token_id: rows of the trunk's embedding.
         image_inputs: names of the tensors that say what the images are, as `forward` and `generate` take them.
         image_attention: how clean image tokens see each other, one of IMAGE_ATTENTION.
+        token_types: what the token types mark that a source's forward takes, "images" or "answers".
+        masks_at: where the source takes a mask for each kind of its layers: its "forward", or only its "text_part".
+        first_position: rotary position of the first token, for a trunk that counts its tokens.
         placeholder_ids: further ids that stand for something else than text, and are never predicted.
         vocabulary_size: tokens of the tokenizer; rows beyond are padding and never predicted.
         stop_token_ids: ids that end an answer.
@@ -69,6 +74,9 @@ class DiffVLConfig(PreTrainedConfig):
         stop_token_ids: list[int] | None = None,
         image_inputs: list[str] | None = None,
         image_attention: str = "causal",
+        token_types: str = "images",
+        masks_at: str = "forward",
+        first_position: int = 0,
         placeholder_ids: list[int] | None = None,
         decoding: str = "ar",
         block_size: int = 1,
@@ -92,6 +100,9 @@ class DiffVLConfig(PreTrainedConfig):
         self.stop_token_ids = list(stop_token_ids or [])
         self.image_inputs = list(image_inputs or ["pixel_values"])
         self.image_attention = image_attention
+        self.token_types = token_types
+        self.masks_at = masks_at
+        self.first_position = first_position
         self.placeholder_ids = list(placeholder_ids or [])
         self.decoding = decoding
         self.block_size = block_size

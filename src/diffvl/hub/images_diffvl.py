@@ -184,11 +184,20 @@ class NativeImages:
             shown = image_index[image_index >= 0]
             if len(shown):
                 arguments["mm_encoder_outputs"] = {"image": rows.gathered(shown)}
-        return arguments | token_types(stock(self.source), ids, self.config.image_token_id)
+        return arguments | self._types(ids)
 
     def prompt(self, ids: torch.Tensor, pixels: Pixels, rows: ImageRows | None) -> dict[str, Any]:
-        """What the source's own `generate` is called with for prompts [B, T]; they come back before the answer."""
-        return {"input_ids": ids, **pixels, **token_types(stock(self.source), ids, self.config.image_token_id)}
+        """What the source's own `generate` is called with for prompts [B, T]; they come back before the answer. It gets the rows,
+        and of the pixels what it numbers its tokens by."""
+        arguments: dict[str, Any] = {"input_ids": ids, **self._types(ids)}
+        if rows is not None:
+            arguments["mm_encoder_outputs"] = {"image": rows.output}
+            known = inspect.signature(self.body.get_rope_index).parameters if self.has_axes else {}
+            arguments |= {name: value for name, value in pixels.items() if name in known}
+        return arguments
+
+    def _types(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return token_types(stock(self.source), ids, self.config.image_token_id, self.config.token_types)
 
     def rope(self, ids: torch.Tensor, valid: torch.Tensor, pixels: Pixels, images: Sequence[int]) -> Rope:
         """Position ids as the source numbers its tokens, sample by sample: some families count images over a whole batch.
@@ -197,7 +206,7 @@ class NativeImages:
             ids, valid: clean tokens [B, T], of any padding. images: how many images each sample shows.
         """
         if not self.has_axes:
-            return Rope()
+            return Rope(first=self.config.first_position)
         number = self.body.get_rope_index
         known = inspect.signature(number).parameters
         grids, first, tables = pixels.get("image_grid_thw"), 0, []
@@ -220,10 +229,11 @@ class NativeImages:
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids")
 
 
-def token_types(source: Any, ids: torch.Tensor, image_id: int) -> dict[str, torch.Tensor]:
-    """Which ids are image tokens, under the names by which a stock forward asks for it."""
+def token_types(source: Any, ids: torch.Tensor, image_id: int, marks: str = "images") -> dict[str, torch.Tensor]:
+    """Which ids of a prompt are image tokens, or none where answers are marked, under the names by which a stock forward asks."""
     known = inspect.signature(source.forward).parameters
-    return {name: (ids == image_id).long() for name in TOKEN_TYPES if name in known}
+    marked = ids == image_id if marks == "images" else torch.zeros_like(ids)
+    return {name: marked.long() for name in TOKEN_TYPES if name in known}
 
 
 def stock(model: Any) -> Any:

@@ -12,7 +12,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ from .generation_diffvl import BlockGeneration
 from .head_diffvl import flat_rows, head_on, mapped_rows
 from .images_diffvl import ImageRows, NativeImages, OwnImages, images_of_samples, settle_frozen, span_ids, stock
 from .layout_diffvl import Layout, Rope, clean_layout, image_rows
-from .masks_diffvl import attention_masks
+from .masks_diffvl import attention_masks, masks_for
 from .settings_diffvl import refuse_videos
 
 
@@ -282,14 +281,12 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         row_map: Callable[[torch.Tensor, slice], torch.Tensor] | None,
     ) -> torch.Tensor:
         """The trunk's logits, or what `row_map` makes of them; see `forward`."""
-        trunk_pass = partial(
-            self.trunk,
-            **inputs,
-            attention_mask=masks,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
+        inputs = {**inputs, "position_ids": position_ids, "past_key_values": cache, "use_cache": cache is not None}
+
+        def trunk_pass() -> Any:
+            with masks_for(self.trunk, masks, self.config.masks_at) as given:
+                return self.trunk(**inputs, attention_mask=given)
+
         if row_map is not None:
             return mapped_rows(self.trunk, trunk_pass, flat_rows(rows), row_map)
         with head_on(self.trunk, rows):
@@ -353,7 +350,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         """Position ids of tokens that a caller gave none for. A cache remembers those of the prompt that began it: text after it
         goes on from there."""
         if not self.images.has_axes:
-            return Rope()
+            return Rope(first=self.config.first_position)
         if cache is not None and cache.get_seq_length():
             known = getattr(cache, "rope", None)
             if known is None or pixels:

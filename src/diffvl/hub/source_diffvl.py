@@ -104,7 +104,7 @@ class SourceImages:
                 self._by_text.clear()
             height, width = size
             blank = Image.new("RGB", (width, height))
-            self._by_size[size] = self._image_text(self._call(blank, return_text_replacement_offsets=True))
+            self._by_size[size] = self._image_text(self.inputs(blank, return_text_replacement_offsets=True))
         return self._by_size[size]
 
     def pixels(self, image: Any) -> Pixels:
@@ -113,10 +113,15 @@ class SourceImages:
         Raises:
             ImageRefusedError: if the processor does not take it.
         """
-        inputs = self._call(image)
+        inputs = self.inputs(image)
         return {name: value for name, value in inputs.items() if name not in _OF_TEXT and not name.endswith("token_type_ids")}
 
-    def _call(self, image: Any, **settings: Any) -> Any:
+    def inputs(self, image: Any, **settings: Any) -> Any:
+        """All that the processor gives for a text of one image.
+
+        Raises:
+            ImageRefusedError: if it does not take it.
+        """
         arguments = {"add_special_tokens": False, "return_tensors": "pt", "verbose": False, **settings}
         try:
             return self.processor(text=[self.placeholder], images=[image], **arguments)
@@ -133,7 +138,9 @@ class SourceImages:
             return self._by_text[text]
         encoded = self._backend.encode(text, add_special_tokens=False)
         walls = [place for place, one in enumerate(encoded.ids) if one in self._walls]
-        if encoded.ids != ids or not walls:
+        # Around a text that was put in the placeholder's place some write more: what stands around a question, say.
+        found_again = _holds(ids, encoded.ids) if told else encoded.ids == ids
+        if not found_again or not walls:
             raise ImageRefusedError(
                 f"{type(self.processor).__name__} writes an image that cannot be found again in the text: {text[:60]!r}"
             )
@@ -141,3 +148,8 @@ class SourceImages:
         begin, end = encoded.offsets[first][0], encoded.offsets[last][1]
         found = ImageText(text, ids[first : last + 1], text[:begin], text[end:])
         return self._by_text.setdefault(text, found)
+
+
+def _holds(ids: list[int], part: list[int]) -> bool:
+    """Whether a part stands in a list, whole and in order."""
+    return any(ids[place : place + len(part)] == part for place in range(len(ids) - len(part) + 1))

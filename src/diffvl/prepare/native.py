@@ -29,6 +29,7 @@ from diffvl.prepare.assemble import add_tokens, grow_table, stop_ids
 from diffvl.prepare.attention_proof import TOLERANCE, check_block_attention, largest, spread
 from diffvl.prepare.processor import read_native_processor
 from diffvl.prepare.source import Source
+from diffvl.prepare.source_traits import source_traits
 from diffvl.store import checkpoint, weights
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class NativeParts:
     mask_id: int
     image_id: int
     image_inputs: tuple[str, ...]
+    token_types: str
 
     @property
     def parents(self) -> list[str]:
@@ -63,7 +65,7 @@ class NativeParts:
         source = weights.load_vlm(self.source.model, self.config, self.source.revision)
         dtype = source.dtype
         source.float().eval()  # arithmetic in fp32, whatever the weights are stored in
-        prompts = [answered(source, self.processor, self.image_id, images) for images in probe_images()]
+        prompts = [answered(source, self, images) for images in probe_images()]
         model = assemble_native(source, self).eval()
         find_image_attention(model, prompts, self.known)
         checkpoint.cast_weights(model, dtype)
@@ -88,7 +90,7 @@ class NativeParts:
         ]
         if not all(same):
             raise CheckpointError(f"{directory}: the written processor reads text or images differently; nothing kept")
-        block = check_block_attention(model.trunk, self.known, self.mask_id)
+        block = check_block_attention(model.trunk, self.known, self.mask_id, model.config.masks_at)
         told = (
             f"AR parity with no image, one and two: largest difference {difference:.1e} std of the logits; block attention "
             f"{block:.1e}; attention among image tokens: {model.config.image_attention}"
@@ -120,7 +122,8 @@ def read_native_parts(source: Source, recipe: Recipe, config: PretrainedConfig) 
     known = min(len(tokenizer), table_size)
     shown_as = {"image_token": processor.image_token}  # which the tokenizer has
     mask_id, _ = add_tokens(tokenizer, family.model_copy(update=shown_as), table_size)
-    return NativeParts(source, config, processor, known, mask_id, facts.image_token_id, tuple(facts.image_inputs))
+    inputs = tuple(facts.image_inputs)
+    return NativeParts(source, config, processor, known, mask_id, facts.image_token_id, inputs, facts.token_types)
 
 
 def assemble_native(source: Any, parts: NativeParts) -> DiffVLForConditionalGeneration:
@@ -144,6 +147,8 @@ def assemble_native(source: Any, parts: NativeParts) -> DiffVLForConditionalGene
         vocabulary_size=len(tokenizer),
         stop_token_ids=stop_ids(source, tokenizer, parts.processor.stop_token),
         image_inputs=list(parts.image_inputs),
+        token_types=parts.token_types,
+        **source_traits(source),
         placeholder_ids=[id for name in PLACEHOLDERS if (id := getattr(parts.config, name, None)) is not None],
     )
     with torch.device("meta"):
@@ -186,10 +191,11 @@ def encoded(processor: DiffVLProcessor, images: list[Image.Image]) -> tuple[torc
 
 
 @torch.no_grad()
-def answered(source: Any, processor: DiffVLProcessor, image_id: int, images: list[Image.Image]) -> ProbePrompt:
+def answered(source: Any, parts: NativeParts, images: list[Image.Image]) -> ProbePrompt:
     """Gives the source's own logits of what the checkpoint's processor makes of a chat with these images."""
-    ids, pixels = encoded(processor, images)
-    logits = source(input_ids=ids, **pixels, **token_types(source, ids, image_id), use_cache=False).logits
+    ids, pixels = encoded(parts.processor, images)
+    types = token_types(source, ids, parts.image_id, parts.token_types)
+    logits = source(input_ids=ids, **pixels, **types, use_cache=False).logits
     return ProbePrompt(ids, pixels, logits.float())
 
 
@@ -251,6 +257,6 @@ def _long_span(model: DiffVLForConditionalGeneration, prompt: ProbePrompt) -> Pr
     ids = torch.cat([text, torch.full((1, len(shown)), model.config.image_token_id), text], 1)
     index = torch.full_like(ids, -1)
     index[0, 4 : 4 + len(shown)] = shown
-    types = token_types(source, ids, model.config.image_token_id)
+    types = token_types(source, ids, model.config.image_token_id, model.config.token_types)
     native = source(input_ids=ids, mm_encoder_outputs={"image": rows.gathered(shown)}, **types, use_cache=False)
     return ProbePrompt(ids, {"rows": rows, "image_index": index}, native.logits.float())

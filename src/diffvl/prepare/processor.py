@@ -37,11 +37,12 @@ _DESCRIPTIONS = ("preprocessor_config.json", "tokenizer_config.json", "config.js
 @dataclass(frozen=True)
 class NativeFacts:
     """What a model is told of its processor. image_token_id: the token that shows a row of an image. image_inputs: names of the
-    pixel tensors. advice: what there is to know, in words."""
+    pixel tensors. advice: what there is to know, in words. token_types: what its token types mark, "images" or "answers"."""
 
     image_token_id: int
     image_inputs: list[str]
     advice: list[str]
+    token_types: str = "images"
 
 
 def read_native_processor(
@@ -80,9 +81,10 @@ def read_native_processor(
         )
         _require_images_in_text(model, processor)
         check_template(processor.encoder)
-        return processor, require_same(model, processor, inner)
+        return processor, require_same(model, processor, inner, is_plain)
 
     own, family = tokenizer.get_chat_template(), family_of(config.model_type)
+    is_plain = family.prompt_template is not None and own == with_fixed_date(family.prompt_template)
     with _refusals(model, class_name):
         try:
             processor, advice = proven(own)
@@ -91,8 +93,8 @@ def read_native_processor(
                 raise
             log.warning("%s; the family's chat template takes its place", error)
             processor, advice = proven(with_fixed_date(family.chat_template))
-        blank = Image.new("RGB", SAMPLE)
-        facts = NativeFacts(_row_token(model, config, processor), sorted(processor.pixels([blank])), advice)
+        blank, row = Image.new("RGB", SAMPLE), _row_token(model, config, processor)
+        facts = NativeFacts(row, sorted(processor.pixels([blank])), advice, _marked(processor, row))
     if told := system_advice(processor.encoder):
         facts.advice.append(told)
     return processor, facts
@@ -218,3 +220,12 @@ def _row_token(model: str, config: PretrainedConfig, processor: DiffVLProcessor)
             f"{model}: an image is one token in the text, so it is shown to the model in another way than by tokens", PROCESSOR
         )
     return token
+
+
+def _marked(processor: DiffVLProcessor, row_token: int) -> str:
+    """Tells what the processor's token types mark, as `DiffVLConfig` names it."""
+    assert processor.images is not None
+    inputs = processor.images.inputs(Image.new("RGB", SAMPLE))
+    types = [value for name, value in inputs.items() if name.endswith("token_type_ids")]
+    shows_image = inputs["input_ids"] == row_token
+    return "answers" if any(not bool(value[shows_image].any()) for value in types) else "images"

@@ -19,20 +19,22 @@ log = logging.getLogger(__name__)
 SIZES = ((90, 120), (140, 64), (56, 56))  # height and width of the images
 
 
-def require_same(model: str, processor: DiffVLProcessor, inner: Any) -> list[str]:
+def require_same(model: str, processor: DiffVLProcessor, inner: Any, is_plain: bool = False) -> list[str]:
     """Compares chats.
 
     Args:
         inner: the checkpoint's own processor.
+        is_plain: it has no chat template, and writes around a question by itself what one would write.
     Returns:
         what could not be compared, or differs for several images in one chat, in words.
     Raises:
         UnsupportedModelError: if a chat with one image or none has other tokens or other pixels.
     """
     advice = []
-    for name, chat in chats().items():
+    for name, whole in chats().items():
+        chat = whole[:1] if is_plain else whole
         try:
-            native = _native(inner, processor, chat)
+            native = _plain(inner, processor, chat) if is_plain else _native(inner, processor, chat)
         except (ImportError, *FAULTS) as error:
             advice.append(f"its own processor could not be asked about a chat with {name} ({first_line(error)})")
             continue
@@ -77,6 +79,14 @@ def _native(inner: Any, processor: DiffVLProcessor, chat: list[dict[str, Any]]) 
         return_dict=True,
         return_tensors="pt",
     )
+
+
+def _plain(inner: Any, processor: DiffVLProcessor, chat: list[dict[str, Any]]) -> Any:
+    """Asks it with the text of a question, an image's token in its place."""
+    parts = chat[0]["content"]
+    text = "".join(part.get("text", processor.image_token) for part in parts)
+    images = [part["image"] for part in parts if part["type"] == "image"]
+    return inner(text=[text], images=[images] if images else None, return_tensors="pt")
 
 
 def _flat(inner: Any, processor: DiffVLProcessor, chat: list[dict[str, Any]]) -> Any:
