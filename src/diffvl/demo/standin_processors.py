@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -184,6 +185,14 @@ LOOKS: dict[str, Look] = {
         "",
         ("<image>", *EXTRA_TOKENS),
         base="gemma2",
+    ),
+    # A space between an image and a word; one token between two images that stand side by side.
+    "idefics2": Look(
+        "Idefics2Processor",
+        lambda: Idefics2ImageProcessorPil(do_image_splitting=False, size={"shortest_edge": IMAGE // 2, "longest_edge": IMAGE}),
+        IDEFICS,
+        ("<end_of_utterance>", "<fake_token_around_image>", "<image>"),
+        settings={"image_seq_len": TILE_TOKENS},
     ),
     "idefics3": Look(
         "Idefics3Processor",

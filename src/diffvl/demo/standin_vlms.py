@@ -153,6 +153,11 @@ KINDS: dict[str, Kind] = {
         {"projection_dim": HIDDEN},
         {"image_token_index": "<image>"},
     ),
+    "idefics2": Kind(
+        {"model_type": "mistral", "head_dim": HEAD_DIM},
+        _square("idefics2_vision"),
+        {"perceiver_config": {"hidden_size": HIDDEN, "resampler_n_latents": TILE_TOKENS, "resampler_depth": 1}},
+    ),
     "idefics3": Kind({"model_type": "llama", "head_dim": HEAD_DIM}, _square("idefics3_vision"), {"scale_factor": 2}),
     "smolvlm": Kind({"model_type": "llama", "head_dim": HEAD_DIM}, _square("smolvlm_vision"), {"scale_factor": 2}),
 }

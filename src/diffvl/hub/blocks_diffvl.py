@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .cache_diffvl import BlockCache
-from .images_diffvl import ImageRows, answer_cells, placed_images, span_ids
+from .images_diffvl import ImageRows, answer_cells, joined, placed_images, span_ids
 from .layout_diffvl import Layout, Rope, block_end, block_index, segment_start
 
 
@@ -326,13 +326,14 @@ class Prefix:
         """Whether the images of a prompt begin with these: the same placeholders could show others."""
         if not self.pixels:
             return True
-        if self.pixels.keys() != pixels.keys():
+        if not self.pixels.keys() <= pixels.keys():
             return False
         return all(_begins_with(pixels[name], seen) for name, seen in self.pixels.items())
 
     def shows_all(self, pixels: dict[str, torch.Tensor]) -> bool:
         """Whether these are all the images of a prompt."""
-        return self.shows(pixels) and all(len(self.pixels[name]) == len(value) for name, value in pixels.items())
+        same = self.pixels.keys() == pixels.keys() and self.shows(pixels)
+        return same and all(len(self.pixels[name]) == len(value) for name, value in pixels.items())
 
     def taken(self, count: int, pixels: dict[str, torch.Tensor]) -> "Prefix":
         """The first `count` tokens of it for a prompt with these images; it is used up by that.
@@ -348,5 +349,10 @@ class Prefix:
 
 
 def _begins_with(tensor: torch.Tensor, start: torch.Tensor) -> bool:
-    """Whether a tensor begins, along dim 0, with another."""
-    return tensor.shape[1:] == start.shape[1:] and torch.equal(tensor[: len(start)], start)
+    """Whether a tensor begins, along dim 0, with another; either may be filled up with zeros to the size of larger images."""
+    first = tensor[: len(start)]
+    if first.dim() != start.dim() or len(first) != len(start):
+        return False
+    if first.shape != start.shape:
+        first, start = joined([first, start]).chunk(2)
+    return torch.equal(first, start)

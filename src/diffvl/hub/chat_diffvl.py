@@ -43,6 +43,8 @@ class ImageTexts(Protocol):
 
     def of(self, size: Size) -> ImageText: ...
 
+    def in_place(self, images: list[ImageText], following: list[str]) -> list[ImageText]: ...
+
 
 @dataclass(frozen=True)
 class ChatEncoding:
@@ -186,7 +188,8 @@ class ChatEncoder:
             return [self._same_image] * found
         if found != len(sizes or ()):
             raise ValueError(f"the sizes of {len(sizes or ())} images are given for the {found} images of the chat")
-        return [self.images.of(size) for size in sizes or ()]
+        following = rendered.split(self.image_token)[1:]
+        return self.images.in_place([self.images.of(size) for size in sizes or ()], following)
 
     def _with_edges(self, rendered: str, spans: Spans, images: list[ImageText]) -> tuple[str, Spans]:
         """The chat with the plain text that some processors write beside an image, whose tokens depend on its neighbours."""

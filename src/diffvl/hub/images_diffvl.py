@@ -94,21 +94,22 @@ def join_pixels(parts: Sequence[Pixels]) -> Pixels:
     """Joins the pixels of several images or samples, in order; {} for none.
 
     Tensors are joined along dim 0 and filled up with zeros where other dims differ (tiles, height and width), as the processors
-    of such models do themselves: a size, a mask or the zeros tell those models what is real.
+    of such models do themselves: a size, a mask or the zeros tell those models what is real. What an image does not have (small
+    ones are not cut into tiles by some processors) adds nothing: a count tells such models whose it is.
 
     Raises:
-        ValueError: if the parts have other keys, or tensors of other numbers of dims.
+        ValueError: if tensors of a name have other numbers of dims.
     """
-    parts = [part for part in parts if part]
-    if not parts:
-        return {}
-    names = list(parts[0])
-    if any(set(part) != set(names) for part in parts):
-        raise ValueError(f"pixels with other keys cannot be joined: {sorted({key for part in parts for key in part})}")
-    return {name: _joined([part[name] for part in parts]) for name in names}
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: joined([part[name] for part in parts if name in part]) for name in names}
 
 
-def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+def joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Tensors along dim 0, filled up with zeros where other dims differ.
+
+    Raises:
+        ValueError: if they have other numbers of dims.
+    """
     if len({tensor.dim() for tensor in tensors}) > 1:
         raise ValueError(f"pixels of the shapes {[tuple(tensor.shape) for tensor in tensors]} cannot be joined")
     sizes = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
@@ -127,6 +128,10 @@ class OwnImages:
         self.model, self.config = model, model.config
 
     has_axes = False
+
+    def takes(self, name: str) -> bool:
+        """Whether a tensor of this name says what the images are."""
+        return name == "pixel_values"
 
     def encode(self, pixels: Pixels) -> ImageRows:
         """Images [N, 3, S, S] -> their rows [N * P, H]."""
@@ -162,19 +167,25 @@ class NativeImages:
         """Whether the source numbers its tokens by a rule of its own (M-RoPE)."""
         return hasattr(self.body, "get_rope_index")
 
+    @property
+    def encoder(self) -> Any:
+        return getattr(self.body, "get_image_features", None) or stock(self.source).get_image_features
+
+    def takes(self, name: str) -> bool:
+        """Whether a tensor of this name says what the images are, of all images or of some."""
+        return name in inspect.signature(self.encoder).parameters
+
     def encode(self, pixels: Pixels) -> ImageRows:
         """The images as the source's own vision part sees them; without a graph if it is frozen."""
-        encoder = getattr(self.body, "get_image_features", None) or stock(self.source).get_image_features
-        known = inspect.signature(encoder).parameters
         dtype = self.source.get_input_embeddings().weight.dtype
         given = {
             name: value.to(dtype) if value.is_floating_point() and name.startswith("pixel") else value
             for name, value in pixels.items()
-            if name in known
+            if self.takes(name)
         }
         trains = any(parameter.requires_grad for parameter in vision_parameters(self.source).values())
         with nullcontext() if trains else torch.no_grad():
-            output = encoder(**given, return_dict=True)
+            output = self.encoder(**given, return_dict=True)
         return ImageRows(output, _counts(output))
 
     def arguments(self, ids: torch.Tensor, rows: ImageRows | None, image_index: torch.Tensor | None) -> dict[str, Any]:

@@ -196,10 +196,10 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
             ValueError: for one that this model does not know, if only some are given, and for another number of image_sizes.
         """
         names = self.config.image_inputs
-        unknown = [name for name, value in given.items() if name not in names and name != "image_sizes" and value is not None]
-        if unknown:
+        further = [name for name in given if name not in (*names, "image_sizes") and given[name] is not None]
+        if unknown := [name for name in further if not self.images.takes(name)]:
             raise ValueError(f"{unknown[0]} is not known here; expected images as {', '.join(names)}")
-        found = {name: given[name] for name in names if given.get(name) is not None}
+        found = {name: given[name] for name in (*names, *further) if given.get(name) is not None}
         if not found.keys() - {"image_sizes"}:
             return {}
         if missing := [name for name in names if name not in found]:

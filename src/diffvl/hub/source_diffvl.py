@@ -7,6 +7,7 @@ same tokens and the same pixels wherever it stands, in training and in decoding.
 The tokens of an image follow from its size: they are taken from a blank image of that size, once.
 """
 
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -19,6 +20,7 @@ from .seen_diffvl import Size
 
 MAX_SIZES = 16_384  # remembered; their texts are far fewer
 SAMPLE: Size = (64, 64)
+GAPS = ("", " ")  # what a processor may write between an image and a text
 # What calling the processor may raise for an image that it is not made for.
 FAULTS = (TypeError, ValueError, ArithmeticError, AttributeError, LookupError)
 # What stands in its results beside the pixels: one value a token, or where texts were replaced.
@@ -80,15 +82,20 @@ class SourceImages:
     Args:
         processor: what `build_processor` gave.
         first_ids, first_text: see `ImageTexts`.
+    Attributes:
+        rewrites_texts: whether the processor may write something around images that depends on the text there.
     """
 
     def __init__(self, processor: Any, first_ids: list[int], first_text: str) -> None:
         self.processor, self.first_ids, self.first_text = processor, first_ids, first_text
-        self.placeholder = placeholder_of(processor)
+        self.placeholder = str(placeholder_of(processor))
         self._backend: Any = processor.tokenizer.backend_tokenizer
         self._walls = walls_of(processor.tokenizer)
         self._by_size: dict[Size, ImageText] = {}
         self._by_text: dict[str, ImageText] = {}
+        self._gaps: dict[str, str] = {}
+        self._overlap: int | None = None
+        self.rewrites_texts = False
         vocabulary = processor.tokenizer.convert_ids_to_tokens(sorted(set(self.of(SAMPLE).ids)))
         self.tokens = frozenset(vocabulary) - {self.placeholder}
 
@@ -107,6 +114,49 @@ class SourceImages:
             self._by_size[size] = self._image_text(self.inputs(blank, return_text_replacement_offsets=True))
         return self._by_size[size]
 
+    def in_place(self, images: list[ImageText], following: list[str]) -> list[ImageText]:
+        """The images of a chat, each before the text that follows it: what is written between an image and a word, and what two
+        images write once if nothing stands between them, is part of them.
+
+        Raises:
+            ImageRefusedError: if the processor writes something else there.
+        """
+        if not self.rewrites_texts:
+            return images
+        placed, cut = [], 0
+        for number, (image, text) in enumerate(zip(images, following, strict=True)):
+            begin = len(image.before)
+            end = begin + len(self.processor.tokenizer.decode(image.ids[:cut]))
+            gap = self._gap(text[:1]) if text else ""
+            written = image.text[:begin] + image.text[end:] + gap
+            placed.append(replace(image, text=written, ids=image.ids[cut:], after=image.after + gap))
+            cut = self._shared() if not text and number + 1 < len(images) else 0
+        return placed
+
+    def _gap(self, sign: str) -> str:
+        """What the processor writes between an image and a text that begins with this sign."""
+        if sign not in self._gaps:
+            ids, alone = self._ids(self.placeholder + sign, 1), self.of(SAMPLE).text
+            fitting = [gap for gap in GAPS if self._backend.encode(alone + gap + sign, add_special_tokens=False).ids == ids]
+            if not fitting:
+                raise ImageRefusedError(
+                    f"{type(self.processor).__name__} changes a text that begins with {sign!r} behind an image"
+                )
+            self._gaps[sign] = fitting[0]
+        return self._gaps[sign]
+
+    def _shared(self) -> int:
+        """How many tokens at the end of an image are also the first of another one right behind it."""
+        if self._overlap is None:
+            alone, both = self.of(SAMPLE).ids, self._ids(2 * self.placeholder, 2)
+            fitting = [count for count in range(len(alone)) if alone + alone[count:] == both]
+            if not fitting:
+                raise ImageRefusedError(
+                    f"{type(self.processor).__name__} writes two images, side by side, in another way than one"
+                )
+            self._overlap = fitting[0]
+        return self._overlap
+
     def pixels(self, image: Any) -> Pixels:
         """The pixel tensors of one image.
 
@@ -122,17 +172,26 @@ class SourceImages:
         Raises:
             ImageRefusedError: if it does not take it.
         """
+        return self._call(self.placeholder, [image], **settings)
+
+    def _call(self, text: str, images: list[Any], **settings: Any) -> Any:
         arguments = {"add_special_tokens": False, "return_tensors": "pt", "verbose": False, **settings}
         try:
-            return self.processor(text=[self.placeholder], images=[image], **arguments)
+            return self.processor(text=[text], images=images, **arguments)
         except FAULTS as error:
-            size = "x".join(map(str, getattr(image, "size", ())))
+            size = "x".join(map(str, getattr(images[0], "size", ())))
             raise ImageRefusedError(f"{type(self.processor).__name__} refuses an image of {size} pixels: {error}") from error
+
+    def _ids(self, text: str, images: int) -> list[int]:
+        height, width = SAMPLE
+        blank = Image.new("RGB", (width, height))
+        return [int(one) for one in self._call(text, [blank] * images)["input_ids"][0]]
 
     def _image_text(self, inputs: Any) -> ImageText:
         """Splits what the processor wrote into added tokens, with all between them, and plain text around them."""
         ids = [int(one) for one in inputs["input_ids"][0]]
         told = inputs.get("text_replacement_offsets")
+        self.rewrites_texts = not told
         text = told[0][0]["replacement"] if told else self.processor.tokenizer.decode(ids)
         if text in self._by_text:
             return self._by_text[text]

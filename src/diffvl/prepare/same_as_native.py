@@ -65,7 +65,7 @@ def chats() -> dict[str, list[dict[str, Any]]]:
         "several images": [
             {"role": "user", "content": [first, {"type": "text", "text": "and "}, second, asked]},
             answered,
-            {"role": "user", "content": [{"type": "text", "text": "And this?"}, third]},
+            {"role": "user", "content": [{"type": "text", "text": "And these?"}, third, first]},
         ],
     }
 
