@@ -36,7 +36,7 @@ def test_token_by_token_is_the_sources_own_and_encodes_images_once(
     stock: Any = AutoModelForImageTextToText.from_pretrained(source(model_type)).eval()
     inputs = processor.apply_chat_template([SHORT, LONG], tokenize=True, add_generation_prompt=True)
     ids, mask, pixels = inputs["input_ids"], inputs["attention_mask"], pixels_in(inputs)
-    types = token_types(stock, ids, model.config.image_token_id, model.config.token_types)
+    types = token_types(stock, ids, model.config.image_token_id, None, model.config.token_types)
     length, never = ids.shape[1], [model.config.image_token_id, *model.config.placeholder_ids]
     expected = stock.generate(ids, attention_mask=mask, **pixels, **types, max_new_tokens=8, suppress_tokens=never)[:, length:]
     images: Any = model.images

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from diffvl.demo.standin_processors import LOOKS, PROCESSORS, processor_tokenizer
 from diffvl.hub import source_diffvl
 from diffvl.hub.chat_diffvl import ChatEncoding
-from diffvl.hub.images_diffvl import join_pixels
+from diffvl.hub.pixels_diffvl import join_pixels
 from diffvl.hub.processing_diffvl import DiffVLProcessor, pixels_in
 from diffvl.hub.source_diffvl import ImageRefusedError, build_processor, placeholder_of
 from diffvl.store.checkpoint import HUB, HUB_FILES, PROCESSOR_MAP

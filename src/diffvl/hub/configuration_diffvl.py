@@ -39,6 +39,7 @@ class DiffVLConfig(PreTrainedConfig):
         image_size: pixels per side of the square image that the tower sees.
         image_token_id, mask_token_id: rows of the trunk's embedding.
         image_inputs: names of the tensors that say what the images are, as `forward` and `generate` take them.
+        video_token_id, video_inputs: the same of videos, where the model has a token of its own for them.
         image_attention: how clean image tokens see each other, one of IMAGE_ATTENTION.
         token_types: what the token types mark that a source's forward takes, "images" or "answers".
         masks_at: where the source takes a mask for each kind of its layers: its "forward", or only its "text_part".
@@ -73,6 +74,8 @@ class DiffVLConfig(PreTrainedConfig):
         vocabulary_size: int = 0,
         stop_token_ids: list[int] | None = None,
         image_inputs: list[str] | None = None,
+        video_token_id: int | None = None,
+        video_inputs: list[str] | None = None,
         image_attention: str = "causal",
         token_types: str = "images",
         masks_at: str = "forward",
@@ -99,6 +102,8 @@ class DiffVLConfig(PreTrainedConfig):
         self.vocabulary_size = vocabulary_size
         self.stop_token_ids = list(stop_token_ids or [])
         self.image_inputs = list(image_inputs or ["pixel_values"])
+        self.video_token_id = video_token_id
+        self.video_inputs = list(video_inputs or [])
         self.image_attention = image_attention
         self.token_types = token_types
         self.masks_at = masks_at
@@ -128,6 +133,8 @@ class DiffVLConfig(PreTrainedConfig):
         settings = super().to_dict()
         if self.source_config is not None:
             settings.pop("text_config", None)
+        if self.video_token_id is None:
+            settings = {name: value for name, value in settings.items() if name not in ("video_token_id", "video_inputs")}
         return settings
 
     @property
