@@ -7,6 +7,8 @@ time, so each is the same tokens and the same pixels wherever it stands, in trai
 The tokens follow from the size: they are taken from a blank image of that size, or from frames without pixels, once.
 """
 
+import importlib
+import sys
 from dataclasses import replace
 from types import FunctionType
 from typing import Any
@@ -59,7 +61,7 @@ def build_processor(
         ValueError: if transformers has no such class here.
         ImportError, TypeError, AttributeError: by the class itself, if a setting or a token is missing.
     """
-    found = getattr(transformers, class_name, None)
+    found: Any = processor_class(class_name)
     if found is None or getattr(found, "is_dummy", False):
         raise ValueError(f"transformers has no {class_name} here" + (": it needs torchvision" if found is not None else ""))
     present = {"image_processor": image_processor, "tokenizer": tokenizer, "video_processor": video_processor}
@@ -72,6 +74,28 @@ def build_processor(
 
     made = type(class_name, (found,), {"check_argument_for_proper_class": check, "__init__": _without_packages(found.__init__)})
     return made(**parts, **settings)
+
+
+def processor_class(name: str) -> Any:
+    """The class of transformers with this name; None, or one that says `is_dummy`, where there is none here.
+
+    transformers hides some where torchvision is not installed, although their images have a form by Pillow: all that they take
+    from the module of the other form stands in that of this one, which is put in its place for the import.
+    """
+    found = getattr(transformers, name, None)
+    if not getattr(found, "is_dummy", False):
+        return found
+    module = str(getattr(found, "__module__", ""))
+    folder, _, family = module.rpartition(".processing_")
+    other = f"{folder}.image_processing_{family}"
+    try:
+        by_pillow = importlib.import_module(f"{folder}.image_processing_pil_{family}")
+        sys.modules[other] = by_pillow
+        return getattr(importlib.import_module(module), name)
+    except ImportError:
+        return found
+    finally:
+        sys.modules.pop(other, None)
 
 
 def _without_packages(init: Any) -> Any:

@@ -21,7 +21,7 @@ from diffvl.config.families import family_of
 from diffvl.config.recipe import Video
 from diffvl.errors import CheckpointError, UnsupportedModelError, first_few, first_line
 from diffvl.hub.processing_diffvl import BACKEND, DiffVLProcessor
-from diffvl.hub.source_diffvl import FAULTS, SAMPLE, build_processor, placeholder_of
+from diffvl.hub.source_diffvl import FAULTS, SAMPLE, build_processor, placeholder_of, processor_class
 from diffvl.hub.template_diffvl import Visual, with_fixed_date
 from diffvl.prepare.image_size import limit_pixels
 from diffvl.prepare.same_as_native import require_same
@@ -78,7 +78,8 @@ def read_native_processor(
     tokenizer = load_tokenizer(model, config.model_type, trust_remote_code, revision, template)
     with _refusals(model, class_name):
         inner = _inner(class_name, settings, image_processor, tokenizer)
-    source = {"class": class_name, "settings": settings, "first_tokens": _first_tokens(tokenizer), "backend": BACKEND}
+    source = {"class": class_name, "settings": settings, "first_tokens": _first_tokens(tokenizer)}
+    source["backend"] = backend = getattr(image_processor, "backend", BACKEND)
 
     def proven(template: str) -> tuple[DiffVLProcessor, list[str]]:
         tokenizer.chat_template = template
@@ -105,7 +106,9 @@ def read_native_processor(
         token_types = _marked(processor, image_id)
     if told := system_advice(processor.encoder):
         advice.append(told)
-    part = read_video_part(model, revision, getattr(transformers, class_name), video or Video())
+    if backend != BACKEND:
+        advice.append("its images are resized by torchvision, which must be installed wherever the checkpoint is used")
+    part = read_video_part(model, revision, processor_class(class_name), video or Video())
     taken = with_videos(processor, part, config, image_id, image_inputs)
     if taken.reason:
         advice.append(f"it is converted without videos: {taken.reason}")
@@ -136,7 +139,7 @@ def _described(model: str, revision: str | None, model_type: str) -> tuple[str, 
     for file in _DESCRIPTIONS:
         name = name or (settings_in(model, file, revision) or {}).get("processor_class")
     name = str(name or PROCESSOR_MAPPING_NAMES.get(model_type) or model_type)
-    found: Any = getattr(transformers, name, None)
+    found: Any = processor_class(name)
     is_dummy = getattr(found, "is_dummy", False)
     if not is_dummy and not (isinstance(found, type) and issubclass(found, ProcessorMixin)):
         raise UnsupportedModelError(
@@ -151,25 +154,20 @@ def _described(model: str, revision: str | None, model_type: str) -> tuple[str, 
 
 
 def _image_processor(model: str, revision: str | None) -> Any:
-    """Loads the image processor that resizes with Pillow."""
+    """Loads the image processor that resizes with Pillow; with torchvision only where it has no such form."""
     try:
         found: Any = AutoImageProcessor.from_pretrained(model, backend=BACKEND, revision=revision or "main")
     except (OSError, ValueError, ImportError) as error:
         if "torchvision" in str(error):
             raise UnsupportedModelError(
-                f"{model}: its image processor needs torchvision: transformers has no form of it that works with Pillow",
+                f"{model}: its image processor needs torchvision: transformers has no form of it that works with Pillow; install "
+                "torchvision, here and wherever the checkpoint will be used",
                 PROCESSOR,
             ) from error
         raise CheckpointError(
             f"{model}: it has no image processor that can be read; expected a preprocessor_config.json beside the weights "
             f"({first_line(error)})"
         ) from error
-    if getattr(found, "backend", BACKEND) != BACKEND:
-        raise UnsupportedModelError(
-            f"{model}: its image processor ({type(found).__name__}) has no form that works with Pillow, and pixels would differ "
-            "between machines",
-            PROCESSOR,
-        )
     return found
 
 
