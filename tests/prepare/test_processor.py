@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from native_processors import chat, image, native, read
 from transformers import AutoTokenizer, ProcessorMixin
-from transformers.utils import is_torchvision_available
+from transformers.utils.import_utils import is_torchvision_available
 
 from diffvl.config.recipe import Prepare
 from diffvl.demo import standin_processors as standins

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from transformers import AutoImageProcessor, BatchFeature, ProcessorMixin
-from transformers.utils import is_torchvision_available
+from transformers.utils.import_utils import is_torchvision_available
 
 from .chat_diffvl import ChatEncoder, ChatEncoding, arranged
 from .clips_diffvl import ClipSize, Sampler
