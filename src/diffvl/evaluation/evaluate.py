@@ -17,9 +17,11 @@ from diffvl.config.objectives import ArObjective, BlockDiffusionObjective, Objec
 from diffvl.config.recipe import Data
 from diffvl.data.content import pieces_between
 from diffvl.data.images import open_image
-from diffvl.data.loader import SampleDataset, batches_of
+from diffvl.data.loader import batches_of
+from diffvl.data.mixture import Mixture
 from diffvl.data.problems import Problem, advice_on, as_error, is_forgiven
 from diffvl.data.records import Record, iterate_records
+from diffvl.data.sample_dataset import SampleDataset
 from diffvl.data.samples import Sample, collate, messages_of, on_device
 from diffvl.data.table import open_records
 from diffvl.data.textscore import edit_similarity, is_exact
@@ -158,7 +160,7 @@ def own_objective(config: DiffVLConfig) -> Objective:
 
 
 def held_out_answers(
-    decoder: Decoder, held_out: SampleDataset, data: Data, settings: DecodeSettings, console: Console
+    decoder: Decoder, held_out: SampleDataset | Mixture, data: Data, settings: DecodeSettings, console: Console
 ) -> list[dict[str, Any]]:
     """Answers of a model on a few held-out records (the first question of each), for the report.
 
@@ -186,7 +188,7 @@ def held_out_answers(
     return answered
 
 
-def _chosen(held_out: SampleDataset, data: Data) -> list[Record]:
+def _chosen(held_out: SampleDataset | Mixture, data: Data) -> list[Record]:
     """Gives up to NUM_SAMPLES records from all over the set; those that cannot be used are left out, by the rule of
     `on_error`."""
     count = min(NUM_SAMPLES, len(held_out))
