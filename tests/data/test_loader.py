@@ -15,7 +15,7 @@ from shared_fixtures import Loaded
 from tiny_runs import record, write_data
 
 from diffvl.config.recipe import MAX_SKIPPED, Data
-from diffvl.data import loader, packing
+from diffvl.data import loader, packing, sample_dataset
 from diffvl.data.loader import StageData, check_images, load_data, num_workers
 from diffvl.data.problems import Problem
 from diffvl.data.samples import NO_SAMPLE, PROBLEMS, TOO_LONG, Sample, collate, is_filler
@@ -39,7 +39,7 @@ def processor(loaded: Callable[[str], Loaded]) -> DiffVLProcessor:
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The places of the records that this process encodes from now on."""
     seen: list[str] = []
-    for module in (packing, loader.sample_of.__globals__):
+    for module in (packing, sample_dataset.sample_of.__globals__):
         names = module if isinstance(module, dict) else vars(module)
         encode = names["encode_record"]
         counted = lambda one, *rest, encode=encode: (seen.append(one.source), encode(one, *rest))[1]  # noqa: E731
