@@ -89,7 +89,7 @@ def test_a_rule_that_fails_beyond_the_window_is_no_rule(loaded: Callable[[str], 
     """Gemma's rule is found; where none holds on a span longer than the window, the short ones do not decide."""
     model, processor = loaded("gemma3")
     model, known = copy.deepcopy(model), model.config.mask_token_id
-    prompts = [native.answered(model.source, processor, model.config.image_token_id, shown) for shown in native.probe_images()]
+    prompts = [native.answered(model.source, processor, shown, model.config.image_token_id) for shown in native.probe_images()]
     assert native.find_image_attention(model, prompts, known) < 1e-4 and model.config.image_attention == "runs"
     whole = native._long_span
 
