@@ -4,6 +4,7 @@ An Arrow file is mapped into memory, so a cell costs what it weighs. A Parquet f
 cell in its row group is decoded too. Files stay open, the most recent ones; none of their contents are kept.
 """
 
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -12,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffvl.data.problems import UNREADABLE
-from diffvl.errors import DataError
+from diffvl.errors import DataError, first_line
 
 _MOST_OPEN = 32  # files
 _AT_ONCE = 16  # rows decoded at a time
+_LFS = b"version https://git-lfs"
 
 
 @lru_cache(maxsize=_MOST_OPEN)
@@ -46,11 +48,12 @@ def open_arrow(file: str) -> pa.Table:
 
 
 def damaged(file: str, kind: str, error: Exception) -> DataError:
-    """Tells of a table that cannot be read."""
-    told = str(error).splitlines()[0]
-    return DataError(
-        f"{file}: is no {kind} file, or a damaged one ({told}); fetch it again", "file cannot be read", ends=True
-    )
+    """Tells of a file that cannot be read as what its name says."""
+    told = f"is no {kind} file, or a damaged one ({first_line(error)}); fetch it again"
+    with suppress(OSError), open(file, "rb") as head:
+        if head.read(len(_LFS)) == _LFS:
+            told = "is a pointer to a file that Git LFS keeps: fetch the file itself (git lfs pull)"
+    return DataError(f"{file}: {told}", "file cannot be read", ends=True)
 
 
 @lru_cache(maxsize=1)  # a record's images are asked for one after the other

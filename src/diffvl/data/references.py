@@ -82,8 +82,8 @@ def portable(name: str, images_below: str) -> str:
     parts = parts_of(name)
     if parts is None:
         return name.removeprefix(images_below)
-    kind, _, place, steps = parts
-    return str(place) if kind == "zip" else "/".join(map(str, steps))
+    kind, file, place, steps = parts
+    return f"{file}/{place}".removeprefix(images_below) if kind == "zip" else "/".join(map(str, steps))
 
 
 def is_there(name: str) -> bool:

@@ -3,6 +3,7 @@ looked at here, but for the list of a data set's own parts.
 """
 
 import glob
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -98,8 +99,7 @@ def find_source(settings: DataSource, streaming: bool = False) -> Source:
     source = _found(settings, streaming)
     if source.kind == TAR and not streaming:
         raise DataError(
-            f"{source.path}: a tar is read from front to back: set data.streaming=true and stage.steps in place of epochs, or unpack "
-            "it",
+            f"{source.path}: a tar is read from front to back: set data.streaming=true (and steps in place of epochs), or unpack it",
             KIND,
         )
     if not streaming and any(is_remote(file) for file in source.files):
@@ -192,13 +192,25 @@ def _of_folder(settings: DataSource) -> Source:
     root = Path(settings.path)
     if (root / "state.json").is_file():
         _refuse_parts(settings)
-        return _of_files(settings, _saved_files(root), root)
+        return _of_files(settings, _saved_files(root), root.absolute())
+    if (root / "dataset_dict.json").is_file():
+        if settings.subset is not None:
+            raise DataError(f"data.subset has no effect on {root}, which `save_to_disk` has written: remove it", KIND)
+        split = _split(settings, _saved_splits(root))
+        return _of_files(settings, _saved_files(root / split), root.absolute())
     builder = _builder(settings, os.path.abspath(root))
     kind = _MODULES.get(builder.name) if builder is not None else None
     if builder is None or kind in (None, JSON):
         check_path(root)  # it has the words for a folder
     files = _files_of_split(builder, settings)
     return _of_files(settings, files, root.absolute())
+
+
+def _saved_splits(root: Path) -> list[str]:
+    try:
+        return list(json.loads((root / "dataset_dict.json").read_text(encoding="utf-8"))["splits"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{root}: a data set that cannot be opened ({first_line(error)})", KIND) from error
 
 
 def _saved_files(root: Path) -> list[str]:
@@ -247,9 +259,17 @@ def _builder(settings: DataSource, name: str) -> Any:
 
 def _files_of_split(builder: Any, settings: DataSource) -> list[str]:
     splits = {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
-    split = settings.split or (_DEFAULT_SPLIT if _DEFAULT_SPLIT in splits else next(iter(splits), None) if len(splits) == 1 else None)
-    if split is None or split not in splits:
-        asked = f"no split {split!r}" if split is not None else "which split is to be read?"
+    return splits[_split(settings, list(splits))]
+
+
+def _split(settings: DataSource, splits: Sequence[str]) -> str:
+    """Chooses which part of a data set is read. Raises DataError if it has no such part, or several and no default."""
+    split = settings.split
+    if split is None:
+        split = _DEFAULT_SPLIT if _DEFAULT_SPLIT in splits else splits[0] if len(splits) == 1 else None
+    if split not in splits:
+        asked = "which split is to be read?" if split is None else f"no split {split!r};"
         there = ", ".join(first_few(sorted(splits), 20)) or "none"
-        raise DataError(f"{settings.path}: {asked}; set data.split to one of: {there}", KIND)
-    return splits[split]
+        raise DataError(f"{settings.path}: {asked} set data.split to one of: {there}", KIND)
+    assert split is not None
+    return split

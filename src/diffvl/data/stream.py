@@ -186,11 +186,10 @@ class _SourceStream:
         self.stream, self.streams, self.position = stream, streams, position
         self.columns = ColumnNames(source.settings.columns)
         self.reader = RecordReader(source.images(), dataset.data.unpaired_turns)
-        # So many streams read a file that all have files, and about the same number; each takes its share of the file's rows.
+        # So many streams share a file, each taking some of its rows, that all of them have the same number of parts, or many.
         files = len(source.files)
-        self.sharing = 1 if files >= _PARTS_PER_STREAM * streams else math.ceil(_PARTS_PER_STREAM * streams / files)
-        if files * streams // math.gcd(files, streams) <= files * self.sharing:
-            self.sharing = streams // math.gcd(files, streams)
+        even, enough = streams // math.gcd(files, streams), math.ceil(_PARTS_PER_STREAM * streams / files)
+        self.sharing = min(even, enough)
 
     def rows(self) -> Iterator[tuple[list[Sample | Problem], Position]]:
         """Gives the rows from the position on, each with the position after it."""
@@ -221,7 +220,7 @@ class _SourceStream:
             if window:
                 yield window, start
             if not found:
-                yield [self._problem(0, 0, f"no records in it for stream {self.stream + 1} of {self.streams}")], start
+                yield [self._problem(0, 0, f"fewer records than the {self.streams} loader processes that share them: set data.workers")], start
             epoch, unit, first = epoch + 1, 0, 0
 
     def _epoch(self, epoch: int, unit: int, first: int) -> Iterator[tuple[int, int, "_Item"]]:
@@ -233,7 +232,8 @@ class _SourceStream:
                 for number, row in self._read(file, Part(start, share, self.sharing)):
                     yield place, number, self._item(row, file, number)
             except DataError as error:  # of the file as a whole
-                yield place, number, self._problem(file, number, str(error))
+                message = str(error).removeprefix(f"{self.source.files[file]}: ")
+                yield place, number, self._problem(file, number, message)
 
     def _units(self, epoch: int) -> list[tuple[int, int]]:
         """Gives this stream's (file, share of its rows) of an epoch."""

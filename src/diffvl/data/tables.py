@@ -3,6 +3,7 @@ their bytes: a set of a hundred gigabytes is opened by reading its text.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -23,27 +24,45 @@ _IMAGES = ("image", "images")
 
 def parquet_rows(file: str, name: str, columns: ColumnNames, held: bool, part: Part) -> Iterator[tuple[int, Row]]:
     """Reads a Parquet file; see `ReadRows`. Row groups that hold nothing to read are not decoded."""
-    opened = _open_stream(file) if is_remote(file) else open_parquet(file)[0]
-    schema = opened.schema_arrow
-    columns.require_all(schema.names, file)
-    wanted, images = _chosen(schema, columns, file)
-    leaves = _leaves(opened, wanted, images, held)
-    # Bytes without a path beside them are read to know which are there.
-    heavy = bool(images) and (held or any(leaf in images or leaf.endswith((".element", ".item")) for leaf in leaves))
-    size = _ROWS_OF_IMAGES if heavy else _ROWS_OF_TEXT
-    reader = _Cells(file, name, "parquet", columns, images, held)
-    first = 0
     try:
-        for group in range(opened.num_row_groups):
-            count = opened.metadata.row_group(group).num_rows
-            if first + count > part.start:
-                start = first
-                for batch in opened.iter_batches(size, [group], leaves, use_threads=False):
-                    yield from reader.rows(batch, start, part)
-                    start += len(batch)
-            first += count
+        with _opened(file, held) as opened:
+            columns.require_all(opened.schema_arrow.names, file)
+            wanted, images = _chosen(opened.schema_arrow, columns, file)
+            reader = _Cells(file, name, "parquet", columns, images, held)
+            for batch, start in _batches(opened, _leaves(opened, wanted, images, held), images, held, part.start):
+                yield from reader.rows(batch, start, part)
     except (pa.ArrowException, OSError) as error:
         raise damaged(file, "Parquet", error) from error
+
+
+_BUFFER = 1 << 20  # bytes
+
+
+@contextmanager
+def _opened(file: str, held: bool) -> Iterator[pq.ParquetFile]:
+    """Opens a file; what is read from front to back is read page by page, not a row group at a time."""
+    if not held and not is_remote(file):
+        yield open_parquet(file)[0]
+        return
+    with open_binary(file) as raw:
+        yield pq.ParquetFile(raw, buffer_size=_BUFFER, pre_buffer=False)
+
+
+def _batches(
+    opened: pq.ParquetFile, leaves: list[str], images: list[str], held: bool, start: int
+) -> Iterator[tuple[pa.RecordBatch, int]]:
+    """Gives batches of rows, each with the number of its first; row groups that end before `start` are not decoded."""
+    # Bytes without a path beside them are read to know which are there.
+    heavy = bool(images) and (held or any(leaf in images or leaf.endswith((".element", ".item")) for leaf in leaves))
+    size, first = _ROWS_OF_IMAGES if heavy else _ROWS_OF_TEXT, 0
+    for group in range(opened.num_row_groups):
+        count = opened.metadata.row_group(group).num_rows
+        inside = first
+        if first + count > start:
+            for batch in opened.iter_batches(size, [group], leaves, use_threads=False):
+                yield batch, inside
+                inside += len(batch)
+        first += count
 
 
 def arrow_rows(file: str, name: str, columns: ColumnNames, held: bool, part: Part) -> Iterator[tuple[int, Row]]:
@@ -59,13 +78,6 @@ def arrow_rows(file: str, name: str, columns: ColumnNames, held: bool, part: Par
         for batch in table.slice(start, size).select(wanted).to_batches():
             yield from reader.rows(batch, start, part)
             start += len(batch)  # noqa: PLW2901  # a slice may lie in several batches
-
-
-def _open_stream(file: str) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(open_binary(file))
-    except (pa.ArrowException, OSError) as error:
-        raise damaged(file, "Parquet", error) from error
 
 
 # --- which columns -----------------------------------------------------------------------------------------------------------

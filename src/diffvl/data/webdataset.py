@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
+from diffvl.data.cells import damaged
 from diffvl.data.columns import ColumnNames
 from diffvl.data.inline import Steps, is_inline, with_names
 from diffvl.data.keys import is_absent
 from diffvl.data.opening import is_remote, open_binary
 from diffvl.data.references import Held, bytes_of
 from diffvl.data.rows import Part, Row
-from diffvl.errors import DataError
+from diffvl.errors import DataError, first_line
 
 _IMAGES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif"))
 _SOUNDS = frozenset(("mp4", "webm", "avi", "mov", "mkv", "wav", "mp3", "flac", "ogg"))
@@ -39,7 +40,9 @@ def tar_rows(file: str, name: str, columns: ColumnNames, held: bool, part: Part)
                     yield number, Row(place, f"{name}:{place}", _value(*sample, file, number, columns))
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         number += 1
-        told = f"the tar is damaged or cut short after its sample {number} ({error}); fetch it again"
+        if not number:
+            raise damaged(file, "tar", error) from error
+        told = f"the tar is damaged or cut short after its sample {number} ({first_line(error)}); fetch it again"
         yield number, Row(number + 1, f"{name}:{number + 1}", DataError(told, "file cannot be read", ends=True))
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy
 
 from diffvl.data.cachefolder import cache_error, cache_folder
+from diffvl.data.cells import damaged
 from diffvl.data.problems import IMAGE_MISSING, UNREADABLE
 from diffvl.errors import DataError
 from diffvl.store.files import replacing
@@ -90,7 +91,7 @@ def open_zip(file: str) -> ZipIndex:
             _write_index(cached, _read_directory(file))
         return ZipIndex(file, numpy.load(cached, mmap_mode="r"))
     except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise DataError(f"{file}: is no zip, or a damaged one ({error}); fetch it again", "file cannot be read") from error
+        raise damaged(file, "zip", error) from error
 
 
 def _write_index(cached: Path, numbers: numpy.ndarray) -> None:
