@@ -14,12 +14,13 @@ from rich.console import Console
 from transformers import PretrainedConfig
 
 from diffvl.config.families import diffusion_source, family_of, family_of_trunk, named_checkpoint, recipe_of_name, require_known
-from diffvl.config.recipe import STAGES, Lora, Recipe, StageName
+from diffvl.config.recipe import STAGES, Data, Lora, Recipe, StageName
 from diffvl.config.resolve import dump, find_recipe, read_yaml, resolve
 from diffvl.config.supported import check_supported, is_vlm, is_vlm_type
 from diffvl.conversion.diffusion import check_objectives, filled
 from diffvl.conversion.resume import is_finished, one_spelling, require_same_source, require_same_stage
 from diffvl.conversion.vlm import VLM_RECIPE, check_settings
+from diffvl.data.sources import own_settings
 from diffvl.errors import ConfigError, UsageError
 from diffvl.prepare.source import Source
 from diffvl.store import checkpoint
@@ -265,6 +266,13 @@ def describe(plan: Plan, console: Console) -> None:
             console,
             (name, "bold"),
             f" {detail}; trains {trains}{' with LoRA' if stage.lora else ''}; {length} of "
-            f"{stage.batch_size} x {stage.accumulation} samples per device, {precision(stage)}; data {stage.data.train} "
+            f"{stage.batch_size} x {stage.accumulation} samples per device, {precision(stage)}; data {data_of(stage.data)} "
             f"-> {plan.root / name}",
         )
+
+
+def data_of(data: Data) -> str:
+    """Tells in a few words what a stage is trained on."""
+    sources = own_settings(data)
+    named = [f"{one.path}{'' if one.weight is None else f' x {one.weight:g}'}" for one in sources]
+    return (" + ".join(named) or "None") + (" (streamed)" if data.streaming else "")

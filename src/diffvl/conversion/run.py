@@ -137,7 +137,7 @@ def _say_next(directory: Path, plan: Plan, console: Console) -> None:
     say(console, "\nwrote ", (str(directory), "bold"), " (a checkpoint that loads without diffvl, and report.html)")
     if plan.stages[-1:] == ("align",) and "diffuse" in plan.recipe.stages:
         say(console, "next: ", shell_line("diffvl", "convert", "--from", directory, "--stage", "diffuse", "--data", "FILE"))
-    samples = [line for line in read_json_lines(directory / "samples.jsonl") if line.get("image")]
+    samples = [line for line in read_json_lines(directory / "samples.jsonl") if Path(line.get("image") or "").is_file()]
     image, question = (samples[0]["image"], samples[0]["question"]) if samples else ("FILE", "What does the image show?")
     say(console, "next: ", shell_line("diffvl", "generate", directory, "--image", Path(image), "--prompt", question))
     say(console, "next: ", shell_line("diffvl", "evaluate", directory, "--data", "FILE"))

@@ -50,9 +50,10 @@ def data_record(data: StageData) -> dict[str, FileRecord]:
     told = [None if shares is None or len(parts) == 1 else shares.told(number) for number in range(len(parts))]
     records = [_file_record(part, share) for part, share in zip(parts, told, strict=True)]
     named = {"train": records[0]} if len(parts) == 1 else {f"train.{number}": one for number, one in enumerate(records)}
-    if data.held_out is not None and all(part.path not in [own.path for own in parts] for part in data.held_out.parts):
-        (held_out,) = data.held_out.parts
-        named["eval"] = _file_record(held_out, None)
+    opened = [part.records for part in parts if isinstance(part, SampleDataset)]
+    held_out = () if data.held_out is None else data.held_out.parts
+    if len(held_out) == 1 and all(held_out[0].records is not one for one in opened):
+        named["eval"] = _file_record(held_out[0], None)
     return named
 
 

@@ -20,7 +20,7 @@ from diffvl.data.packing import REFUSED, lengths_of, map_places
 from diffvl.data.problems import Problem, is_forgiven, require_usable
 from diffvl.data.sample_dataset import SampleDataset, problem_of
 from diffvl.data.samples import PROBLEMS, is_filler
-from diffvl.data.sources import Source, eval_settings, find_source, train_settings
+from diffvl.data.sources import Source, eval_settings, find_source, require_distinct, train_settings
 from diffvl.data.stream import StreamDataset, StreamPart
 from diffvl.data.table import RecordTables
 from diffvl.errors import ConfigError, DataError
@@ -62,24 +62,26 @@ def load_data(
         DataError: naming the records that cannot be used, by the rule of `data.on_error`.
         ConfigError: if no file is given, or the held-out share leaves nothing to train on.
     """
-    sources = train_settings(data)
+    settings = train_settings(data)
     if longest is not None and data.max_length > longest:
         raise ConfigError(
             f"data.max_length is {data.max_length}, but a sample in whole blocks may have {longest} tokens in this trunk's "
             f"context: set it to {longest} or less"
         )
-    weights = [source.weight for source in sources if source.weight is not None]
+    weights = [one.weight for one in settings if one.weight is not None]
     shares = shares_of(weights) if weights else None
     tables = tables or RecordTables(console)
     held_out = None
-    if (settings := eval_settings(data)) is not None:
+    if (of_eval := eval_settings(data)) is not None:
         unpacked = data.model_copy(update={"row_length": None})
-        held_out = open_samples(find_source(settings), unpacked, processor, console, tables)
+        held_out = open_samples(find_source(of_eval), unpacked, processor, console, tables)
+    sources = [find_source(one, data.streaming) for one in settings]
+    require_distinct(sources)
     if data.streaming:
-        return StageData(StreamDataset([find_source(one, streaming=True) for one in sources], shares, data, processor), held_out)
+        return StageData(StreamDataset(sources, shares, data, processor), held_out)
     parts, offset = [], 0
     for source in sources:
-        parts.append(open_samples(find_source(source), data, processor, console, tables, offset))
+        parts.append(open_samples(source, data, processor, console, tables, offset))
         offset += parts[-1].num_records
     if not data.holdout:
         return StageData(_joined(parts, shares), held_out)

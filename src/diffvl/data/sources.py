@@ -63,16 +63,31 @@ class Source:
 
 
 def train_settings(data: Data) -> list[DataSource]:
-    """Gives the sources of `data.train`, each with all its settings; at least one. Raises ConfigError if there is none."""
-    if data.train is None:
+    """Gives the sources of `data.train`, each with all its settings; at least one.
+
+    Raises:
+        ConfigError: there is none, or one stands there twice.
+    """
+    sources = own_settings(data)
+    if not sources:
         raise ConfigError(
             "no training data: give --data FILE (LLaVA-format .json or .jsonl, Parquet, a folder, a hub id) or set data.train in the "
             "recipe"
         )
+    places = [(source.path, source.split, source.subset) for source in sources]
+    if twice := [place for number, place in enumerate(places) if place in places[:number]]:
+        raise ConfigError(f"data.train names {twice[0][0]} twice: give it one entry, with a larger weight")
+    return sources
+
+
+def own_settings(data: Data) -> list[DataSource]:
+    """Gives the sources of `data.train`, each with all its settings; none where nothing is set."""
+    if data.train is None:
+        return []
     if isinstance(data.train, str):
-        source = DataSource(path=data.train, split=data.split, subset=data.subset)
-        return [_with_defaults(source, data)]
-    sources = [data.train] if isinstance(data.train, DataSource) else data.train
+        sources = [DataSource(path=data.train, split=data.split, subset=data.subset)]
+    else:
+        sources = [data.train] if isinstance(data.train, DataSource) else data.train
     return [_with_defaults(source, data) for source in sources]
 
 
@@ -105,6 +120,16 @@ def find_source(settings: DataSource, streaming: bool = False) -> Source:
     if not streaming and any(is_remote(file) for file in source.files):
         raise DataError(f"{source.path}: is no file of this machine: set data.streaming=true, or fetch it and give its path", KIND)
     return source
+
+
+def require_distinct(sources: Sequence[Source]) -> None:
+    """Raises ConfigError if a file would be read for two entries of `data.train`."""
+    seen: set[str] = set()
+    for source in sources:
+        files = {file if is_remote(file) else os.path.realpath(file) for file in source.files}
+        if twice := sorted(files & seen):
+            raise ConfigError(f"data.train: {twice[0]} stands in two entries: give it one, with a larger weight")
+        seen |= files
 
 
 def _found(settings: DataSource, streaming: bool) -> Source:

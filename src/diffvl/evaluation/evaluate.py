@@ -20,9 +20,11 @@ from diffvl.data.images import open_image
 from diffvl.data.loader import batches_of
 from diffvl.data.mixture import Mixture
 from diffvl.data.problems import Problem, advice_on, as_error, is_forgiven
-from diffvl.data.records import Record, iterate_records
+from diffvl.data.records import Record
 from diffvl.data.sample_dataset import SampleDataset
 from diffvl.data.samples import Sample, collate, messages_of, on_device
+from diffvl.data.source_records import iterate_source, source_at
+from diffvl.data.sources import eval_settings, own_settings
 from diffvl.data.table import open_records
 from diffvl.data.textscore import edit_similarity, is_exact
 from diffvl.decode.answer import Decoder, answer_chats, context_length, load_for_decoding
@@ -61,14 +63,20 @@ def chat_before(record: Record, turn: int) -> list[dict[str, Any]]:
 
 
 def reading_of(directory: Path, data: Path) -> Data:
-    """Tells how a checkpoint's own recipe reads a data file: `image_folder` and `unpaired_turns` of the stage whose train or eval
-    file lies in the same folder; the defaults where there is none."""
+    """Tells how a checkpoint's own recipe reads a data set: as the source of a stage that has this path, or else lies in the same
+    folder; the defaults where there is none."""
     if not (directory / checkpoint.RECIPE_FILE).is_file():
         return Data()
-    for stage in recipe_of(directory).stages.values():
-        files = [Path(file) for file in (stage.data.train, stage.data.eval) if file is not None]
-        if any(file.absolute().parent == data.absolute().parent for file in files):
-            return Data(image_folder=stage.data.image_folder, unpaired_turns=stage.data.unpaired_turns)
+    known = [
+        (source, stage.data.unpaired_turns)
+        for stage in recipe_of(directory).stages.values()
+        for source in (*own_settings(stage.data), *filter(None, [eval_settings(stage.data)]))
+    ]
+    same = [one for one in known if Path(one[0].path).absolute() == data.absolute()]
+    beside = [one for one in known if Path(one[0].path).absolute().parent == data.absolute().parent]
+    for source, unpaired_turns in (same or beside)[:1]:
+        parts = {"split": source.split, "subset": source.subset} if same else {}
+        return Data(image_folder=source.image_folder, columns=source.columns, unpaired_turns=unpaired_turns, **parts)
     return Data()
 
 
@@ -122,7 +130,7 @@ def _open(path: Path, reading: Data, limit: int | None, decoder: Decoder, consol
         table = open_records(path, reading, console, advise=False)
         samples = SampleDataset(table, path, table.usable, decoder.processor, context_length(decoder))
     else:
-        records = list(islice(iterate_records(path, reading.image_folder, reading.unpaired_turns), limit))
+        records = list(islice(iterate_source(source_at(path, reading), reading.unpaired_turns), limit))
         samples = SampleDataset(records, path, numpy.arange(len(records)), decoder.processor, context_length(decoder))
     problems = samples.problems()
     if problems:

@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from diffvl.data.images import open_image
+from diffvl.data.references import shown
 from diffvl.data.textscore import is_exact
 from diffvl.errors import DataError
 from diffvl.report.charts import draw_charts, escape
@@ -137,18 +138,18 @@ def _card(sample: dict[str, Any]) -> str:
     for name, answer in answers_of(sample):
         style, mark = ("right", "✓") if is_exact(answer, sample["truth"]) else ("wrong", "✗")
         lines.append(f'<dt>{name}</dt><dd class="{style}" title="{style}">{mark} {escape(answer) or "<i>(empty)</i>"}</dd>')
-    image = _image(Path(sample["image"])) if sample.get("image") else ""
+    image = _image(sample["image"]) if sample.get("image") else ""
     return f"<article>{image}<h3>{escape(sample['question'])}</h3><dl>{''.join(lines)}</dl></article>"
 
 
-def _image(path: Path) -> str:
+def _image(name: str) -> str:
     """Inlines the image as the model saw it, at most `IMAGE_SIDE` pixels a side. The page says so where the file is gone or
     no image."""
     try:
-        flat = open_image(str(path), "report")
+        flat = open_image(name, "report")
     except DataError as error:
-        return f"<p>image not shown ({error.kind}): {escape(str(path))}</p>"
+        return f"<p>image not shown ({error.kind}): {escape(shown(name))}</p>"
     flat.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     flat.save(buffer := io.BytesIO(), format="JPEG", quality=90)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return f'<img width="{flat.width}" height="{flat.height}" alt="{escape(path.name)}" src="data:image/jpeg;base64,{data}">'
+    return f'<img width="{flat.width}" height="{flat.height}" alt="{escape(Path(shown(name)).name)}" src="data:image/jpeg;base64,{data}">'
