@@ -20,6 +20,10 @@ from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.train.order import StepOrder
 
 
+def data_of(**settings: Any) -> Data:
+    return Data.model_validate(settings)
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -91,7 +95,7 @@ def two(folder: Path, *more: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_without_weights_each_record_is_drawn_once(tmp_path: Path, processor: DiffVLProcessor) -> None:
-    train = load_data(Data(train=two(tmp_path), max_length=400), processor, 512).train
+    train = load_data(data_of(train=two(tmp_path), max_length=400), processor, 512).train
     assert isinstance(train, Mixture) and len(train) == 8 and train.order(0) is None
     samples = [train[place][0] for place in range(8)]
     assert [sample.index for sample in samples] == list(range(8))  # type: ignore[union-attr]
@@ -102,19 +106,19 @@ def test_without_weights_each_record_is_drawn_once(tmp_path: Path, processor: Di
 
 def test_held_out_records_come_from_all_sources(tmp_path: Path, processor: DiffVLProcessor) -> None:
     sources = two(tmp_path)
-    data = load_data(Data(train=sources, max_length=400, holdout=4), processor, 512)
+    data = load_data(data_of(train=sources, max_length=400, holdout=4), processor, 512)
     assert isinstance(data.train, Mixture) and data.held_out is not None
     answers = [data.held_out.record(place).turns[-1].text for place in range(len(data.held_out))]
     assert answers == ["one 0.", "one 2.", "one 4.", "two 1."] and len(data.train) == 4
     left = [data.train.record(place).turns[-1].text for place in range(4)]
     assert not set(left) & set(answers)
     with pytest.raises(ConfigError, match="nothing is left to train on"):
-        load_data(Data(train=sources, max_length=400, holdout=8), processor, 512)
+        load_data(data_of(train=sources, max_length=400, holdout=8), processor, 512)
 
 
 def test_each_source_is_packed_by_itself(tmp_path: Path, processor: DiffVLProcessor) -> None:
     weighed = two(tmp_path, {"weight": 1}, {"weight": 3})
-    train = load_data(Data(train=weighed, max_length=400, row_length=2000), processor, 512).train
+    train = load_data(data_of(train=weighed, max_length=400, row_length=2000), processor, 512).train
     assert isinstance(train, Mixture) and train.shares == Shares((1, 3))
     packed = train.packed(2000, seed=0)
     assert isinstance(packed, Mixture)
@@ -126,7 +130,7 @@ def test_a_run_knows_the_sources_and_shares_that_it_began_with(tmp_path: Path, p
     weighed = two(tmp_path, {"weight": 1}, {"weight": 3})
 
     def opened(*sources: dict[str, Any]) -> Any:
-        return load_data(Data(train=list(sources), max_length=400), processor, 512)
+        return load_data(data_of(train=list(sources), max_length=400), processor, 512)
 
     work = tmp_path / "work"
     work.mkdir()
@@ -151,4 +155,4 @@ def test_a_run_knows_the_sources_and_shares_that_it_began_with(tmp_path: Path, p
 )
 def test_what_cannot_be_mixed(change: Any, says: str, tmp_path: Path, processor: DiffVLProcessor) -> None:
     with pytest.raises((ConfigError, DataError, ValueError), match=says):
-        load_data(Data(train=change(*two(tmp_path, {"weight": 1}, {"weight": 3})), max_length=400), processor, 512)
+        load_data(data_of(train=change(*two(tmp_path, {"weight": 1}, {"weight": 3})), max_length=400), processor, 512)

@@ -354,7 +354,11 @@ def test_content_as_parts(content: Any, keys: dict[str, Any], text: str, images:
         ([{"type": "image", "image": "a.png", "max_pixels": 9}], {}, "part 1: `max_pixels` is not supported"),
         ([{"type": "image", "image": "a.png"}, PLACE], {}, "some parts of type image have a path and some have none"),
         ([{"type": "image", "image": "a.png"}], {"image": "b.png"}, "paths both in `image` and in parts of turns"),
-        ([{"type": "image_url", "image_url": {"url": "data:text/plain,iVBOR"}}], {}, "expected an image as data:image/...;base64"),
+        (
+            [{"type": "image_url", "image_url": {"url": "data:text/plain,iVBOR"}}],
+            {},
+            "expected an image as data:image/...;base64",
+        ),
         ([{"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}], {}, "an image is a file, not a URL"),
         ([PLACE, TEXT], {}, "more <image> than images: 1 in the text, 0 in the record"),
     ],

@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import os
 import pickle
 import shutil
 import tarfile
@@ -18,20 +17,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers import random_image
-from PIL import Image
 
-from diffvl.config.recipe import Data
 from diffvl.config.sources import DataSource
-from diffvl.data import tables
 from diffvl.data.columns import ColumnNames
 from diffvl.data.images import image_size, open_image
 from diffvl.data.problems import Problem
 from diffvl.data.reading import READERS
 from diffvl.data.records import Record, RecordReader
 from diffvl.data.rows import Part
-from diffvl.data.sources import eval_settings, find_source, train_settings
+from diffvl.data.sources import find_source
 from diffvl.data.table import open_records
-from diffvl.errors import ConfigError, DataError
 
 NUM = 7
 TEXT_ONLY = 3  # the number, from 0, of a record without an image
@@ -143,7 +138,7 @@ def saved(folder: Path) -> DataSource:
 
 def saved_parts(folder: Path) -> DataSource:
     whole = datasets.Dataset.from_list(rows(struct), features=features())
-    datasets.DatasetDict(train=whole.select(range(2)), held=whole).save_to_disk(str(folder / "parts"))
+    datasets.DatasetDict({"train": whole.select(range(2)), "held": whole}).save_to_disk(str(folder / "parts"))
     return DataSource(path=str(folder / "parts"), split="held")
 
 

@@ -1,25 +1,17 @@
 """Runs that are fed by mixtures and by streams: exact on a resume, and refused where they would read other records."""
 
-import json
-import shutil
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets.config
 import pytest
-from forks import Forks
-from helpers import metrics, random_image, weights_of
+from helpers import metrics, weights_of
 from shards import write_tars
-from tiny_runs import record, write_data
-from training_runs import crash, run, two_processes
+from training_runs import crash, run
 
 from diffvl.config.recipe import Recipe
 from diffvl.config.resolve import resolve
-from diffvl.errors import CheckpointError, ConfigError, DataError
-from diffvl.store.checkpoint import partial
-from diffvl.store.metrics import read_json_lines
 
 NUM = 9  # records of each of the tars
 

@@ -220,7 +220,9 @@ class Data(Section):
                 raise ValueError("window has no effect without streaming: true")
             return self
         if isinstance(self.train, list) and len(self.train) > 1 and self.train[0].weight is None:
-            raise ValueError("nobody knows how large streams are, so their shares cannot follow: give each entry of train a weight")
+            raise ValueError(
+                "nobody knows how large streams are, so their shares cannot follow: give each entry of train a weight"
+            )
         if self.holdout:
             raise ValueError("holdout needs all records of the set, which streaming does not look at: name a file with eval")
         if self.check_lengths:

@@ -4,6 +4,7 @@ An Arrow file is mapped into memory, so a cell costs what it weighs. A Parquet f
 cell in its row group is decoded too. Files stay open, the most recent ones; none of their contents are kept.
 """
 
+import os
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any
@@ -20,13 +21,26 @@ _AT_ONCE = 16  # rows decoded at a time
 _LFS = b"version https://git-lfs"
 
 
-@lru_cache(maxsize=_MOST_OPEN)
+Stamp = tuple[int, int]
+
+
+def stamp_of(file: str) -> Stamp:
+    """Tells whether a file is still the one that was opened: what is kept of a file is kept under its stamp. Raises OSError."""
+    facts = os.stat(file)
+    return facts.st_size, facts.st_mtime_ns
+
+
 def open_parquet(file: str) -> tuple[pq.ParquetFile, numpy.ndarray]:
     """Opens a Parquet file; gives with it the row that each row group ends before.
 
     Raises:
-        DataError: naming a file that is damaged or cut short.
+        DataError: naming a file that is damaged or cut short. OSError: it is not there.
     """
+    return _open_parquet(file, stamp_of(file))
+
+
+@lru_cache(maxsize=_MOST_OPEN)
+def _open_parquet(file: str, _: Stamp) -> tuple[pq.ParquetFile, numpy.ndarray]:
     try:
         opened = pq.ParquetFile(file, memory_map=True)
     except (pa.ArrowException, OSError) as error:
@@ -35,9 +49,13 @@ def open_parquet(file: str) -> tuple[pq.ParquetFile, numpy.ndarray]:
     return opened, numpy.cumsum(numpy.fromiter(groups, dtype=numpy.int64, count=opened.num_row_groups))
 
 
-@lru_cache(maxsize=_MOST_OPEN)
 def open_arrow(file: str) -> pa.Table:
-    """Maps an Arrow file, a stream (as `datasets` writes it) or with an index. Raises DataError as `open_parquet`."""
+    """Maps an Arrow file, a stream (as `datasets` writes it) or with an index. Raises as `open_parquet`."""
+    return _open_arrow(file, stamp_of(file))
+
+
+@lru_cache(maxsize=_MOST_OPEN)
+def _open_arrow(file: str, _: Stamp) -> pa.Table:
     try:
         with open(file, "rb") as head:
             has_index = head.read(6) == b"ARROW1"
@@ -56,13 +74,19 @@ def damaged(file: str, kind: str, error: Exception) -> DataError:
     return DataError(f"{file}: {told}", "file cannot be read", ends=True)
 
 
-@lru_cache(maxsize=1)  # a record's images are asked for one after the other
 def parquet_cell(file: str, row: int, column: str) -> Any:
-    """Gives the value at a row (from 0) and column. Raises DataError for a file that is damaged, or has no such cell."""
-    opened, ends = open_parquet(file)
+    """Gives the value at a row (from 0) and column. Raises DataError for a file that is damaged, or has no such cell; OSError."""
+    return _parquet_cell(file, stamp_of(file), row, column)
+
+
+@lru_cache(maxsize=1)  # a record's images are asked for one after the other
+def _parquet_cell(file: str, stamp: Stamp, row: int, column: str) -> Any:
+    opened, ends = _open_parquet(file, stamp)
     group = int(numpy.searchsorted(ends, row, side="right"))
     if group == len(ends):
-        raise DataError(f"{file} has {ends[-1] if group else 0} rows, none at {row + 1}: it was another one when the run began", UNREADABLE)
+        raise DataError(
+            f"{file} has {ends[-1] if group else 0} rows, none at {row + 1}: it was another one when the run began", UNREADABLE
+        )
     inside = row - int(ends[group - 1] if group else 0)
     try:
         for batch in opened.iter_batches(_AT_ONCE, [group], [column], use_threads=False):
@@ -74,10 +98,14 @@ def parquet_cell(file: str, row: int, column: str) -> Any:
     raise DataError(f"{file}: no column {column}, or fewer rows than it says: it was another one when the run began", UNREADABLE)
 
 
-@lru_cache(maxsize=1)
 def arrow_cell(file: str, row: int, column: str) -> Any:
-    """Gives the value at a row (from 0) and column. Raises DataError as `parquet_cell`."""
-    table = open_arrow(file)
+    """Gives the value at a row (from 0) and column. Raises as `parquet_cell`."""
+    return _arrow_cell(file, stamp_of(file), row, column)
+
+
+@lru_cache(maxsize=1)
+def _arrow_cell(file: str, stamp: Stamp, row: int, column: str) -> Any:
+    table = _open_arrow(file, stamp)
     if column not in table.column_names or row >= len(table):
         raise DataError(f"{file}: no column {column}, or no row {row + 1}: it was another one when the run began", UNREADABLE)
     return table.column(column)[row].as_py()

@@ -17,7 +17,7 @@ _NUM_TOLD = 20  # columns of a table
 class ColumnNames:
     """`data.columns` of one source: key of a record -> column. Without it all columns are read under their own names."""
 
-    def __init__(self, columns: Mapping[str, str] | None) -> None:
+    def __init__(self, columns: Mapping[Any, str] | None) -> None:
         self.columns = columns
         self._unseen = set((columns or {}).values())
 
@@ -41,7 +41,9 @@ class ColumnNames:
         for key, column in (self.columns or {}).items():
             if column not in there:
                 raise DataError(
-                    f"{file}: no column `{column}`, which data.columns names as {key}; its columns are {listed}", MISSING, ends=True
+                    f"{file}: no column `{column}`, which data.columns names as {key}; its columns are {listed}",
+                    MISSING,
+                    ends=True,
                 )
         if self.columns is None and not any(key in there for key in TURNS):
             raise DataError(
@@ -82,7 +84,6 @@ def _turns_of(turns: Any, key: str) -> Any:
         if not isinstance(turn, dict) or any(is_absent(turn.get(name)) for name in ("user", "assistant")):
             return turns  # not of this form: it is told as what it is
         spoken += [
-            {roles[0]: speaker, roles[1]: turn[name]}
-            for speaker, name in zip(speakers, ("user", "assistant"), strict=True)
+            {roles[0]: speaker, roles[1]: turn[name]} for speaker, name in zip(speakers, ("user", "assistant"), strict=True)
         ]
     return spoken

@@ -137,4 +137,6 @@ def _look(path: str, source: str, look: Callable[[Image.Image], T]) -> T:
     except FileNotFoundError as error:
         raise DataError(f"{source}: image {shown(path)} does not exist", IMAGE_MISSING) from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{source}: image {shown(path)} cannot be read ({error}); replace it or leave it out", UNREADABLE) from error
+        raise DataError(
+            f"{source}: image {shown(path)} cannot be read ({error}); replace it or leave it out", UNREADABLE
+        ) from error

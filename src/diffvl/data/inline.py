@@ -23,7 +23,7 @@ def is_inline(item: Any) -> bool:
     return isinstance(item, bytes) or (isinstance(item, dict) and "bytes" in item and not isinstance(item["bytes"], str))
 
 
-def with_names(record: dict[str, Any], columns: Mapping[str, str], name: Naming) -> dict[str, Any]:
+def with_names(record: dict[str, Any], columns: Mapping[Any, str], name: Naming) -> dict[str, Any]:
     """Gives a record in which every image is a name.
 
     Args:
@@ -71,6 +71,7 @@ def _named_part(part: Any, steps: Steps, name: Naming) -> Any:
             named[key] = _named(value, (*steps, key), name)
         elif isinstance(value, dict):  # {"image_url": {"url": ...}}
             named[key] = {
-                inner: _named(one, (*steps, key, inner), name) if inner in ("url", "path") else one for inner, one in value.items()
+                inner: _named(one, (*steps, key, inner), name) if inner in ("url", "path") else one
+                for inner, one in value.items()
             }
     return named

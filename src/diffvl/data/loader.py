@@ -94,8 +94,11 @@ def _joined(parts: list[SampleDataset], shares: Shares | None) -> SampleDataset 
 
 
 def _split(parts: list[SampleDataset], holdout: int) -> tuple[list[SampleDataset], list[SampleDataset]]:
-    """Sets every n-th record apart, so that a file sorted by kind gives a mixed held-out set. Raises ConfigError if nothing is left
-    of a source."""
+    """Sets every n-th record apart, so that a file sorted by kind gives a mixed held-out set.
+
+    Raises:
+        ConfigError: nothing is left of a source.
+    """
     sizes = [len(part.indices) for part in parts]
     count = sum(sizes)
     stride = count / holdout

@@ -57,8 +57,8 @@ def shares_of(weights: Sequence[float]) -> Shares:
     shares = Shares(tuple(number // math.gcd(*whole) for number in whole))
     if shares.cycle > _LONGEST_CYCLE:
         raise ConfigError(
-            f"data.train: the weights {', '.join(f'{weight:g}' for weight in weights)} are met exactly in a cycle of {shares.cycle} "
-            f"rows, and at most {_LONGEST_CYCLE} are allowed: give them fewer digits"
+            f"data.train: the weights {', '.join(f'{weight:g}' for weight in weights)} are met exactly in a cycle of "
+            f"{shares.cycle} rows, and at most {_LONGEST_CYCLE} are allowed: give them fewer digits"
         )
     return shares
 

@@ -5,6 +5,7 @@ first few of each kind told, the rest in a file; and whether a run may go on wit
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -40,11 +41,16 @@ class Problem:
     def __str__(self) -> str:
         name = "" if self.id is None else f", id {self.id!r}"
         file = self.path if self.within is None else self.path / self.within
-        return f"{file}:{self.line}: {self.message} (record {self.number}{name})"
+        return f"{told(file)}:{self.line}: {self.message} (record {self.number}{name})"
 
     def error(self) -> DataError:
         """Gives the problem as the error of a run that stops at it."""
         return DataError(str(self), kind=self.kind)
+
+
+def told(path: Path) -> str:
+    """Gives the path of a file as it was written: of a URL a path keeps one of its slashes only."""
+    return re.sub(r"^([A-Za-z][\w+.-]+):/(?!/)", r"\1://", str(path))
 
 
 def place_of(name: str, line: int, number: int) -> str:

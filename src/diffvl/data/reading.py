@@ -44,7 +44,11 @@ def _objects(file: str, is_list: bool) -> Iterator[tuple[int, int, Any]]:
             for line, place, value in read_stream(opened, file, is_list):  # noqa: B007  # it says where the file breaks off
                 yield line, place, value
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        yield line + 1, 0, DataError(f"{file}:{line + 1}: cannot be read from here on ({error})", "file cannot be read", ends=True)
+        yield (
+            line + 1,
+            0,
+            DataError(f"{file}:{line + 1}: cannot be read from here on ({error})", "file cannot be read", ends=True),
+        )
 
 
 def _named(value: Any, columns: ColumnNames, naming: Callable[[Any, Steps], str]) -> Any:

@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from diffvl.data.columns import ColumnNames
 from diffvl.data.content import (
     IMAGE_MARKER,
     Content,
@@ -36,7 +37,6 @@ from diffvl.data.content import (
     text_of,
     with_markers,
 )
-from diffvl.data.columns import ColumnNames
 from diffvl.data.image_folder import ImageFolder
 from diffvl.data.images import named_images
 from diffvl.data.jsonfile import check_path

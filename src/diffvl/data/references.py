@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
-from diffvl.data.cells import arrow_cell, parquet_cell
+from diffvl.data.cells import Stamp, arrow_cell, parquet_cell, stamp_of
 from diffvl.data.problems import IMAGE_MISSING, UNREADABLE
 from diffvl.data.zipfiles import read_member
 from diffvl.errors import DataError
@@ -69,7 +69,11 @@ def shown(name: str) -> str:
     """Gives an image's name as messages tell it."""
     parts = parts_of(name)
     if parts is None:
-        return name if len(name) <= _MOST_SHOWN or not name.startswith(DATA_URL) else f"{name[:_MOST_SHOWN]}... ({len(name)} characters)"
+        return (
+            name
+            if len(name) <= _MOST_SHOWN or not name.startswith(DATA_URL)
+            else f"{name[:_MOST_SHOWN]}... ({len(name)} characters)"
+        )
     kind, file, place, steps = parts
     if kind == "zip":
         return f"{place} in {file}"
@@ -112,8 +116,12 @@ def file_of(name: str) -> str | io.BytesIO:
 # --- a row -> the image in it --------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=1)  # a record's images are asked for one after the other
 def _line_cell(file: str, offset: int, column: str) -> Any:
+    return _cell_of_line(file, stamp_of(file), offset, column)
+
+
+@lru_cache(maxsize=1)  # a record's images are asked for one after the other
+def _cell_of_line(file: str, _: Stamp, offset: int, column: str) -> Any:
     with open(file, "rb") as lines:
         lines.seek(offset)
         try:

@@ -33,7 +33,6 @@ class Part:
         return number >= self.start and number % self.step == self.first
 
 
-
 class ReadRows(Protocol):
     """Reads one file's rows in order.
 

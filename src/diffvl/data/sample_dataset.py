@@ -1,7 +1,7 @@
 """Records -> rows of samples, built when they are asked for, in the loader's processes.
 
-A record that cannot be used is met when its turn comes. Its place in the step then stays empty: the order of the records, and with
-it every other sample's noise and step, is the same whatever is left out, on any number of processes and after a resume.
+A record that cannot be used is met when its turn comes. Its place in the step then stays empty: the order of the records, and
+with it every other sample's noise and step, is the same whatever is left out, on any number of processes and after a resume.
 """
 
 import copy

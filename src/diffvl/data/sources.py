@@ -1,5 +1,5 @@
-"""`data.train`, `data.eval` -> `Source`s: which files a set has, of which kind, and how they are read. Nothing of their contents is
-looked at here, but for the list of a data set's own parts.
+"""`data.train`, `data.eval` -> `Source`s: which files a set has, of which kind, and how they are read. Nothing of their contents
+is looked at here, but for the list of a data set's own parts.
 """
 
 import glob
@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -71,8 +71,8 @@ def train_settings(data: Data) -> list[DataSource]:
     sources = own_settings(data)
     if not sources:
         raise ConfigError(
-            "no training data: give --data FILE (LLaVA-format .json or .jsonl, Parquet, a folder, a hub id) or set data.train in the "
-            "recipe"
+            "no training data: give --data FILE (LLaVA-format .json or .jsonl, Parquet, a folder, a hub id) or set data.train in "
+            "the recipe"
         )
     places = [(source.path, source.split, source.subset) for source in sources]
     if twice := [place for number, place in enumerate(places) if place in places[:number]]:
@@ -114,11 +114,14 @@ def find_source(settings: DataSource, streaming: bool = False) -> Source:
     source = _found(settings, streaming)
     if source.kind == TAR and not streaming:
         raise DataError(
-            f"{source.path}: a tar is read from front to back: set data.streaming=true (and steps in place of epochs), or unpack it",
+            f"{source.path}: a tar is read from front to back: set data.streaming=true (and steps in place of epochs), or unpack "
+            "it",
             KIND,
         )
     if not streaming and any(is_remote(file) for file in source.files):
-        raise DataError(f"{source.path}: is no file of this machine: set data.streaming=true, or fetch it and give its path", KIND)
+        raise DataError(
+            f"{source.path}: is no file of this machine: set data.streaming=true, or fetch it and give its path", KIND
+        )
     return source
 
 
@@ -151,7 +154,9 @@ def _found(settings: DataSource, streaming: bool) -> Source:
 def _refuse_parts(settings: DataSource) -> None:
     for key in ("split", "subset"):
         if getattr(settings, key) is not None:
-            raise DataError(f"data.{key} has no effect on {settings.path}: only a folder or a hub id has such parts; remove it", KIND)
+            raise DataError(
+                f"data.{key} has no effect on {settings.path}: only a folder or a hub id has such parts; remove it", KIND
+            )
 
 
 def _of_file(settings: DataSource) -> Source:
@@ -168,7 +173,9 @@ def _of_files(settings: DataSource, files: Sequence[str], root: Path | None) -> 
     kinds = {KIND_OF_SUFFIX.get(suffix_of(file)) for file in files}
     if None in kinds or len(kinds) > 1:
         odd = next(file for file in files if KIND_OF_SUFFIX.get(suffix_of(file)) in (None, *list(kinds)[1:]))
-        raise DataError(f"{settings.path}: {odd} is of another kind than the others, or of none that is read; name one kind", KIND)
+        raise DataError(
+            f"{settings.path}: {odd} is of another kind than the others, or of none that is read; name one kind", KIND
+        )
     if root is None:
         folder = os.path.commonprefix([file.rpartition("/")[0] + "/" for file in files]).rpartition("/")[0]
         root = Path(folder or ".")
@@ -252,7 +259,9 @@ def _of_hub(settings: DataSource, streaming: bool) -> Source:
         raise DataError(f"{settings.path}: holds no data files", KIND)
     kind = _MODULES.get(builder.name)
     if kind is None:
-        raise DataError(f"{settings.path}: is made of files of kind {builder.name}, which is not read; expected Parquet or tars", KIND)
+        raise DataError(
+            f"{settings.path}: is made of files of kind {builder.name}, which is not read; expected Parquet or tars", KIND
+        )
     urls = _files_of_split(builder, settings)
     files = HfFileSystem()
     inside = [files.resolve_path(url) for url in urls]
@@ -264,7 +273,9 @@ def _of_hub(settings: DataSource, streaming: bool) -> Source:
             hf_hub_download(place.repo_id, place.path_in_repo, repo_type="dataset", revision=place.revision) for place in inside
         ]
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise DataError(f"{settings.path}: cannot be fetched ({first_line(error)}); try again, it goes on from there", KIND) from error
+        raise DataError(
+            f"{settings.path}: cannot be fetched ({first_line(error)}); try again, it goes on from there", KIND
+        ) from error
     return Source(Path(settings.path), kind, tuple(fetched), settings, names)
 
 

@@ -202,8 +202,7 @@ class _SourceStream:
             given = 0
 
     def _windows(self) -> Iterator[tuple[list["_Item"], Position]]:
-        """Gives windows of records in the order of their files, each with its beginning. A window does not reach over the end of an
-        epoch."""
+        """Gives windows of records in the order of their files, each with its beginning; none reaches over an epoch's end."""
         epoch, unit, first = self.position.epoch, self.position.unit, self.position.row
         while True:
             window: list[_Item] = []
@@ -220,7 +219,14 @@ class _SourceStream:
             if window:
                 yield window, start
             if not found:
-                yield [self._problem(0, 0, f"fewer records than the {self.streams} loader processes that share them: set data.workers")], start
+                yield (
+                    [
+                        self._problem(
+                            0, 0, f"fewer records than the {self.streams} loader processes that share them: set data.workers"
+                        )
+                    ],
+                    start,
+                )
             epoch, unit, first = epoch + 1, 0, 0
 
     def _epoch(self, epoch: int, unit: int, first: int) -> Iterator[tuple[int, int, "_Item"]]:
@@ -252,7 +258,9 @@ class _SourceStream:
         return _Numbered(item, index, file, number)
 
     def _problem(self, file: int, number: int, message: str) -> Problem:
-        return Problem("file cannot be read", self.source.path, number + 1, number + 1, None, message, True, self.source.within(file))
+        return Problem(
+            "file cannot be read", self.source.path, number + 1, number + 1, None, message, True, self.source.within(file)
+        )
 
     # --- window -> rows ----------------------------------------------------------------------------------------------------
 

@@ -96,8 +96,8 @@ def _chosen(schema: pa.Schema, columns: ColumnNames, file: str) -> tuple[list[st
     others = [name for name in pictures if name not in _IMAGES]
     if others:
         raise DataError(
-            f"{file}: column `{others[0]}` holds bytes, and images are looked for in `image` or `images`. Name the columns that are "
-            "read, the others are left alone: data.columns={conversations: COLUMN, image: COLUMN}",
+            f"{file}: column `{others[0]}` holds bytes, and images are looked for in `image` or `images`. Name the columns that "
+            "are read, the others are left alone: data.columns={conversations: COLUMN, image: COLUMN}",
             "image under another key",
             ends=True,
         )

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy
 
 from diffvl.data.cachefolder import cache_error, cache_folder
-from diffvl.data.cells import damaged
+from diffvl.data.cells import Stamp, damaged, stamp_of
 from diffvl.data.problems import IMAGE_MISSING, UNREADABLE
 from diffvl.errors import DataError
 from diffvl.store.files import replacing
@@ -76,16 +76,20 @@ def read_member(file: str, name: str) -> bytes:
     return open_zip(file).read(name)
 
 
-@lru_cache(maxsize=32)
 def open_zip(file: str) -> ZipIndex:
     """Opens a zip's members, from the cache if they were read before.
 
     Raises:
-        DataError: it is no zip, is damaged, or a member has a path that leaves its folder or a form that is not read.
+        DataError: it is no zip, is damaged, or a member has a path that leaves its folder or a form that is not read. OSError: it
+            is not there.
     """
+    return _open_zip(file, stamp_of(file))
+
+
+@lru_cache(maxsize=32)
+def _open_zip(file: str, stamp: Stamp) -> ZipIndex:
     try:
-        facts = os.stat(file)
-        name = hashlib.sha256(json.dumps([_FORMAT, file, facts.st_size, facts.st_mtime_ns]).encode()).hexdigest()[:32]
+        name = hashlib.sha256(json.dumps([_FORMAT, file, *stamp]).encode()).hexdigest()[:32]
         cached = cache_folder() / f"zip-{name}.npy"
         if not cached.exists():
             _write_index(cached, _read_directory(file))
@@ -109,8 +113,8 @@ def _read_directory(file: str) -> numpy.ndarray:
     for name, member in members.items():
         if name.startswith("/") or ".." in name.replace("\\", "/").split("/") or name[1:2] == ":":
             raise DataError(
-                f"{file}: the path of its member {name!r} leaves the folder that it would be unpacked in; such a zip was not made "
-                "for images: do not unpack it, and pack them anew",
+                f"{file}: the path of its member {name!r} leaves the folder that it would be unpacked in; such a zip was not "
+                "made for images: do not unpack it, and pack them anew",
                 UNSAFE,
             )
         if member.compress_type not in _READABLE or member.flag_bits & 1:

@@ -152,4 +152,5 @@ def _image(name: str) -> str:
     flat.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     flat.save(buffer := io.BytesIO(), format="JPEG", quality=90)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return f'<img width="{flat.width}" height="{flat.height}" alt="{escape(Path(shown(name)).name)}" src="data:image/jpeg;base64,{data}">'
+    size, alt = f'width="{flat.width}" height="{flat.height}"', escape(Path(shown(name)).name)
+    return f'<img {size} alt="{alt}" src="data:image/jpeg;base64,{data}">'

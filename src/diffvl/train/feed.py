@@ -23,7 +23,9 @@ Collate = Callable[..., dict[str, Any]]
 class NumberedFeed:
     """Rows that are addressed by number. Nothing is kept of it: a resume has nothing to skip."""
 
-    def __init__(self, data: SampleDataset | Mixture, stage: Stage, seed: int, collate: Collate, processes: int, rank: int) -> None:
+    def __init__(
+        self, data: SampleDataset | Mixture, stage: Stage, seed: int, collate: Collate, processes: int, rank: int
+    ) -> None:
         self.data, self.stage, self.collate = data, stage, collate
         self.order = StepOrder(len(data), stage.batch_size, stage.accumulation, seed, processes, rank, data.order(seed))
 
@@ -84,7 +86,13 @@ class StreamFeed:
     def batches(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         """Gives this process's micro-batches from the state on, in whatever steps; noting where each leaves its stream."""
         batches = Batches(
-            self.data, self.stage.batch_size, self.collate, self.rank, self.processes, self.states, start * self.stage.accumulation
+            self.data,
+            self.stage.batch_size,
+            self.collate,
+            self.rank,
+            self.processes,
+            self.states,
+            start * self.stage.accumulation,
         )
         loader = DataLoader(
             batches,
@@ -123,7 +131,10 @@ class StreamFeed:
 
 
 def _told(processes: int, workers: int) -> str:
-    return f"{processes} {'process' if processes == 1 else 'processes'} of {workers} loader {'process' if workers == 1 else 'processes'}"
+    counts = [
+        f"{count} {name}{'' if count == 1 else 'es'}" for count, name in ((processes, "process"), (workers, "loader process"))
+    ]
+    return " of ".join(counts)
 
 
 def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:

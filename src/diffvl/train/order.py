@@ -1,6 +1,7 @@
 """Which rows each micro-batch of each step has: a function of the seed and the step, so that a resume has nothing to skip.
 
-An epoch is a permutation by (seed, epoch), or of a mix the draws that its shares give (`data.mixture`). Its last step is filled up from its beginning: every step has the same number of rows.
+An epoch is a permutation by (seed, epoch). Its last step is filled up from its beginning: every step has the same number of rows.
+Of a mix with weights the rows are the draws that its shares give (`data.mixture`), one after the other.
 A step's rows are dealt out to micro-steps and, inside these, to processes; so how a step is cut changes nothing in it.
 """
 
