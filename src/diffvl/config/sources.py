@@ -7,7 +7,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from diffvl.config.section import Section
 
 # What a record is read from. `question` and `answer` together are one turn each.
-RecordKey = Literal["conversations", "messages", "question", "answer", "image", "images", "system", "id"]
+RecordKey = Literal["conversations", "messages", "question", "answer", "image", "images", "video", "videos", "system", "id"]
 Columns = Annotated[dict[RecordKey, str], Field(min_length=1)]
 
 SPLIT = "of a data set in several parts (a folder, a hub id): the one that is read; default: train, or the only one"
@@ -56,7 +56,7 @@ def check_columns(columns: dict[RecordKey, str] | None) -> None:
     """Raises ValueError for columns that contradict each other, or from which no record can be read."""
     if columns is None:
         return
-    for one, other in (("image", "images"), ("conversations", "messages")):
+    for one, other in (("image", "images"), ("video", "videos"), ("conversations", "messages")):
         if one in columns and other in columns:
             raise ValueError(f"columns names both {one} and {other}: keep one of them")
     turns = [key for key in ("conversations", "messages", "answer") if key in columns]

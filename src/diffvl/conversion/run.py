@@ -137,7 +137,9 @@ def _say_next(directory: Path, plan: Plan, console: Console) -> None:
     say(console, "\nwrote ", (str(directory), "bold"), " (a checkpoint that loads without diffvl, and report.html)")
     if plan.stages[-1:] == ("align",) and "diffuse" in plan.recipe.stages:
         say(console, "next: ", shell_line("diffvl", "convert", "--from", directory, "--stage", "diffuse", "--data", "FILE"))
-    samples = [line for line in read_json_lines(directory / "samples.jsonl") if Path(line.get("image") or "").is_file()]
-    image, question = (samples[0]["image"], samples[0]["question"]) if samples else ("FILE", "What does the image show?")
-    say(console, "next: ", shell_line("diffvl", "generate", directory, "--image", Path(image), "--prompt", question))
+    samples = read_json_lines(directory / "samples.jsonl")
+    shown = [(kind, line[kind], line["question"]) for line in samples for kind in ("image", "video") if line.get(kind)]
+    files = (one for one in shown if isinstance(one[1], str) and Path(one[1]).exists())  # an image in a table has no path
+    kind, file, question = next(files, ("image", "FILE", "What does the image show?"))
+    say(console, "next: ", shell_line("diffvl", "generate", directory, f"--{kind}", Path(file), "--prompt", question))
     say(console, "next: ", shell_line("diffvl", "evaluate", directory, "--data", "FILE"))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from diffvl.data.images import IMAGE_MISSING, ExistingFiles, missing_image, require_path
 from diffvl.data.references import Reference, is_there, parts_of, refer
+from diffvl.data.videos import VIDEO_MISSING, Video, missing_video
 from diffvl.data.zipfiles import ZipIndex, open_zip
 from diffvl.errors import DataError
 
@@ -57,6 +58,19 @@ class ImageFolder:
         path = os.path.join(self.folder or "", image)
         if path not in self._files:
             raise missing_image(path, image, self._is_set)
+        return path
+
+    def find_video(self, video: Video) -> Video:
+        """Gives the name that a video is opened by, or the names of its frames. Raises DataError as `find`."""
+        if self._zip is not None or self.folder is None:
+            raise DataError(
+                "videos are read from files only: unpack them, and set data.image_folder to their folder", VIDEO_MISSING
+            )
+        if not isinstance(video, str):
+            return tuple(self.find(frame) for frame in video)
+        path = os.path.join(self.folder, video)
+        if path not in self._files and not os.path.isdir(path):
+            raise missing_video(path, self._is_set)
         return path
 
     def _in_zip(self, archive: ZipIndex, image: str) -> Reference:

@@ -22,7 +22,8 @@ from diffvl.data.sample_dataset import SampleDataset, problem_of
 from diffvl.data.samples import PROBLEMS, is_filler
 from diffvl.data.sources import Source, eval_settings, find_source, require_distinct, train_settings
 from diffvl.data.stream import StreamDataset, StreamPart
-from diffvl.data.table import RecordTables
+from diffvl.data.table import RecordTable, RecordTables
+from diffvl.data.videos import NO_VIDEOS, open_video
 from diffvl.errors import ConfigError, DataError
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.machine import num_cores
@@ -122,6 +123,7 @@ def open_samples(
     their turn comes."""
     path = source.path
     table = tables.open(source, data)
+    _check_videos(table, path, data, processor)
     everything = SampleDataset(table, path, table.usable, processor, data.max_length, known=table.problems, offset=offset)
     if not data.check_lengths and data.row_length is None:
         return everything
@@ -139,6 +141,18 @@ def open_samples(
         return everything
     known = [*table.problems, *problems]
     return SampleDataset(table, path, table.usable[good], processor, data.max_length, lengths[good], known=known, offset=offset)
+
+
+def _check_videos(table: RecordTable, path: Path, data: Data, processor: DiffVLProcessor) -> None:
+    """Raises DataError at once if records show videos that the checkpoint does not take, and are not to be left out."""
+    showing = table.with_videos
+    if len(showing) and processor.sampler is None and data.on_error == "stop":
+        first = table[int(showing[0])]
+        raise DataError(
+            f"{path}: {len(showing)} of {len(table)} records show a video, which this checkpoint does not take, the first "
+            f"{first.source}: leave them out, or set data.on_error=skip and raise data.max_skipped",
+            NO_VIDEOS,
+        )
 
 
 @cache
@@ -179,6 +193,8 @@ def _look(samples: SampleDataset, place: int) -> Problem | None:
     try:
         for path in record.images:
             open_image(path, record.source)
+        for video in record.videos:
+            open_video(video, record.source, samples.processor.sampler)
     except DataError as error:
         return problem_of(record, int(samples.indices[place]), samples.path, error)
     return None

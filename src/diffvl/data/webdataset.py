@@ -119,7 +119,9 @@ def _content(extension: str, data: bytes) -> Any:
     """Gives what a member says that is no image: JSON, or text."""
     kind = _kind(extension)
     if kind in _SOUNDS:
-        raise DataError(f"member .{extension}: videos and sounds are not supported: leave such samples out", "key not supported")
+        raise DataError(
+            f"member .{extension}: videos and sounds in a tar are not supported: leave such samples out", "key not supported"
+        )
     if kind == _JSON:
         try:
             return json.loads(data)

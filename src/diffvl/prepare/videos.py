@@ -156,7 +156,7 @@ def with_videos(
 
 def _require_placeholder(processor: DiffVLProcessor) -> None:
     """Raises UnsupportedModelError unless tokenizer and chat template know what stands for a video."""
-    token = processor.video_token
+    token = str(processor.video_token)
     if token not in processor.tokenizer.get_added_vocab():
         raise UnsupportedModelError(f"its tokenizer lacks {token}, which stands for a video")
     rendered = processor.encoder.template.render([("user", (Visual.VIDEO, "question 0"))], add_generation_prompt=True)
