@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import trained_on
 from native_processors import image, native
 from PIL import Image
 from rich.console import Console
@@ -170,7 +171,7 @@ def test_rows_are_packed_by_these_lengths(tmp_path: Path):
     path = data_file(tmp_path)
     data = Data(train=str(path), max_length=512, row_length=512)
     given = native("qwen3_vl")
-    rows = load_data(data, given.processor, None).train
+    rows = trained_on(load_data(data, given.processor, None))
     records = list(iterate_records(path))
     assert rows.lengths is not None
     assert rows.lengths.tolist() == [len(encode_record(record, given.processor).ids) for record in records]

@@ -247,7 +247,8 @@ def _saved_splits(root: Path) -> list[str]:
 
 def _saved_files(root: Path) -> list[str]:
     try:
-        return [file["filename"] for file in load_from_disk(str(root.absolute())).cache_files]
+        opened: Any = load_from_disk(str(root.absolute()))
+        return [file["filename"] for file in opened.cache_files]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{root}: a data set that cannot be opened ({first_line(error)})", KIND) from error
 
@@ -264,7 +265,7 @@ def _of_hub(settings: DataSource, streaming: bool) -> Source:
         )
     urls = _files_of_split(builder, settings)
     files = HfFileSystem()
-    inside = [files.resolve_path(url) for url in urls]
+    inside: list[Any] = [files.resolve_path(url) for url in urls]  # of a repository, since the set is one
     names = tuple(place.path_in_repo for place in inside)
     if streaming:
         return Source(Path(settings.path), kind, tuple(urls), settings, names)

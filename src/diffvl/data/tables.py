@@ -144,7 +144,8 @@ class _Cells:
     """Turns batches of one file into rows."""
 
     def __init__(self, file: str, name: str, kind: Kind, columns: ColumnNames, images: list[str], held: bool) -> None:
-        self.file, self.name, self.kind, self.columns, self.images, self.held = file, name, kind, columns, images, held
+        self.file, self.name, self.columns, self.images, self.held = file, name, columns, images, held
+        self.kind: Kind = kind
         self._named = {key: column for key, column in (columns.columns or {}).items() if key != column}
 
     def rows(self, batch: pa.RecordBatch, start: int, part: Part) -> Iterator[tuple[int, Row]]:

@@ -68,7 +68,7 @@ def _samples(archive: tarfile.TarFile, part: Part) -> Iterator[Sample | None]:
     fields: dict[str, bytes] = {}
     number = -1
     while (member := archive.next()) is not None:
-        archive.members.clear()  # it keeps them all otherwise
+        archive.members.clear()  # type: ignore[attr-defined]  # it keeps them all otherwise
         path = PurePosixPath(member.name)
         stem, _, extension = path.name.partition(".")
         if not member.isfile() or not stem or not extension or path.name.startswith("__"):

@@ -15,12 +15,13 @@ from rich.console import Console
 
 from diffvl.config.objectives import ArObjective, BlockDiffusionObjective, Objective
 from diffvl.config.recipe import Data
+from diffvl.config.sources import DataSource
 from diffvl.data.content import parts_of
 from diffvl.data.images import open_image
 from diffvl.data.loader import batches_of
 from diffvl.data.mixture import Mixture
 from diffvl.data.problems import Problem, advice_on, as_error, is_forgiven
-from diffvl.data.records import Record
+from diffvl.data.records import Record, Unpaired
 from diffvl.data.sample_dataset import SampleDataset
 from diffvl.data.samples import Sample, collate, messages_of, on_device, shown_by
 from diffvl.data.source_records import iterate_source, source_at
@@ -75,7 +76,7 @@ def reading_of(directory: Path, data: Path) -> Data:
     folder; the defaults where there is none."""
     if not (directory / checkpoint.RECIPE_FILE).is_file():
         return Data()
-    known = [
+    known: list[tuple[DataSource, Unpaired]] = [
         (source, stage.data.unpaired_turns)
         for stage in recipe_of(directory).stages.values()
         for source in (*own_settings(stage.data), *filter(None, [eval_settings(stage.data)]))
@@ -83,9 +84,10 @@ def reading_of(directory: Path, data: Path) -> Data:
     same = [one for one in known if Path(one[0].path).absolute() == data.absolute()]
     beside = [one for one in known if Path(one[0].path).absolute().parent == data.absolute().parent]
     for source, unpaired_turns in (same or beside)[:1]:
-        parts = {"split": source.split, "subset": source.subset} if same else {}
         columns = source.columns if Path(source.path).suffix == data.suffix else None
-        return Data(image_folder=source.image_folder, columns=columns, unpaired_turns=unpaired_turns, **parts)
+        split, subset = (source.split, source.subset) if same else (None, None)
+        folder = source.image_folder
+        return Data(image_folder=folder, columns=columns, unpaired_turns=unpaired_turns, split=split, subset=subset)
     return Data()
 
 

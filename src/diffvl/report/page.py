@@ -172,5 +172,5 @@ def _inlined(flat: Image.Image, path: Path) -> str:
     flat.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     flat.save(buffer := io.BytesIO(), format="JPEG", quality=90)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    size, alt = f'width="{flat.width}" height="{flat.height}"', escape(Path(shown(name)).name)
+    size, alt = f'width="{flat.width}" height="{flat.height}"', escape(path.name)
     return f'<img {size} alt="{alt}" src="data:image/jpeg;base64,{data}">'

@@ -98,7 +98,7 @@ class StreamFeed:
             batches,
             batch_size=None,
             num_workers=self.workers,
-            collate_fn=_as_it_is,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]  # of one batch, not of a list
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),
         )
