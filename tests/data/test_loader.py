@@ -18,6 +18,7 @@ from diffvl.config.recipe import MAX_SKIPPED, Data
 from diffvl.data import loader, packing, sample_dataset
 from diffvl.data.loader import StageData, check_images, load_data, num_workers
 from diffvl.data.problems import Problem
+from diffvl.data.sample_dataset import SampleDataset
 from diffvl.data.samples import NO_SAMPLE, PROBLEMS, TOO_LONG, Sample, collate, is_filler
 from diffvl.errors import DataError
 from diffvl.hub.processing_diffvl import DiffVLProcessor
@@ -178,5 +179,6 @@ def test_settings_without_effect(wrong: dict[str, Any], says: str):
 def test_a_holdout_is_the_same_with_and_without_lengths(tmp_path: Path, processor: DiffVLProcessor):
     file = write_data(tmp_path, *[record()] * 10)
     plain, packed = (load_data(settings(file, holdout=3, **more), processor, 512) for more in ({}, {"row_length": 400}))
-    for one, other in ((plain.train, packed.train), (plain.held_out, packed.held_out)):
-        assert one is not None and other is not None and numpy.array_equal(one.indices, other.indices)
+    for one, other in ((trained_on(plain), trained_on(packed)), (plain.held_out, packed.held_out)):
+        assert isinstance(one, SampleDataset) and isinstance(other, SampleDataset)
+        assert numpy.array_equal(one.indices, other.indices)
