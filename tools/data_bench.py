@@ -5,7 +5,8 @@ of one loader process. No model takes part.
 
 Writes the set into FOLDER unless it is there already: two turns a record and one JPEG, which all records of a shard share in
 turn (`--images` different ones), so that a million records fit on a small disk. Anonymous memory is what the process itself
-needs; mapped files are counted apart, since the kernel drops their pages when it needs room.
+needs; mapped files are counted apart, since the kernel drops their pages when it needs room. Times are given on the clock and as
+CPU time, which other work on the machine changes less.
 """
 
 import argparse
@@ -89,6 +90,12 @@ def memory_of(process: int) -> dict[str, float]:
     return {name: round(int(fields[key].split()[0]) / 1024, 1) for name, key in names.items()}
 
 
+def cpu_of(process: int) -> float:
+    """Gives the CPU seconds that a process has used."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def batches_of(data: Any, batch_size: int, workers: int, pad: int, steps: int) -> Iterator[dict[str, Any]]:
     """Gives the batches that one training process would read."""
     padded = lambda rows: collate(rows, pad_token_id=pad)  # noqa: E731
@@ -118,18 +125,20 @@ def main() -> None:
         write(folder, arguments.records, [jpeg(number, arguments.side) for number in range(arguments.images)])
     _, processor = checkpoint.load_description(arguments.checkpoint)
     settings = Data(train=str(folder / pattern), streaming=arguments.form == "tar", max_length=2048)
-    before = memory_of(os.getpid())
+    before, cpu = memory_of(os.getpid()), time.process_time()
     start = time.perf_counter()
     data = load_data(settings, processor, None).train
-    opened = time.perf_counter()
+    opened, cpu = time.perf_counter(), time.process_time() - cpu
     batch_size = 8
     batches = batches_of(data, batch_size, arguments.workers, processor.pad_token_id, arguments.samples)
     next(batches)
     first = time.perf_counter()
+    loaders = [child.pid or 0 for child in multiprocessing.active_children()] or [os.getpid()]
+    used = sum(map(cpu_of, loaders))
     for _ in range(arguments.samples // batch_size):
         next(batches)
     seconds = time.perf_counter() - first
-    workers = [memory_of(child.pid or 0) for child in multiprocessing.active_children()]
+    used = sum(map(cpu_of, loaders)) - used
     print(
         json.dumps(
             {
@@ -137,12 +146,14 @@ def main() -> None:
                 "records": arguments.records,
                 "image_side": arguments.side,
                 "seconds_to_open": round(opened - start, 2),
+                "cpu_seconds_to_open": round(cpu, 2),
                 "seconds_to_first_batch": round(first - start, 2),
                 "samples_per_second": round(arguments.samples // batch_size * batch_size / seconds, 1),
+                "samples_per_cpu_second": round(arguments.samples // batch_size * batch_size / used, 1),
                 "loader_processes": arguments.workers,
                 "before": before,
                 "main": memory_of(os.getpid()),
-                "loaders": workers,
+                "loaders": [memory_of(process) for process in loaders],
                 "threads": torch.get_num_threads(),
             }
         )

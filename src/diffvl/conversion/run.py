@@ -68,7 +68,7 @@ def answering(start: Path, work: Path, data: Data, console: Console) -> Onlooker
 def _write(file: Path, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
     lines = []
     for old, new in zip(before, after, strict=True):
-        asked = {key: new[key] for key in ("image", "question", "truth")}
+        asked = {key: new[key] for key in ("image", "video", "question", "truth") if key in new}
         lines.append(json.dumps({**asked, "before": old["answer"], "after": new["answer"]}, ensure_ascii=False) + "\n")
     replace_text(file, "".join(lines))
 
