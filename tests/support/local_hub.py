@@ -1,4 +1,4 @@
-"""A hub on this machine with one data set: enough of its interface for `datasets` and `huggingface_hub` to list and fetch files."""
+"""A hub on this machine with one data set: enough of its interface for its own clients to list and fetch files."""
 
 import hashlib
 import json

@@ -27,11 +27,13 @@ class ColumnNames:
             if self._unseen:
                 self._unseen.difference_update(row)
             row = {key: row[column] for key, column in self.columns.items() if column in row}
-        if "answer" in row and self.columns is not None:
-            row = _as_turns(row)
+            row = _as_turns(row) if "answer" in row else row
         for key in TURNS:
-            if key in row:
-                row = {**row, key: _turns_of(row[key], key)}
+            turns = row.get(key)
+            if isinstance(turns, str) or (
+                isinstance(turns, list) and turns and isinstance(turns[0], dict) and "assistant" in turns[0]
+            ):
+                row = {**row, key: _turns_of(turns, key)}
         return row
 
     def require_all(self, columns: Iterable[str], file: str) -> None:

@@ -29,6 +29,8 @@ def with_names(record: dict[str, Any], columns: Mapping[Any, str], name: Naming)
     Args:
         columns: key of the record -> the column that it was read from, where that has another name.
     """
+    if not _may_hold_images(record):
+        return record  # most, so it must cost little
     named = dict(record)
     for key in ("image", "images"):
         if key in named:
@@ -38,6 +40,20 @@ def with_names(record: dict[str, Any], columns: Mapping[Any, str], name: Naming)
             top = columns.get(key, key)
             named[key] = [_named_turn(turn, (top, place), name) for place, turn in enumerate(named[key])]
     return named
+
+
+def _may_hold_images(record: dict[str, Any]) -> bool:
+    for key in ("image", "images"):
+        value = record.get(key)
+        if value is not None and (not isinstance(value, str) or value.startswith(DATA_URL)):
+            return True
+    for key, content in (("conversations", "value"), ("messages", "content")):
+        turns = record.get(key)
+        if isinstance(turns, list):
+            for turn in turns:
+                if not isinstance(turn, dict) or not isinstance(turn.get(content), str):
+                    return True
+    return False
 
 
 def _named(item: Any, steps: Steps, name: Naming) -> Any:

@@ -5,13 +5,12 @@ The place is what a message names after the file: the line in JSON, the row in P
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from diffvl.data.columns import ColumnNames
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """value: the object that a record is parsed from, in which images are names; or a DataError that says what is wrong with it.
     place: see above. source: file and place, as a record has it."""
 

@@ -33,7 +33,7 @@ from diffvl.store.files import replacing
 from diffvl.terminal import console as terminal
 from diffvl.terminal.bars import track
 
-_BATCH_ENTRIES = 1024  # records per Arrow batch
+_BATCH_ENTRIES = 4096  # records per Arrow batch
 _BAR_FROM = 5000  # records; fewer are read before a bar could be seen
 _CHUNK = 1 << 20  # bytes
 _QUIET = terminal.console(quiet=True)
@@ -60,7 +60,6 @@ class RecordTable(Sequence[Record]):
     def __init__(self, file: Path, path: Path, bytes_digest: str) -> None:
         self.path, self._file, self.bytes_digest = path, file, bytes_digest
         self._table = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
-        self.digests: numpy.ndarray = self._table.column("digest").to_numpy()
         self.usable: numpy.ndarray = numpy.flatnonzero(self._table.column("record").is_valid().to_numpy())
 
     def __reduce__(self) -> tuple[Any, ...]:  # a process that is not forked opens the file anew
@@ -86,6 +85,11 @@ class RecordTable(Sequence[Record]):
         images, videos = (self._table.column(name)[index].as_py() for name in ("images", "videos"))
         shown = tuple(video[1] if not video[0] else tuple(video) for video in videos)
         return Record(**fields, turns=turns, images=tuple(images), videos=shown)
+
+    @property
+    def digests(self) -> numpy.ndarray:
+        """Gives the digests, read anew: they are compared once, and would stay in every process."""
+        return self._table.column("digest").to_numpy()
 
     @cached_property
     def problems(self) -> list[Problem]:
