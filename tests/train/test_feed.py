@@ -28,7 +28,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def recipe_of(data: dict[str, Any], **stage: Any) -> Recipe:
-    """Four steps of two rows."""
+    """Four steps."""
     settings = {
         "objective": {"kind": "block_diffusion", "block_size": 4},
         "trainable": {"trunk": 1e-3, "connector": 1e-3, "mask_row": 1e-3},
@@ -58,19 +58,19 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     "data",
     [
-        pytest.param({"workers": 2, "row_length": 900}, id="workers, packed"),
+        pytest.param({"workers": 2, "row_length": 400}, id="workers, packed"),
         pytest.param({}, id="alone", marks=SLOW),
         pytest.param({"workers": 2}, id="workers", marks=SLOW),
-        pytest.param({"row_length": 900}, id="packed", marks=SLOW),
+        pytest.param({"row_length": 400}, id="packed", marks=SLOW),
     ],
 )
 def test_a_stream_goes_on_exactly(
     data: dict[str, Any], prepared: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped in the middle of a window, and of the round of the loader's processes."""
-    recipe = recipe_of(streamed(tmp_path, **data), save_every=3, steps=5, accumulation=3)
+    recipe = recipe_of(streamed(tmp_path, **data), save_every=3, accumulation=1)
     whole = run(prepared("llama"), recipe, tmp_path / "whole")
-    crash(prepared("llama"), recipe, tmp_path / "resumed", 5, False, monkeypatch)
+    crash(prepared("llama"), recipe, tmp_path / "resumed", 4, False, monkeypatch)
     same(run(prepared("llama"), recipe, tmp_path / "resumed", resume=True), whole)
 
 
