@@ -251,3 +251,18 @@ def test_remote_files(form: str, tmp_path: Path, processor: DiffVLProcessor) -> 
         assert len({row[0] for row, _ in first}) == 6 and taken(dataset, 3, state=first[2][1]) == first[3:]
     with pytest.raises(DataError, match=r"set data.streaming=true"):
         load_data(data_of(train=name, max_length=400), processor, 512)
+
+
+def test_a_column_that_no_row_has_stops_a_stream(
+    tmp_path: Path, processor: DiffVLProcessor, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And keys that are not used are told once, as of a file."""
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join(json.dumps({**value_of(number), "colour": "red"}) for number in range(3)))
+    columns = {"conversations": "conversations", "image": "picture"}
+    first, *_ = rows_of(opened(processor, str(file), columns=columns), 2)
+    assert isinstance(first, Problem) and first.ends and "no row has `picture`, which data.columns names" in str(first)
+    assert all(isinstance(item, Sample) for item in rows_of(opened(processor, str(file)), 4))
+    assert [entry.getMessage() for entry in caplog.records] == [
+        f"{file}: keys that are not used: `colour` (3 records, first in a.jsonl:1)"
+    ]

@@ -20,6 +20,7 @@ from diffvl.config.supported import check_supported, is_vlm, is_vlm_type
 from diffvl.conversion.diffusion import check_objectives, filled
 from diffvl.conversion.resume import is_finished, one_spelling, require_same_source, require_same_stage
 from diffvl.conversion.vlm import VLM_RECIPE, check_settings
+from diffvl.data.problems import told
 from diffvl.data.sources import own_settings
 from diffvl.errors import ConfigError, UsageError
 from diffvl.prepare.source import Source
@@ -191,7 +192,7 @@ def _resolve(request: ConvertRequest, tree: dict[str, Any], stages: tuple[StageN
         raise ConfigError("--set model=... has no effect: name the checkpoint as MODEL")
     assignments = []
     if request.data is not None:
-        assignments += [f"stages.{name}.data.train={json.dumps(str(request.data), ensure_ascii=False)}" for name in stages]
+        assignments += [f"stages.{name}.data.train={json.dumps(told(request.data), ensure_ascii=False)}" for name in stages]
     if request.lora:
         if "diffuse" not in stages:
             raise UsageError("--lora has no effect: the diffuse stage is not run")

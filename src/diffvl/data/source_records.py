@@ -6,7 +6,7 @@ from pathlib import Path
 from diffvl.config.recipe import Data
 from diffvl.config.sources import DataSource
 from diffvl.data.columns import ColumnNames
-from diffvl.data.problems import Problem
+from diffvl.data.problems import Problem, told
 from diffvl.data.reading import READERS
 from diffvl.data.records import Record, RecordReader, Unpaired, parse_rows
 from diffvl.data.rows import Part, Row
@@ -43,5 +43,5 @@ def iterate_source(source: Source, unpaired_turns: Unpaired = "error") -> Iterat
 def source_at(path: Path, data: Data) -> Source:
     """Finds the set that a command names by its path alone. Raises DataError as `find_source`."""
     return find_source(
-        DataSource(path=str(path), image_folder=data.image_folder, columns=data.columns, split=data.split, subset=data.subset)
+        DataSource(path=told(path), image_folder=data.image_folder, columns=data.columns, split=data.split, subset=data.subset)
     )

@@ -26,7 +26,7 @@ from diffvl.data.mixture import Shares
 from diffvl.data.opening import is_remote, size_of
 from diffvl.data.packing import first_fit
 from diffvl.data.problems import Problem
-from diffvl.data.reading import READERS
+from diffvl.data.reading import JSON, READERS
 from diffvl.data.records import Record, RecordReader
 from diffvl.data.rows import Part, Row
 from diffvl.data.samples import Sample, encode_record, sample_of
@@ -193,13 +193,28 @@ class _SourceStream:
 
     def rows(self) -> Iterator[tuple[list[Sample | Problem], Position]]:
         """Gives the rows from the position on, each with the position after it."""
-        given = self.position.given
+        given, looked = self.position.given, False
         for window, start in self._windows():
+            if not looked:
+                looked = True
+                yield from self._first_look(start)
             rows = self._rows_of(window, start)
             for count in range(given + 1, len(rows) + 1):
                 built = [item if isinstance(item, Problem) else self._sample(item) for item in rows[count - 1]]
                 yield built, Position(start.epoch, start.unit, start.row, count)
             given = 0
+
+    def _first_look(self, start: Position) -> Iterator[tuple[list[Sample | Problem], Position]]:
+        """Tells after the first window which keys are not used; a column that no row of it has stops the run. (A table tells of its
+        columns itself, a tar of each sample's.)"""
+        if not self.stream:
+            self.reader.tell_unused(self.source.path)
+        if self.source.kind != JSON:
+            return
+        try:
+            self.columns.require_seen(str(self.source.path))
+        except DataError as error:
+            yield [self._problem(0, 0, str(error).removeprefix(f"{self.source.path}: "))], start
 
     def _windows(self) -> Iterator[tuple[list["_Item"], Position]]:
         """Gives windows of records in the order of their files, each with its beginning; none reaches over an epoch's end."""
