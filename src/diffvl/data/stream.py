@@ -205,8 +205,8 @@ class _SourceStream:
             given = 0
 
     def _first_look(self, start: Position) -> Iterator[tuple[list[Sample | Problem], Position]]:
-        """Tells after the first window which keys are not used; a column that no row of it has stops the run. (A table tells of its
-        columns itself, a tar of each sample's.)"""
+        """Tells after the first window which keys are not used; a column that no row of it has stops the run. (A table tells of
+        its columns itself, a tar of each sample's.)"""
         if not self.stream:
             self.reader.tell_unused(self.source.path)
         if self.source.kind != JSON:
