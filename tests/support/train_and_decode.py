@@ -54,7 +54,7 @@ def training_sample(processor: DiffVLProcessor, messages: list[dict[str, Any]], 
     images, clips = images_in(messages), images_in(messages, "video")
     contents = [turn["content"] for turn in messages if isinstance(turn["content"], list)]
     shown = [part[part["type"]] for content in contents for part in content if part["type"] != "text"]
-    pixels = processor.pixels(arranged(encoding.shown, shown) if processor.asks_sizes else shown) or None
+    pixels = processor.pixels(arranged(encoding.shown, shown) if processor.asks_sizes else shown, encoding.alone) or None
     return Sample(encoding.ids, encoding.answer, pixels, index, len(images), len(clips))
 
 

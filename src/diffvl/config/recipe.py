@@ -22,6 +22,7 @@ from diffvl.config.sources import (
     check_columns,
     check_weights,
 )
+from diffvl.config.tiling import NoTiling, Tiling
 
 VERSION = "0.1.0"  # of diffvl; pyproject.toml reads it here
 
@@ -105,6 +106,7 @@ class Prepare(Section):
         ge=1,
         description="likewise: larger images are reduced to this many, and with them their tokens",
     )
+    tiling: Tiling = Field(default=NoTiling(), description="how images are cut before the tower sees them")
     video: Video = Video()
     connector: Connector = MlpConnector()
     system_turn: Literal["template", "first_question"] = Field(
@@ -252,6 +254,7 @@ class Stage(Section):
     objective: Objective
     trainable: dict[Part, Annotated[float, Field(gt=0, lt=1)]] = Field(description="part -> learning rate; others are frozen")
     lora: Lora | None = None
+    tiling: Tiling | None = Field(default=None, description="default: as in the checkpoint that the stage goes on from")
     data: Data = Data()
     optim: Optim = Optim()
     steps: int | None = Field(default=None, ge=1, description="optimiser steps")

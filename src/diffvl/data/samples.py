@@ -18,7 +18,7 @@ from diffvl.data.videos import Video, open_video, video_size
 from diffvl.errors import DataError
 from diffvl.hub.chat_diffvl import arranged
 from diffvl.hub.clips_diffvl import ClipSize
-from diffvl.hub.images_diffvl import Pixels, join_pixels
+from diffvl.hub.pixels_diffvl import Pixels, join_pixels
 from diffvl.hub.processing_diffvl import ChatEncoding, DiffVLProcessor
 from diffvl.hub.seen_diffvl import Size, size_of
 from diffvl.hub.source_diffvl import ImageRefusedError
@@ -121,7 +121,7 @@ def sample_of(record: Record, index: int, processor: DiffVLProcessor, longest: i
     opened = [_opened(*one, record, processor, size) for one, size in zip(shown, sizes or [None] * len(shown), strict=True)]
     if sizes is not None:
         opened = arranged(encoding.shown, opened)
-    return Sample(encoding.ids, answer, processor.pixels(opened), index, len(record.images), len(record.videos))
+    return Sample(encoding.ids, answer, processor.pixels(opened, encoding.alone), index, len(record.images), len(record.videos))
 
 
 def _opened(visual: Visual, path: Video, record: Record, processor: DiffVLProcessor, size: "Size | ClipSize | None") -> Any:

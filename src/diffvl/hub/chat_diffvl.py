@@ -6,19 +6,20 @@ merge across the seam between prompt and answer, the text is cut there and its p
 decoding. A seam is looked at from the last token before it that no neighbour can change.
 """
 
-import json
 import re
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, islice, takewhile
+from itertools import accumulate, chain, islice
 from typing import Any, Protocol, TypeVar
 
 from .clips_diffvl import Clip, ClipSize
 from .messages_diffvl import Messages, Placeholders, turns_of
 from .seen_diffvl import Size
 from .template_diffvl import ChatTemplate, ChatTemplateError, Shape, Spans, Turn, Visual, all_texts
+from .tokens_diffvl import LeadingSpaces, trims_offsets, walls_of
 
 T = TypeVar("T")
 MAX_SEAMS, LONGEST_SEAM = 1024, 256  # remembered, and their characters
@@ -36,23 +37,26 @@ class ImageText:
 
 
 class ImageTexts(Protocol):
-    """The images of a checkpoint with a processor of its own. placeholders: what stands for one in a rendered chat. first_ids:
-    tokens that stand before every chat, and first_text what a chat begins with that has them already. tokens: what stands for
-    images in a text, beside the placeholders."""
+    """The images of a checkpoint whose images have other tokens by size. placeholders: what stands for one in a rendered chat.
+    first_ids: tokens that stand before every chat, and first_text what a chat begins with that has them already. tokens: what
+    stands for images in a text, beside the placeholders. structured: whether the chat template writes the placeholders."""
 
+    structured: bool
     placeholders: Placeholders
     first_ids: list[int]
     first_text: str
     tokens: frozenset[str]
 
-    def of(self, size: Size | ClipSize) -> ImageText: ...
+    def of(self, size: Size | ClipSize, alone: bool = True) -> ImageText: ...
+
+    def in_place(self, images: list[ImageText], following: list[str]) -> list[ImageText]: ...
 
 
 @dataclass(frozen=True)
 class ChatEncoding:
     """ids: token ids. answer: per token 0, or k inside the k-th answer (its stop token included). rendered: the chat template's
     text, with one placeholder for each image and video. image_texts: what these become. shown: which placeholders are images and
-    which videos, in order."""
+    which videos, in order. alone: for each whether no other stands between the same two answers."""
 
     ids: list[int]
     answer: list[int]
@@ -60,6 +64,7 @@ class ChatEncoding:
     placeholders: tuple[str, ...] = ()
     image_texts: tuple[str, ...] = ()
     shown: tuple[Visual, ...] = ()
+    alone: tuple[bool, ...] = ()
 
     @property
     def text(self) -> str:
@@ -93,6 +98,11 @@ def insert(rendered: str, placeholders: Sequence[str], texts: Sequence[str]) -> 
     return first + "".join(text + piece for text, piece in zip(texts, others, strict=True))
 
 
+def alone_in(encodings: Sequence[ChatEncoding]) -> list[bool]:
+    """Of each image of several chats, in order, whether it is the only one of its question."""
+    return list(chain.from_iterable(encoding.alone for encoding in encodings))
+
+
 class ChatEncoder:
     """Encodes chats for one tokenizer with its chat template. It remembers what chats have in common; nothing of it is saved.
 
@@ -101,7 +111,7 @@ class ChatEncoder:
         image_tokens: tokens of each image, where all take the same number of placeholders.
         stop_token: what the chat template writes after an answer.
         system_turn: see `ChatTemplate`.
-        images: what images are in the text, where that follows from their sizes; the template then writes the placeholders.
+        images: what images are in the text, where that follows from their sizes.
     """
 
     def __init__(
@@ -117,13 +127,13 @@ class ChatEncoder:
         self.tokenizer, self.images = tokenizer, images
         self.placeholders: Placeholders = {Visual.IMAGE: image_token} if images is None else images.placeholders
         self._placeholder = any_of(self.placeholders.values())
-        self.template = ChatTemplate(tokenizer, stop_token, system_turn, structured=images is not None)
+        self.template = ChatTemplate(tokenizer, stop_token, system_turn, structured=images is not None and images.structured)
         image_id: int = tokenizer.convert_tokens_to_ids(image_token)
         self._placeholder_ids = frozenset(tokenizer.convert_tokens_to_ids([*self.placeholders.values()]))
         self._same_image = ImageText(image_token * image_tokens, [image_id] * image_tokens)
         self._walls = walls_of(tokenizer)
         self._control = self._control_tokens()
-        self._spaces = _LeadingSpaces(tokenizer) if _trims_offsets(tokenizer.backend_tokenizer) else None
+        self._spaces = LeadingSpaces(tokenizer) if trims_offsets(tokenizer.backend_tokenizer) else None
         self._seams: dict[str, list[int]] = {}
 
     @staticmethod
@@ -192,7 +202,8 @@ class ChatEncoder:
         Raises:
             ValueError: if sizes and placeholders differ in number, or the processor refuses an image of such a size.
         """
-        images = self._image_texts(rendered, sizes)
+        alone = self._alone(rendered, spans)
+        images = self._image_texts(rendered, sizes, alone)
         chat, spans = self._with_edges(rendered, spans, images)
         ids, begins = self._tokenise(chat)
         cuts = self._bad_seams(chat, [start for start, _ in spans], ids, begins)
@@ -207,17 +218,26 @@ class ChatEncoder:
             ids, answer = self.images.first_ids + ids, [0] * len(self.images.first_ids) + answer
         placeholders = tuple(self.placeholders.values())
         shown = tuple(self.shown_in(rendered)) if images else ()
-        return ChatEncoding(ids, answer, rendered, placeholders, tuple(image.text for image in images), shown)
+        return ChatEncoding(ids, answer, rendered, placeholders, tuple(image.text for image in images), shown, tuple(alone))
 
-    def _image_texts(self, rendered: str, sizes: Sequence[Size | ClipSize] | None) -> list[ImageText]:
+    def _alone(self, rendered: str, spans: Spans) -> list[bool]:
+        """Of each placeholder whether no other stands between the same two answers: in the same question, that is. Later
+        turns change nothing of it, so an image is in training what it is while a conversation goes on."""
+        starts = [start for start, _ in spans]
+        turns = [bisect_right(starts, match.start()) for match in self._placeholder.finditer(rendered)]
+        shown_in = Counter(turns)
+        return [shown_in[turn] == 1 for turn in turns]
+
+    def _image_texts(self, rendered: str, sizes: Sequence[Size | ClipSize] | None, alone: list[bool]) -> list[ImageText]:
         """What the placeholders of a chat become, in order."""
         if self.images is None:
-            return [self._same_image] * len(self._placeholder.findall(rendered))
+            return [self._same_image] * len(alone)
         shown, given = self.shown_in(rendered), sizes or ()
         in_order = arranged(shown, given)
         if not len(shown) == len(given) == len(in_order):
             raise ValueError(f"the sizes of {len(given)} images are given for the {len(shown)} images of the chat")
-        return [self.images.of(size) for size in in_order]
+        found = [self.images.of(size, is_alone) for size, is_alone in zip(in_order, alone, strict=True)]
+        return self.images.in_place(found, self._placeholder.split(rendered)[1:])
 
     def _with_edges(self, rendered: str, spans: Spans, images: list[ImageText]) -> tuple[str, Spans]:
         """The chat with the plain text that some processors write beside an image, whose tokens depend on its neighbours."""
@@ -359,36 +379,3 @@ def _places_of(token: int, ids: list[int]) -> Iterator[int]:
     for _ in range(ids.count(token)):
         place = ids.index(token, place + 1)
         yield place
-
-
-class _LeadingSpaces(dict[int, int]):
-    """Token id -> spaces at its beginning, of which offsets that are trimmed know nothing."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        super().__init__()
-        self._tokenizer = tokenizer
-
-    def __missing__(self, token: int) -> int:
-        text = self._tokenizer.convert_ids_to_tokens(token)
-        self[token] = sum(1 for _ in takewhile(lambda sign: sign == "\u0120" or sign.isspace(), text))  # \u0120: a space
-        return self[token]
-
-
-def _trims_offsets(backend: Any) -> bool:
-    """Whether a tokenizer leaves spaces out of its tokens' offsets, as byte-level ones may."""
-    if backend.post_processor is None:
-        return False
-    found: list[Any] = [json.loads(backend.post_processor.__getstate__())]
-    for part in found:  # grows while it is walked through
-        if part.get("trim_offsets"):
-            return True
-        found += part.get("processors", [])
-    return False
-
-
-def walls_of(tokenizer: Any) -> frozenset[int]:
-    """Added tokens that are found before anything else is done with the text, so that neither side of one depends on the
-    other."""
-    plain = tokenizer.backend_tokenizer.normalizer is None
-    added = tokenizer.added_tokens_decoder.items()
-    return frozenset(number for number, token in added if not token.single_word and (plain or not token.normalized))

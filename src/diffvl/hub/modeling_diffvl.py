@@ -4,14 +4,13 @@ model, unmodified.
 Block attention enters as masks that `layout_diffvl` builds; nothing here knows of noise or loss. These files are copied
 beside exported weights and are the remote code that transformers loads there.
 
-Shapes: B batch, T tokens, N images, P tokens of an image, H trunk width, V vocabulary, M rows asked of the head, m rows of a
+Shapes: B batch, T tokens, N images, P tokens of a view, H trunk width, V vocabulary, M rows asked of the head, m rows of a
 chunk.
 """
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,39 +29,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache_diffvl import ReadingCache
 from .configuration_diffvl import DiffVLConfig
+from .connector_diffvl import Connector, fresh_newline
 from .generation_diffvl import BlockGeneration
 from .head_diffvl import flat_rows, head_on, mapped_rows
 from .images_diffvl import ImageRows, NativeImages, OwnImages, Shown, is_visual, placed_images, settle_frozen, stock
 from .layout_diffvl import Layout, Rope, clean_layout
-from .masks_diffvl import GivenMask, attention_masks, check_mask
+from .masks_diffvl import GivenMask, attention_masks, check_mask, masks_for
 from .settings_diffvl import refuse_videos
 from .spans_diffvl import span_ids
-
-
-class Connector(nn.Module):
-    """Tower features [N, patches, width] -> image tokens [N, P, H]."""
-
-    def __init__(self, kind: str, shuffle_factor: int, vision_width: int, text_width: int) -> None:
-        super().__init__()
-        self.shuffle_factor = shuffle_factor
-        width = vision_width * shuffle_factor**2
-        if kind == "linear":
-            self.layers = nn.Sequential(nn.Linear(width, text_width))
-        else:
-            self.layers = nn.Sequential(nn.Linear(width, text_width), nn.GELU(), nn.Linear(text_width, text_width))
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        if self.shuffle_factor > 1:
-            features = _join_patches(features, self.shuffle_factor)
-        return self.layers(features.to(next(self.layers.parameters()).dtype))
-
-
-def _join_patches(features: torch.Tensor, factor: int) -> torch.Tensor:
-    """Concatenates each factor x factor square of patches: [N, S*S, C] -> [N, (S/factor)^2, C * factor^2]."""
-    count, patches, width = features.shape
-    side = int(patches**0.5)
-    squares = features.view(count, side // factor, factor, side // factor, factor, width)
-    return squares.permute(0, 1, 3, 2, 4, 5).reshape(count, (side // factor) ** 2, width * factor**2)
+from .tiling_diffvl import NUM_TILES
 
 
 class DiffVLPreTrainedModel(PreTrainedModel):
@@ -107,6 +82,8 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         self.connector = Connector(
             config.connector, config.shuffle_factor, config.vision_config.hidden_size, config.text_config.hidden_size
         )
+        if config.tiling is not None:
+            self.image_newline = fresh_newline(config.text_config.hidden_size)
 
     def set_source(self, source: Any) -> None:
         """Puts a stock vision-language model in, and its configuration with it."""
@@ -115,6 +92,15 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         self.config.text_config = source.config.get_text_config(decoder=True)
         self.config.text_config.mask_token_id = self.config.mask_token_id
         self.config.text_config.block_size = self.config.block_size
+
+    def set_tiling(self, tiling: dict[str, Any] | None) -> None:
+        """Has images cut otherwise (see `DiffVLConfig.tiling`). A model that had no newline gets a fresh one."""
+        self.config.set_tiling(tiling)
+        if tiling is None:
+            self.image_newline = None
+        elif getattr(self, "image_newline", None) is None:
+            weight = next(self.connector.parameters())
+            self.image_newline = fresh_newline(self.config.text_config.hidden_size, weight.dtype).to(weight.device)
 
     @property
     def is_native(self) -> bool:
@@ -158,7 +144,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         return self
 
     def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Images [N, 3, S, S] -> image tokens [N, P, H]; a frozen tower runs without a graph."""
+        """Views [N, 3, S, S] of images -> image tokens [N, P, H]; a frozen tower runs without a graph."""
         tower_trains = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         arguments: dict[str, Any] = {"output_hidden_states": True}
         if "interpolate_pos_encoding" in inspect.signature(self.vision_tower.forward).parameters:
@@ -197,10 +183,13 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         """
         names, videos = self.config.image_inputs, self.config.video_inputs
         known = (*names, *videos, "image_sizes")
-        unknown = [name for name, value in given.items() if name not in known and value is not None]
-        if unknown:
+        further = [name for name, value in given.items() if name not in known and value is not None]
+        if unknown := [name for name in further if not self.images.takes(name)]:
             raise ValueError(f"{unknown[0]} is not known here; expected images as {', '.join(names)}")
-        found = _whole("images", names, given) | _whole("videos", videos, given)
+        found = _whole("images", names, given)
+        if found:  # of some images there may be more than of all
+            found |= {name: given[name] for name in further}
+        found |= _whole("videos", videos, given)
         sizes, shown = given.get("image_sizes"), given.get("pixel_values")
         # A native model that does not ask for sizes may have packed the patches of its images into one row.
         counts_images = not self.is_native or "image_sizes" in names
@@ -232,7 +221,8 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
 
         Args:
             input_ids: [B, T]; placeholders of `image_token_id` stand for image tokens.
-            pixel_values: [N, 3, S, S], in reading order of the placeholders; of a native model what its processor gives.
+            pixel_values: [N, 3, S, S], in reading order of the placeholders; of a model with tiles [N, views, 3, S, S], of a
+                native model what its processor gives.
             image_sizes: [N, 2] original height and width. A model that does not ask for them accepts them for callers of SDAR-VL
                 style, and does not need them.
             pixels: the further tensors that say what the images are, by the names in `config.image_inputs`.
@@ -282,14 +272,12 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         row_map: Callable[[torch.Tensor, slice], torch.Tensor] | None,
     ) -> torch.Tensor:
         """The trunk's logits, or what `row_map` makes of them; see `forward`."""
-        trunk_pass = partial(
-            self.trunk,
-            **inputs,
-            attention_mask=masks,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
+        inputs = {**inputs, "position_ids": position_ids, "past_key_values": cache, "use_cache": cache is not None}
+
+        def trunk_pass() -> Any:
+            with masks_for(self.trunk, masks, self.config.masks_at) as given:
+                return self.trunk(**inputs, attention_mask=given)
+
         if row_map is not None:
             return mapped_rows(self.trunk, trunk_pass, flat_rows(rows), row_map)
         with head_on(self.trunk, rows):
@@ -353,7 +341,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         """Position ids of tokens that a caller gave none for. A cache remembers those of the prompt that began it: text after it
         goes on from there."""
         if not self.images.has_axes:
-            return Rope()
+            return Rope(first=self.config.first_position)
         if cache is not None and cache.get_seq_length():
             known = getattr(cache, "rope", None)
             if known is None or pixels:
@@ -372,6 +360,6 @@ def _whole(what: str, names: Sequence[str], given: Mapping[str, Any]) -> dict[st
     found = {name: given[name] for name in names if given.get(name) is not None}
     if not found.keys() - {"image_sizes"}:
         return {}
-    if missing := [name for name in names if name not in found]:
+    if missing := [name for name in names if name not in found and name != NUM_TILES]:
         raise ValueError(f"{what} without {missing[0]}; expected them as {', '.join(names)}")
     return found if all(len(value) for value in found.values()) else {}
