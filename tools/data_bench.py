@@ -29,11 +29,12 @@ from torch.utils.data import DataLoader
 
 from diffvl.config.recipe import Data
 from diffvl.data.loader import load_data
-from diffvl.data.samples import collate
+from diffvl.data.samples import PROBLEMS, collate
 from diffvl.data.stream import Batches, StreamDataset
 from diffvl.store import checkpoint
 from diffvl.train.order import BatchesOfSteps, StepOrder
 
+LONGEST = 16_384  # tokens; stand-ins take a byte for a token
 _SHARD = 10_000  # records of a tar or Parquet file
 
 
@@ -124,7 +125,7 @@ def main() -> None:
         folder.mkdir(parents=True)
         write(folder, arguments.records, [jpeg(number, arguments.side) for number in range(arguments.images)])
     _, processor = checkpoint.load_description(arguments.checkpoint)
-    settings = Data(train=str(folder / pattern), streaming=arguments.form == "tar", max_length=2048)
+    settings = Data(train=str(folder / pattern), streaming=arguments.form == "tar", max_length=LONGEST)
     before, cpu = memory_of(os.getpid()), time.process_time()
     start = time.perf_counter()
     data = load_data(settings, processor, None).train
@@ -136,7 +137,8 @@ def main() -> None:
     loaders = [child.pid or 0 for child in multiprocessing.active_children()] or [os.getpid()]
     used = sum(map(cpu_of, loaders))
     for _ in range(arguments.samples // batch_size):
-        next(batches)
+        if problems := next(batches).get(PROBLEMS):
+            raise SystemExit(str(problems[0]))
     seconds = time.perf_counter() - first
     used = sum(map(cpu_of, loaders)) - used
     print(
