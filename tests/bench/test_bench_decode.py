@@ -99,7 +99,7 @@ def test_ar_sees_images_and_its_stops(name: str, loaded: Callable[[str], Loaded]
     assert torch.equal(last.pixels["pixel_values"], prompts.pixels["pixel_values"][1:])
     assert not prompts.part(1, 2).pixels
     assert ar_generate(model, last, 1).answers[0] == answers[2]
-    stopping = Prompts(last.ids, last.valid, last.pixels, 6, frozenset({answers[2][1]}))
+    stopping = Prompts(last.ids, last.valid, 6, frozenset({answers[2][1]}), last.images)
     assert ar_generate(model, stopping, 1).answers == [answers[2][: answers[2].index(answers[2][1]) + 1]]
 
 

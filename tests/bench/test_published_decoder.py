@@ -47,7 +47,7 @@ def test_both_end_an_answer_at_its_stop(loaded: Callable[[str], Loaded]):
     prompts = prompts_of(both, [chat("What is it?")], 16, frozenset({NEVER}))
     (whole,) = ours(model, prompts, 2).answers
     middle = next(place for place in range(5, 16) if whole[place] not in whole[:place])
-    stopping = Prompts(prompts.ids, prompts.valid, {}, 16, frozenset({whole[middle]}))
+    stopping = Prompts(prompts.ids, prompts.valid, 16, frozenset({whole[middle]}))
     cut = whole[: middle + 1]
     assert published(model, stopping, 2).answers == ours(model, stopping, 2).answers == [cut]
     blocks, due = blocks_and_steps(model.config, prompts.lengths, [len(cut)], 2)

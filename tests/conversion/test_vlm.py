@@ -124,8 +124,17 @@ def test_what_a_stage_names_is_checked_before_anything_is_prepared(source: Calla
     succeed(*words, "--set", "stages.diffuse.attention=eager", "--set", "stages.diffuse.trainable.tower=1e-5", "--dry-run")
 
 
-def test_there_is_nothing_to_compare_its_decoding_with(converted: dict[str, Path]):
-    refused("bench", "decode", converted["gemma3"], says=["converted from a whole vision-language model"])
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "gemma3"])
+def test_its_decoding_is_compared(model_type: str, converted: dict[str, Path]):
+    """With AR `generate` of the source and with the published loop, which gives the same tokens, images and all."""
+    directory = converted[model_type]
+    data = directory.parent.parent / "images.json"
+    records = json.loads((directory.parent.parent / "data.json").read_text(encoding="utf-8"))
+    data.write_text(json.dumps([record for record in records if "image" in record]), encoding="utf-8")
+    words = ("--data", data, "--batch", "1,2", "--steps", "2", "--max-new-tokens", "8", "--repeats", "1", "--json")
+    found = json.loads(succeed("bench", "decode", directory, *words).out)
+    assert {row["decoder"] for row in found["rows"]} == {"ar_generate", "published", "ours"}
+    assert all(row["tokens"] > 0 and row["tokens_per_second"] > 0 for row in found["rows"])
 
 
 def test_it_goes_on_from_where_it_is(source: Callable[[str], Path], converted: dict[str, Path]):

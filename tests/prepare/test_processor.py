@@ -2,19 +2,23 @@
 
 import json
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from native_processors import chat, image, native, read
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, ProcessorMixin
+from transformers.utils.import_utils import is_torchvision_available
 
 from diffvl.config.recipe import Prepare
 from diffvl.demo import standin_processors as standins
 from diffvl.demo.standin_processors import PROCESSORS, make_processor_files
 from diffvl.errors import CheckpointError, ConfigError, UnsupportedModelError
+from diffvl.hub import processing_diffvl
 from diffvl.hub.processing_diffvl import DiffVLProcessor
+from diffvl.hub.source_diffvl import processor_class
 from diffvl.prepare import processor as reading
 from diffvl.prepare.assemble import square_processor
 
@@ -147,11 +151,6 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         lambda directory: changed(directory / "preprocessor_config.json", image_processor_type="Llama4ImageProcessor"),
         "its image processor needs torchvision: transformers has no form of it that works with Pillow",
     ),
-    "torchvision for the processor": (
-        "llava",
-        described(processor_class="PixtralProcessor"),
-        "its PixtralProcessor needs torchvision, even for still images",
-    ),
     "own code": (
         "llava",
         described(processor_class="MyProcessor", auto_map={"AutoProcessor": "processing.MyProcessor"}),
@@ -221,7 +220,7 @@ def test_other_tokens_than_its_own_processor_gives(tmp_path: Path, monkeypatch: 
     """The proof notices a begin-of-text token that is lost, and pixels that differ."""
     tokenizer = make_processor_files(tmp_path, "llava")
     with monkeypatch.context() as patch:
-        patch.setattr(reading, "_first_tokens", lambda _: [])
+        patch.setattr(reading, "_first_tokens", lambda *_: [])
         with pytest.raises(UnsupportedModelError, match="a chat with one image has other tokens than the checkpoint's own"):
             read(tmp_path, "llava", tokenizer)
     kept = DiffVLProcessor.pixels
@@ -309,3 +308,22 @@ def test_the_mask_token_may_come_later(tmp_path: Path):
     again = DiffVLProcessor.from_pretrained(tmp_path / "saved")
     assert again.encode_chat(messages) == before and again.tokenizer.mask_token == "<|MASK|>"
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").mask_token_id == found.tokenizer.mask_token_id
+
+
+def test_pixtrals_processor_needs_no_torchvision():
+    """transformers hides it where that is not installed; nothing that the import needed stays behind."""
+    found = processor_class("PixtralProcessor")
+    assert issubclass(found, ProcessorMixin) and not getattr(found, "is_dummy", False)
+    name = "transformers.models.pixtral.image_processing_pixtral"
+    assert is_torchvision_available() or name not in sys.modules
+    assert processor_class("NoSuchProcessor") is None
+
+
+def test_a_checkpoint_whose_images_torchvision_resizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    native("llava").processor.save_pretrained(tmp_path)
+    file = tmp_path / "processor_config.json"
+    known = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**known, "source": {**known["source"], "backend": "torchvision"}}), encoding="utf-8")
+    monkeypatch.setattr(processing_diffvl, "is_torchvision_available", lambda: False)
+    with pytest.raises(ImportError, match="are resized by torchvision, and would be others without it: install torchvision"):
+        DiffVLProcessor.from_pretrained(tmp_path)

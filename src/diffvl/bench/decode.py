@@ -22,6 +22,7 @@ from diffvl.bench.random_model import QUICK_SCALE, SCALES, resize
 from diffvl.bench.timing import DecodeTiming, spread, time_cases
 from diffvl.bench.workload import Workload, checkpoint_workload, random_workload
 from diffvl.errors import UsageError
+from diffvl.hub.images_diffvl import vision_parameters
 from diffvl.terminal.bars import spinner_or_line
 
 BATCHES, QUICK_BATCHES = (1, 8, 32), (1, 2)
@@ -81,7 +82,7 @@ def compare_decoders(request: DecodeBench, console: Console) -> Comparison[Decod
     with spinner_or_line(console, "checking that ours and the published loop give the same tokens"):
         proof = prove_same_tokens(model, workload.groups(1), steps)
         bandwidth = memory_bandwidth(device)
-    weights = streamed_bytes(model.trunk)
+    weights = streamed_bytes(model.trunk, model.is_native)
     repeats = {batch: num_rounds(request, device, batch) for batch in batches}
     run = describe_run(device, model.trunk.dtype, load_before) | {
         "model": workload.name,
@@ -172,11 +173,14 @@ def decode_cases(steps: Sequence[int], batch: int, compiled: bool) -> list[Case]
 # --- the figures -----------------------------------------------------------------------------------------------------------
 
 
-def streamed_bytes(trunk: Any) -> int:
+def streamed_bytes(trunk: Any, is_native: bool = False) -> int:
     """Counts the bytes of weights that one forward with a head reads: over the memory's bandwidth, the least time of a forward at
-    batch 1. An input embedding that the head does not share does not count: only the rows of the tokens are read."""
+    batch 1. An input embedding that the head does not share does not count: only the rows of the tokens are read. Nor does the
+    vision part of a whole vision-language model, which runs once."""
     head, embedding = trunk.get_output_embeddings().weight, trunk.get_input_embeddings().weight
-    total = sum(parameter.numel() * parameter.element_size() for parameter in trunk.parameters())
+    seen = vision_parameters(trunk).keys() if is_native else ()
+    read = [parameter for name, parameter in trunk.named_parameters() if name not in seen]
+    total = sum(parameter.numel() * parameter.element_size() for parameter in read)
     return total if head is embedding else total - embedding.numel() * embedding.element_size()
 
 

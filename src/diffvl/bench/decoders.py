@@ -10,6 +10,7 @@ Shapes: B batch, L longest prompt, D block size.
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,23 +19,26 @@ from diffvl.bench.published_decoder import answer_start, cut_at_stop, decode_pub
 from diffvl.decode.answer import COMPILED
 from diffvl.hub.answers_diffvl import BlockGenerationOutput
 from diffvl.hub.cache_diffvl import many_forms
-from diffvl.hub.pixels_diffvl import Pixels
+from diffvl.hub.pixels_diffvl import Pixels, join_pixels
 
 NEVER = -1  # in place of a stop token, where only the limit may end an answer
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """ids [B, L], padded left; valid bool [B, L]; pixels of all images in reading order, one row of each tensor an
-    image; limit: most tokens of an answer; stops: ids that end one, `{NEVER}` for none. images: how many each prompt shows, ()
-    where none shows any."""
+    """ids [B, L], padded left; valid bool [B, L]; limit: most tokens of an answer; stops: ids that end one, `{NEVER}` for none.
+    images: the pixels of each prompt's images, () where none shows any."""
 
     ids: torch.Tensor
     valid: torch.Tensor
-    pixels: Pixels
     limit: int
     stops: frozenset[int]
-    images: tuple[int, ...] = ()
+    images: tuple[Pixels, ...] = ()
+
+    @cached_property
+    def pixels(self) -> Pixels:
+        """Of all images, in reading order."""
+        return join_pixels(self.images)
 
     @property
     def lengths(self) -> list[int]:
@@ -46,10 +50,8 @@ class Prompts:
     def part(self, begin: int, end: int) -> "Prompts":
         """Takes some of them, with their images and no more padding than they need."""
         before = self.ids.shape[1] - max(self.lengths[begin:end])
-        first, count = sum(self.images[:begin]), sum(self.images[begin:end])
-        pixels = {name: tensor[first : first + count] for name, tensor in self.pixels.items()} if count else {}
         ids, valid = self.ids[begin:end, before:], self.valid[begin:end, before:]
-        return replace(self, ids=ids, valid=valid, pixels=pixels, images=self.images[begin:end])
+        return replace(self, ids=ids, valid=valid, images=self.images[begin:end])
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def ar_generate(model: Any, prompts: Prompts, steps: int, on_first: OnFirst | No
     if not prompts.pixels:
         inputs, begin = {"input_ids": prompts.ids}, prompts.ids.shape[1]
     else:
-        inputs, begin = model.images.prompt(prompts.ids, prompts.pixels, model.images.encode(prompts.pixels)), 0
+        inputs = model.images.prompt(prompts.ids, prompts.pixels, model.images.encode(prompts.pixels))
+        begin = prompts.ids.shape[1] if "input_ids" in inputs else 0
     with many_forms() if compiled else nullcontext():
         sequences = trunk.generate(
             **inputs,

@@ -23,6 +23,7 @@ from transformers import DynamicCache
 
 from diffvl.errors import UsageError
 from diffvl.hub.configuration_diffvl import never_predicted
+from diffvl.hub.images_diffvl import is_visual
 from diffvl.hub.pixels_diffvl import Pixels
 
 
@@ -69,7 +70,7 @@ def decode_published(
     length = prompt_ids.shape[1]
     start = answer_start(config, length)
     total = start + -(-(length + limit - start) // size) * size
-    if bool((prompt_ids[:, start:] == config.image_token_id).any()):
+    if bool(is_visual(prompt_ids[:, start:], config).any()):
         raise UsageError(
             f"an image stands in the last {length - start} tokens of the prompt, in the block where the answer begins; the "
             "published loop encodes images in the prefill only. Take data whose images stand before their question"

@@ -19,7 +19,6 @@ from diffvl.data.records import iterate_records
 from diffvl.decode.answer import Decoder, context_length, encode, load_for_decoding
 from diffvl.errors import UsageError
 from diffvl.evaluation.evaluate import answer_turns, chat_before, reading_of
-from diffvl.hub.messages_diffvl import visuals_of
 from diffvl.hub.processing_diffvl import pixels_in
 
 # Tokens of the prompts of a batch, repeated for larger ones; the first is that of batch 1.
@@ -61,7 +60,7 @@ def random_workload(
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(STOP_TOKEN + 1, size.vocabulary - NUM_SPECIAL, (batch, max(lengths)), generator=generator)
     valid = torch.arange(max(lengths))[None] >= max(lengths) - torch.tensor(lengths)[:, None]
-    prompts = Prompts(ids.to(device), valid.to(device), {}, tokens, frozenset({NEVER}))
+    prompts = Prompts(ids.to(device), valid.to(device), tokens, frozenset({NEVER}))
     sizes = f"hidden {size.hidden}, layers {size.layers}, heads {size.heads}, kv heads {size.kv_heads}, "
     sizes += f"intermediate {size.intermediate}, vocabulary {size.vocabulary}"
     return Workload(model, prompts, 1, f"random weights, llama-like, {sizes}, tied")
@@ -92,20 +91,14 @@ def checkpoint_workload(
             "take data with shorter prompts"
         )
     valid = inputs["attention_mask"].bool()
-    images = tuple(len(list(visuals_of(chat))) for chat in chats)
-    prompts = Prompts(inputs["input_ids"], valid, pixels_in(inputs), tokens, frozenset(config.stop_token_ids), images)
+    images = tuple(pixels_in(encode(decoder, [chat]).to(device)) for chat in chats)
+    prompts = Prompts(inputs["input_ids"], valid, tokens, frozenset(config.stop_token_ids), images)
     return Workload(decoder.model, prompts, num_decoded, f"{directory} ({config.text_config.model_type})")
 
 
 def load_block_decoder(directory: Path, device: torch.device) -> Decoder:
-    """Loads a checkpoint. Raises UsageError for one that has only seen the next-token objective, or is a whole vision-language
-    model: the published loop, to which decoding is compared, knows one square an image and one rotary axis."""
+    """Loads a checkpoint. Raises UsageError for one that has only seen the next-token objective."""
     decoder = load_for_decoding(directory)
-    if decoder.model.is_native:
-        raise UsageError(
-            f"{directory}: converted from a whole vision-language model, for which there is no published loop to compare with; "
-            "`diffvl generate DIR --json` tells the speed of an answer"
-        )
     if decoder.model.config.decoding != "blocks":
         raise UsageError(
             f"{directory}: the checkpoint decodes token by token (it has seen no block-diffusion stage): train one with "

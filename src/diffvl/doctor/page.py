@@ -40,7 +40,7 @@ longer than the window, since shorter ones would not show how span and window me
 
 `causal`: image tokens see each other as any tokens do. `runs`: both ways inside a run of image tokens, as far as the window
 reaches; `runs_beyond_window`: whatever the window; `runs_sliding`: in layers with a window only. `images`: all image tokens
-between two answers are one such run. `prompt`: so is everything between two answers.
+between two answers are one such run. `prompt`: so is everything between two answers, whatever the window.
 """
 Column = tuple[str, Callable[[Verdict], str]]
 

@@ -225,7 +225,12 @@ def _part(image: Any) -> dict[str, Any]:
 def answered(source: Any, parts: NativeParts, images: list[Any]) -> ProbePrompt:
     """Gives the source's own logits of what the checkpoint's processor makes of a chat with these images."""
     ids, pixels = encoded(parts.processor, images)
-    given = {name: value for name, value in pixels.items() if name != VIDEO_FRAMES}
+    # Some processors give pixels in the dtype that the checkpoint was made for.
+    given = {
+        name: value.to(source.dtype) if value.is_floating_point() else value
+        for name, value in pixels.items()
+        if name != VIDEO_FRAMES
+    }
     types = token_types(source, ids, parts.image_id, parts.video_id, parts.token_types)
     logits = source(input_ids=ids, **given, **types, use_cache=False).logits
     return ProbePrompt(ids, pixels, logits.float())

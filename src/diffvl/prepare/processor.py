@@ -77,7 +77,7 @@ def read_native_processor(
     tokenizer = load_tokenizer(model, config.model_type, trust_remote_code, revision, template)
     with _refusals(model, class_name):
         inner = _inner(class_name, settings, image_processor, tokenizer)
-    source = {"class": class_name, "settings": settings, "first_tokens": _first_tokens(tokenizer)}
+    source = {"class": class_name, "settings": settings, "first_tokens": _first_tokens(inner, tokenizer)}
     source["backend"] = backend = getattr(image_processor, "backend", BACKEND)
 
     def proven(template: str) -> tuple[DiffVLProcessor, list[str]]:
@@ -189,10 +189,14 @@ def _inner(class_name: str, settings: dict[str, Any], image_processor: Any, toke
     return inner
 
 
-def _first_tokens(tokenizer: Any) -> list[str]:
-    """Gives the special tokens that the tokenizer puts before a text."""
+def _first_tokens(inner: Any, tokenizer: Any) -> list[str]:
+    """Gives the special tokens that the processor puts before a text, by its tokenizer or by itself."""
+    try:
+        ids = [int(one) for one in inner(text=["x"])["input_ids"][0]]
+    except FAULTS:  # some take no text without an image
+        ids = tokenizer("x")["input_ids"]
     special, first = set(tokenizer.all_special_ids), []
-    for token in tokenizer("x")["input_ids"]:
+    for token in ids:
         if token not in special:
             break
         first.append(token)

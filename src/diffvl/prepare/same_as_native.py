@@ -13,7 +13,7 @@ from PIL import Image
 from diffvl.errors import UnsupportedModelError, first_line
 from diffvl.hub.clips_diffvl import Clip, ClipSize
 from diffvl.hub.pixels_diffvl import VIDEO_FRAMES
-from diffvl.hub.processing_diffvl import DiffVLProcessor
+from diffvl.hub.processing_diffvl import TEXT_INPUTS, DiffVLProcessor
 from diffvl.hub.source_diffvl import FAULTS
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,12 @@ def require_same(model: str, processor: DiffVLProcessor, inner: Any, is_plain: b
             raise _differs(model, name, "tokens")
         elif name == "one image" and (wrong := _other_pixels(ours, native)):
             raise _differs(model, name, wrong)
+        elif name == "several images" and (wrong := _other_numbers(ours, native)):
+            raise UnsupportedModelError(
+                f"{model}: {wrong} of several images is not what those of single ones give side by side, so images cannot be "
+                "joined into batches",
+                "processor",
+            )
     return advice
 
 
@@ -150,6 +156,19 @@ def _other_pixels(ours: Any, native: Any) -> str:
         if name in ("input_ids", "attention_mask", "answer_index", VIDEO_FRAMES):
             continue
         if name not in native or not torch.equal(value, torch.as_tensor(native[name])):
+            return name
+    return ""
+
+
+def _other_numbers(ours: Any, native: Any) -> str:
+    """Names the first tensor of whole numbers that is of the same form but says something else; empty if none does. It may count
+    across images, as places among the patches of all."""
+    for name, value in ours.items():
+        theirs = native.get(name)
+        if name in TEXT_INPUTS or theirs is None or value.is_floating_point():
+            continue
+        theirs = torch.as_tensor(theirs)
+        if theirs.shape == value.shape and not torch.equal(value, theirs):
             return name
     return ""
 
