@@ -111,7 +111,7 @@ def test_long_records_are_left_out_on_request_and_it_says_so(convert: Workshop, 
             "diffuse: data.max_length is 513, but a sample in whole blocks may have 512 tokens in this trunk's context",
         ),
         ("holdout=10", "diffuse: data.holdout is 10, but {train} has 10 records: nothing is left to train on"),
-        ("train=null", "diffuse: no training data: give --data FILE (LLaVA-format .json or .jsonl) or set data.train"),
+        ("train=null", "diffuse: no training data: give --data FILE (LLaVA-format .json or .jsonl, Parquet, a folder, a hub id)"),
         ("train=none.json", "none.json: no such data file"),
     ],
 )

@@ -10,19 +10,23 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import trained_on
 from native_processors import image, native
 from PIL import Image
 from rich.console import Console
 from shared_fixtures import TILED, Loaded
 
 from diffvl.config.recipe import Data
+from diffvl.config.sources import DataSource
 from diffvl.data import images
 from diffvl.data.images import image_size, open_image
-from diffvl.data.loader import SampleDataset, load_data
+from diffvl.data.loader import load_data
 from diffvl.data.packing import lengths_of
 from diffvl.data.problems import Problem
 from diffvl.data.records import iterate_records
+from diffvl.data.sample_dataset import SampleDataset
 from diffvl.data.samples import Sample, collate, encode_record, sample_of
+from diffvl.data.sources import find_source
 from diffvl.data.table import RecordTables
 from diffvl.demo.standin_processors import PROCESSORS
 from diffvl.errors import DataError
@@ -193,11 +197,11 @@ def test_rows_are_packed_by_these_lengths(tmp_path: Path):
     path = data_file(tmp_path)
     data = Data(train=str(path), max_length=512, row_length=512)
     given = native("qwen3_vl")
-    rows = load_data(data, given.processor, None).train
+    rows = trained_on(load_data(data, given.processor, None))
     records = list(iterate_records(path))
     assert rows.lengths is not None
     assert rows.lengths.tolist() == [len(encode_record(record, given.processor).ids) for record in records]
-    table = RecordTables().open(path, data)
+    table = RecordTables().open(find_source(DataSource(path=str(path))), data)
     size = given.processor.image_processor.size
     try:
         given.processor.image_processor.size = type(size)(shortest_edge=56 * 56, longest_edge=56 * 56)

@@ -354,7 +354,11 @@ def test_content_as_parts(content: Any, keys: dict[str, Any], text: str, images:
         ([{"type": "image", "image": "a.png", "max_pixels": 9}], {}, "part 1: `max_pixels` is not supported"),
         ([{"type": "image", "image": "a.png"}, PLACE], {}, "some parts of type image have a path and some have none"),
         ([{"type": "image", "image": "a.png"}], {"image": "b.png"}, "paths both in `image` and in parts of turns"),
-        ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBOR"}}], {}, "not its bytes as text"),
+        (
+            [{"type": "image_url", "image_url": {"url": "data:text/plain,iVBOR"}}],
+            {},
+            "expected an image as data:image/...;base64",
+        ),
         ([{"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}], {}, "an image is a file, not a URL"),
         ([PLACE, TEXT], {}, "more <image> than images: 1 in the text, 0 in the record"),
     ],
@@ -373,7 +377,7 @@ def test_parts_that_are_refused(content: Any, keys: dict[str, Any], says: str, t
     [
         ("s3://bucket/a.png", "an image is a file, not a URL: s3://bucket/a.png; fetch it and give the path of its file"),
         ("file:///tmp/a.png", "not a URL: file:///tmp/a.png; write the path alone"),
-        ("data:image/png;base64,iVBORw0KGgo=", "an image is a file, not its bytes as text: data:image/png;base64,iVBORw0KGgo="),
+        ("data:image/png,iVBORw0KGgo=", "expected an image as data:image/...;base64,... got data:image/png"),
         ("iVBOR" * 1000, "not its bytes as text: iVBORiVBOR"),
         ("no.png", "no.png (relative paths start at the data file's folder; set data.image_folder if they start elsewhere)"),
         ("", None),

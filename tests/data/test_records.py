@@ -286,7 +286,7 @@ def test_image_is_looked_for_once_per_path(tmp_path: Path, monkeypatch: pytest.M
 def test_unchanged_file_is_not_read_again(tmp_path: Path, suffix: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, suffix, [{"image": image(tmp_path, "a.png"), "conversations": GOOD}])
     first = open_records(path)
-    monkeypatch.setattr("diffvl.data.records.read_objects", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr("diffvl.data.reading.read_places", lambda path: pytest.fail("read again"))
     second = open_records(path)
     assert second[0] == first[0]
     assert second.content == first.content

@@ -32,8 +32,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def parsed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that are parsed from now on."""
     seen: list[Path] = []
-    parse = table.parse_file
-    monkeypatch.setattr(table, "parse_file", lambda path, **reading: (seen.append(path), parse(path, **reading))[1])
+    parse = table.parse_source
+    monkeypatch.setattr(table, "parse_source", lambda source, *how: (seen.append(source.path), parse(source, *how))[1])
     return seen
 
 
@@ -165,13 +165,13 @@ def test_a_malformed_line_can_be_skipped(tmp_path: Path):
 def test_problems_are_counted_by_kind_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path):
     kinds = {"none.png": "image missing", "": "empty answer"}
 
-    def parse(path: Path, **reading: Any) -> Any:
-        for item in whole(path, **reading):
+    def parse(*source: Any) -> Any:
+        for item in whole(*source):
             yield item if isinstance(item, Record) else table.Problem(kinds[odd[item.number - 1]], *list(vars(item).values())[1:])
 
     odd = ["none.png"] * 7 + [""] * 2
-    whole = table.parse_file
-    monkeypatch.setattr(table, "parse_file", parse)
+    whole = table.parse_source
+    monkeypatch.setattr(table, "parse_source", parse)
     bad = [record(image=name) if name else record(answer="") for name in odd]
     path = tmp_path / "one-line.json"
     write_data(tmp_path)

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from diffvl.config.objectives import BlockDiffusionObjective
 from diffvl.config.recipe import Recipe
 from diffvl.config.resolve import resolve
+from diffvl.data.loader import StageData
+from diffvl.data.sample_dataset import SampleDataset
 from diffvl.data.samples import Batch, Sample, collate
 from diffvl.demo import standins
 from diffvl.hub.configuration_diffvl import DiffVLConfig
@@ -94,6 +96,12 @@ def stage_recipe(data: Path, holdout: int = 0, row_length: int | None = None, **
         **stage,
     }
     return resolve({"stages": {"diffuse": settings}}, [], "test")
+
+
+def trained_on(data: StageData) -> SampleDataset:
+    """What a stage is trained on, where that is a single set that is not streamed."""
+    assert isinstance(data.train, SampleDataset)
+    return data.train
 
 
 def text_only(path: Path, count: int) -> Path:

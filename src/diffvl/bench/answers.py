@@ -25,7 +25,8 @@ from diffvl.bench.decode import DecodeBench, refuse_idle_arguments
 from diffvl.bench.machine import describe_run, load_average, pick_device
 from diffvl.bench.timing import schedule
 from diffvl.bench.workload import load_block_decoder
-from diffvl.data.records import Record, iterate_records
+from diffvl.data.records import Record
+from diffvl.data.source_records import iterate_source, source_at
 from diffvl.data.textscore import edit_similarity, is_exact
 from diffvl.decode.answer import Answer, Decoder, answer_chats
 from diffvl.errors import UsageError
@@ -133,7 +134,7 @@ def load_questions(request: AnswersBench) -> tuple[Decoder, list[tuple[Record, i
     """
     decoder = load_block_decoder(request.directory, pick_device(request.device))
     reading = reading_of(request.directory, request.data)
-    records = iterate_records(request.data, reading.image_folder, reading.unpaired_turns)
+    records = iterate_source(source_at(request.data, reading), reading.unpaired_turns)
     return decoder, list(islice(questions(records), request.limit))
 
 

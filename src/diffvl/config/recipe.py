@@ -10,6 +10,18 @@ from pydantic import Field, model_validator
 
 from diffvl.config.objectives import Objective
 from diffvl.config.section import Section
+from diffvl.config.sources import (
+    COLUMNS,
+    IMAGE_FOLDER,
+    SPLIT,
+    SUBSET,
+    Columns,
+    DataSource,
+    OneSource,
+    Sources,
+    check_columns,
+    check_weights,
+)
 from diffvl.config.tiling import NoTiling, Tiling
 
 VERSION = "0.1.0"  # of diffvl; pyproject.toml reads it here
@@ -19,6 +31,8 @@ StageName = Literal["align", "diffuse"]
 Tracker = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 STAGES: tuple[StageName, ...] = ("align", "diffuse")
 MAX_SKIPPED = 0.01  # of a file's records, where data.on_error is skip
+CHECK_IMAGES = 5000  # records up to which every image is looked at before training
+WINDOW = 512  # records of a stream that are permuted at a time
 
 
 # --- model ---------------------------------------------------------------------------------------------------------------
@@ -131,11 +145,21 @@ class Optim(Section):
 
 
 class Data(Section):
-    train: str | None = Field(default=None, description="LLaVA-format .json or .jsonl; `--data` sets it")
-    image_folder: str | None = Field(
-        default=None, description="where relative paths of images start; default: the folder of the data file"
+    train: Sources | None = Field(
+        default=None, description="file, folder, pattern, hub id or URL, or a list of sources to mix; `--data` sets it"
     )
-    eval: str | None = Field(default=None, description="held-out file of the same format")
+    split: str | None = Field(default=None, description=f"{SPLIT}. Of `train`")
+    subset: str | None = Field(default=None, description=f"{SUBSET}. Of `train`")
+    columns: Columns | None = Field(default=None, description=f"{COLUMNS}. Of sources that have none of their own")
+    image_folder: str | None = Field(default=None, description=IMAGE_FOLDER)
+    streaming: bool = Field(
+        default=False,
+        description="read `train` from front to back, for tars and remote data: nothing loads or measures the whole set",
+    )
+    window: int = Field(
+        default=WINDOW, ge=1, description="streaming: records of a loader process that are permuted, and packed, at a time"
+    )
+    eval: OneSource | None = Field(default=None, description="held-out file (folder, hub id), never streamed")
     holdout: int = Field(default=0, ge=0, description="without `eval`: this many records are set apart from `train`")
     max_length: int = Field(default=2048, ge=8, description="tokens per sample, images included; a longer record is an error")
     row_length: int | None = Field(
@@ -163,13 +187,50 @@ class Data(Section):
         description="tokenise every record before training, to find those that are too long; packing does so anyway",
     )
     check_images: int = Field(
-        default=5000, ge=0, description="every image of a set of up to this many records is decoded once before training"
+        default=CHECK_IMAGES, ge=0, description="every image of a set of up to this many records is decoded once before training"
     )
 
     @model_validator(mode="after")
     def _one_holdout(self) -> "Data":
         if self.eval is not None and self.holdout:
             raise ValueError("holdout has no effect when eval names a file: remove one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _sources_fit(self) -> Self:
+        check_columns(self.columns)
+        if isinstance(self.eval, DataSource) and self.eval.weight is not None:
+            raise ValueError("eval.weight has no effect: nothing is mixed into held-out records")
+        if self.train is None or isinstance(self.train, str):
+            return self
+        sources = [self.train] if isinstance(self.train, DataSource) else self.train
+        check_weights(sources)
+        for name in ("split", "subset"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} has no effect when the sources of train are sections: set it in these")
+        others = [self.eval] if isinstance(self.eval, DataSource) else []
+        for name in ("columns", "image_folder"):
+            own = all(getattr(source, name) is not None for source in [*sources, *others])
+            if getattr(self, name) is not None and own and not isinstance(self.eval, str):
+                raise ValueError(f"{name} has no effect: every source has its own")
+        return self
+
+    @model_validator(mode="after")
+    def _streaming_fits(self) -> Self:
+        if not self.streaming:
+            if self.window != WINDOW:
+                raise ValueError("window has no effect without streaming: true")
+            return self
+        if isinstance(self.train, list) and len(self.train) > 1 and self.train[0].weight is None:
+            raise ValueError(
+                "nobody knows how large streams are, so their shares cannot follow: give each entry of train a weight"
+            )
+        if self.holdout:
+            raise ValueError("holdout needs all records of the set, which streaming does not look at: name a file with eval")
+        if self.check_lengths:
+            raise ValueError("check_lengths needs all records of the set, which streaming does not look at: remove it")
+        if self.check_images != CHECK_IMAGES:
+            raise ValueError("check_images has no effect with streaming: images are looked at when their turn comes")
         return self
 
     @model_validator(mode="after")
@@ -221,6 +282,8 @@ class Stage(Section):
             raise ValueError("lora has no effect unless trunk is in trainable")
         if "mask_row" in self.trainable and self.objective.kind == "ar":
             raise ValueError("mask_row has no effect under the ar objective: no token is masked")
+        if self.data.streaming and self.steps is None:
+            raise ValueError("a stream has no known end: give steps in place of epochs, or leave out data.streaming")
         if self.eval_every is not None and self.data.eval is None and self.data.holdout == 0:
             raise ValueError("eval_every has no effect without data.eval or data.holdout")
         return self

@@ -127,12 +127,14 @@ def _key_path(location: tuple[int | str, ...], tree: dict[str, Any]) -> str:
     names: list[str] = []
     node: Any = tree
     for step in location:
-        if step == "[key]":
+        if step == "[key]" or str(step).startswith("("):  # the second: forms of `sources`
             continue
         if isinstance(node, dict) and step not in node and step in (node.get("kind"), node.get("schedule")):
             continue
         names.append(str(step))
-        node = node.get(step) if isinstance(node, dict) else None
+        node = (
+            node.get(step) if isinstance(node, dict) else node[step] if isinstance(node, list) and isinstance(step, int) else None
+        )
     return ".".join(names) or "(top)"
 
 

@@ -15,12 +15,14 @@ from rich.console import Console
 from transformers import PretrainedConfig
 
 from diffvl.config.families import diffusion_source, family_of, family_of_trunk, named_checkpoint, recipe_of_name, require_known
-from diffvl.config.recipe import STAGES, Lora, Recipe, Stage, StageName
+from diffvl.config.recipe import STAGES, Data, Lora, Recipe, Stage, StageName
 from diffvl.config.resolve import dump, find_recipe, read_yaml, resolve
 from diffvl.config.supported import check_supported, is_vlm, is_vlm_type
 from diffvl.conversion.diffusion import check_objectives, filled
 from diffvl.conversion.resume import is_finished, one_spelling, require_same_source, require_same_stage
 from diffvl.conversion.vlm import VLM_RECIPE, check_settings
+from diffvl.data.problems import told
+from diffvl.data.sources import own_settings
 from diffvl.errors import ConfigError, UsageError
 from diffvl.prepare.source import Source
 from diffvl.store import checkpoint
@@ -215,7 +217,7 @@ def _resolve(request: ConvertRequest, tree: dict[str, Any], stages: tuple[StageN
         raise ConfigError("--set model=... has no effect: name the checkpoint as MODEL")
     assignments = []
     if request.data is not None:
-        assignments += [f"stages.{name}.data.train={json.dumps(str(request.data), ensure_ascii=False)}" for name in stages]
+        assignments += [f"stages.{name}.data.train={json.dumps(told(request.data), ensure_ascii=False)}" for name in stages]
     if request.lora:
         if "diffuse" not in stages:
             raise UsageError("--lora has no effect: the diffuse stage is not run")
@@ -290,9 +292,16 @@ def describe(plan: Plan, console: Console) -> None:
             console,
             (name, "bold"),
             f" {detail}; {_images_of(stage)}trains {trains}{' with LoRA' if stage.lora else ''}; {length} of "
-            f"{stage.batch_size} x {stage.accumulation} samples per device, {precision(stage)}; data {stage.data.train} "
+            f"{stage.batch_size} x {stage.accumulation} samples per device, {precision(stage)}; data {data_of(stage.data)} "
             f"-> {plan.root / name}",
         )
+
+
+def data_of(data: Data) -> str:
+    """Tells in a few words what a stage is trained on."""
+    sources = own_settings(data)
+    named = [f"{one.path}{'' if one.weight is None else f' x {one.weight:g}'}" for one in sources]
+    return (" + ".join(named) or "None") + (" (streamed)" if data.streaming else "")
 
 
 def _images_of(stage: Stage) -> str:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from diffvl.config.recipe import Recipe, StageName
+from diffvl.config.sources import DataSource
 from diffvl.data.fingerprint import DATA_FILE
+from diffvl.data.sources import find_source
 from diffvl.data.table import content_digest
 from diffvl.errors import ConfigError
 from diffvl.store import checkpoint
@@ -92,9 +94,11 @@ def _paths_of_same_content(recipe: Recipe, stage: StageName, directory: Path) ->
     if not is_finished(directory):
         return list(_DATA_PATHS) if (directory / DATA_FILE).is_file() else []
     first = checkpoint.read_state(directory).get("data", {})
+    data = recipe.stages[stage].data
     same = []
     for name in ("train", "eval"):
-        path = getattr(recipe.stages[stage].data, name)
-        if name in first and path is not None and Path(path).is_file() and content_digest(Path(path)) == first[name]["blake2b"]:
-            same.append(f"data.{name}")
+        path = getattr(data, name)
+        if name in first and isinstance(path, str) and Path(path).is_file() and not data.streaming:
+            digest = content_digest(find_source(DataSource(path=path, columns=data.columns)))
+            same += [f"data.{name}"] if digest == first[name]["blake2b"] else []
     return [*same, "data.image_folder"] if same else []

@@ -19,7 +19,9 @@ from diffvl.conversion.inputs import open_inputs
 from diffvl.conversion.plan import ConvertRequest, Plan, check_targets, describe, make_plan
 from diffvl.conversion.resume import BEFORE_FILE
 from diffvl.data.fingerprint import DATA_FILE, DIGESTS_FILE
-from diffvl.data.loader import SampleDataset, StageData
+from diffvl.data.loader import StageData
+from diffvl.data.mixture import Mixture
+from diffvl.data.sample_dataset import SampleDataset
 from diffvl.decode.answer import Decoder
 from diffvl.errors import UsageError
 from diffvl.evaluation.evaluate import held_out_answers
@@ -45,7 +47,7 @@ def answering(start: Path, work: Path, data: Data, console: Console) -> Onlooker
     in the unfinished directory `work`, for a resume."""
     before = work / BEFORE_FILE
 
-    def answer(model: Any, processor: Any, held_out: SampleDataset | None) -> list[dict[str, Any]]:
+    def answer(model: Any, processor: Any, held_out: SampleDataset | Mixture | None) -> list[dict[str, Any]]:
         if held_out is None:
             return []
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -137,6 +139,7 @@ def _say_next(directory: Path, plan: Plan, console: Console) -> None:
         say(console, "next: ", shell_line("diffvl", "convert", "--from", directory, "--stage", "diffuse", "--data", "FILE"))
     samples = read_json_lines(directory / "samples.jsonl")
     shown = [(kind, line[kind], line["question"]) for line in samples for kind in ("image", "video") if line.get(kind)]
-    kind, file, question = next((one for one in shown if isinstance(one[1], str)), ("image", "FILE", "What does the image show?"))
+    files = (one for one in shown if isinstance(one[1], str) and Path(one[1]).exists())  # an image in a table has no path
+    kind, file, question = next(files, ("image", "FILE", "What does the image show?"))
     say(console, "next: ", shell_line("diffvl", "generate", directory, f"--{kind}", Path(file), "--prompt", question))
     say(console, "next: ", shell_line("diffvl", "evaluate", directory, "--data", "FILE"))

@@ -16,13 +16,14 @@ from PIL import Image, UnidentifiedImageError
 
 from diffvl.data.content import kind_of, text_of
 from diffvl.data.keys import is_absent
+from diffvl.data.problems import IMAGE_MISSING, UNREADABLE
+from diffvl.data.references import Held, file_of, parts_of, shown
 from diffvl.errors import DataError
 from diffvl.hub.seen_diffvl import Size, as_seen, size_as_seen
 
 T = TypeVar("T")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _LONGEST = 4096  # characters; a longer text is no path
-IMAGE_MISSING = "image missing"
 
 
 def named_images(value: dict[str, Any]) -> list[str]:
@@ -103,9 +104,6 @@ def _files_in(folder: str) -> set[str]:
     return set()
 
 
-UNREADABLE = "image cannot be read"
-
-
 def open_image(path: str, source: str) -> Image.Image:
     """Decodes the whole image, so that a file cut short is found here.
 
@@ -125,15 +123,20 @@ def image_size(path: str, source: str) -> Size:
 
 
 def _look(path: str, source: str, look: Callable[[Image.Image], T]) -> T:
-    if "://" in path or path.startswith("data:"):
+    inside = isinstance(path, Held) or parts_of(path) is not None
+    if not inside and ("://" in path or path.startswith("data:")):
         raise DataError(f"{source}: {path[:80]} is no file: images are not fetched, give the path of a file", IMAGE_MISSING)
     try:
         with warnings.catch_warnings():
             # A large image is none to be warned of; PIL refuses those that are too large.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(file_of(path)) as image:
                 return look(image)
+    except DataError as error:
+        raise DataError(f"{source}: image {shown(path)}: {error}", error.kind) from error
     except FileNotFoundError as error:
-        raise DataError(f"{source}: image {path} does not exist", IMAGE_MISSING) from error
+        raise DataError(f"{source}: image {shown(path)} does not exist", IMAGE_MISSING) from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{source}: image {path} cannot be read ({error}); replace it or leave it out", UNREADABLE) from error
+        raise DataError(
+            f"{source}: image {shown(path)} cannot be read ({error}); replace it or leave it out", UNREADABLE
+        ) from error

@@ -206,28 +206,38 @@ def check_path(path: Path) -> None:
 
 
 def read_objects(path: Path) -> Iterator[tuple[int, Any]]:
-    """Gives (line, value) of every object in the file; the value is a DataError, with its place, where there is no object to
-    read, and with `ends` where nothing after it can be read.
+    """Gives (line, value) of every object in the file, as `read_places`."""
+    return ((line, value) for line, _, value in read_places(path))
+
+
+def read_places(path: Path) -> Iterator[tuple[int, int, Any]]:
+    """Gives (line, place, value) of every object in the file; the value is a DataError, with its place, where there is no object
+    to read, and with `ends` where nothing after it can be read. The place is the byte at which the line begins, in a `.json` list
+    nothing that leads anywhere.
 
     Raises:
         DataError: for a file of another kind than its name says.
     """
     is_list = path.suffix.lower() == ".json"
-    read = _read_list if is_list else _read_lines
     try:
         check_bytes(path)
         if not is_list:
             _check_lines(path)
-        with path.open(encoding="utf-8-sig") as file:
-            for line, value in read(file, path):
-                if isinstance(value, DataError) and is_list:
-                    value.ends = True  # after a broken element of a list nothing more can be placed
-                yield line, value
+        with path.open(encoding="utf-8-sig", newline=None if is_list else "") as file:
+            yield from read_stream(file, str(path), is_list)
     except UnicodeDecodeError:
         line = _undecodable_line(path)
-        yield line, DataError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8", "not UTF-8", ends=True)
+        yield line, 0, DataError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8", "not UTF-8", ends=True)
     except OSError as error:
-        yield 0, DataError(f"{path}: cannot be read ({error.strerror})", "file cannot be read", ends=True)
+        yield 0, 0, DataError(f"{path}: cannot be read ({error.strerror})", "file cannot be read", ends=True)
+
+
+def read_stream(file: TextIO, path: str, is_list: bool) -> Iterator[tuple[int, int, Any]]:
+    """Gives what `read_places` does of an open file, with lines as they are (newline="") where it is no list."""
+    for line, place, value in (_read_list if is_list else _read_lines)(file, path):
+        if isinstance(value, DataError) and is_list:
+            value.ends = True  # after a broken element of a list nothing more can be placed
+        yield line, place, value
 
 
 def _check_lines(path: Path) -> None:
@@ -243,8 +253,13 @@ def _undecodable_line(path: Path) -> int:
         return next(number for number, line in enumerate(file, 1) if line.decode("utf-8", "ignore").encode() != line)
 
 
-def _read_lines(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
+_MARK = len(b"\xef\xbb\xbf")  # of UTF-8, which the reader of text has taken away
+
+
+def _read_lines(file: TextIO, path: str) -> Iterator[tuple[int, int, Any]]:
+    place, end = 0, _MARK if file.encoding == "utf-8-sig" and _has_mark(file) else 0
     for line, text in enumerate(file, 1):
+        place, end = end, end + (len(text) if text.isascii() else len(text.encode()))
         if not text.strip():
             continue
         try:
@@ -253,17 +268,27 @@ def _read_lines(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
             value = _malformed(path, line, error.colno, error.msg)
         except (ValueError, RecursionError) as error:
             value = _too_large(path, line, error)
-        yield line, value
+        yield line, place, value
 
 
-def _read_list(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
+def _has_mark(file: TextIO) -> bool:
+    """Tells whether a file that can be read twice begins with the mark of UTF-8; the reader stands at its beginning then."""
+    buffer = getattr(file, "buffer", None)
+    if buffer is None or not buffer.seekable():
+        return False
+    head = buffer.read(_MARK)
+    file.seek(0)
+    return head == b"\xef\xbb\xbf"
+
+
+def _read_list(file: TextIO, path: str) -> Iterator[tuple[int, int, Any]]:
     """Gives the elements of one JSON list, one in memory at a time. After malformed JSON nothing more can be placed: it ends."""
     cursor = _Cursor(file)
     first = cursor.peek()
     if not first:
         return
     if first != "[":
-        raise not_a_list(cursor, path)
+        raise not_a_list(cursor, Path(path))
     cursor.skip()
     mark = cursor.peek()
     while mark != "]":
@@ -271,30 +296,30 @@ def _read_list(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
         try:
             value = cursor.value()
         except json.JSONDecodeError as error:
-            yield line, _malformed(path, *cursor.place(error.pos), error.msg)
+            yield line, 0, _malformed(path, *cursor.place(error.pos), error.msg)
             return
         except (ValueError, RecursionError) as error:
-            yield line, _too_large(path, line, error)
+            yield line, 0, _too_large(path, line, error)
             return
-        yield line, value
+        yield line, 0, value
         mark = cursor.peek()
         if mark == ",":
             cursor.skip()
             cursor.peek()
         elif mark != "]":
             message = f"expected ',' or ']' after the record of line {line}"
-            yield line, _malformed(path, *cursor.place(), message if mark else f"{message}, the file ends here")
+            yield line, 0, _malformed(path, *cursor.place(), message if mark else f"{message}, the file ends here")
             return
     cursor.skip()
     if cursor.peek():
-        yield cursor.line, _malformed(path, *cursor.place(), "more text after the list's closing ']'")
+        yield cursor.line, 0, _malformed(path, *cursor.place(), "more text after the list's closing ']'")
 
 
-def _malformed(path: Path, line: int, column: int, message: str) -> DataError:
+def _malformed(path: str, line: int, column: int, message: str) -> DataError:
     return DataError(f"{path}:{line}: malformed JSON at column {column}: {message}", MALFORMED)
 
 
-def _too_large(path: Path, line: int, error: Exception) -> DataError:
+def _too_large(path: str, line: int, error: Exception) -> DataError:
     """Names JSON that Python does not read: thousands of brackets in one another, a number of thousands of digits."""
     return DataError(f"{path}:{line}: JSON that cannot be read: {first_line(error)}", MALFORMED)
 

@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from diffvl.config.recipe import Data
-from diffvl.data.loader import SampleDataset
 from diffvl.data.problems import Problem, advice_on, as_error, as_line, from_line, is_forgiven, kinds_of, over_budget
+from diffvl.data.sample_dataset import SampleDataset
+from diffvl.data.stream import StreamPart
 from diffvl.errors import DataError
 from diffvl.store.files import replace_text
 from diffvl.store.metrics import read_json_lines
@@ -24,20 +25,27 @@ _HOPELESS = 1000  # records of which not one could be used: the others will be n
 class LeftOut:
     """The records that are left out of a run. All processes of a run hold the same; one of them writes."""
 
-    def __init__(self, file: Path, data: Data, datasets: Iterable[SampleDataset | None], writes: bool) -> None:
+    def __init__(self, file: Path, data: Data, datasets: Iterable[SampleDataset | StreamPart], writes: bool) -> None:
         self._file, self._data, self._writes = file, data, writes
-        self._datasets = [samples for samples in datasets if samples is not None]
+        self._datasets = list(datasets)
         self._paths = list(dict.fromkeys(samples.path for samples in self._datasets))
-        self._found: dict[tuple[str, int], Problem] = {}
+        self._found: dict[tuple[str, str | None, int], Problem] = {}
         self._wrong: Counter[Path] = Counter()  # by file; those that are forgiven apart
         self._all: Counter[Path] = Counter()
         self._used = False
+        self._seen = 0  # records that the steps have met, by which a stream's are counted
 
     def __len__(self) -> int:
         return len(self._found)
 
-    def begin(self, step: int) -> None:
+    @property
+    def seen(self) -> int:
+        """Counts the records that the steps have met; a run that goes on is told it by its checkpoint."""
+        return self._seen
+
+    def begin(self, step: int, seen: int = 0) -> None:
         """Takes up the list at a step: what was known before training, and what the steps up to this one have left out."""
+        self._seen = seen
         self._found, self._wrong, self._all, self._used = {}, Counter(), Counter(), step > 0
         found = [(0, problem) for samples in self._datasets for problem in samples.known]
         if step > 0 and self._file.exists():
@@ -52,6 +60,10 @@ class LeftOut:
         if self._writes and (kept or self._file.exists()):
             replace_text(self._file, "".join(kept))
 
+    def count(self, met: int) -> None:
+        """Counts records that a step has met, whether it could use them or not."""
+        self._seen += met
+
     def add(self, problems: Sequence[Problem], used: int, step: int) -> None:
         """Takes note of the records that a step has met and could not use, and of the number that it could.
 
@@ -61,6 +73,9 @@ class LeftOut:
         self._used = self._used or used > 0
         new = {_key(problem): problem for problem in problems if _key(problem) not in self._found}
         wrong = [problem for problem in new.values() if not is_forgiven(problem, self._data)]
+        ending = [problem for problem in wrong if problem.ends]
+        if ending:
+            raise as_error(ending, ending[0].path)
         if wrong and self._data.on_error == "stop":
             raise as_error(wrong, wrong[0].path, advice_on(wrong, in_training=True))
         for problem in new.values():
@@ -83,8 +98,10 @@ class LeftOut:
         self._all[problem.path] += 1
         self._wrong[problem.path] += not is_forgiven(problem, self._data)
 
-    def _require_budget(self, samples: SampleDataset) -> None:
-        path, total = samples.path, len(samples.records)
+    def _require_budget(self, samples: SampleDataset | StreamPart) -> None:
+        path, total = samples.path, samples.num_records
+        if total is None:  # of a stream: what was met of it so far, and a beginning in which one wrong record is no share
+            total = max(self._seen, _HOPELESS)
         if self._wrong[path] > self._data.max_skipped * total:
             wrong = [problem for problem in self._problems_in(path) if not is_forgiven(problem, self._data)]
             raise as_error(wrong, path, over_budget(len(wrong), total, self._data))
@@ -97,5 +114,5 @@ class LeftOut:
         return [problem for problem in self._found.values() if problem.path == path]
 
 
-def _key(problem: Problem) -> tuple[str, int]:
-    return str(problem.path), problem.number
+def _key(problem: Problem) -> tuple[str, str | None, int]:
+    return str(problem.path), problem.within, problem.number

@@ -16,8 +16,9 @@ import torch
 from rich.console import Console
 from torch.utils.data import DataLoader, Dataset
 
+from diffvl.data.cachefolder import cache_error, cache_folder
 from diffvl.data.samples import encode_record
-from diffvl.data.table import RecordTable, cache_error, cache_folder
+from diffvl.data.table import RecordTable
 from diffvl.errors import DataError
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.machine import num_cores

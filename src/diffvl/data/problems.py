@@ -5,6 +5,7 @@ first few of each kind told, the rest in a file; and whether a run may go on wit
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from datasets import config as datasets_config
 from diffvl.config.recipe import Data
 from diffvl.errors import DataError, first_few
 
+IMAGE_MISSING = "image missing"
+UNREADABLE = "image cannot be read"
 TOO_LONG = "too long"  # kind of a record with more tokens than allowed, which `data.too_long: drop` forgives
 
 
@@ -23,7 +26,8 @@ TOO_LONG = "too long"  # kind of a record with more tokens than allowed, which `
 class Problem:
     """kind: a few words, the same for all records that it applies to ("image missing"), by which problems are counted.
     line: where the record begins in the file, from 1. number: which record of the file it is, from 1. id: the record's own.
-    message: what is wrong, what was expected and what to do, without the place. ends: nothing after it could be read."""
+    message: what is wrong, what was expected and what to do, without the place. ends: nothing after it could be read.
+    within: the file that it stands in, where `path` is a data set of several."""
 
     kind: str
     path: Path
@@ -32,14 +36,21 @@ class Problem:
     id: str | None
     message: str
     ends: bool = False
+    within: str | None = None
 
     def __str__(self) -> str:
         name = "" if self.id is None else f", id {self.id!r}"
-        return f"{self.path}:{self.line}: {self.message} (record {self.number}{name})"
+        file = self.path if self.within is None else self.path / self.within
+        return f"{told(file)}:{self.line}: {self.message} (record {self.number}{name})"
 
     def error(self) -> DataError:
         """Gives the problem as the error of a run that stops at it."""
         return DataError(str(self), kind=self.kind)
+
+
+def told(path: Path) -> str:
+    """Gives the path of a file as it was written: of a URL a path keeps one of its slashes only."""
+    return re.sub(r"^([A-Za-z][\w+.-]+):/(?!/)", r"\1://", str(path))
 
 
 def place_of(name: str, line: int, number: int) -> str:
@@ -119,6 +130,7 @@ def as_line(problem: Problem) -> dict[str, Any]:
     return {
         "kind": problem.kind,
         "file": str(problem.path),
+        **({} if problem.within is None else {"within": problem.within}),
         "line": problem.line,
         "record": problem.number,
         "id": problem.id,
@@ -128,7 +140,8 @@ def as_line(problem: Problem) -> dict[str, Any]:
 
 def from_line(line: dict[str, Any]) -> Problem:
     """Reads back what `as_line` has written."""
-    return Problem(line["kind"], Path(line["file"]), line["line"], line["record"], line["id"], line["message"])
+    place = (line["line"], line["record"], line["id"])
+    return Problem(line["kind"], Path(line["file"]), *place, line["message"], within=line.get("within"))
 
 
 def _write_list(problems: Sequence[Problem], path: Path) -> Path:

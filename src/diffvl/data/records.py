@@ -19,12 +19,12 @@ after an optional system turn; no answer is empty, at least one is trained on; e
 """
 
 import logging
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from diffvl.data.columns import ColumnNames
 from diffvl.data.content import (
     IMAGE_MARKER,
     VIDEO_MARKER,
@@ -40,11 +40,14 @@ from diffvl.data.content import (
     text_of,
     with_markers,
 )
-from diffvl.data.images import ExistingFiles, missing_image, named_images, require_path
-from diffvl.data.jsonfile import check_path, read_objects
+from diffvl.data.image_folder import ImageFolder
+from diffvl.data.images import named_images
+from diffvl.data.jsonfile import check_path
 from diffvl.data.keys import UnusedKeys, check_record_keys, check_turn_keys, is_absent, missing_turns, trained_of
-from diffvl.data.problems import Problem, place_of
-from diffvl.data.videos import Video, missing_video, named_videos
+from diffvl.data.problems import Problem
+from diffvl.data.reading import json_rows
+from diffvl.data.rows import Part, Row
+from diffvl.data.videos import Video, named_videos
 from diffvl.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -108,38 +111,54 @@ def parse_file(
         DataError: for a file that is none of records, or has none.
     """
     check_path(path)
-    if image_folder is not None and not os.path.isdir(image_folder):
-        raise DataError(f"data.image_folder: {image_folder} is no folder", "image folder")
-    reader = _Reader(path, image_folder, unpaired_turns)
+    reader = RecordReader(ImageFolder(None if image_folder is None else str(image_folder), str(path.parent)), unpaired_turns)
+    rows = json_rows(str(path), path.name, ColumnNames(None), False, Part())
+    yield from parse_rows(((row, None) for _, row in rows), path, reader)
+
+
+def parse_rows(rows: Iterable[tuple[Row, str | None]], path: Path, reader: "RecordReader") -> Iterator[Record | Problem]:
+    """Gives of every row its record, or in its place what is wrong with it. At the end it logs which keys were not used.
+
+    Args:
+        rows: each with the file that it stands in, where the data set has several. path: of the data set.
+    Raises:
+        DataError: there are no rows.
+    """
     number = 0
-    for number, (line, value) in enumerate(read_objects(path), 1):
-        try:
-            if isinstance(value, DataError):
-                raise value
-            yield reader.record(value, place_of(path.name, line, number))
-        except DataError as error:
-            name = value.get("id") if isinstance(value, dict) else None
-            message = str(error).removeprefix(f"{path}:{line}: ")
-            yield Problem(error.kind, path, line, number, str(name) if isinstance(name, int | str) else None, message, error.ends)
+    for number, (row, within) in enumerate(rows, 1):
+        yield reader.record_or_problem(row, path, number, within)
     if not number:
         raise DataError(f"{path}: no records in it; expected at least one object with `conversations`", "no records")
-    warning = reader.unused.warning(path)
-    if warning:
-        log.warning("%s", warning)
+    reader.tell_unused(path)
 
 
 # --- object -> Record ----------------------------------------------------------------------------------------------------
 
 
-class _Reader:
-    """What the records of one file share: where their images lie, what was looked for already, and the keys left out."""
+class RecordReader:
+    """What the records of one data set share: where their images lie, and the keys left out."""
 
-    def __init__(self, path: Path, image_folder: str | Path | None, unpaired_turns: Unpaired) -> None:
-        self.folder = os.path.abspath(image_folder if image_folder is not None else path.parent)
-        self.folder_is_set = image_folder is not None
-        self.unpaired_turns = unpaired_turns
+    def __init__(self, images: ImageFolder, unpaired_turns: Unpaired) -> None:
+        self.images, self.unpaired_turns = images, unpaired_turns
         self.unused = UnusedKeys()
-        self.files = ExistingFiles()
+
+    def record_or_problem(self, row: Row, path: Path, number: int, within: str | None = None) -> Record | Problem:
+        """Gives a row's record, or what is wrong with it; `number` is that of the row in its data set."""
+        value = row.value
+        try:
+            if isinstance(value, DataError):
+                raise value
+            return self.record(value, row.source)
+        except DataError as error:
+            name = value.get("id") if isinstance(value, dict) else None
+            message = str(error).removeprefix(f"{path}:{row.place}: ")
+            told = str(name) if isinstance(name, int | str) else None
+            return Problem(error.kind, path, row.place, number, told, message, error.ends, within)
+
+    def tell_unused(self, path: Path) -> None:
+        warning = self.unused.warning(path)
+        if warning:
+            log.warning("%s", warning)
 
     def record(self, value: Any, source: str) -> Record:
         """Raises DataError without the place, which the caller knows."""
@@ -167,23 +186,9 @@ class _Reader:
             raise DataError(
                 "no answer to train on: all are marked as not to be trained on; remove the record", "nothing to train on"
             )
-        paths = tuple(self._path(image) for image in images)
-        return Record(text_of(str(name), "`id`"), paths, turns, source, tuple(self._video(video) for video in videos))
-
-    def _video(self, video: Video) -> Video:
-        if not isinstance(video, str):
-            return tuple(self._path(frame) for frame in video)
-        path = os.path.join(self.folder, video)
-        if path not in self.files and not os.path.isdir(path):
-            raise missing_video(path, self.folder_is_set)
-        return path
-
-    def _path(self, image: str) -> str:
-        require_path(image)
-        path = os.path.join(self.folder, image)
-        if path not in self.files:
-            raise missing_image(path, image, self.folder_is_set)
-        return path
+        paths = tuple(self.images.find(image) for image in images)
+        clips = tuple(self.images.find_video(video) for video in videos)
+        return Record(text_of(str(name), "`id`"), paths, turns, source, clips)
 
 
 def _form_of(value: dict[str, Any]) -> str:

@@ -91,7 +91,7 @@ def _sizes_of(record: Record, processor: DiffVLProcessor) -> "list[Size | ClipSi
     """Gives the sizes of a record's images and videos. Raises DataError for one that cannot be read, or is not taken."""
     sampler = processor.sampler
     known = {
-        path: video_size(path, record.source, sampler) if visual is Visual.VIDEO else image_size(str(path), record.source)
+        path: video_size(path, record.source, sampler) if visual is Visual.VIDEO else image_size(path, record.source)  # type: ignore[arg-type]
         for visual, path in dict.fromkeys(shown_by(record))
     }
     return [known[path] for _, path in shown_by(record)]
@@ -129,7 +129,8 @@ def _opened(visual: Visual, path: Video, record: Record, processor: DiffVLProces
     if visual is Visual.VIDEO:
         assert isinstance(size, ClipSize)
         return open_video(path, record.source, processor.sampler, size)
-    image = open_image(str(path), record.source)
+    assert isinstance(path, str)  # not `str(path)`: in a stream it carries its bytes
+    image = open_image(path, record.source)
     if size is not None and size != size_of(image):
         raise DataError(f"{record.source}: an image has other sizes in its head and in its pixels: save it anew", UNREADABLE)
     return image

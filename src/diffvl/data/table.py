@@ -10,32 +10,35 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, overload
 
 import numpy
 import pyarrow as pa
-from datasets import config as datasets_config
 from rich.console import Console
 
 from diffvl.config.recipe import Data
-from diffvl.data.images import ExistingFiles
-from diffvl.data.jsonfile import check_path
+from diffvl.data.cachefolder import cache_error, cache_folder
+from diffvl.data.cells import open_arrow, open_parquet
+from diffvl.data.image_folder import ExistingImages
 from diffvl.data.problems import Problem, require_usable
-from diffvl.data.records import Record, Turn, parse_file
+from diffvl.data.reading import ARROW, JSON
+from diffvl.data.records import Record, Turn
+from diffvl.data.references import portable
+from diffvl.data.source_records import parse_source, source_at
+from diffvl.data.sources import Source
 from diffvl.errors import DataError
 from diffvl.store.files import replacing
 from diffvl.terminal import console as terminal
 from diffvl.terminal.bars import track
 
-_BATCH_ENTRIES = 1024  # records per Arrow batch
+_BATCH_ENTRIES = 4096  # records per Arrow batch
 _BAR_FROM = 5000  # records; fewer are read before a bar could be seen
 _CHUNK = 1 << 20  # bytes
 _QUIET = terminal.console(quiet=True)
 
-_READING = ("image_folder", "unpaired_turns")  # settings of `Data` by which a file is parsed: arguments of parse_file
-_FORMAT = 5  # of the Arrow cache: raise it when what is read out of a file changes
+_FORMAT = 6  # of the Arrow cache: raise it when what is read out of a file changes
 _SCHEMA = pa.schema(
     [
         ("record", pa.string()),  # JSON of the fields of Record but for images and videos; null for a problem
@@ -57,7 +60,6 @@ class RecordTable(Sequence[Record]):
     def __init__(self, file: Path, path: Path, bytes_digest: str) -> None:
         self.path, self._file, self.bytes_digest = path, file, bytes_digest
         self._table = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
-        self.digests: numpy.ndarray = self._table.column("digest").to_numpy()
         self.usable: numpy.ndarray = numpy.flatnonzero(self._table.column("record").is_valid().to_numpy())
 
     def __reduce__(self) -> tuple[Any, ...]:  # a process that is not forked opens the file anew
@@ -84,6 +86,11 @@ class RecordTable(Sequence[Record]):
         shown = tuple(video[1] if not video[0] else tuple(video) for video in videos)
         return Record(**fields, turns=turns, images=tuple(images), videos=shown)
 
+    @property
+    def digests(self) -> numpy.ndarray:
+        """Gives the digests, read anew: they are compared once, and would stay in every process."""
+        return self._table.column("digest").to_numpy()
+
     @cached_property
     def problems(self) -> list[Problem]:
         bad = numpy.flatnonzero(self._table.column("problem").is_valid().to_numpy())
@@ -106,7 +113,7 @@ class RecordTable(Sequence[Record]):
 
     def images_exist(self) -> bool:
         """Tells whether all images and videos are still there."""
-        files = ExistingFiles()
+        files = ExistingImages()
         images, videos = (self._table.column(name).chunks for name in ("images", "videos"))
         return all(image in files for chunk in images for image in chunk.flatten().to_pylist()) and all(
             path in files or not path or os.path.isdir(path) for chunk in videos for path in chunk.flatten().flatten().to_pylist()
@@ -114,29 +121,29 @@ class RecordTable(Sequence[Record]):
 
 
 def open_records(
-    path: Path, data: Data | None = None, console: Console = _QUIET, look: bool = True, advise: bool = True
+    path: Path | Source, data: Data | None = None, console: Console = _QUIET, look: bool = True, advise: bool = True
 ) -> RecordTable:
-    """Opens the file's records as a memory-mapped table.
+    """Opens a source's records as a memory-mapped table.
 
     Args:
-        data: its `image_folder`, `on_error` and `max_skipped` count; default: a file with its images and without problems.
+        path: a source, or one by its path alone.
+        data: how it is read, and whether records may be left out; default: a file with its images and without problems.
         look: whether to look again for the images of a file that was read before. One process of a run does.
         advise: whether the error names the settings that would let the run go on.
     Raises:
-        DataError: with the problems of the file, by the rule of `on_error`; nothing is left in the cache then.
+        DataError: with the problems of the source, by the rule of `on_error`; nothing is left in the cache then.
     """
     data = data or Data()
-    check_path(path)
-    content = _content_of(path)
-    reading = {name: getattr(data, name) for name in _READING}
-    table = _cache_path(path, content, reading)
-    opened = RecordTable(table, path, content.digest) if table.exists() else None
+    source = path if isinstance(path, Source) else source_at(path, data)
+    content = _content_of(source)
+    table = _cache_path(source, content, data)
+    opened = RecordTable(table, source.path, content.digest) if table.exists() else None
     # What was missing may be there now, and what was there may be missing.
     if opened is None or (look and (len(opened.usable) < len(opened) or not opened.images_exist())):
-        _build_table(path, table, reading, console, content.records)
-        opened = RecordTable(table, path, content.digest)
+        _build_table(source, table, data, console, content.records)
+        opened = RecordTable(table, source.path, content.digest)
     try:
-        require_usable(opened.problems, path, len(opened), data, advise)
+        require_usable(opened.problems, source.path, len(opened), data, advise)
     except DataError:
         table.unlink(missing_ok=True)
         raise
@@ -144,89 +151,100 @@ def open_records(
 
 
 class RecordTables:
-    """The tables of a run: a data file is opened once, however many stages read it."""
+    """The tables of a run: a source is opened once, however many stages read it."""
 
     def __init__(self, console: Console = _QUIET, look: bool = True) -> None:
         """`look`: see `open_records`."""
         self._console, self._look = console, look
-        self._opened: dict[tuple[str, ...], RecordTable] = {}
+        self._opened: dict[tuple[Any, ...], RecordTable] = {}
 
-    def open(self, path: Path, data: Data) -> RecordTable:
-        """Opens the file's records. Raises DataError as `open_records`."""
-        key = (str(path), *(str(getattr(data, name)) for name in _READING))
+    def open(self, source: Source, data: Data) -> RecordTable:
+        """Opens the source's records. Raises DataError as `open_records`."""
+        key = (source.files, source.settings.model_dump_json(), data.unpaired_turns)
         if key in self._opened:
-            require_usable(self._opened[key].problems, path, len(self._opened[key]), data)
+            require_usable(self._opened[key].problems, source.path, len(self._opened[key]), data)
         else:
-            self._opened[key] = open_records(path, data, self._console, self._look)
+            self._opened[key] = open_records(source, data, self._console, self._look)
         return self._opened[key]
 
 
-# --- the file's content ----------------------------------------------------------------------------------------------------
+# --- the source's content --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Content:
-    """digest: of the bytes. records: as many as can be told without parsing, by the keys that each has once."""
+    """digest: of the bytes, of large tables of what they say of themselves. stamp: what the table is known by beside it.
+    records: as many as can be told without parsing, in JSON by the keys that each has once."""
 
     digest: str
     records: int
+    stamp: tuple[int, ...] = ()
 
 
-def _content_of(path: Path) -> _Content:
-    hashed, records = hashlib.blake2b(digest_size=16), 0
+def _content_of(source: Source) -> _Content:
+    read = _content_of_json if source.kind == JSON else partial(_content_of_table, source.kind)
     try:
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                hashed.update(chunk)
-                records += chunk.count(b'"conversations"') + chunk.count(b'"messages"')
+        parts = [read(file) for file in source.files]
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        raise DataError(f"{error.filename or source.path}: cannot be read ({error.strerror})") from error
+    if len(parts) == 1:
+        return parts[0]
+    joined = hashlib.blake2b("".join(part.digest for part in parts).encode(), digest_size=16).hexdigest()
+    return _Content(joined, sum(part.records for part in parts), tuple(number for part in parts for number in part.stamp))
+
+
+def _content_of_json(file: str) -> _Content:
+    hashed, records = hashlib.blake2b(digest_size=16), 0
+    with open(file, "rb") as opened:
+        while chunk := opened.read(_CHUNK):
+            hashed.update(chunk)
+            records += chunk.count(b'"conversations"') + chunk.count(b'"messages"')
     return _Content(hashed.hexdigest(), records)
 
 
-def content_digest(path: Path) -> str:
-    """Computes a digest of a file's bytes. Raises DataError if it cannot be read."""
-    return _content_of(path).digest
+_TAIL = 1 << 16  # bytes at the end of a table, where its columns are described
 
 
-def _cache_path(path: Path, content: _Content, reading: dict[str, Any]) -> Path:
-    """Names the table by all that its entries follow from. The file's own path counts too: messages name it."""
-    facts = [_FORMAT, content.digest, os.path.abspath(path), _images_below(path, reading), reading]
-    name = hashlib.sha256(json.dumps(facts, default=str).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+def _content_of_table(kind: str, file: str) -> _Content:
+    """Knows a table by its size, the time of its last change and its end: its bytes may be a hundred gigabytes of images."""
+    facts = os.stat(file)
+    with open(file, "rb") as opened:
+        opened.seek(max(0, facts.st_size - _TAIL))
+        hashed = hashlib.blake2b(opened.read() + str(facts.st_size).encode(), digest_size=16)
+    records = len(open_arrow(file)) if kind == ARROW else open_parquet(file)[0].metadata.num_rows
+    return _Content(hashed.hexdigest(), records, (facts.st_mtime_ns,))
+
+
+def content_digest(source: Source) -> str:
+    """Computes a digest of a source's content. Raises DataError if it cannot be read."""
+    return _content_of(source).digest
+
+
+def _cache_path(source: Source, content: _Content, data: Data) -> Path:
+    """Names the table by all that its entries follow from. The files' own paths count too: messages and references name them."""
+    files = [os.path.abspath(file) for file in source.files]
+    settings = source.settings
+    facts = [_FORMAT, content.digest, content.stamp, files, source.names, source.images().folder, settings.columns]
+    facts.append(data.unpaired_turns)
+    name = hashlib.sha256(json.dumps(facts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
     return cache_folder() / f"{name}.arrow"
-
-
-def _images_below(path: Path, reading: dict[str, Any]) -> str:
-    """Gives the folder at which relative paths of images start."""
-    return os.path.abspath(reading["image_folder"] or path.parent)
-
-
-def cache_folder() -> Path:
-    """Tells where tables and measured lengths lie."""
-    return Path(datasets_config.HF_DATASETS_CACHE) / "diffvl"
-
-
-def cache_error(path: Path, error: OSError) -> DataError:
-    """Tells what to say where nothing can be written into the cache folder."""
-    advice = "set HF_DATASETS_CACHE to a folder that can be written"
-    return DataError(f"{path}: its record cache {cache_folder()} cannot be written ({error}); {advice}")
 
 
 # --- building the table ----------------------------------------------------------------------------------------------------
 
 
-def _build_table(path: Path, table: Path, reading: dict[str, Any], console: Console, expected: int) -> None:
+def _build_table(source: Source, table: Path, data: Data, console: Console, expected: int) -> None:
     """Writes the whole table or none."""
     try:
         table.parent.mkdir(parents=True, exist_ok=True)
         with replacing(table, shared=True) as beside:
-            _write_table(path, beside, reading, console if expected >= _BAR_FROM else _QUIET, expected)
+            _write_table(source, beside, data, console if expected >= _BAR_FROM else _QUIET, expected)
     except OSError as error:  # of the cache only: reading the data file tells its own as DataError
-        raise cache_error(path, error) from error
+        raise cache_error(source.path, error) from error
 
 
-def _write_table(path: Path, table: Path, reading: dict[str, Any], console: Console, expected: int) -> None:
-    images_below = _images_below(path, reading) + os.sep
+def _write_table(source: Source, table: Path, data: Data, console: Console, expected: int) -> None:
+    images_below = (source.images().folder or "") + os.sep
     columns: tuple[list[Any], ...] = ([], [], [], [], [])
     with pa.OSFile(str(table), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
 
@@ -236,7 +254,7 @@ def _write_table(path: Path, table: Path, reading: dict[str, Any], console: Cons
             for column in columns:
                 column.clear()
 
-        for item in track(console, parse_file(path, **reading), expected, f"reading {path.name}"):
+        for item in track(console, parse_source(source, data.unpaired_turns), expected, f"reading {source.path.name}"):
             entry = _problem_entry(item) if isinstance(item, Problem) else _record_entry(item, images_below)
             for column, value in zip(columns, entry, strict=True):
                 column.append(value)
@@ -252,7 +270,7 @@ def _record_entry(record: Record, images_below: str) -> tuple[str, tuple[str, ..
     text = json.dumps(fields, ensure_ascii=False)
     # Name and place of a record are not seen by training, and a set may be moved.
     seen = {key: value for key, value in fields.items() if key not in ("id", "source")}
-    named = [image.removeprefix(images_below) for image in images]
+    named = [portable(image, images_below) for image in images]
     named += [path.removeprefix(images_below) for video in videos for path in video]
     facts = json.dumps([seen, named], ensure_ascii=False).encode("utf-8", "surrogateescape")
     return text, images, videos, None, int.from_bytes(hashlib.blake2b(facts, digest_size=8).digest(), "little") or 1

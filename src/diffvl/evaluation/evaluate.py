@@ -15,12 +15,17 @@ from rich.console import Console
 
 from diffvl.config.objectives import ArObjective, BlockDiffusionObjective, Objective
 from diffvl.config.recipe import Data
+from diffvl.config.sources import DataSource
 from diffvl.data.content import parts_of
 from diffvl.data.images import open_image
-from diffvl.data.loader import SampleDataset, batches_of
+from diffvl.data.loader import batches_of
+from diffvl.data.mixture import Mixture
 from diffvl.data.problems import Problem, advice_on, as_error, is_forgiven
-from diffvl.data.records import Record, iterate_records
+from diffvl.data.records import Record, Unpaired
+from diffvl.data.sample_dataset import SampleDataset
 from diffvl.data.samples import Sample, collate, messages_of, on_device, shown_by
+from diffvl.data.source_records import iterate_source, source_at
+from diffvl.data.sources import eval_settings, own_settings
 from diffvl.data.table import open_records
 from diffvl.data.textscore import edit_similarity, is_exact
 from diffvl.data.videos import open_video
@@ -67,14 +72,22 @@ def chat_before(record: Record, turn: int, sampler: Sampler | None = None) -> li
 
 
 def reading_of(directory: Path, data: Path) -> Data:
-    """Tells how a checkpoint's own recipe reads a data file: `image_folder` and `unpaired_turns` of the stage whose train or eval
-    file lies in the same folder; the defaults where there is none."""
+    """Tells how a checkpoint's own recipe reads a data set: as the source of a stage that has this path, or else lies in the same
+    folder; the defaults where there is none."""
     if not (directory / checkpoint.RECIPE_FILE).is_file():
         return Data()
-    for stage in recipe_of(directory).stages.values():
-        files = [Path(file) for file in (stage.data.train, stage.data.eval) if file is not None]
-        if any(file.absolute().parent == data.absolute().parent for file in files):
-            return Data(image_folder=stage.data.image_folder, unpaired_turns=stage.data.unpaired_turns)
+    known: list[tuple[DataSource, Unpaired]] = [
+        (source, stage.data.unpaired_turns)
+        for stage in recipe_of(directory).stages.values()
+        for source in (*own_settings(stage.data), *filter(None, [eval_settings(stage.data)]))
+    ]
+    same = [one for one in known if Path(one[0].path).absolute() == data.absolute()]
+    beside = [one for one in known if Path(one[0].path).absolute().parent == data.absolute().parent]
+    for source, unpaired_turns in (same or beside)[:1]:
+        columns = source.columns if Path(source.path).suffix == data.suffix else None
+        split, subset = (source.split, source.subset) if same else (None, None)
+        folder = source.image_folder
+        return Data(image_folder=folder, columns=columns, unpaired_turns=unpaired_turns, split=split, subset=subset)
     return Data()
 
 
@@ -130,7 +143,7 @@ def _open(path: Path, reading: Data, limit: int | None, decoder: Decoder, consol
         table = open_records(path, reading, console, advise=False)
         samples = SampleDataset(table, path, table.usable, decoder.processor, context_length(decoder))
     else:
-        records = list(islice(iterate_records(path, reading.image_folder, reading.unpaired_turns), limit))
+        records = list(islice(iterate_source(source_at(path, reading), reading.unpaired_turns), limit))
         samples = SampleDataset(records, path, numpy.arange(len(records)), decoder.processor, context_length(decoder))
     problems = samples.problems()
     if problems:
@@ -168,7 +181,7 @@ def own_objective(config: DiffVLConfig) -> Objective:
 
 
 def held_out_answers(
-    decoder: Decoder, held_out: SampleDataset, data: Data, settings: DecodeSettings, console: Console
+    decoder: Decoder, held_out: SampleDataset | Mixture, data: Data, settings: DecodeSettings, console: Console
 ) -> list[dict[str, Any]]:
     """Answers of a model on a few held-out records (the first question of each), for the report.
 
@@ -203,7 +216,7 @@ def _asked(record: Record, turn: int) -> str:
     return "".join(texts_of(tuple(parts_of(record.turns[turn].text, bool(record.videos))))).strip()
 
 
-def _chosen(held_out: SampleDataset, data: Data) -> list[Record]:
+def _chosen(held_out: SampleDataset | Mixture, data: Data) -> list[Record]:
     """Gives up to NUM_SAMPLES records from all over the set; those that cannot be used are left out, by the rule of
     `on_error`."""
     count = min(NUM_SAMPLES, len(held_out))

@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from diffvl.data.images import open_image
+from diffvl.data.references import shown
 from diffvl.data.textscore import is_exact
 from diffvl.data.videos import Video, open_video
 from diffvl.errors import DataError
@@ -141,27 +142,27 @@ def _card(sample: dict[str, Any]) -> str:
     for name, answer in answers_of(sample):
         style, mark = ("right", "✓") if is_exact(answer, sample["truth"]) else ("wrong", "✗")
         lines.append(f'<dt>{name}</dt><dd class="{style}" title="{style}">{mark} {escape(answer) or "<i>(empty)</i>"}</dd>')
-    image = _image(Path(sample["image"])) if sample.get("image") else _frame(sample["video"]) if sample.get("video") else ""
+    image = _image(sample["image"]) if sample.get("image") else _frame(sample["video"]) if sample.get("video") else ""
     return f"<article>{image}<h3>{escape(sample['question'])}</h3><dl>{''.join(lines)}</dl></article>"
 
 
-def _image(path: Path) -> str:
+def _image(name: str) -> str:
     """Inlines the image as the model saw it, at most `IMAGE_SIDE` pixels a side. The page says so where the file is gone or
     no image."""
     try:
-        flat = open_image(str(path), "report")
+        flat = open_image(name, "report")
     except DataError as error:
-        return f"<p>image not shown ({error.kind}): {escape(str(path))}</p>"
-    return _inlined(flat, path)
+        return f"<p>image not shown ({error.kind}): {escape(shown(name))}</p>"
+    return _inlined(flat, Path(shown(name)))
 
 
 def _frame(video: str | list[str]) -> str:
     """Inlines the frame in the middle of a video."""
     middle = Sampler(lambda facts: [facts.total_num_frames // 2], 1.0, 1)
-    shown: Video = video if isinstance(video, str) else tuple(video)
+    clip_name: Video = video if isinstance(video, str) else tuple(video)
     name = Path(video if isinstance(video, str) else video[0])
     try:
-        clip = open_video(shown, "report", middle)
+        clip = open_video(clip_name, "report", middle)
     except DataError as error:
         return f"<p>video not shown ({error.kind}): {escape(str(name))}</p>"
     return _inlined(Image.fromarray(clip.frames[0].permute(1, 2, 0).numpy()), name)
@@ -171,4 +172,5 @@ def _inlined(flat: Image.Image, path: Path) -> str:
     flat.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     flat.save(buffer := io.BytesIO(), format="JPEG", quality=90)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return f'<img width="{flat.width}" height="{flat.height}" alt="{escape(path.name)}" src="data:image/jpeg;base64,{data}">'
+    size, alt = f'width="{flat.width}" height="{flat.height}"', escape(path.name)
+    return f'<img {size} alt="{alt}" src="data:image/jpeg;base64,{data}">'

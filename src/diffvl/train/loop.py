@@ -8,7 +8,7 @@ number. What one process could find out alone (a bad record, a loss that is not 
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
 from diffvl.config.recipe import Stage
 from diffvl.data.left_out import LeftOut
-from diffvl.data.loader import StageData, batches_of, num_workers
+from diffvl.data.loader import StageData, batches_of
 from diffvl.data.problems import Problem
 from diffvl.data.samples import IGNORED, NO_SAMPLE, PROBLEMS, is_filler, on_device
 from diffvl.errors import CheckpointError, TrainingError
@@ -30,8 +29,8 @@ from diffvl.objective.losses import Draw, LossOutput, curriculum_state, loss_of,
 from diffvl.seeding import seed_dropout
 from diffvl.store.weights import not_finite
 from diffvl.train import checkpoints
-from diffvl.train.launch import agreed, gathered, local_processes
-from diffvl.train.order import BatchesOfSteps, StepOrder
+from diffvl.train.feed import feed_of
+from diffvl.train.launch import agreed, gathered
 from diffvl.train.parts import parameter_groups
 from diffvl.train.progress import Watchers
 
@@ -71,10 +70,8 @@ class Loop:
     ) -> None:
         self.stage, self.seed, self.data, self.collate, self.left_out = stage, seed, data, collate, left_out
         self.accelerator, self.watchers = accelerator, watchers
-        self.order = StepOrder(
-            len(data.train), stage.batch_size, stage.accumulation, seed, accelerator.num_processes, accelerator.process_index
-        )
-        self.steps = stage.steps or math.ceil((stage.epochs or 1.0) * self.order.steps_per_epoch)
+        self.feed = feed_of(data.train, stage, seed, collate, accelerator.num_processes, accelerator.process_index)
+        self.steps = stage.steps or math.ceil((stage.epochs or 1.0) * self.feed.steps_per_epoch)
         self.model, self.config = model, model.config
         self.wrapped = accelerator.prepare(model)
         # Fused: one kernel per tensor, and no temporaries as large as the model.
@@ -98,11 +95,12 @@ class Loop:
         """
         if last is not None:
             self._resume(last, same_data)
-        self.left_out.begin(self.step)
+        else:
+            self.left_out.begin(self.step)
         self.watchers.begin(self.step, self.steps)
         if last is None and self.stage.eval_every is not None:
             self._log_evaluation()
-        batches = iter(self._loader())
+        batches = self.feed.batches(self.step, self.steps)
         while self.step < self.steps:
             norm = self._train_step([next(batches) for _ in range(self.stage.accumulation)])
             self.step += 1
@@ -114,20 +112,10 @@ class Loop:
             if self.stage.eval_every is not None and (is_last or self.step % self.stage.eval_every == 0):
                 self._log_evaluation()
             if saves:
-                state = {**self._curriculum(), "schedule": self.schedule.state_dict()}
+                state = {**self._curriculum(), "schedule": self.schedule.state_dict(), "feed": self._feed_state()}
                 checkpoints.save(run_dir, self.wrapped, self.optimizer, state, self.stage.keep_checkpoints)
             self.watchers.step(self.step)
         self.watchers.end(self.step)
-
-    def _loader(self) -> Iterable[dict[str, Any]]:
-        samples, data = self.data.train, self.stage.data
-        return DataLoader(
-            samples,
-            batch_sampler=BatchesOfSteps(self.order, self.step, self.steps),  # type: ignore[arg-type]
-            num_workers=num_workers(data, len(samples), local_processes()),
-            collate_fn=self.collate,
-            pin_memory=torch.cuda.is_available(),
-        )
 
     # --- one step --------------------------------------------------------------------------------------------------------
 
@@ -168,7 +156,9 @@ class Loop:
         problems = [problem for batch in batches for problem in batch.pop(PROBLEMS, ())]
         used = sum(not is_filler(batch) for batch in batches)
         tokens = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
-        all_tokens, all_problems, all_used = self._summed([tokens, len(problems), used])
+        met = len(problems) + sum(len(batch["sample"]) for batch in batches if not is_filler(batch))
+        all_tokens, all_problems, all_used, all_met = self._summed([tokens, len(problems), used, met])
+        self.left_out.count(int(all_met))
         if all_problems:
             self.left_out.add(gathered(problems), int(all_used), self.step + 1)
         return torch.tensor(all_tokens, dtype=torch.float32, device=self.accelerator.device)
@@ -206,7 +196,7 @@ class Loop:
                 "another --out"
             )
         ids = [index for index in torch.cat(samples).tolist() if index != NO_SAMPLE]
-        places = [self.data.train.records[index].source for index in ids[:SHOWN_RECORDS]]
+        places = [self.data.train.place_of(index) for index in ids[:SHOWN_RECORDS]]
         return TrainingError(
             f"{told} on samples {ids} ({', '.join(places)}{' ...' if len(ids) > len(places) else ''}); the last good checkpoint "
             "is kept, and --resume goes on from it. If it happens again, look at these records, or begin again with a lower "
@@ -254,8 +244,7 @@ class Loop:
         self._tell({f"eval_{key}": value for key, value in scores(dict(zip(names, totals, strict=True))).items()})
 
     def _tell(self, line: dict[str, float]) -> None:
-        epoch = self.order.epoch_after(self.step) if self.step else 0
-        self.watchers.log(self.step, {**line, "epoch": epoch})
+        self.watchers.log(self.step, {**line, "epoch": self.feed.epoch_after(self.step)})
         self.accelerator.log(line, step=self.step)
 
     # --- going on --------------------------------------------------------------------------------------------------------
@@ -267,8 +256,13 @@ class Loop:
             CheckpointError: the curricula would jump, with another number of steps or other data.
         """
         state = checkpoints.load(last, self.wrapped, self.optimizer)
-        schedule = state.pop("schedule")
+        schedule, feed = state.pop("schedule"), state.pop("feed", {})
         self.step = checkpoints.step_of(last)
+        self.left_out.begin(self.step, feed.pop("seen", 0))
+        try:
+            self.feed.resume(feed)
+        except CheckpointError as error:
+            raise CheckpointError(f"{last / checkpoints.STATE_FILE}: {error}") from error
         if same_data and state != self._curriculum():
             raise CheckpointError(
                 f"{last / checkpoints.STATE_FILE}: the curriculum stood at {state}, this run would go on at "
@@ -277,6 +271,10 @@ class Loop:
         self.schedule.load_state_dict(schedule)
         for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = rate
+
+    def _feed_state(self) -> dict[str, Any]:
+        state = self.feed.state()
+        return {**state, "seen": self.left_out.seen} if state else {}
 
     def _curriculum(self) -> dict[str, float]:
         return {"step": self.step, "steps": self.steps, **curriculum_state(self.stage.objective, self.step / self.steps)}

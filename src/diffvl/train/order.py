@@ -1,6 +1,7 @@
 """Which rows each micro-batch of each step has: a function of the seed and the step, so that a resume has nothing to skip.
 
 An epoch is a permutation by (seed, epoch). Its last step is filled up from its beginning: every step has the same number of rows.
+Of a mix with weights the rows are the draws that its shares give (`data.mixture`), one after the other.
 A step's rows are dealt out to micro-steps and, inside these, to processes; so how a step is cut changes nothing in it.
 """
 
@@ -10,6 +11,7 @@ from functools import lru_cache
 
 import torch
 
+from diffvl.data.mixture import MixOrder
 from diffvl.seeding import sample_generator
 
 
@@ -23,6 +25,7 @@ class StepOrder:
     seed: int
     processes: int = 1
     rank: int = 0
+    mix: MixOrder | None = None
 
     @property
     def rows_per_step(self) -> int:
@@ -39,11 +42,15 @@ class StepOrder:
 
     def micro_batches(self, step: int) -> list[list[int]]:
         """This process's rows of a step (counted from 0), one list for each micro-step."""
+        dealt = self._rows(step).view(self.accumulation, self.processes, self.batch_size)
+        return dealt[:, self.rank].tolist()
+
+    def _rows(self, step: int) -> torch.Tensor:
+        if self.mix is not None:
+            return self.mix.rows(step * self.rows_per_step, (step + 1) * self.rows_per_step)
         epoch, inside = divmod(step, self.steps_per_epoch)
         order = _permutation(self.rows, self.seed, epoch)
-        places = torch.arange(inside * self.rows_per_step, (inside + 1) * self.rows_per_step) % self.rows
-        dealt = order[places].view(self.accumulation, self.processes, self.batch_size)
-        return dealt[:, self.rank].tolist()
+        return order[torch.arange(inside * self.rows_per_step, (inside + 1) * self.rows_per_step) % self.rows]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,9 @@ from diffvl.config.recipe import Recipe, Stage, StageName
 from diffvl.config.resolve import dump
 from diffvl.data.fingerprint import FileRecord, data_record, facts_of, is_same_data, write_data_record
 from diffvl.data.left_out import LEFT_OUT_FILE, LeftOut
-from diffvl.data.loader import SampleDataset, StageData, load_data
+from diffvl.data.loader import StageData, load_data
+from diffvl.data.mixture import Mixture
+from diffvl.data.sample_dataset import SampleDataset
 from diffvl.data.samples import collate
 from diffvl.errors import ConfigError
 from diffvl.hub.layout_diffvl import longest_sample
@@ -42,7 +44,7 @@ from diffvl.train.progress import MetricsLog, TrainingProgress, Watchers
 
 log = logging.getLogger(__name__)
 
-Look = Callable[[DiffVLForConditionalGeneration, DiffVLProcessor, SampleDataset | None], None]
+Look = Callable[[DiffVLForConditionalGeneration, DiffVLProcessor, SampleDataset | Mixture | None], None]
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def train(
     fit_to_stage(model, stage, recipe.seed)
     last = checkpoints.newest(work) if resume else None
     accelerator = make_accelerator(stage, recipe.trackers, work)
-    left_out = LeftOut(work / LEFT_OUT_FILE, stage.data, (data.train, data.held_out), accelerator.is_main_process)
+    left_out = LeftOut(work / LEFT_OUT_FILE, stage.data, data.parts(), accelerator.is_main_process)
     batches = partial(collate, pad_token_id=processor.pad_token_id)
     with TrainingProgress(console, stage_name) as progress_bar, Writing(work):
         metrics = MetricsLog(work / METRICS_FILE, stage_name)
@@ -133,7 +135,7 @@ def _state_of(loop: Loop, stage_name: StageName, record: dict[str, FileRecord]) 
     """What `diffvl.json` says of a finished stage."""
     progress = {
         "steps": loop.step,
-        "rows_per_step": loop.order.rows_per_step,
+        "rows_per_step": loop.feed.rows_per_step,
         "seed": loop.seed,
         "curriculum": curriculum_state(loop.stage.objective, progress=1.0),
     }
