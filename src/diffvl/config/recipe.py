@@ -178,6 +178,12 @@ class Stage(Section):
     accumulation: int = Field(default=1, ge=1)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     gradient_checkpointing: bool = False
+    sharding: Literal["auto", "none", "full", "full_bf16"] = Field(
+        default="auto",
+        description="over the processes of a run: `full` gives each a part of every tensor and of the optimiser, `none` all of "
+        "them. auto: full on several GPUs, none on a CPU. full_bf16: the weights are gathered in bf16, half the traffic, and the "
+        "residual stream and the norms are bf16 too, which is other arithmetic than under bf16 autocast",
+    )
     attention: Literal["auto", "sdpa", "eager", "tiled", "flex_attention"] = Field(
         default="auto", description="auto: flex_attention on a GPU, tiled on a CPU, where the architecture takes them"
     )
