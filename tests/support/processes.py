@@ -23,7 +23,13 @@ def fresh() -> None:
     os.execv(sys.executable, [sys.executable, "-m", "diffvl.cli", *sys.argv[1:]])
 
 
-PROGRAMS: dict[str, Any] = {"diffvl": cli.main, "train": train_process.main, "sharded": sharded_process.main, "fresh diffvl": fresh}
+PROGRAMS: dict[str, Any] = {
+    "diffvl": cli.main,
+    "fresh diffvl": fresh,
+    "train": train_process.main,
+    "sharded": sharded_process.main,
+    "killed": sharded_process.killed,
+}
 PATIENCE = 400  # seconds
 
 

@@ -5,15 +5,18 @@ DIRECTORY.grads holds every gradient of the first step, whole, as the optimiser 
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import killed_process
 import torch
 from accelerate import Accelerator
 from rich.console import Console
 from torch.distributed.tensor import DTensor
 
+from diffvl.cli import main as cli
 from diffvl.config.resolve import read_yaml, resolve
 from diffvl.hub import head_diffvl
 from diffvl.train import loop
@@ -59,3 +62,12 @@ def keep_gradients(file: Path) -> None:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def killed() -> None:
+    """The command, of which one process ends at a moment of `killed_process`: MOMENT RANK WORDS ..."""
+    moment, rank, *words = sys.argv[1:]
+    if os.environ.get("RANK", "0") == rank:
+        killed_process.MOMENTS[moment]()
+    sys.argv = ["diffvl", *words]
+    cli.main()

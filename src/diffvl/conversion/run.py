@@ -34,7 +34,7 @@ from diffvl.terminal import console as terminal
 from diffvl.terminal.bars import quiet_libraries
 from diffvl.terminal.console import say, shell_line
 from diffvl.train import checkpoints
-from diffvl.train.launch import agreed, main_first, main_only, process_state, require_trackers
+from diffvl.train.launch import agreed, main_first, main_only, process_state, require_trackers, with_the_others
 from diffvl.train.stage import Onlooker, train
 
 SAMPLE_SETTINGS = DecodeSettings(max_new_tokens=48)
@@ -78,8 +78,13 @@ def convert(request: ConvertRequest) -> Path:
         DiffvlError: on any mistake of the user; what was finished stays.
     """
     quiet_libraries()
+    console = terminal.console(quiet=not process_state().is_main_process)
+    with with_the_others():
+        return _convert(request, console)
+
+
+def _convert(request: ConvertRequest, console: Console) -> Path:
     process = process_state()
-    console = terminal.console(quiet=not process.is_main_process)
     if request.accept_changed_data and not request.resume:
         raise UsageError("--accept-changed-data has no effect without --resume")
     plan = agreed(lambda: make_plan(request, console))

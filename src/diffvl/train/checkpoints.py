@@ -23,11 +23,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from diffvl.errors import CheckpointError, DiskError
 from diffvl.store.files import Writing, read_json, replace_text, sync
-from diffvl.train.launch import main_only
+from diffvl.train.launch import agreed, main_only, process_state
 
 CHECKPOINTS = "checkpoints"
 STAGING = "saving"  # under CHECKPOINTS: a checkpoint that has no name yet
 STATE_FILE = "state.json"
+ROWS = "rows_per_step"  # in a checkpoint's state: of all processes together
 INDEX = ".metadata"  # which tensor stands where in the files beside it
 
 _TRAINED = StateDictOptions(ignore_frozen_params=True)
@@ -45,14 +46,17 @@ def save(run_dir: Path, model: Any, optimizer: torch.optim.Optimizer, state: dic
     main_only(lambda: _empty(staging))
     weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
     try:
-        with Writing(run_dir):
-            writer = FileSystemWriter(staging, sync_files=False)  # `sync` does it, for all files and names
-            with _plain_errors():
-                state_dict_saver.save({"model": weights, "optimizer": moments}, storage_writer=writer)
+        agreed(lambda: _write(staging, {"model": weights, "optimizer": moments}))
         main_only(lambda: _name(staging, final, state, keep))
     except DiskError:
         shutil.rmtree(staging, ignore_errors=True)  # the room that it takes may be what is needed to go on
         raise
+
+
+def _write(staging: Path, tensors: dict[str, Any]) -> None:
+    several = process_state().num_processes > 1  # on several machines each puts its own files on the disk; else `sync` does it
+    with Writing(staging.parent), _plain_errors():
+        state_dict_saver.save(tensors, storage_writer=FileSystemWriter(staging, sync_files=several))
 
 
 def _empty(staging: Path) -> None:

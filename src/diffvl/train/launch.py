@@ -7,7 +7,9 @@ runs under `agreed`, which raises it in all.
 
 import atexit
 import os
-from collections.abc import Callable, Sequence
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -18,9 +20,11 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, LoggerType, ProjectConfiguration, gather_object
+from torch import distributed
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]  (documented as public)
 
 from diffvl.config.recipe import Stage
-from diffvl.errors import ConfigError, DiffvlError, UsageError
+from diffvl.errors import ConfigError, DiffvlError, TrainingError, UsageError
 from diffvl.machine import has_bf16
 
 T = TypeVar("T")
@@ -98,6 +102,43 @@ def main_only(work: Callable[[], object]) -> None:
     agreed(lambda: work() if process_state().is_main_process else None)
 
 
+# Words of an error that a collective raises where a process at its other end is gone, by what transports it.
+_LOST = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "ncclRemoteError")
+
+
+@contextmanager
+def with_the_others() -> Iterator[None]:
+    """In the block, the end of another process of the run ends this one too, in one message.
+
+    Raises:
+        TrainingError: in the processes that are left.
+    """
+    try:
+        yield
+    except (distributed.DistError, RuntimeError) as error:
+        lost = isinstance(error, distributed.DistError) or any(words in str(error) for words in _LOST)
+        if not lost or process_state().num_processes == 1:
+            raise
+        told = TrainingError(
+            "another process of this run has ended, so it cannot go on; that process, or the launcher, says why. What was finished "
+            "and the last checkpoint are kept: type the same again, with --resume"
+        )
+        told.told_elsewhere = not _is_first_to_tell()
+        raise told from error
+
+
+def _is_first_to_tell() -> bool:
+    """Tells whether no other process has told of a lost one yet, as far as the place where they met is still there."""
+    try:
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        with socket.create_connection(place, timeout=5):
+            pass
+        store = TCPStore(*place, is_master=False, timeout=timedelta(seconds=5))
+        return store.add("diffvl: a process has ended", 1) == 1
+    except (KeyError, OSError, RuntimeError):
+        return True
+
+
 PROJECT = "diffvl"
 TENSORBOARD = "tensorboard"  # also the folder of trackers that write files
 # Engines that accelerate's launcher may ask for, by the variables in which it says so.
@@ -114,9 +155,9 @@ def _refuse_other_engines() -> None:
     for variable, told in OTHER_ENGINES.items():
         if os.environ.get(variable, "false").lower() in ("1", "true"):
             error = UsageError(
-                f"the launcher's configuration asks for {told}, which is not used here: models are sharded by torch's own "
-                "fully_shard, which the setting `sharding` of a stage asks for. Launch with a file of recipes/accelerate/, or with "
-                "another one that says distributed_type: MULTI_GPU"
+                f"the launcher's configuration asks for {told}, which is not used here: a stage's setting `sharding` shards its "
+                "model, by torch's own fully_shard. Launch with a file of recipes/accelerate/, or another one that says "
+                "distributed_type: MULTI_GPU"
             )
             error.told_elsewhere = os.environ.get("RANK", "0") != "0"
             raise error

@@ -280,22 +280,24 @@ class Loop:
         Raises:
             CheckpointError: the curricula would jump, with another number of steps or other data.
         """
-        state = checkpoints.load(last, self.wrapped, self.optimizer)
+        state = agreed(lambda: checkpoints.load(last, self.wrapped, self.optimizer))
         schedule = state.pop("schedule")
         self.step = checkpoints.step_of(last)
         if same_data and state != self._curriculum():
-            raise CheckpointError(
+            error = CheckpointError(
                 f"{last / checkpoints.STATE_FILE}: the curriculum stood at {state}, this run would go on at "
                 f"{self._curriculum()}; resume with the settings and the data that the run began with"
             )
+            agreed(partial(_raise, error))
         self.schedule.load_state_dict(schedule)
         for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = rate
 
     def _curriculum(self) -> dict[str, float]:
-        return {"step": self.step, "steps": self.steps, **curriculum_state(self.stage.objective, self.step / self.steps)}
+        stands = {"step": self.step, "steps": self.steps, checkpoints.ROWS: self.order.rows_per_step}
+        return {**stands, **curriculum_state(self.stage.objective, self.step / self.steps)}
 
 
-def _raise(error: TrainingError | None) -> None:
+def _raise(error: TrainingError | CheckpointError | None) -> None:
     if error is not None:
         raise error
