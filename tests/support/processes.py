@@ -29,6 +29,7 @@ PROGRAMS: dict[str, Any] = {
     "train": train_process.main,
     "sharded": sharded_process.main,
     "killed": sharded_process.killed,
+    "gather": sharded_process.gather,
 }
 PATIENCE = 400  # seconds
 

@@ -120,8 +120,8 @@ def with_the_others() -> Iterator[None]:
         if not lost or process_state().num_processes == 1:
             raise
         told = TrainingError(
-            "another process of this run has ended, so it cannot go on; that process, or the launcher, says why. What was finished "
-            "and the last checkpoint are kept: type the same again, with --resume"
+            "another process of this run has ended, so it cannot go on; that process, or the launcher, says why. What was "
+            "finished and the last checkpoint are kept: type the same again, with --resume"
         )
         told.told_elsewhere = not _is_first_to_tell()
         raise told from error
