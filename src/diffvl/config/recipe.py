@@ -95,6 +95,11 @@ class Lora(Section):
     alpha: int = Field(default=32, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: str | None = Field(default=None, description="regular expression over module names; default: the family's")
+    bits: Literal[4] | None = Field(
+        default=None,
+        description="of the weights in the trunk's layers while adapters train: 4 packs them (NF4, bitsandbytes, on a GPU). "
+        "Default: the dtype of the checkpoint",
+    )
 
 
 class Optim(Section):

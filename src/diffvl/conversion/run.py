@@ -35,7 +35,7 @@ from diffvl.terminal.bars import quiet_libraries
 from diffvl.terminal.console import say, shell_line
 from diffvl.train import checkpoints
 from diffvl.train.launch import agreed, main_first, main_only, process_state, require_trackers, with_the_others
-from diffvl.train.stage import Onlooker, train
+from diffvl.train.stage import Onlooker, require_machine, train
 
 SAMPLE_SETTINGS = DecodeSettings(max_new_tokens=48)
 
@@ -95,6 +95,8 @@ def _convert(request: ConvertRequest, console: Console) -> Path:
     if request.dry_run:
         say(console, "dry run: nothing was written")
         return plan.root
+    for name in inputs.data:
+        agreed(lambda stage=plan.recipe.stages[name]: require_machine(stage))
     start, source, parts = plan.start, plan.source, inputs.parts
     if source is not None and parts is not None:
         main_only(lambda: prepare(source, plan.recipe, plan.start, console, parts))

@@ -142,10 +142,15 @@ def load_checkpoint(directory: Path, dtype: torch.dtype | None = None) -> tuple[
     return load_model(directory, dtype), processor
 
 
-def load_model(directory: Path, dtype: torch.dtype | None = None) -> DiffVLForConditionalGeneration:
-    """Reads the model of a directory whose description is known to be whole. Raises CheckpointError as `load_checkpoint`."""
+def load_model(directory: Path, dtype: torch.dtype | None = None, **more: Any) -> DiffVLForConditionalGeneration:
+    """Reads the model of a directory whose description is known to be whole. Raises CheckpointError as `load_checkpoint`.
+
+    Args:
+        more: for `from_pretrained`.
+    """
     loader: Any = DiffVLForConditionalGeneration
     arguments = {"dtype": dtype or "auto", "use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    arguments |= more
     with quiet_report():
         model, info = _explain_damage(directory, lambda: loader.from_pretrained(directory, **arguments))
     problems = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}

@@ -44,13 +44,20 @@ def save(run_dir: Path, model: Any, optimizer: torch.optim.Optimizer, state: dic
     """
     staging, final = run_dir / STAGING, run_dir / f"checkpoint-{state['step']}"
     main_only(lambda: _empty(staging))
-    weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
+    weights, moments = _trained(model, optimizer)
     try:
         agreed(lambda: _write(staging, {"model": weights, "optimizer": moments}))
         main_only(lambda: _name(staging, final, state, keep))
     except DiskError:
         shutil.rmtree(staging, ignore_errors=True)  # the room that it takes may be what is needed to go on
         raise
+
+
+def _trained(model: Any, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What trains, and its moments; without what weights in 4 bits have beside them under their own names."""
+    weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
+    frozen = {name.removeprefix("module.") for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: value for name, value in weights.items() if name.rpartition(".")[0] not in frozen}, moments
 
 
 def _write(staging: Path, tensors: dict[str, Any]) -> None:
@@ -79,7 +86,7 @@ def load(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str
     Raises:
         CheckpointError: it holds other parameters than this stage trains.
     """
-    weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
+    weights, moments = _trained(model, optimizer)
     tensors = {"model": weights, "optimizer": moments}
     reader = FileSystemReader(folder)
     stored = set(reader.read_metadata().state_dict_metadata)

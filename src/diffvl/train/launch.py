@@ -171,7 +171,8 @@ def is_to_shard(stage: Stage) -> bool:
     """
     several = process_state().num_processes > 1
     if stage.sharding == "auto":
-        return several and torch.cuda.is_available()
+        packed = stage.lora is not None and stage.lora.bits is not None
+        return several and torch.cuda.is_available() and not packed
     if stage.sharding == "none":
         return False
     if not several:
@@ -181,7 +182,7 @@ def is_to_shard(stage: Stage) -> bool:
         )
     if stage.sharding == "full_bf16" and precision(stage) != "bf16":
         raise ConfigError(
-            "sharding: full_bf16 gathers weights in bf16, but precision is fp32: set precision: bf16, or sharding: full"
+            "sharding: full_bf16 gathers weights in bf16, but trains in fp32: set precision: bf16, or sharding: full"
         )
     return True
 

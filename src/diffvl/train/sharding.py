@@ -52,12 +52,17 @@ def is_sharded(model: nn.Module) -> bool:
 def units(model: DiffVLForConditionalGeneration) -> list[nn.Module]:
     """Lists the modules that are gathered one at a time."""
     tower = _tower(model)
-    return [*_layers(_decoder(model)), *(_layers(tower) if _trains(tower.parameters()) else ())]
+    return [*decoder_layers(model), *(_layers(tower) if _trains(tower.parameters()) else ())]
 
 
 def layers(model: DiffVLForConditionalGeneration) -> list[nn.Module]:
     """Lists the layers of decoder and vision tower."""
-    return [*_layers(_decoder(model)), *_layers(_tower(model))]
+    return [*decoder_layers(model), *_layers(_tower(model))]
+
+
+def decoder_layers(model: DiffVLForConditionalGeneration) -> list[nn.Module]:
+    """Lists the layers of the text part."""
+    return list(_layers(stock(model.trunk).get_decoder()))
 
 
 def learns_to_see(model: DiffVLForConditionalGeneration) -> bool:
@@ -69,10 +74,6 @@ def learns_to_see(model: DiffVLForConditionalGeneration) -> bool:
 
 def _trains(parameters: Iterable[nn.Parameter]) -> bool:
     return any(parameter.requires_grad for parameter in parameters)
-
-
-def _decoder(model: DiffVLForConditionalGeneration) -> nn.Module:
-    return stock(model.trunk).get_decoder()
 
 
 def _tower(model: DiffVLForConditionalGeneration) -> nn.Module:

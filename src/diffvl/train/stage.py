@@ -36,6 +36,7 @@ from diffvl.store.files import Writing
 from diffvl.store.metrics import METRICS_FILE
 from diffvl.train import checkpoints
 from diffvl.train.checkpoints import CHECKPOINTS
+from diffvl.train.four_bits import is_in_four_bits, load_in_four_bits, require_four_bits, take_over
 from diffvl.train.gathering import write_gathered
 from diffvl.train.launch import agreed, is_to_shard, main_first, main_only, make_accelerator, precision, process_state
 from diffvl.train.loop import Loop
@@ -83,7 +84,7 @@ def train(
     stage = recipe.stages[stage_name]
     work = checkpoint.partial(directory)
     process_state()  # before anything else makes one, with less patience
-    sharded = agreed(lambda: is_to_shard(stage))
+    sharded = agreed(lambda: require_machine(stage))
     data = data or main_first(lambda: _open_data(start, stage, console))
     processor, held_out = data.train.processor, data.held_out
     record = data_record(data)
@@ -115,6 +116,7 @@ def train(
     accelerator.free_memory()
     del loop  # the optimiser's state is as large as two models
     gc.collect()
+    model = as_stored(model, start, stage, recipe.seed)
     _write(model, processor, stage, own_dtype, attention, work)
     main_only(lambda: checkpoint.write_state(work, recipe, state))
     if accelerator.is_main_process:
@@ -147,6 +149,13 @@ def _write(
     main_only(lambda: checkpoint.write_checkpoint(model, processor, work, not sharded))
 
 
+def require_machine(stage: Stage) -> bool:
+    """Tells whether the stage's model is to be sharded. Raises ConfigError where it asks for what this run's processes or their
+    devices cannot do."""
+    require_four_bits(stage)
+    return is_to_shard(stage)
+
+
 def _open_data(start: Path, stage: Stage, console: Console) -> StageData:
     config, processor = checkpoint.load_description(start)
     return load_data(stage.data, processor, longest_trainable(config.text_config, stage.objective), console)
@@ -175,8 +184,21 @@ def load_to_train(start: Path, stage: Stage, sharded: bool = False) -> tuple[Dif
     """The model in the dtypes that training wants, and the one that its checkpoint has. One that is to be sharded stays as it
     lies in its files, which the processes of a machine share in memory: `shard` upcasts it."""
     own_dtype = checkpoint.saved_dtype(start)
-    as_stored = sharded or keeps_dtype(stage, own_dtype)
-    return checkpoint.load_model(start, None if as_stored else torch.float32), own_dtype
+    if is_in_four_bits(stage):
+        return load_in_four_bits(start, process_state().device), own_dtype
+    unchanged = sharded or keeps_dtype(stage, own_dtype)
+    return checkpoint.load_model(start, None if unchanged else torch.float32), own_dtype
+
+
+def as_stored(model: DiffVLForConditionalGeneration, start: Path, stage: Stage, seed: int) -> DiffVLForConditionalGeneration:
+    """Gives a trained model with weights as its files hold them: another one where they are in 4 bits now."""
+    if stage.lora is None or not is_in_four_bits(stage):
+        return model
+    unpacked = stage.model_copy(update={"lora": stage.lora.model_copy(update={"bits": None})})
+    plain = load_to_train(start, unpacked)[0]
+    fit_to_stage(plain, unpacked, seed)
+    take_over(model, plain)
+    return plain
 
 
 def keeps_dtype(stage: Stage, stored: torch.dtype) -> bool:
