@@ -21,7 +21,7 @@ def packed(**settings: Any) -> Any:
 
 def test_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch):
     require_four_bits(stage_recipe(Path("x"), lora={}).stages["diffuse"])
-    with pytest.raises(ConfigError, match="does not go with sharding: full: .* Leave sharding at auto"):
+    with pytest.raises(ConfigError, match="does not go with sharding: full: .* Leave it at auto"):
         require_four_bits(packed(sharding="full"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="lora.bits: 4 needs a GPU with CUDA, and there is none here: leave bits out"):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
@@ -21,7 +22,7 @@ MACHINES = {1: 1, 2: 1, 8: 1, 64: 8}
 @pytest.mark.parametrize("gpus", MACHINES)
 def test_the_launcher_reads_it(gpus: int):
     file = FOLDER / f"gpus-{gpus}.yaml"
-    read = load_config_from_file(str(file))
+    read: Any = load_config_from_file(str(file))
     assert (read.num_processes, read.num_machines) == (gpus, MACHINES[gpus])
     assert read.distributed_type.value == ("NO" if gpus == 1 else "MULTI_GPU") and read.mixed_precision == "no"
     command = "accelerate launch --config_file recipes/accelerate/" + file.name

@@ -72,7 +72,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(forks: Forks, start: Path, data: Path, folder: Path, processes: int, options: dict[str, Any], **stage: Any) -> Done:
     """Steps of four rows, by one process or by two; three records are held out, of which one process has two."""
     cut = {"batch_size": 2 // processes, "accumulation": 2, "sharding": "full" if processes > 1 else "none"}
-    recipe = stage_recipe(data, holdout=3, **cut, **stage)
+    recipe = stage_recipe(data, holdout=3, **{**cut, **stage})
     folder.mkdir()
     (folder / "recipe.yaml").write_text(dump(recipe))
     words = (start, folder / "recipe.yaml", folder / "run", json.dumps(options))
@@ -149,6 +149,19 @@ def test_a_unit_of_embedding_and_head_is_caught(
     found = differences(wrong.gradients, runs(DEFAULT[0], 1).gradients)
     table = "language_model.model.embed_tokens.weight"
     assert found.pop(table) > 0.1 and max(found.values()) <= 1e-5
+
+
+@pytest.mark.slow
+def test_under_bf16_parts_compute_as_copies_do(forks: Forks, prepared: Callable[[str], Path], data: Path, tmp_path: Path):
+    """Adapters in fp32 on frozen weights in bf16, in one unit. Gathering in bf16 is other arithmetic, and near."""
+    start = in_bf16(prepared("llama"), tmp_path / "start")
+    settings = {"steps": 4, "save_every": 100, "precision": "bf16", "lora": {"rank": 4, "alpha": 8}}
+    losses = {}
+    for sharding in ("none", "full", "full_bf16"):
+        done = run(forks, start, data, tmp_path / sharding, 2, {}, **settings, sharding=sharding)
+        losses[sharding] = [line["loss"] for line in done.lines if "loss" in line]
+    assert losses["full"] == pytest.approx(losses["none"], rel=1e-5)
+    assert losses["full_bf16"] != losses["full"] and losses["full_bf16"] == pytest.approx(losses["full"], rel=0.05)
 
 
 # --- what is written -------------------------------------------------------------------------------------------------------

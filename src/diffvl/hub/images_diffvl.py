@@ -181,7 +181,9 @@ class NativeImages:
         """What the source is called with: ids, the rows of their placeholders, and which ids are placeholders where it asks."""
         arguments: dict[str, Any] = {"input_ids": ids}
         if rows is not None and image_index is not None:
-            arguments["mm_encoder_outputs"] = {"image": rows.gathered(image_index[image_index >= 0])}
+            shown = image_index[image_index >= 0]
+            if len(shown) or torch.is_grad_enabled():  # what learns to see stays in the graph where no token shows an image
+                arguments["mm_encoder_outputs"] = {"image": rows.gathered(shown)}
         return arguments | token_types(stock(self.source), ids, self.config.image_token_id)
 
     def prompt(self, ids: torch.Tensor, pixels: Pixels, rows: ImageRows | None) -> dict[str, Any]:

@@ -33,8 +33,8 @@ def require_four_bits(stage: Stage) -> None:
         return
     if stage.sharding in ("full", "full_bf16"):
         raise ConfigError(
-            f"lora.bits: 4 does not go with sharding: {stage.sharding}: weights in 4 bits are packed, and every process holds all "
-            "of them. Leave sharding at auto"
+            f"lora.bits: 4 does not go with sharding: {stage.sharding}: packed weights cannot be cut, every process holds all of "
+            "them. Leave it at auto"
         )
     if not torch.cuda.is_available():
         raise ConfigError(

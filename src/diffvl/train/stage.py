@@ -91,16 +91,14 @@ def train(
     same_data = agreed(lambda: is_same_data(work, record))
     model, own_dtype = load_to_train(start, stage, sharded)
     # Who answers needs a whole model: of one in parts a copy, in the main process, which is gone before training begins.
-    whole = (lambda: load_to_train(start, stage)[0]) if sharded else (lambda: model)
+    whole = (lambda: load_to_train(start, stage)[0]) if sharded else partial(_itself, model)
     main_only(lambda: _begin(work, recipe, record, lambda: onlooker and onlooker.before(whole(), processor, held_out)))
+    del whole
     if stage.data.row_length is not None:
         data = replace(data, train=data.train.packed(stage.data.row_length, recipe.seed))
     attention = str(model.config.text_config._attn_implementation)
     fit_to_stage(model, stage, recipe.seed)
-    if sharded:
-        shard(model, stage, everything=not keeps_dtype(stage, own_dtype))
-    else:
-        upcast(model)
+    _place(model, stage, own_dtype, sharded)
     last = agreed(lambda: checkpoints.newest(work)) if resume else None
     accelerator = make_accelerator(stage, recipe.trackers, work)
     left_out = LeftOut(work / LEFT_OUT_FILE, stage.data, (data.train, data.held_out), accelerator.is_main_process)
@@ -121,12 +119,22 @@ def train(
     main_only(lambda: checkpoint.write_state(work, recipe, state))
     if accelerator.is_main_process:
         _tell_left_out(stage_name, left_out.kinds(), directory)
-    if sharded:
-        del model
-        gc.collect()
-    whole = (lambda: checkpoint.load_model(work)) if sharded else (lambda: model)
+    whole = (lambda: checkpoint.load_model(work)) if sharded else partial(_itself, model)
+    del model
     main_only(lambda: onlooker and onlooker.after(whole(), processor, held_out))
     return work
+
+
+def _itself(model: DiffVLForConditionalGeneration) -> DiffVLForConditionalGeneration:
+    return model
+
+
+def _place(model: DiffVLForConditionalGeneration, stage: Stage, own_dtype: torch.dtype, sharded: bool) -> None:
+    """Puts what trains in fp32: of a model in parts unit by unit, as they are cut."""
+    if sharded:
+        shard(model, stage, everything=not keeps_dtype(stage, own_dtype))
+    else:
+        upcast(model)
 
 
 def _write(
