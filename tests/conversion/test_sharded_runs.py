@@ -101,6 +101,7 @@ def require_close(ours: Path, theirs: Path) -> None:
     assert mine.keys() == other.keys() and max(float((mine[key] - other[key]).abs().max()) for key in mine) < 1e-5
 
 
+@pytest.mark.slow
 def test_what_one_process_began_two_finish(place: Place, whole: Path):
     """With as many rows a step."""
     (dead,) = on_processes(

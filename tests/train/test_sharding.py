@@ -25,7 +25,7 @@ from diffvl.train.launch import is_to_shard, process_state
 
 PARTS = {"trunk": 1e-3, "connector": 1e-3, "mask_row": 1e-3}
 NATIVE = {"trunk": 1e-3, "mask_row": 1e-3}
-TINY_CHUNKS = 3000  # values of a chunk's logits: some ten rows
+TINY_CHUNKS = 4000  # values of a chunk's logits: some fourteen rows
 # Name -> model, settings of the stage. Of the first, every pitfall at once.
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "all parts, checkpointing": ("llama", {"trainable": {**PARTS, "tower": 1e-4}, "gradient_checkpointing": True}),
@@ -63,7 +63,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Records with and without an image, of many lengths: processes differ in images and in masked tokens."""
     folder = tmp_path_factory.mktemp("mixed")
     images = [number % 3 != 1 for number in range(11)]
-    texts = ["Red. " * (1 + 3 * number % 11) for number in range(11)]
+    texts = ["Red. " * (1 + 3 * number % 7) for number in range(11)]
     plain = "What is it?"
     pairs = zip(images, texts, strict=True)
     return write_data(folder, *(record(answer=text) if image else record(None, plain, text) for image, text in pairs))
@@ -104,7 +104,7 @@ def runs(
         if (name, processes) not in made:
             model, settings = RUNS[name]
             folder = tmp_path_factory.mktemp("run") / str(processes)
-            settings = {"steps": 20, "eval_every": 10, "save_every": 100, **settings}
+            settings = {"steps": 20, "eval_every": 20, "save_every": 100, **settings}
             made[name, processes] = run(forks, prepared(model), data, folder, processes, {"chunk": TINY_CHUNKS}, **settings)
         return made[name, processes]
 
@@ -120,7 +120,7 @@ def test_two_processes_with_parts_of_a_model_are_one_with_it_whole(name: str, ru
     losses = [[line["loss"] for line in done.lines if "loss" in line] for done in (two, one)]
     assert len(losses[0]) == 20 and losses[0] == pytest.approx(losses[1], rel=1e-5)
     held_out = [[line["eval_masked_loss"] for line in done.lines if "eval_masked_loss" in line] for done in (two, one)]
-    assert len(held_out[0]) == 3 and held_out[0] == pytest.approx(held_out[1], rel=1e-5)
+    assert len(held_out[0]) == 2 and held_out[0] == pytest.approx(held_out[1], rel=1e-5)
     assert two.config == one.config
     assert {key: tensor.shape for key, tensor in two.weights.items()} == {key: w.shape for key, w in one.weights.items()}
 
@@ -154,14 +154,14 @@ def test_a_unit_of_embedding_and_head_is_caught(
 @pytest.mark.slow
 def test_under_bf16_parts_compute_as_copies_do(forks: Forks, prepared: Callable[[str], Path], data: Path, tmp_path: Path):
     """Adapters in fp32 on frozen weights in bf16, in one unit. Gathering in bf16 is other arithmetic, and near."""
-    start = in_bf16(prepared("llama"), tmp_path / "start")
-    settings = {"steps": 4, "save_every": 100, "precision": "bf16", "lora": {"rank": 4, "alpha": 8}}
-    losses = {}
-    for sharding in ("none", "full", "full_bf16"):
-        done = run(forks, start, data, tmp_path / sharding, 2, {}, **settings, sharding=sharding)
-        losses[sharding] = [line["loss"] for line in done.lines if "loss" in line]
-    assert losses["full"] == pytest.approx(losses["none"], rel=1e-5)
-    assert losses["full_bf16"] != losses["full"] and losses["full_bf16"] == pytest.approx(losses["full"], rel=0.05)
+    settings = {"steps": 4, "save_every": 100, "precision": "bf16"}
+    kinds = {"copies": ("none", {"rank": 4}), "parts": ("full", {"rank": 4}), "fp32": ("full", None), "bf16": ("full_bf16", None)}
+    start, losses = in_bf16(prepared("llama"), tmp_path / "start"), {}
+    for name, (sharding, lora) in kinds.items():
+        done = run(forks, start, data, tmp_path / name, 2, {}, **settings, sharding=sharding, lora=lora)
+        losses[name] = [line["loss"] for line in done.lines if "loss" in line]
+    assert losses["parts"] == pytest.approx(losses["copies"], rel=1e-5)
+    assert losses["bf16"] != losses["fp32"] and losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
 
 
 # --- what is written -------------------------------------------------------------------------------------------------------
