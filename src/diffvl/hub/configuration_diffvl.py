@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from .layout_diffvl import IMAGE_ATTENTION
+from .tiling_diffvl import TILED_INPUTS, Tiling
 
 CHOICES = {
     "decoding": ("blocks", "ar"),
@@ -20,6 +21,8 @@ CHOICES = {
     "grid": ("absolute", "response"),
     "target": ("same", "shift"),
     "image_attention": IMAGE_ATTENTION,
+    "token_types": ("images", "answers"),
+    "masks_at": ("forward", "text_part"),
 }
 
 
@@ -35,9 +38,15 @@ class DiffVLConfig(PreTrainedConfig):
         shuffle_factor: patches per side that pixel_shuffle joins; 1 for the other connectors.
         vision_layer: index into the tower's hidden states.
         image_size: pixels per side of the square image that the tower sees.
+        tiling: how images are cut into several such squares, `{"grids": [[rows, columns], ...], "max_tiles": ...}` (see
+            `tiling_diffvl`), or None: one square an image.
         image_token_id, mask_token_id: rows of the trunk's embedding.
         image_inputs: names of the tensors that say what the images are, as `forward` and `generate` take them.
+        video_token_id, video_inputs: the same of videos, where the model has a token of its own for them.
         image_attention: how clean image tokens see each other, one of IMAGE_ATTENTION.
+        token_types: what the token types mark that a source's forward takes, "images" or "answers".
+        masks_at: where the source takes a mask for each kind of its layers: its "forward", or only its "text_part".
+        first_position: rotary position of the first token, for a trunk that counts its tokens.
         placeholder_ids: further ids that stand for something else than text, and are never predicted.
         vocabulary_size: tokens of the tokenizer; rows beyond are padding and never predicted.
         stop_token_ids: ids that end an answer.
@@ -63,12 +72,18 @@ class DiffVLConfig(PreTrainedConfig):
         shuffle_factor: int = 1,
         vision_layer: int = -2,
         image_size: int = 224,
+        tiling: dict[str, Any] | None = None,
         image_token_id: int = 0,
         mask_token_id: int = 0,
         vocabulary_size: int = 0,
         stop_token_ids: list[int] | None = None,
         image_inputs: list[str] | None = None,
+        video_token_id: int | None = None,
+        video_inputs: list[str] | None = None,
         image_attention: str = "causal",
+        token_types: str = "images",
+        masks_at: str = "forward",
+        first_position: int = 0,
         placeholder_ids: list[int] | None = None,
         decoding: str = "ar",
         block_size: int = 1,
@@ -86,12 +101,18 @@ class DiffVLConfig(PreTrainedConfig):
         self.shuffle_factor = shuffle_factor
         self.vision_layer = vision_layer
         self.image_size = image_size
+        self.tiling = tiling
         self.image_token_id = image_token_id
         self.mask_token_id = mask_token_id
         self.vocabulary_size = vocabulary_size
         self.stop_token_ids = list(stop_token_ids or [])
-        self.image_inputs = list(image_inputs or ["pixel_values"])
+        self.image_inputs = list(image_inputs or (["pixel_values"] if tiling is None else TILED_INPUTS))
+        self.video_token_id = video_token_id
+        self.video_inputs = list(video_inputs or [])
         self.image_attention = image_attention
+        self.token_types = token_types
+        self.masks_at = masks_at
+        self.first_position = first_position
         self.placeholder_ids = list(placeholder_ids or [])
         self.decoding = decoding
         self.block_size = block_size
@@ -112,18 +133,35 @@ class DiffVLConfig(PreTrainedConfig):
         self.decoding, self.block_size, self.context, self.grid, self.target = decoding, block_size, context, grid, target
         self.text_config.block_size = block_size
 
+    def set_tiling(self, tiling: dict[str, Any] | None) -> None:
+        """Records how images are cut, and by which tensors they come."""
+        self.tiling = tiling
+        self.image_inputs = ["pixel_values"] if tiling is None else list(TILED_INPUTS)
+
     def to_dict(self) -> dict[str, Any]:
-        """As saved: the text configuration inside a source's is not written twice."""
+        """As saved: the text configuration inside a source's is not written twice, and nothing of tiles that are not cut."""
         settings = super().to_dict()
+        if self.tiling is None:
+            settings.pop("tiling", None)
         if self.source_config is not None:
             settings.pop("text_config", None)
+        if self.video_token_id is None:
+            settings = {name: value for name, value in settings.items() if name not in ("video_token_id", "video_inputs")}
         return settings
 
     @property
     def image_tokens(self) -> int:
-        """Tokens that one image takes in the text, for a tower of ours."""
-        side = self.image_size // self.vision_config.patch_size // self.shuffle_factor
-        return side * side
+        """Tokens that one view of an image takes in the text, for a tower of ours: the whole image where it is not tiled."""
+        return self._side**2
+
+    @property
+    def tiles(self) -> Tiling | None:
+        """How images are cut; None where they are not, and for a native model, which does that itself."""
+        return None if self.tiling is None else Tiling.of(self.tiling, self._side, self.image_size)
+
+    @property
+    def _side(self) -> int:
+        return self.image_size // self.vision_config.patch_size // self.shuffle_factor
 
 
 def never_predicted(config: Any, vocabulary: int, device: torch.device) -> torch.Tensor:

@@ -10,6 +10,7 @@ Shapes: B batch, Q queries, T tokens (keys).
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -69,6 +70,24 @@ def for_layers(text_config: Any, make: Callable[[int | None, int | None], Any]) 
     return make(*limits["sliding_attention" if window else "chunked_attention" if chunk else "full_attention"])
 
 
+@contextmanager
+def masks_for(trunk: Any, masks: Any, masks_at: str) -> Iterator[Any]:
+    """In the block the trunk is called with what this gives in the place of `masks`. A forward that takes one mask for all layers
+    gets one; its text part gets them all."""
+    if masks_at == "forward" or not isinstance(masks, dict):
+        yield masks
+        return
+
+    def put(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return given, {**named, "attention_mask": masks}
+
+    hook = trunk.get_decoder().register_forward_pre_hook(put, with_kwargs=True)
+    try:
+        yield next(iter(masks.values()))
+    finally:
+        hook.remove()
+
+
 # --- no mask where nothing is hidden -----------------------------------------------------------------------------------------
 
 
@@ -114,3 +133,33 @@ def block_kernels(trunk: Any) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = "sdpa"
+
+
+def check_mask(mask: torch.Tensor, batch: int, tokens: int, total: int) -> None:
+    """Raises ValueError unless a caller's mask is one column or one matrix for the tokens of the cache and of the call."""
+    if mask.dim() == 2 and mask.shape[1] != total:
+        raise ValueError(f"attention_mask has {mask.shape[1]} columns for {total - tokens} cached and {tokens} new tokens")
+    if mask.dim() != 2 and (mask.dim() != 3 or mask.shape[-2:] != (tokens, total)):
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, expected [{batch}, {tokens}, {total}]")
+
+
+class GivenMask(Layout):
+    """A caller's own [B, T, K] mask in the place of the attention rule; windows still apply, and the tokens of an image still see
+    each other where the model wants it, of which a caller knows nothing."""
+
+    def __init__(self, layout: Layout, mask: torch.Tensor) -> None:
+        super().__init__(**vars(layout))
+        self.mask = mask
+
+    def allowed(self, queries: slice = slice(None), window: int | None = None, chunk: int | None = None) -> torch.Tensor:
+        plain = replace(self.plain, image_attention="causal")
+        everything = replace(plain, block=torch.zeros_like(self.block), context="block").allowed(queries, window, chunk)
+        given = everything & self.mask
+        if self.span is None:
+            return given
+        return given | (self.plain.allowed(queries, window, chunk) & ~plain.allowed(queries, window, chunk))
+
+    @property
+    def plain(self) -> Layout:
+        """The same tokens without the caller's mask."""
+        return self.with_rows(self.rows)

@@ -15,16 +15,18 @@ from PIL import Image
 from transformers import AutoImageProcessor, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from diffvl.config.families import Family, diffusion_source, family_of_trunk
-from diffvl.config.recipe import Prepare, Recipe
+from diffvl.config.recipe import Prepare, Recipe, Video
 from diffvl.errors import CheckpointError, ConfigError, UnsupportedModelError, first_line
 from diffvl.hub.configuration_diffvl import DiffVLConfig
-from diffvl.hub.modeling_diffvl import Connector, DiffVLForConditionalGeneration
+from diffvl.hub.connector_diffvl import Connector, fresh_newline
+from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import BACKEND, DiffVLProcessor
 from diffvl.prepare import attention_proof as proof
 from diffvl.prepare.mask_token import with_own_mask_token
 from diffvl.prepare.parity import Parity
 from diffvl.prepare.source import Source
 from diffvl.prepare.templates import check_template, load_tokenizer, stop_token, system_advice
+from diffvl.prepare.tiling import with_tiling
 from diffvl.prepare.upcasting import in_fp32
 from diffvl.store import checkpoint, weights
 
@@ -118,6 +120,7 @@ def read_own_parts(source: Source, recipe: Recipe, config: PretrainedConfig) -> 
         stop_token=stop,
         system_turn=recipe.prepare.system_turn,
     )
+    processor = with_tiling(processor, recipe.prepare.tiling.settings)
     check_template(processor.encoder)
     if advice := system_advice(processor.encoder):
         log.info("%s: %s", source.model, advice)
@@ -177,6 +180,8 @@ def square_processor(processor: Any, tower: PretrainedConfig, settings: Prepare)
     Raises:
         ConfigError: if the size, the layer or the connector do not fit the tower.
     """
+    if settings.video != Video():
+        raise ConfigError("prepare.video is for vision-language models that take videos; this model takes none: leave it out")
     if settings.min_pixels is not None or settings.max_pixels is not None:
         raise ConfigError(
             "prepare.min_pixels and max_pixels are for vision-language models; here every image is made a square: set "
@@ -218,12 +223,13 @@ def assemble(trunk: Any, tower: Any, parts: OwnParts, recipe: Recipe) -> DiffVLF
         shuffle_factor=shuffle_factor(recipe.prepare),
         vision_layer=recipe.prepare.vision_layer,
         image_size=parts.image_size,
+        tiling=processor.tiling,
         image_token_id=parts.image_id,
         mask_token_id=parts.mask_id,
         vocabulary_size=len(processor.tokenizer),
         stop_token_ids=stop_ids(trunk, processor.tokenizer, processor.stop_token),
     )
-    assert config.image_tokens == processor.image_tokens
+    assert config.image_tokens == processor.image_tokens and config.tiles == processor.tiles
     if own is not None:
         config.set_decoding("blocks", own.block_size or BLOCK_SIZE, "block", own.grid, own.target)
     with torch.device("meta"):
@@ -235,6 +241,8 @@ def assemble(trunk: Any, tower: Any, parts: OwnParts, recipe: Recipe) -> DiffVLF
         fresh = Connector(config.connector, config.shuffle_factor, tower.config.hidden_size, trunk.config.hidden_size)
         for module in fresh.modules():
             model._init_weights(module)
+        if config.tiling is not None:
+            model.image_newline = fresh_newline(trunk.config.hidden_size)
     with torch.no_grad():
         fresh.layers[-1].get_parameter("weight").mul_(recipe.prepare.connector.gain)
     model.connector = fresh
@@ -312,8 +320,8 @@ def _require_same_processor(directory: Path, written: DiffVLProcessor, source: D
     if written.tokenizer(text)["input_ids"] != source.tokenizer(text)["input_ids"]:
         raise CheckpointError(f"{directory}: the written tokenizer splits text differently from the source's; nothing kept")
     image = Image.radial_gradient("L").convert("RGB").crop((0, 0, 200, 120))
-    pixels = [one.image_processor(images=[image], return_tensors="pt")["pixel_values"] for one in (written, source)]
-    if not torch.equal(*pixels):
+    seen, expected = (one.pixels([image]) for one in (written, source))
+    if seen.keys() != expected.keys() or not all(torch.equal(seen[name], expected[name]) for name in seen):
         raise CheckpointError(f"{directory}: the written image processor sees images differently from the source's; nothing kept")
 
 

@@ -10,7 +10,6 @@ Shapes: B batch, L tokens, V vocabulary.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,11 +24,13 @@ from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.images_diffvl import token_types, vision_parameters
 from diffvl.hub.layout_diffvl import IMAGE_ATTENTION
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
+from diffvl.hub.pixels_diffvl import VIDEO_FRAMES
 from diffvl.hub.processing_diffvl import DiffVLProcessor, pixels_in
 from diffvl.prepare.assemble import add_tokens, grow_table, stop_ids
 from diffvl.prepare.attention_proof import TOLERANCE, check_block_attention, largest, spread
 from diffvl.prepare.processor import read_native_processor
 from diffvl.prepare.source import Source
+from diffvl.prepare.source_traits import source_traits
 from diffvl.prepare.upcasting import in_fp32
 from diffvl.store import checkpoint, weights
 
@@ -52,6 +53,9 @@ class NativeParts:
     mask_id: int
     image_id: int
     image_inputs: tuple[str, ...]
+    token_types: str
+    video_id: int | None = None
+    video_inputs: tuple[str, ...] = ()
 
     @property
     def parents(self) -> list[str]:
@@ -64,12 +68,27 @@ class NativeParts:
     def load(self, recipe: Recipe) -> "tuple[DiffVLForConditionalGeneration, list[ProbePrompt]]":
         """Loads the weights; returns the DiffVL model and the source's logits on some prompts."""
         source = weights.load_vlm(self.source.model, self.config, self.source.revision)
-        asked = partial(answered, source.eval(), self.processor, self.image_id)
-        prompts = _in_fp32(source, lambda: [asked(images) for images in probe_images()])  # whatever the weights are stored in
+        with_images, with_videos = probe_images(), probe_videos(self.processor)
+
+        def answers(probes: Any) -> "list[ProbePrompt]":
+            return _in_fp32(source, lambda: [answered(source, self, shown) for shown in probes])  # whatever the weights are in
+
+        source.eval()
+        prompts, moving = answers(with_images), answers(with_videos)
         model = assemble_native(source, self).eval()
         _in_fp32(source, lambda: find_image_attention(model, prompts, self.known))
+        _in_fp32(source, lambda: self._require_videos(model, moving))
         checkpoint.cast_weights(model, source.dtype)
-        return model, prompts
+        return model, [*prompts, *moving]
+
+    def _require_videos(self, model: DiffVLForConditionalGeneration, prompts: "list[ProbePrompt]") -> None:
+        """Raises UnsupportedModelError if videos are not seen as the source sees them."""
+        difference = largest([parity(model, prompt, self.known) for prompt in prompts]) if prompts else 0.0
+        if not difference <= TOLERANCE:
+            raise UnsupportedModelError(
+                f"{self.source.model}: with a video the logits differ from the source's by {difference:.2g} standard deviations "
+                "under explicit masks; --set prepare.video.enabled=false converts it without videos"
+            )
 
     def prove(self, directory: Path, prompts: "list[ProbePrompt]") -> tuple[dict[str, float], str]:
         """Holds what was written against the source; returns the figures, and what is said of them.
@@ -84,17 +103,20 @@ class NativeParts:
             raise CheckpointError(
                 f"{directory}: AR parity fails, logits differ from the source's by {difference:.2g} std; nothing kept"
             )
-        again = [encoded(processor, images) for images in probe_images()]
+        again = [encoded(processor, shown) for shown in (*probe_images(), *probe_videos(processor))]
         same = [
             torch.equal(prompt.ids, ids) and _same(prompt.images, pixels)
             for prompt, (ids, pixels) in zip(prompts, again, strict=True)
         ]
         if not all(same):
             raise CheckpointError(f"{directory}: the written processor reads text or images differently; nothing kept")
-        block = _in_fp32(model.source, lambda: check_block_attention(model.trunk, self.known, self.mask_id))
+        block = _in_fp32(
+            model.source, lambda: check_block_attention(model.trunk, self.known, self.mask_id, model.config.masks_at)
+        )
+        shown = "no image, one, two and a video" if processor.sampler else "no image, one and two"
         told = (
-            f"AR parity with no image, one and two: largest difference {difference:.1e} std of the logits; block attention "
-            f"{block:.1e}; attention among image tokens: {model.config.image_attention}"
+            f"AR parity with {shown}: largest difference {difference:.1e} std of the logits; block attention {block:.1e}; "
+            f"attention among image tokens: {model.config.image_attention}"
         )
         return {"ar_parity": difference, "block": block}, told
 
@@ -127,6 +149,7 @@ def read_native_parts(source: Source, recipe: Recipe, config: PretrainedConfig) 
         settings.max_pixels,
         settings.system_turn,
         config,
+        settings.video,
     )
     for advice in facts.advice:
         log.info("%s: %s", source.model, advice)
@@ -135,7 +158,8 @@ def read_native_parts(source: Source, recipe: Recipe, config: PretrainedConfig) 
     known = min(len(tokenizer), table_size)
     shown_as = {"image_token": processor.image_token}  # which the tokenizer has
     mask_id, _ = add_tokens(tokenizer, family.model_copy(update=shown_as), table_size)
-    return NativeParts(source, config, processor, known, mask_id, facts.image_token_id, tuple(facts.image_inputs))
+    images = (facts.image_token_id, tuple(facts.image_inputs), facts.token_types)
+    return NativeParts(source, config, processor, known, mask_id, *images, facts.video_token_id, tuple(facts.video_inputs))
 
 
 def assemble_native(source: Any, parts: NativeParts) -> DiffVLForConditionalGeneration:
@@ -159,6 +183,10 @@ def assemble_native(source: Any, parts: NativeParts) -> DiffVLForConditionalGene
         vocabulary_size=len(tokenizer),
         stop_token_ids=stop_ids(source, tokenizer, parts.processor.stop_token),
         image_inputs=list(parts.image_inputs),
+        token_types=parts.token_types,
+        **source_traits(source),
+        video_token_id=parts.video_id,
+        video_inputs=list(parts.video_inputs),
         placeholder_ids=[id for name in PLACEHOLDERS if (id := getattr(parts.config, name, None)) is not None],
     )
     with torch.device("meta"):
@@ -192,19 +220,34 @@ def _striped(width: int, height: int, number: int) -> Image.Image:
     return image
 
 
-def encoded(processor: DiffVLProcessor, images: list[Image.Image]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Encodes a chat with these images: ids [1, L] and pixels."""
-    shown = [part for image in images for part in ({"type": "image", "image": image}, {"type": "text", "text": "This is one."})]
+def probe_videos(processor: DiffVLProcessor) -> list[list[Any]]:
+    """The videos of further prompts, one of them beside an image; none where the processor takes none."""
+    if processor.sampler is None:
+        return []
+    frames = [_striped(*SIZES[0], number) for number in range(6)]
+    return [[frames], [_striped(*SIZES[1], 7), frames[:4]]]
+
+
+def encoded(processor: DiffVLProcessor, images: list[Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Encodes a chat with these images, or videos as lists of frames: ids [1, L] and pixels."""
+    shown = [part for image in images for part in (_part(image), {"type": "text", "text": "This is one."})]
     chat = [{"role": "user", "content": [*shown, {"type": "text", "text": "What is 12 and what is here?"}]}]
     inputs: Mapping[str, Any] = processor.apply_chat_template(chat, tokenize=True, add_generation_prompt=True)
     return inputs["input_ids"], pixels_in(inputs)
 
 
+def _part(image: Any) -> dict[str, Any]:
+    kind = "video" if isinstance(image, list) else "image"
+    return {"type": kind, kind: image}
+
+
 @torch.no_grad()
-def answered(source: Any, processor: DiffVLProcessor, image_id: int, images: list[Image.Image]) -> ProbePrompt:
+def answered(source: Any, parts: NativeParts, images: list[Any]) -> ProbePrompt:
     """Gives the source's own logits of what the checkpoint's processor makes of a chat with these images."""
-    ids, pixels = encoded(processor, images)
-    logits = source(input_ids=ids, **pixels, **token_types(source, ids, image_id), use_cache=False).logits
+    ids, pixels = encoded(parts.processor, images)
+    given = {name: value for name, value in pixels.items() if name != VIDEO_FRAMES}
+    types = token_types(source, ids, parts.image_id, parts.video_id, parts.token_types)
+    logits = source(input_ids=ids, **given, **types, use_cache=False).logits
     return ProbePrompt(ids, pixels, logits.float())
 
 
@@ -266,6 +309,6 @@ def _long_span(model: DiffVLForConditionalGeneration, prompt: ProbePrompt) -> Pr
     ids = torch.cat([text, torch.full((1, len(shown)), model.config.image_token_id), text], 1)
     index = torch.full_like(ids, -1)
     index[0, 4 : 4 + len(shown)] = shown
-    types = token_types(source, ids, model.config.image_token_id)
+    types = token_types(source, ids, model.config.image_token_id, None, model.config.token_types)
     native = source(input_ids=ids, mm_encoder_outputs={"image": rows.gathered(shown)}, **types, use_cache=False)
     return ProbePrompt(ids, {"rows": rows, "image_index": index}, native.logits.float())

@@ -50,9 +50,11 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def units(model: DiffVLForConditionalGeneration) -> list[nn.Module]:
-    """Lists the modules that are gathered one at a time."""
+    """Lists the modules that are gathered one at a time. A tower that is shown videos too runs as often as a batch has kinds of
+    them, which differs by process: it stays in the root."""
     tower = _tower(model)
-    return [*decoder_layers(model), *(_layers(tower) if _trains(tower.parameters()) else ())]
+    cuts_tower = _trains(tower.parameters()) and model.config.video_token_id is None
+    return [*decoder_layers(model), *(_layers(tower) if cuts_tower else ())]
 
 
 def layers(model: DiffVLForConditionalGeneration) -> list[nn.Module]:

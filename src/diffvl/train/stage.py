@@ -31,6 +31,7 @@ from diffvl.hub.layout_diffvl import longest_sample
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.objective.losses import curriculum_state
+from diffvl.prepare.tiling import processor_of_stage
 from diffvl.store import checkpoint
 from diffvl.store.files import Writing
 from diffvl.store.metrics import METRICS_FILE
@@ -89,9 +90,9 @@ def train(
     processor, held_out = data.train.processor, data.held_out
     record = data_record(data)
     same_data = agreed(lambda: is_same_data(work, record))
-    model, own_dtype = load_to_train(start, stage, sharded)
+    model, own_dtype = load_to_train(start, stage, recipe.seed, sharded)
     # Who answers needs a whole model: of one in parts a copy, in the main process, which is gone before training begins.
-    whole = (lambda: load_to_train(start, stage)[0]) if sharded else partial(_itself, model)
+    whole = (lambda: load_to_train(start, stage, recipe.seed)[0]) if sharded else partial(_itself, model)
     main_only(lambda: _begin(work, recipe, record, lambda: onlooker and onlooker.before(whole(), processor, held_out)))
     del whole
     if stage.data.row_length is not None:
@@ -166,6 +167,7 @@ def require_machine(stage: Stage) -> bool:
 
 def _open_data(start: Path, stage: Stage, console: Console) -> StageData:
     config, processor = checkpoint.load_description(start)
+    processor = processor_of_stage(processor, stage)
     return load_data(stage.data, processor, longest_trainable(config.text_config, stage.objective), console)
 
 
@@ -188,14 +190,26 @@ def _state_of(loop: Loop, stage_name: StageName, record: dict[str, FileRecord]) 
     return {"kind": stage_name, "state": progress, "data": facts_of(record), "left_out": loop.left_out.kinds()}
 
 
-def load_to_train(start: Path, stage: Stage, sharded: bool = False) -> tuple[DiffVLForConditionalGeneration, torch.dtype]:
-    """The model in the dtypes that training wants, and the one that its checkpoint has. One that is to be sharded stays as it
-    lies in its files, which the processes of a machine share in memory: `shard` upcasts it."""
+def load_to_train(
+    start: Path, stage: Stage, seed: int, sharded: bool = False
+) -> tuple[DiffVLForConditionalGeneration, torch.dtype]:
+    """The model in the dtypes that training wants, cutting images as the stage says, and the dtype that its checkpoint has.
+
+    Args:
+        seed: of what is fresh, which must be the same in every process and in every run of a recipe.
+        sharded: it stays as it lies in its files, which the processes of a machine share in memory, and `shard` upcasts it.
+    """
     own_dtype = checkpoint.saved_dtype(start)
     if is_in_four_bits(stage):
-        return load_in_four_bits(start, process_state().device), own_dtype
-    unchanged = sharded or keeps_dtype(stage, own_dtype)
-    return checkpoint.load_model(start, None if unchanged else torch.float32), own_dtype
+        model = load_in_four_bits(start, process_state().device)
+    else:
+        unchanged = sharded or keeps_dtype(stage, own_dtype)
+        model = checkpoint.load_model(start, None if unchanged else torch.float32)
+    if stage.tiling is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model.set_tiling(stage.tiling.settings)
+    return model, own_dtype
 
 
 def as_stored(model: DiffVLForConditionalGeneration, start: Path, stage: Stage, seed: int) -> DiffVLForConditionalGeneration:
@@ -203,7 +217,7 @@ def as_stored(model: DiffVLForConditionalGeneration, start: Path, stage: Stage, 
     if stage.lora is None or not is_in_four_bits(stage):
         return model
     unpacked = stage.model_copy(update={"lora": stage.lora.model_copy(update={"bits": None})})
-    plain = load_to_train(start, unpacked)[0]
+    plain = load_to_train(start, unpacked, seed)[0]
     fit_to_stage(plain, unpacked, seed)
     take_over(model, plain)
     return plain
