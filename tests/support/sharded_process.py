@@ -120,7 +120,7 @@ def gather() -> None:
         for kind in ("whole", "parts"):
             work = directory / start.name / kind
             work.mkdir(parents=True, exist_ok=True)
-            model, dtype = training.load_to_train(start, stage, sharded=kind == "parts")
+            model, dtype = training.load_to_train(start, stage, seed=0, sharded=kind == "parts")
             training.fit_to_stage(model, stage, seed=0)
             move(model)
             if kind == "parts":
