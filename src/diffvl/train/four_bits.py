@@ -17,6 +17,7 @@ from diffvl.config.recipe import Stage
 from diffvl.errors import ConfigError
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.store import checkpoint
+from diffvl.train.launch import process_state
 from diffvl.train.sharding import decoder_layers
 
 PACKAGE = "bitsandbytes"
@@ -44,8 +45,9 @@ def require_four_bits(stage: Stage) -> None:
         raise ConfigError(f"lora.bits: 4 needs the package {PACKAGE}: pip install {PACKAGE}, or leave bits out")
 
 
-def load_in_four_bits(start: Path, device: torch.device) -> DiffVLForConditionalGeneration:
-    """Loads a DiffVL directory with its trunk's layers in 4 bits (NF4), onto the device on which it trains."""
+def load_in_four_bits(start: Path) -> DiffVLForConditionalGeneration:
+    """Loads a DiffVL directory with its trunk's layers in 4 bits (NF4), onto this process's device."""
+    device: Any = process_state().device
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

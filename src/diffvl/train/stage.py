@@ -201,7 +201,7 @@ def load_to_train(
     """
     own_dtype = checkpoint.saved_dtype(start)
     if is_in_four_bits(stage):
-        model = load_in_four_bits(start, process_state().device)
+        model = load_in_four_bits(start)
     else:
         unchanged = sharded or keeps_dtype(stage, own_dtype)
         model = checkpoint.load_model(start, None if unchanged else torch.float32)
