@@ -1,6 +1,5 @@
 """The command on two processes with parts of a model: one of them is killed, and the run goes on, on two or on one."""
 
-import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,14 +66,19 @@ def require_same(ours: Path, theirs: Path) -> None:
 
 
 def test_a_killed_process_ends_the_other_and_the_run_goes_on(place: Place, whole: Path):
-    """On two processes to the bit; on one, with as many rows a step, to 1e-6. What cannot go on says so and touches nothing."""
+    """To the bit. What cannot go on says so and touches nothing."""
     survivor, dead = place.kill("killed", "step", rank=1)
     assert (survivor.code, dead.code) == (2, -signal.SIGKILL)
     assert survivor.err.startswith(LOST) and "Traceback" not in survivor.err and not dead.err
     assert place.checkpoints("killed") == ["checkpoint-2"]
-    shutil.copytree(place.folder / "killed", place.folder / "alone")
     require_refused_without_a_part(place)
     require_same(place.finish("killed", "--resume"), whole)
+
+
+@pytest.mark.slow
+def test_what_two_processes_began_one_finishes(place: Place, whole: Path):
+    """With as many rows a step, to 1e-6; with fewer it is refused."""
+    place.kill("alone", "step", rank=1)
     (fewer,) = place.run("alone", "--resume", *ALONE, processes=1)
     assert fewer.code == 2 and "batch_size x accumulation x processes: began with 4, asked for 2" in fewer.err
     require_close(place.finish("alone", "--resume", *AS_MANY, processes=1), whole)

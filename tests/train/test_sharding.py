@@ -40,7 +40,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "native, all parts": ("internvl", {"trainable": {**PARTS, "tower": 1e-3}}),
     "native, lora": ("gemma3", {"lora": {"rank": 4}}),
 }
-DEFAULT = ("all parts, checkpointing",)
+DEFAULT, FEW = "all parts, checkpointing", 4
 
 
 @dataclass(frozen=True)
@@ -96,57 +96,59 @@ def differences(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) 
 @pytest.fixture(scope="module")
 def runs(
     forks: Forks, prepared: Callable[[str], Path], data: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, int], Done]:
-    """(name, processes) -> the run, of 20 steps, made once."""
-    made: dict[tuple[str, int], Done] = {}
+) -> Callable[..., Done]:
+    """(name, processes, steps) -> the run, made once."""
+    made: dict[tuple[str, int, int], Done] = {}
 
-    def make(name: str, processes: int) -> Done:
-        if (name, processes) not in made:
+    def make(name: str, processes: int, steps: int = FEW) -> Done:
+        if (name, processes, steps) not in made:
             model, settings = RUNS[name]
             folder = tmp_path_factory.mktemp("run") / str(processes)
-            settings = {"steps": 20, "eval_every": 20, "save_every": 100, **settings}
-            made[name, processes] = run(forks, prepared(model), data, folder, processes, {"chunk": TINY_CHUNKS}, **settings)
-        return made[name, processes]
+            settings = {"steps": steps, "eval_every": steps, "save_every": 100, **settings}
+            made[name, processes, steps] = run(
+                forks, prepared(model), data, folder, processes, {"chunk": TINY_CHUNKS}, **settings
+            )
+        return made[name, processes, steps]
 
     return make
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in DEFAULT else pytest.mark.slow) for name in RUNS])
-def test_two_processes_with_parts_of_a_model_are_one_with_it_whole(name: str, runs: Callable[[str, int], Done]):
-    one, two = runs(name, 1), runs(name, 2)
+@pytest.mark.parametrize(("name", "steps"), [(DEFAULT, FEW), *(pytest.param(name, 20, marks=pytest.mark.slow) for name in RUNS)])
+def test_two_processes_with_parts_of_a_model_are_one_with_it_whole(name: str, steps: int, runs: Callable[..., Done]):
+    one, two = runs(name, 1, steps), runs(name, 2, steps)
     found = differences(two.gradients, one.gradients)
     assert max(found.values()) <= 1e-5, max(found, key=found.__getitem__)
     assert [line["step"] for line in two.lines] == [line["step"] for line in one.lines]
     losses = [[line["loss"] for line in done.lines if "loss" in line] for done in (two, one)]
-    assert len(losses[0]) == 20 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(losses[0]) == steps and losses[0] == pytest.approx(losses[1], rel=1e-5)
     held_out = [[line["eval_masked_loss"] for line in done.lines if "eval_masked_loss" in line] for done in (two, one)]
     assert len(held_out[0]) == 2 and held_out[0] == pytest.approx(held_out[1], rel=1e-5)
     assert two.config == one.config
     assert {key: tensor.shape for key, tensor in two.weights.items()} == {key: w.shape for key, w in one.weights.items()}
 
 
-def test_processes_differ_in_the_chunks_of_their_heads(runs: Callable[[str, int], Done]):
+def test_processes_differ_in_the_chunks_of_their_heads(runs: Callable[..., Done]):
     """Else the run above would not show that the head's runs are no collective."""
-    first, second = (facts["heads"] for facts in runs(DEFAULT[0], 2).facts)
+    first, second = (facts["heads"] for facts in runs(DEFAULT, 2).facts)
     assert first > 2 and second > 2 and first != second
 
 
-def test_accumulation_keeps_parts_of_gradients_only(runs: Callable[[str, int], Done]):
+def test_accumulation_keeps_parts_of_gradients_only(runs: Callable[..., Done]):
     """After the first micro-step of two: every gradient is there, and a process holds about half of their numbers."""
-    for facts in runs(DEFAULT[0], 2).facts:
+    for facts in runs(DEFAULT, 2).facts:
         assert 0.45 * facts["whole"] < facts["held"] < 0.55 * facts["whole"]
-    (alone,) = runs(DEFAULT[0], 1).facts
+    (alone,) = runs(DEFAULT, 1).facts
     assert alone["held"] > 0.8 * alone["whole"]
 
 
 def test_a_unit_of_embedding_and_head_is_caught(
-    forks: Forks, runs: Callable[[str, int], Done], prepared: Callable[[str], Path], data: Path, tmp_path: Path
+    forks: Forks, runs: Callable[..., Done], prepared: Callable[[str], Path], data: Path, tmp_path: Path
 ):
     """Tied tables in a unit of their own, with a head that runs several times: no error, and a wrong gradient."""
-    model, settings = RUNS[DEFAULT[0]]
+    model, settings = RUNS[DEFAULT]
     options = {"chunk": TINY_CHUNKS, "tied_unit": True}
     wrong = run(forks, prepared(model), data, tmp_path / "run", 2, options, steps=1, save_every=100, **settings)
-    found = differences(wrong.gradients, runs(DEFAULT[0], 1).gradients)
+    found = differences(wrong.gradients, runs(DEFAULT, 1).gradients)
     table = "language_model.model.embed_tokens.weight"
     assert found.pop(table) > 0.1 and max(found.values()) <= 1e-5
 
