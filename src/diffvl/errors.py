@@ -9,7 +9,12 @@ EXIT_CODE = 2
 
 
 class DiffvlError(Exception):
-    """Base of all user-facing errors."""
+    """Base of all user-facing errors.
+
+    told_elsewhere: in a run of several processes, whether another one that raises the same prints the message.
+    """
+
+    told_elsewhere = False
 
 
 class ConfigError(DiffvlError):

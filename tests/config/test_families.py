@@ -18,7 +18,7 @@ STOCK, VISION, TRANSLATED = (
     [file.stem for file in FAMILY_FILES if family_of(file.stem).route == route]
     for route in ("language model", "vision-language model", "diffusion language model")
 )
-RECIPE_FILES = sorted(presets("recipes").iterdir())
+RECIPE_FILES = sorted(presets("recipes").glob("*.yaml"))
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 64}
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import sharded_process
 import train_process
 from forks import Forks
 
@@ -22,7 +23,14 @@ def fresh() -> None:
     os.execv(sys.executable, [sys.executable, "-m", "diffvl.cli", *sys.argv[1:]])
 
 
-PROGRAMS: dict[str, Any] = {"diffvl": cli.main, "train": train_process.main, "fresh diffvl": fresh}
+PROGRAMS: dict[str, Any] = {
+    "diffvl": cli.main,
+    "fresh diffvl": fresh,
+    "train": train_process.main,
+    "sharded": sharded_process.main,
+    "killed": sharded_process.killed,
+    "gather": sharded_process.gather,
+}
 PATIENCE = 400  # seconds
 
 

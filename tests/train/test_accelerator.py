@@ -1,13 +1,10 @@
-"""What a stage asks of accelerate: trackers that are there, and no sharded launch."""
-
-from pathlib import Path
+"""What a stage asks of accelerate: trackers that are there."""
 
 import pytest
-from helpers import stage_recipe
 
-from diffvl.errors import ConfigError, UsageError
+from diffvl.errors import ConfigError
 from diffvl.train import launch
-from diffvl.train.launch import make_accelerator, require_trackers
+from diffvl.train.launch import require_trackers
 
 
 def installed(patch: pytest.MonkeyPatch, *names: str) -> None:
@@ -26,12 +23,3 @@ def test_a_tracker_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPa
     installed(monkeypatch, "tensorboard")
     with pytest.raises(ConfigError, match=r"trackers: wandb, mlflow not installed here: pip install wandb mlflow, or"):
         require_trackers(["wandb", "tensorboard", "mlflow"])
-
-
-@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_a_sharded_launch_is_refused(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """On a CPU accelerate drops it without a word."""
-    monkeypatch.setenv(name, "true")
-    stage = stage_recipe(tmp_path / "data.json", steps=1).stages["diffuse"]
-    with pytest.raises(UsageError, match="sharded training"):
-        make_accelerator(stage, [], tmp_path)

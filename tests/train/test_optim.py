@@ -11,7 +11,7 @@ from helpers import ORDINARY, stage_recipe
 from diffvl.config.recipe import Stage
 from diffvl.demo.standins import TRUNKS
 from diffvl.store.checkpoint import load_checkpoint
-from diffvl.train.parts import attach_mask_row, fold_mask_row, freeze_others, parameter_groups, parts_of
+from diffvl.train.parts import attach_mask_row, fold_mask_row, freeze_others, parameter_groups, parts_of, upcast
 
 
 def stage(**settings: Any) -> Stage:
@@ -44,6 +44,7 @@ def test_only_what_trains_asks_for_gradients_and_is_fp32(prepared: Callable[[str
     model, _ = load_checkpoint(prepared("llama"), dtype=torch.bfloat16)
     attach_mask_row(model)
     freeze_others(model, stage(trainable={"connector": 1e-3, "mask_row": 1e-4}))
+    upcast(model)
     training = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {parts_of(model)[name] for name in training} == {"connector", "mask_row"}
     assert training == {name for name, _ in model.named_parameters() if parts_of(model)[name] in ("connector", "mask_row")}

@@ -280,7 +280,8 @@ def _run() -> None:
         with Writing():
             app()
     except DiffvlError as error:
-        _complain("error:", "bold red", str(error))
+        if not error.told_elsewhere:
+            _complain("error:", "bold red", str(error))
         raise SystemExit(EXIT_CODE) from None
     except SystemExit as stop:
         if stop.code == INTERRUPTED:

@@ -132,6 +132,11 @@ class Lora(Section):
     alpha: int = Field(default=32, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: str | None = Field(default=None, description="regular expression over module names; default: the family's")
+    bits: Literal[4] | None = Field(
+        default=None,
+        description="of the weights in the trunk's layers while adapters train: 4 packs them (NF4, bitsandbytes, on a GPU). "
+        "Default: the dtype of the checkpoint",
+    )
 
 
 class Optim(Section):
@@ -263,6 +268,12 @@ class Stage(Section):
     accumulation: int = Field(default=1, ge=1)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     gradient_checkpointing: bool = False
+    sharding: Literal["auto", "none", "full", "full_bf16"] = Field(
+        default="auto",
+        description="over the processes of a run: `full` gives each a part of every tensor and of the optimiser, `none` all of "
+        "them. auto: full on several GPUs, none on a CPU. full_bf16: the weights are gathered in bf16, half the traffic, and the "
+        "residual stream and the norms are bf16 too, which is other arithmetic than under bf16 autocast",
+    )
     attention: Literal["auto", "sdpa", "eager", "tiled", "flex_attention"] = Field(
         default="auto", description="auto: flex_attention on a GPU, tiled on a CPU, where the architecture takes them"
     )

@@ -15,12 +15,15 @@ from diffvl.errors import ConfigError
 from diffvl.store import checkpoint
 from diffvl.store.checkpoint import recipe_of
 from diffvl.store.files import read_json
+from diffvl.train import checkpoints
+from diffvl.train.launch import process_state
 
 BEFORE_FILE = "before.json"  # of an unfinished stage: where it started from, and that checkpoint's answers
 # Settings that change no step which was taken: with them a run looks for mistakes, or goes on where it would have stopped.
 _WITHOUT_INFLUENCE = tuple(
     f"data.{name}" for name in ("workers", "check_images", "check_lengths", "on_error", "max_skipped", "too_long")
 )
+_ROWS = "batch_size x accumulation x processes"
 _DATA_PATHS = ("data.train", "data.eval", "data.image_folder")  # settings that may change as long as the records are the same
 
 
@@ -46,11 +49,35 @@ def require_same_stage(recipe: Recipe, stage: StageName, start: Path, directory:
     for key in (*_WITHOUT_INFLUENCE, *_paths_of_same_content(recipe, stage, directory)):
         first.pop(key, None)
         now.pop(key, None)
+    _compare_steps(first, now, directory)
     first |= {"seed": first_recipe.seed, "start": one_spelling(_first_start(directory))}
     now |= {"seed": recipe.seed, "start": one_spelling(str(start))}
     if not Path(first["start"]).exists():  # the run was moved since
         del first["start"], now["start"]
     _refuse_changes(first, now, directory)
+
+
+def _compare_steps(first: dict[str, Any], now: dict[str, Any], directory: Path) -> None:
+    """Makes the settings of how a step is cut and where a model lies comparable, in place: what counts is the number of rows that
+    all processes take together, and whether weights are gathered in bf16."""
+    for settings in (first, now):
+        if settings["sharding"] != "full_bf16":
+            del settings["sharding"]
+    rows = _rows_per_step(directory)
+    own = now["batch_size"] * now["accumulation"] * process_state().num_processes
+    if rows == own:
+        for settings in (first, now):
+            del settings["batch_size"], settings["accumulation"]
+    elif rows is not None:
+        first[_ROWS], now[_ROWS] = rows, own
+
+
+def _rows_per_step(directory: Path) -> int | None:
+    """Gives the rows of a step that was taken; None where none was saved."""
+    if is_finished(directory):
+        return checkpoint.read_state(directory)["state"]["rows_per_step"]
+    last = checkpoints.newest(directory)
+    return None if last is None else read_json(last / checkpoints.STATE_FILE).get(checkpoints.ROWS)
 
 
 def one_spelling(name: str) -> str:

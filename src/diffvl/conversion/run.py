@@ -36,8 +36,8 @@ from diffvl.terminal import console as terminal
 from diffvl.terminal.bars import quiet_libraries
 from diffvl.terminal.console import say, shell_line
 from diffvl.train import checkpoints
-from diffvl.train.launch import agreed, main_first, main_only, process_state, require_trackers
-from diffvl.train.stage import Onlooker, train
+from diffvl.train.launch import agreed, main_first, main_only, process_state, require_trackers, with_the_others
+from diffvl.train.stage import Onlooker, require_machine, train
 
 SAMPLE_SETTINGS = DecodeSettings(max_new_tokens=48)
 
@@ -80,8 +80,13 @@ def convert(request: ConvertRequest) -> Path:
         DiffvlError: on any mistake of the user; what was finished stays.
     """
     quiet_libraries()
+    console = terminal.console(quiet=not process_state().is_main_process)
+    with with_the_others():
+        return _convert(request, console)
+
+
+def _convert(request: ConvertRequest, console: Console) -> Path:
     process = process_state()
-    console = terminal.console(quiet=not process.is_main_process)
     if request.accept_changed_data and not request.resume:
         raise UsageError("--accept-changed-data has no effect without --resume")
     plan = agreed(lambda: make_plan(request, console))
@@ -92,6 +97,8 @@ def convert(request: ConvertRequest) -> Path:
     if request.dry_run:
         say(console, "dry run: nothing was written")
         return plan.root
+    for name in inputs.data:
+        agreed(lambda stage=plan.recipe.stages[name]: require_machine(stage))
     start, source, parts = plan.start, plan.source, inputs.parts
     if source is not None and parts is not None:
         main_only(lambda: prepare(source, plan.recipe, plan.start, console, parts))

@@ -211,7 +211,8 @@ class NativeImages:
         if rows is not None and image_index is not None:
             of_video = None if self.config.video_token_id is None else ids == self.config.video_token_id
             shown = image_index[image_index >= 0] if of_video is None else image_index[(image_index >= 0) & ~of_video]
-            if len(shown):
+            # What learns to see stays in the graph where no token shows an image.
+            if len(shown) or (torch.is_grad_enabled() and rows.output is not None):
                 outputs["image"] = rows.gathered(shown)
             if of_video is not None and rows.videos is not None and len(shown := image_index[(image_index >= 0) & of_video]):
                 outputs["video"] = rows.videos.gathered(shown)

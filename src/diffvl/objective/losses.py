@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from diffvl.attention.block_mask import FLEX, bucket, training_masks
 from diffvl.config.objectives import ArObjective, BlockDiffusionObjective, FullDiffusionObjective, Noise, Objective, UniformNoise
-from diffvl.data.samples import Batch
+from diffvl.data.samples import Batch, is_filler
 from diffvl.hub.configuration_diffvl import DiffVLConfig, never_predicted
 from diffvl.hub.images_diffvl import Shown, is_visual, placed_images
 from diffvl.hub.layout_diffvl import Layout, NoisyStream, Rope, block_index, clean_layout, noisy_layout, noisy_stream
@@ -104,7 +104,8 @@ MEASURE_NOISE = UniformNoise(t_min=1e-3, t_max=1.0, draws="stratified")
 @torch.no_grad()
 def measure(model: Any, config: DiffVLConfig, batches: Iterable[Any], objective: Objective) -> dict[str, torch.Tensor]:
     """Computes the sums of LossOutput over a held-out set, under one fixed noise law and seed whatever the training noise was,
-    and in blocks of the size that the checkpoint decodes with, so that figures of different runs can be compared."""
+    and in blocks of the size that the checkpoint decodes with, so that figures of different runs can be compared. Fillers go
+    through the model and count nothing."""
     if isinstance(objective, BlockDiffusionObjective):
         plain = {"noise": MEASURE_NOISE, "ar_weight": 0.0, "position_bias": 0.0, "complementary": False, "block_curriculum": {}}
         objective = objective.model_copy(update=plain)
@@ -112,7 +113,10 @@ def measure(model: Any, config: DiffVLConfig, batches: Iterable[Any], objective:
         objective = objective.model_copy(update={"noise": MEASURE_NOISE})
     totals: dict[str, torch.Tensor] = {}
     for batch in batches:
-        for name, value in loss_of(model, config, batch, objective, Draw(seed=0, step=0, progress=0.0)).sums.items():
+        sums = loss_of(model, config, batch, objective, Draw(seed=0, step=0, progress=0.0)).sums
+        if is_filler(batch):
+            continue
+        for name, value in sums.items():
             totals[name] = totals.get(name, torch.zeros((), device=value.device)) + value
     return totals
 

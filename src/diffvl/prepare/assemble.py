@@ -27,6 +27,7 @@ from diffvl.prepare.parity import Parity
 from diffvl.prepare.source import Source
 from diffvl.prepare.templates import check_template, load_tokenizer, stop_token, system_advice
 from diffvl.prepare.tiling import with_tiling
+from diffvl.prepare.upcasting import in_fp32
 from diffvl.store import checkpoint, weights
 
 log = logging.getLogger(__name__)
@@ -274,7 +275,12 @@ def grow_table(trunk: Any, known: int, tokens: int, new_ids: list[int]) -> None:
         for table in (trunk.get_input_embeddings(), trunk.get_output_embeddings()):
             for values in (table.weight, getattr(table, "bias", None)):
                 if values is not None:
-                    values[fresh] = values[:known].float().mean(0).to(values.dtype)
+                    values[fresh] = _mean(values[:known]).to(values.dtype)
+
+
+def _mean(rows: torch.Tensor) -> torch.Tensor:
+    """The mean over dim 0, in fp32; of a table some columns at a time, because a copy of it in fp32 is large."""
+    return torch.cat([columns.float().mean(0) for columns in rows.split(256, dim=1)]) if rows.dim() > 1 else rows.float().mean(0)
 
 
 # --- proof ---------------------------------------------------------------------------------------------------------------
@@ -282,11 +288,7 @@ def grow_table(trunk: Any, known: int, tokens: int, new_ids: list[int]) -> None:
 
 def _reference_logits(trunk: PreTrainedModel, parity: Parity, known: int) -> torch.Tensor:
     """Computes the source's logits on the probe, in fp32 arithmetic."""
-    dtype = trunk.dtype
-    trunk.float().eval()
-    logits = parity.source_logits(trunk, parity.probe(known))
-    checkpoint.cast_weights(trunk, dtype)
-    return logits
+    return in_fp32(trunk.eval(), lambda: parity.source_logits(trunk, parity.probe(known)))
 
 
 def _prove(directory: Path, reference: torch.Tensor, parity: Parity, parts: OwnParts) -> dict[str, float]:
@@ -297,18 +299,18 @@ def _prove(directory: Path, reference: torch.Tensor, parity: Parity, parts: OwnP
         UnsupportedModelError: if the tower does not give the patches that its configuration promises.
     """
     known = parts.known
-    model, processor = checkpoint.load_checkpoint(directory, dtype=torch.float32)
+    model, processor = checkpoint.load_checkpoint(directory)
     model.eval()
     require_patches(model)
     _require_same_processor(directory, processor, parts.processor)
-    logits = parity.prepared_logits(model, parity.probe(known))[..., :known]
+    logits = in_fp32(model.trunk, lambda: parity.prepared_logits(model, parity.probe(known)))[..., :known]
     # Beyond `known` stand the rows that were spare or new: the image token's, and the mask token's unless the source had one.
     difference = proof.spread(logits - reference[..., :known], reference)
     if not difference <= proof.TOLERANCE:
         raise CheckpointError(
             f"{directory}: {parity.name} parity fails, logits differ from the source's by {difference:.2g} std; nothing kept"
         )
-    block = proof.check_block_attention(model.trunk, known, model.config.mask_token_id)
+    block = in_fp32(model.trunk, lambda: proof.check_block_attention(model.trunk, known, model.config.mask_token_id))
     return {parity.key: difference, "block": block}
 
 

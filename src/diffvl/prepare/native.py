@@ -8,10 +8,10 @@ Shapes: B batch, L tokens, V vocabulary.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -21,7 +21,7 @@ from diffvl.config.families import family_of
 from diffvl.config.recipe import Recipe
 from diffvl.errors import CheckpointError, UnsupportedModelError
 from diffvl.hub.configuration_diffvl import DiffVLConfig
-from diffvl.hub.images_diffvl import token_types
+from diffvl.hub.images_diffvl import token_types, vision_parameters
 from diffvl.hub.layout_diffvl import IMAGE_ATTENTION
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.hub.pixels_diffvl import VIDEO_FRAMES
@@ -31,9 +31,11 @@ from diffvl.prepare.attention_proof import TOLERANCE, check_block_attention, lar
 from diffvl.prepare.processor import read_native_processor
 from diffvl.prepare.source import Source
 from diffvl.prepare.source_traits import source_traits
+from diffvl.prepare.upcasting import in_fp32
 from diffvl.store import checkpoint, weights
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 PLACEHOLDERS = ("video_token_id", "video_token_index", "audio_token_id", "audio_token_index")
 SIZES = ((64, 48), (40, 72))  # pixels (width, height) of the images that parity is proven on
@@ -66,14 +68,17 @@ class NativeParts:
     def load(self, recipe: Recipe) -> "tuple[DiffVLForConditionalGeneration, list[ProbePrompt]]":
         """Loads the weights; returns the DiffVL model and the source's logits on some prompts."""
         source = weights.load_vlm(self.source.model, self.config, self.source.revision)
-        dtype = source.dtype
-        source.float().eval()  # arithmetic in fp32, whatever the weights are stored in
-        prompts = [answered(source, self, shown) for shown in probe_images()]
-        moving = [answered(source, self, shown) for shown in probe_videos(self.processor)]
+        with_images, with_videos = probe_images(), probe_videos(self.processor)
+
+        def answers(probes: Any) -> "list[ProbePrompt]":
+            return _in_fp32(source, lambda: [answered(source, self, shown) for shown in probes])  # whatever the weights are in
+
+        source.eval()
+        prompts, moving = answers(with_images), answers(with_videos)
         model = assemble_native(source, self).eval()
-        find_image_attention(model, prompts, self.known)
-        self._require_videos(model, moving)
-        checkpoint.cast_weights(model, dtype)
+        _in_fp32(source, lambda: find_image_attention(model, prompts, self.known))
+        _in_fp32(source, lambda: self._require_videos(model, moving))
+        checkpoint.cast_weights(model, source.dtype)
         return model, [*prompts, *moving]
 
     def _require_videos(self, model: DiffVLForConditionalGeneration, prompts: "list[ProbePrompt]") -> None:
@@ -91,8 +96,9 @@ class NativeParts:
         Raises:
             CheckpointError: if it differs.
         """
-        model, processor = checkpoint.load_checkpoint(directory, dtype=torch.float32)
-        difference = largest(parity(model.eval(), prompt, self.known) for prompt in prompts)
+        model, processor = checkpoint.load_checkpoint(directory)
+        model.eval()
+        difference = _in_fp32(model.source, lambda: largest(parity(model, prompt, self.known) for prompt in prompts))
         if not difference <= TOLERANCE:
             raise CheckpointError(
                 f"{directory}: AR parity fails, logits differ from the source's by {difference:.2g} std; nothing kept"
@@ -104,13 +110,27 @@ class NativeParts:
         ]
         if not all(same):
             raise CheckpointError(f"{directory}: the written processor reads text or images differently; nothing kept")
-        block = check_block_attention(model.trunk, self.known, self.mask_id, model.config.masks_at)
+        block = _in_fp32(
+            model.source, lambda: check_block_attention(model.trunk, self.known, self.mask_id, model.config.masks_at)
+        )
         shown = "no image, one, two and a video" if processor.sampler else "no image, one and two"
         told = (
             f"AR parity with {shown}: largest difference {difference:.1e} std of the logits; block attention {block:.1e}; "
             f"attention among image tokens: {model.config.image_attention}"
         )
         return {"ar_parity": difference, "block": block}, told
+
+
+def _in_fp32(source: Any, work: Callable[[], T]) -> T:
+    """Gives what `work` gives when a stock model computes in fp32. Pixels are given in the dtype that its embedding and what
+    surrounds the layers of its vision part show."""
+    vision = {id(parameter) for parameter in vision_parameters(source).values()}
+    table = source.get_input_embeddings()
+
+    def is_seen(module: Any) -> bool:
+        return module is table or any(id(parameter) in vision for parameter in module._parameters.values())
+
+    return in_fp32(source, work, throughout=is_seen)
 
 
 def read_native_parts(source: Source, recipe: Recipe, config: PretrainedConfig) -> NativeParts:

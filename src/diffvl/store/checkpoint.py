@@ -72,15 +72,25 @@ def finish(directory: Path) -> None:
     source.rename(directory)
 
 
-def write_checkpoint(model: DiffVLForConditionalGeneration, processor: DiffVLProcessor, directory: Path) -> None:
-    """Writes the native layout into an existing directory (a partial one): weights, processor, remote code. Raises DiskError."""
+def write_checkpoint(
+    model: DiffVLForConditionalGeneration, processor: DiffVLProcessor, directory: Path, weights: bool = True
+) -> None:
+    """Writes the native layout into an existing directory (a partial one): weights, processor, remote code. Raises DiskError.
+
+    Args:
+        weights: False where they have been written already.
+    """
     config = model.config
-    config.architectures = [type(model).__name__]
+    config.architectures = [DiffVLForConditionalGeneration.__name__]
     config.auto_map = MODEL_MAP
     model.generation_config = _generation_config(model)
     with Writing(directory):
-        model.save_pretrained(directory)
-        share(directory)
+        if weights:
+            model.save_pretrained(directory)
+            share(directory)
+        else:
+            config.save_pretrained(directory)
+            model.generation_config.save_pretrained(directory)
         processor.save_pretrained(directory)
         _edit_json(directory / "processor_config.json", {"auto_map": PROCESSOR_MAP, "processor_class": "DiffVLProcessor"})
         for name in HUB_FILES:
@@ -132,10 +142,15 @@ def load_checkpoint(directory: Path, dtype: torch.dtype | None = None) -> tuple[
     return load_model(directory, dtype), processor
 
 
-def load_model(directory: Path, dtype: torch.dtype | None = None) -> DiffVLForConditionalGeneration:
-    """Reads the model of a directory whose description is known to be whole. Raises CheckpointError as `load_checkpoint`."""
+def load_model(directory: Path, dtype: torch.dtype | None = None, **more: Any) -> DiffVLForConditionalGeneration:
+    """Reads the model of a directory whose description is known to be whole. Raises CheckpointError as `load_checkpoint`.
+
+    Args:
+        more: for `from_pretrained`.
+    """
     loader: Any = DiffVLForConditionalGeneration
     arguments = {"dtype": dtype or "auto", "use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    arguments |= more
     with quiet_report():
         model, info = _explain_damage(directory, lambda: loader.from_pretrained(directory, **arguments))
     problems = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}

@@ -23,11 +23,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from diffvl.errors import CheckpointError, DiskError
 from diffvl.store.files import Writing, read_json, replace_text, sync
-from diffvl.train.launch import main_only
+from diffvl.train.launch import agreed, main_only, process_state
 
 CHECKPOINTS = "checkpoints"
 STAGING = "saving"  # under CHECKPOINTS: a checkpoint that has no name yet
 STATE_FILE = "state.json"
+ROWS = "rows_per_step"  # in a checkpoint's state: of all processes together
 INDEX = ".metadata"  # which tensor stands where in the files beside it
 
 _TRAINED = StateDictOptions(ignore_frozen_params=True)
@@ -43,16 +44,26 @@ def save(run_dir: Path, model: Any, optimizer: torch.optim.Optimizer, state: dic
     """
     staging, final = run_dir / STAGING, run_dir / f"checkpoint-{state['step']}"
     main_only(lambda: _empty(staging))
-    weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
+    weights, moments = _trained(model, optimizer)
     try:
-        with Writing(run_dir):
-            writer = FileSystemWriter(staging, sync_files=False)  # `sync` does it, for all files and names
-            with _plain_errors():
-                state_dict_saver.save({"model": weights, "optimizer": moments}, storage_writer=writer)
+        agreed(lambda: _write(staging, {"model": weights, "optimizer": moments}))
         main_only(lambda: _name(staging, final, state, keep))
     except DiskError:
         shutil.rmtree(staging, ignore_errors=True)  # the room that it takes may be what is needed to go on
         raise
+
+
+def _trained(model: Any, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What trains, and its moments; without what weights in 4 bits have beside them under their own names."""
+    weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
+    frozen = {name.removeprefix("module.") for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: value for name, value in weights.items() if name.rpartition(".")[0] not in frozen}, moments
+
+
+def _write(staging: Path, tensors: dict[str, Any]) -> None:
+    several = process_state().num_processes > 1  # on several machines each puts its own files on the disk; else `sync` does it
+    with Writing(staging.parent), _plain_errors():
+        state_dict_saver.save(tensors, storage_writer=FileSystemWriter(staging, sync_files=several))
 
 
 def _empty(staging: Path) -> None:
@@ -75,7 +86,7 @@ def load(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str
     Raises:
         CheckpointError: it holds other parameters than this stage trains.
     """
-    weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
+    weights, moments = _trained(model, optimizer)
     tensors = {"model": weights, "optimizer": moments}
     reader = FileSystemReader(folder)
     stored = set(reader.read_metadata().state_dict_metadata)

@@ -7,7 +7,9 @@ runs under `agreed`, which raises it in all.
 
 import atexit
 import os
-from collections.abc import Callable, Sequence
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -17,10 +19,12 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, LoggerType, ProjectConfiguration, gather_object
+from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, LoggerType, ProjectConfiguration, gather_object
+from torch import distributed
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]  (documented as public)
 
 from diffvl.config.recipe import Stage
-from diffvl.errors import ConfigError, DiffvlError, UsageError
+from diffvl.errors import ConfigError, DiffvlError, TrainingError, UsageError
 from diffvl.machine import has_bf16
 
 T = TypeVar("T")
@@ -34,8 +38,10 @@ def process_state() -> PartialState:
     """This process among its launcher's; without a GPU accelerate must be told, or every process takes itself for the only one.
 
     Raises:
-        UsageError: if one process has several GPUs, which transformers would drive by replicas that know nothing of our batches.
+        UsageError: if one process has several GPUs, which transformers would drive by replicas that know nothing of our batches;
+            or the launcher asks for an engine that is not used here.
     """
+    _refuse_other_engines()
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     if state.num_processes > 1:
         _leave_in_order()
@@ -73,10 +79,10 @@ def agreed(work: Callable[[], T]) -> T:
     except DiffvlError as error:
         own = error
     errors = gathered([] if own is None else [own])
-    if own is not None:
-        raise own
     if errors:
-        raise errors[0]
+        error = own if own is not None and str(own) == str(errors[0]) else errors[0]
+        error.told_elsewhere = not process_state().is_main_process
+        raise error
     return result  # type: ignore[possibly-undefined]
 
 
@@ -96,9 +102,89 @@ def main_only(work: Callable[[], object]) -> None:
     agreed(lambda: work() if process_state().is_main_process else None)
 
 
+# Words of an error that a collective raises where a process at its other end is gone, by what transports it.
+_LOST = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "ncclRemoteError")
+
+
+@contextmanager
+def with_the_others() -> Iterator[None]:
+    """In the block, the end of another process of the run ends this one too, in one message.
+
+    Raises:
+        TrainingError: in the processes that are left.
+    """
+    try:
+        yield
+    except (distributed.DistError, RuntimeError) as error:
+        lost = isinstance(error, distributed.DistError) or any(words in str(error) for words in _LOST)
+        if not lost or process_state().num_processes == 1:
+            raise
+        told = TrainingError(
+            "another process of this run has ended, so it cannot go on; that process, or the launcher, says why. What was "
+            "finished and the last checkpoint are kept: type the same again, with --resume"
+        )
+        told.told_elsewhere = not _is_first_to_tell()
+        raise told from error
+
+
+def _is_first_to_tell() -> bool:
+    """Tells whether no other process has told of a lost one yet, as far as the place where they met is still there."""
+    try:
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        with socket.create_connection(place, timeout=5):
+            pass
+        store = TCPStore(*place, is_master=False, timeout=timedelta(seconds=5))
+        return store.add("diffvl: a process has ended", 1) == 1
+    except (KeyError, OSError, RuntimeError):
+        return True
+
+
 PROJECT = "diffvl"
 TENSORBOARD = "tensorboard"  # also the folder of trackers that write files
-SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # what accelerate's launcher says of a sharded run
+# Engines that accelerate's launcher may ask for, by the variables in which it says so.
+OTHER_ENGINES = {
+    "ACCELERATE_USE_FSDP": "FSDP through accelerate",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
+
+
+def _refuse_other_engines() -> None:
+    """Raises UsageError in every process if the launcher asks for an engine: its settings would have no effect."""
+    for variable, told in OTHER_ENGINES.items():
+        if os.environ.get(variable, "false").lower() in ("1", "true"):
+            error = UsageError(
+                f"the launcher's configuration asks for {told}, which is not used here: a stage's setting `sharding` shards its "
+                "model, by torch's own fully_shard. Launch with a file of recipes/accelerate/, or another one that says "
+                "distributed_type: MULTI_GPU"
+            )
+            error.told_elsewhere = os.environ.get("RANK", "0") != "0"
+            raise error
+
+
+def is_to_shard(stage: Stage) -> bool:
+    """`sharding` resolved: whether the stage's model is to lie in parts over the processes.
+
+    Raises:
+        ConfigError: if there is nothing to shard over, or no bf16 to gather in.
+    """
+    several = process_state().num_processes > 1
+    if stage.sharding == "auto":
+        packed = stage.lora is not None and stage.lora.bits is not None
+        return several and torch.cuda.is_available() and not packed
+    if stage.sharding == "none":
+        return False
+    if not several:
+        raise ConfigError(
+            f"sharding: {stage.sharding} has no effect in one process: start several with `accelerate launch -m diffvl.cli ...`, "
+            "or leave it at auto"
+        )
+    if stage.sharding == "full_bf16" and precision(stage) != "bf16":
+        raise ConfigError(
+            "sharding: full_bf16 gathers weights in bf16, but trains in fp32: set precision: bf16, or sharding: full"
+        )
+    return True
 
 
 def precision(stage: Stage) -> str:
@@ -114,12 +200,10 @@ def make_accelerator(stage: Stage, trackers: Sequence[str] | None, work: Path) -
     Args:
         trackers: see `Recipe.trackers`. work: the stage's directory, for those that write files.
     Raises:
-        UsageError: on a sharded launch.
         ConfigError: a tracker is not installed.
     """
-    if any(os.environ.get(name, "false").lower() in ("1", "true") for name in SHARDED):
-        # Folding the mask row and merging adapters need whole parameters; sharded ones are not gathered yet.
-        raise UsageError("sharded training (FSDP, DeepSpeed) is not supported yet: launch with plain data parallelism")
+    # In a sharded model a weight that autocast keeps in bf16 would be whole in every process, to the end of the forward.
+    autocast = AutocastKwargs(cache_enabled=not is_to_shard(stage))
     # A stage may have another precision than the one before it in this process; which processes there are stays the same.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
@@ -128,7 +212,7 @@ def make_accelerator(stage: Stage, trackers: Sequence[str] | None, work: Path) -
         log_with=[LoggerType(name) for name in require_trackers(trackers)] or None,
         project_config=ProjectConfiguration(project_dir=str(work), logging_dir=str(work / TENSORBOARD)),
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True), autocast],
     )
     accelerator.init_trackers(PROJECT)
     return accelerator

@@ -8,7 +8,7 @@ number. What one process could find out alone (a bad record, a loss that is not 
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,12 +17,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
 from diffvl.config.recipe import Stage
 from diffvl.data.left_out import LeftOut
-from diffvl.data.loader import StageData, batches_of
+from diffvl.data.loader import StageData
+from diffvl.data.mixture import Mixture
 from diffvl.data.problems import Problem
+from diffvl.data.sample_dataset import SampleDataset
 from diffvl.data.samples import IGNORED, NO_SAMPLE, PROBLEMS, is_filler, on_device
 from diffvl.errors import CheckpointError, TrainingError
 from diffvl.objective.losses import Draw, LossOutput, curriculum_state, loss_of, measure, measured_sums, rates, scores
@@ -33,6 +36,7 @@ from diffvl.train.feed import feed_of
 from diffvl.train.launch import agreed, gathered
 from diffvl.train.parts import parameter_groups
 from diffvl.train.progress import Watchers
+from diffvl.train.sharding import is_sharded
 
 SHOWN_RECORDS = 5  # of a step that went wrong
 
@@ -73,7 +77,7 @@ class Loop:
         self.feed = feed_of(data.train, stage, seed, collate, accelerator.num_processes, accelerator.process_index)
         self.steps = stage.steps or math.ceil((stage.epochs or 1.0) * self.feed.steps_per_epoch)
         self.model, self.config = model, model.config
-        self.wrapped = accelerator.prepare(model)
+        self.wrapped = model if is_sharded(model) else accelerator.prepare(model)
         # Fused: one kernel per tensor, and no temporaries as large as the model.
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, stage), betas=(stage.optim.beta1, stage.optim.beta2), eps=stage.optim.epsilon, fused=True
@@ -128,8 +132,9 @@ class Loop:
         losses: list[torch.Tensor] = []
         for number, batch in enumerate(batches, start=1):
             inputs = self._on_device(batch)
-            waits = nullcontext() if number == len(batches) else self.accelerator.no_sync(self.wrapped)
-            with waits:
+            # A sharded model reduces after every micro-step: what waits would be gradients of full size.
+            reduces = number == len(batches) or is_sharded(self.wrapped)
+            with nullcontext() if reduces else self.accelerator.no_sync(self.wrapped):
                 # The wrapped model's forward runs under autocast by itself; here too, so that masks are made in its type.
                 with self.accelerator.autocast():
                     output = loss_of(self.wrapped, self.config, inputs, self.stage.objective, draw)  # type: ignore[arg-type]
@@ -141,6 +146,7 @@ class Loop:
                 self.accelerator.backward(loss)
             losses.append(loss.detach())
         norm: Any = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.stage.optim.max_grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self._require_finite(losses, torch.as_tensor(norm), [batch["sample"] for batch in batches])
         self.optimizer.step()
         self.schedule.step()
@@ -229,19 +235,29 @@ class Loop:
         """A line about the held-out records (`objective.measure`), which the processes share among them."""
         held_out = self.data.held_out
         assert held_out is not None
-        count = min(len(held_out), self.stage.eval_limit)
-        places = list(range(self.accelerator.process_index, count, self.accelerator.num_processes))
         problems: list[Problem] = []
-        batches = batches_of(held_out, places, self.stage.batch_size, self.collate, problems)
         self.model.eval()
         with self.accelerator.autocast():
-            sums = measure(self.model, self.config, map(self._on_device, batches), self.stage.objective)
+            batches = map(self._on_device, self._held_out_batches(held_out, problems))
+            sums = measure(self.model, self.config, batches, self.stage.objective)
+        if is_sharded(self.model):
+            self.model.reshard()  # the root, which a forward without a backward leaves gathered
         if self._summed([len(problems)])[0]:
             self.left_out.add(gathered(problems), 0, self.step)
         # A process without a share of the records adds zeros: all of them must join in the sum.
         names = measured_sums(self.stage.objective)
         totals = self._summed([float(sums.get(name, 0.0)) for name in names])
         self._tell({f"eval_{key}": value for key, value in scores(dict(zip(names, totals, strict=True))).items()})
+
+    def _held_out_batches(self, held_out: SampleDataset | Mixture, problems: list[Problem]) -> Iterator[dict[str, Any]]:
+        """This process's share of the held-out records, in as many batches as every other process has: fillers at the end. What
+        is wrong with records is added to `problems`."""
+        count, processes, size = min(len(held_out), self.stage.eval_limit), self.accelerator.num_processes, self.stage.batch_size
+        places = list(range(self.accelerator.process_index, count, processes))
+        for number in range(math.ceil(math.ceil(count / processes) / size)):
+            batch = self.collate([held_out[place] for place in places[number * size : (number + 1) * size]])
+            problems += batch.pop(PROBLEMS, ())
+            yield batch
 
     def _tell(self, line: dict[str, float]) -> None:
         self.watchers.log(self.step, {**line, "epoch": self.feed.epoch_after(self.step)})
@@ -255,7 +271,7 @@ class Loop:
         Raises:
             CheckpointError: the curricula would jump, with another number of steps or other data.
         """
-        state = checkpoints.load(last, self.wrapped, self.optimizer)
+        state = agreed(lambda: checkpoints.load(last, self.wrapped, self.optimizer))
         schedule, feed = state.pop("schedule"), state.pop("feed", {})
         self.step = checkpoints.step_of(last)
         self.left_out.begin(self.step, feed.pop("seen", 0))
@@ -264,10 +280,11 @@ class Loop:
         except CheckpointError as error:
             raise CheckpointError(f"{last / checkpoints.STATE_FILE}: {error}") from error
         if same_data and state != self._curriculum():
-            raise CheckpointError(
+            error = CheckpointError(
                 f"{last / checkpoints.STATE_FILE}: the curriculum stood at {state}, this run would go on at "
                 f"{self._curriculum()}; resume with the settings and the data that the run began with"
             )
+            agreed(partial(_raise, error))
         self.schedule.load_state_dict(schedule)
         for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = rate
@@ -277,9 +294,10 @@ class Loop:
         return {**state, "seen": self.left_out.seen} if state else {}
 
     def _curriculum(self) -> dict[str, float]:
-        return {"step": self.step, "steps": self.steps, **curriculum_state(self.stage.objective, self.step / self.steps)}
+        stands = {"step": self.step, "steps": self.steps, checkpoints.ROWS: self.feed.rows_per_step}
+        return {**stands, **curriculum_state(self.stage.objective, self.step / self.steps)}
 
 
-def _raise(error: TrainingError | None) -> None:
+def _raise(error: TrainingError | CheckpointError | None) -> None:
     if error is not None:
         raise error

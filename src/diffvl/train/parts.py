@@ -42,7 +42,7 @@ def parts_of(model: DiffVLForConditionalGeneration) -> dict[str, Part]:
 def _native_parts(model: DiffVLForConditionalGeneration) -> dict[str, Part]:
     source = stock(model.source)
     vision = {id(parameter) for parameter in vision_parameters(source).values()}
-    tower = {id(parameter) for parameter in _image_encoder(source).parameters()}
+    tower = {id(parameter) for parameter in image_encoder(source).parameters()}
 
     def part(name: str, parameter: nn.Parameter) -> Part:
         if name == MASK_ROW:
@@ -54,7 +54,7 @@ def _native_parts(model: DiffVLForConditionalGeneration) -> dict[str, Part]:
     return {name: part(name, parameter) for name, parameter in model.named_parameters()}
 
 
-def _image_encoder(source: Any) -> nn.Module:
+def image_encoder(source: Any) -> nn.Module:
     """The module that a stock vision-language model names as its image encoder; an empty one where it names none."""
     try:
         encoder = source.get_encoder(modality="image")
@@ -99,7 +99,7 @@ def require_parts(model: DiffVLForConditionalGeneration, stage: Stage) -> None:
 
 
 def freeze_others(model: DiffVLForConditionalGeneration, stage: Stage) -> None:
-    """Only the parts in `trainable` require gradients; under LoRA, only adapters within the trunk. What trains is fp32.
+    """Only the parts in `trainable` require gradients; under LoRA, only adapters within the trunk.
 
     Raises:
         ConfigError: if the model has nothing of a part that is to train.
@@ -110,8 +110,13 @@ def freeze_others(model: DiffVLForConditionalGeneration, stage: Stage) -> None:
         part = parts[name]
         trains = part in stage.trainable and (part != "trunk" or stage.lora is None or "lora_" in name)
         parameter.requires_grad_(trains)
-        if trains and parameter.dtype != torch.float32:
-            parameter.data = parameter.data.float()
+
+
+def upcast(module: nn.Module, everything: bool = False) -> None:
+    """Puts what trains in fp32, in place; or everything that a checkpoint of the module holds."""
+    for tensor in module.state_dict(keep_vars=True).values() if everything else module.parameters():
+        if tensor.is_floating_point() and (everything or tensor.requires_grad) and tensor.dtype != torch.float32:
+            tensor.data = tensor.data.float()
 
 
 def parameter_groups(model: DiffVLForConditionalGeneration, stage: Stage) -> list[dict[str, Any]]:

@@ -6,13 +6,14 @@ A model is fitted to its stage (objective recorded, attention chosen, adapters a
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from rich.console import Console
 
 from diffvl.attention.choose import choose, set_attention
@@ -27,6 +28,7 @@ from diffvl.data.mixture import Mixture
 from diffvl.data.sample_dataset import SampleDataset
 from diffvl.data.samples import collate
 from diffvl.errors import ConfigError
+from diffvl.hub.images_diffvl import Pixels
 from diffvl.hub.layout_diffvl import longest_sample
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
@@ -37,12 +39,17 @@ from diffvl.store.files import Writing
 from diffvl.store.metrics import METRICS_FILE
 from diffvl.train import checkpoints
 from diffvl.train.checkpoints import CHECKPOINTS
-from diffvl.train.launch import agreed, main_first, main_only, make_accelerator, precision, process_state
+from diffvl.train.four_bits import is_in_four_bits, load_in_four_bits, require_four_bits, take_over
+from diffvl.train.gathering import write_gathered
+from diffvl.train.launch import agreed, is_to_shard, main_first, main_only, make_accelerator, precision, process_state
 from diffvl.train.loop import Loop
-from diffvl.train.parts import add_adapters, attach_mask_row, fold_mask_row, freeze_others, merge_adapters
+from diffvl.train.parts import add_adapters, attach_mask_row, fold_mask_row, freeze_others, merge_adapters, upcast
 from diffvl.train.progress import MetricsLog, TrainingProgress, Watchers
+from diffvl.train.sharding import is_sharded, learns_to_see, shard
 
 log = logging.getLogger(__name__)
+
+BLANK = (64, 64)  # pixels of an image that no token shows
 
 Look = Callable[[DiffVLForConditionalGeneration, DiffVLProcessor, SampleDataset | Mixture | None], None]
 
@@ -80,41 +87,84 @@ def train(
     stage = recipe.stages[stage_name]
     work = checkpoint.partial(directory)
     process_state()  # before anything else makes one, with less patience
+    sharded = agreed(lambda: require_machine(stage))
     data = data or main_first(lambda: _open_data(start, stage, console))
     processor, held_out = data.train.processor, data.held_out
     record = data_record(data)
     same_data = agreed(lambda: is_same_data(work, record))
-    model, own_dtype = load_to_train(start, stage, recipe.seed)
-    main_only(lambda: _begin(work, recipe, record, lambda: onlooker and onlooker.before(model, processor, held_out)))
+    model, own_dtype = load_to_train(start, stage, recipe.seed, sharded)
+    # Who answers needs a whole model: of one in parts a copy, in the main process, which is gone before training begins.
+    whole = (lambda: load_to_train(start, stage, recipe.seed)[0]) if sharded else partial(_itself, model)
+    main_only(lambda: _begin(work, recipe, record, lambda: onlooker and onlooker.before(whole(), processor, held_out)))
+    del whole
     if stage.data.row_length is not None:
         data = replace(data, train=data.train.packed(stage.data.row_length, recipe.seed))
     attention = str(model.config.text_config._attn_implementation)
     fit_to_stage(model, stage, recipe.seed)
-    last = checkpoints.newest(work) if resume else None
+    _place(model, stage, own_dtype, sharded)
+    last = agreed(lambda: checkpoints.newest(work)) if resume else None
     accelerator = make_accelerator(stage, recipe.trackers, work)
     left_out = LeftOut(work / LEFT_OUT_FILE, stage.data, data.parts(), accelerator.is_main_process)
-    batches = partial(collate, pad_token_id=processor.pad_token_id)
     with TrainingProgress(console, stage_name) as progress_bar, Writing(work):
         metrics = MetricsLog(work / METRICS_FILE, stage_name)
         watchers = Watchers(progress_bar, metrics, accelerator.is_main_process)
-        loop = Loop(model, stage, recipe.seed, data, batches, left_out, accelerator, watchers)
+        loop = Loop(model, stage, recipe.seed, data, collator(model, processor), left_out, accelerator, watchers)
         loop.run(work / CHECKPOINTS, last, same_data)
     for tracker in accelerator.trackers:  # `end_training` would also end the process group, which a later stage needs
         tracker.finish()
-    # Back to the model that was read: no autocast around its forward, and attention as decoding knows it.
-    accelerator.unwrap_model(loop.wrapped, keep_fp32_wrapper=False)
-    unfit(model, stage, own_dtype)
-    if model.config.text_config._attn_implementation != attention:
-        set_attention(model.trunk, attention)
-    if process_state().is_main_process:
-        checkpoint.write_checkpoint(model, processor, work)
-        checkpoint.write_state(work, recipe, {"parents": [str(start)], **_state_of(loop, stage_name, record)})
-        _tell_left_out(stage_name, left_out.kinds(), directory)
+    state = {"parents": [str(start)], **_state_of(loop, stage_name, record)}
+    accelerator.unwrap_model(loop.wrapped, keep_fp32_wrapper=False)  # no autocast around its forward
     accelerator.free_memory()
     del loop  # the optimiser's state is as large as two models
     gc.collect()
-    main_only(lambda: onlooker and onlooker.after(model, processor, held_out))
+    model = as_stored(model, start, stage, recipe.seed)
+    _write(model, processor, stage, own_dtype, attention, work)
+    main_only(lambda: checkpoint.write_state(work, recipe, state))
+    if accelerator.is_main_process:
+        _tell_left_out(stage_name, left_out.kinds(), directory)
+    whole = (lambda: checkpoint.load_model(work)) if sharded else partial(_itself, model)
+    del model
+    main_only(lambda: onlooker and onlooker.after(whole(), processor, held_out))
     return work
+
+
+def _itself(model: DiffVLForConditionalGeneration) -> DiffVLForConditionalGeneration:
+    return model
+
+
+def _place(model: DiffVLForConditionalGeneration, stage: Stage, own_dtype: torch.dtype, sharded: bool) -> None:
+    """Puts what trains in fp32: of a model in parts unit by unit, as they are cut."""
+    if sharded:
+        shard(model, stage, everything=not keeps_dtype(stage, own_dtype))
+    else:
+        upcast(model)
+
+
+def _write(
+    model: DiffVLForConditionalGeneration,
+    processor: DiffVLProcessor,
+    stage: Stage,
+    dtype: torch.dtype,
+    attention: str,
+    work: Path,
+) -> None:
+    """Writes the trained model, in the dtype of the checkpoint that it was read from. All processes call it; of a model in parts
+    nothing is left. `attention`: as decoding knows it."""
+    sharded = is_sharded(model)
+    if sharded:
+        write_gathered(model, stage, dtype, work)
+    else:
+        unfit(model, stage, dtype)
+    if model.config.text_config._attn_implementation != attention:
+        set_attention(model.trunk, attention)
+    main_only(lambda: checkpoint.write_checkpoint(model, processor, work, not sharded))
+
+
+def require_machine(stage: Stage) -> bool:
+    """Tells whether the stage's model is to be sharded. Raises ConfigError where it asks for what this run's processes or their
+    devices cannot do."""
+    require_four_bits(stage)
+    return is_to_shard(stage)
 
 
 def _open_data(start: Path, stage: Stage, console: Console) -> StageData:
@@ -142,21 +192,64 @@ def _state_of(loop: Loop, stage_name: StageName, record: dict[str, FileRecord]) 
     return {"kind": stage_name, "state": progress, "data": facts_of(record), "left_out": loop.left_out.kinds()}
 
 
-def load_to_train(start: Path, stage: Stage, seed: int) -> tuple[DiffVLForConditionalGeneration, torch.dtype]:
+def load_to_train(
+    start: Path, stage: Stage, seed: int, sharded: bool = False
+) -> tuple[DiffVLForConditionalGeneration, torch.dtype]:
     """The model in the dtypes that training wants, cutting images as the stage says, and the dtype that its checkpoint has.
 
     Args:
         seed: of what is fresh, which must be the same in every process and in every run of a recipe.
+        sharded: it stays as it lies in its files, which the processes of a machine share in memory, and `shard` upcasts it.
     """
     own_dtype = checkpoint.saved_dtype(start)
-    # Frozen parts stay in their own dtype under bf16 autocast; fp16 does not mix with it.
-    keeps_dtype = precision(stage) == "bf16" and own_dtype != torch.float16
-    model = checkpoint.load_model(start, None if keeps_dtype else torch.float32)
+    if is_in_four_bits(stage):
+        model = load_in_four_bits(start)
+    else:
+        unchanged = sharded or keeps_dtype(stage, own_dtype)
+        model = checkpoint.load_model(start, None if unchanged else torch.float32)
     if stage.tiling is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model.set_tiling(stage.tiling.settings)
     return model, own_dtype
+
+
+def as_stored(model: DiffVLForConditionalGeneration, start: Path, stage: Stage, seed: int) -> DiffVLForConditionalGeneration:
+    """Gives a trained model with weights as its files hold them: another one where they are in 4 bits now."""
+    if stage.lora is None or not is_in_four_bits(stage):
+        return model
+    unpacked = stage.model_copy(update={"lora": stage.lora.model_copy(update={"bits": None})})
+    plain = load_to_train(start, unpacked, seed)[0]
+    fit_to_stage(plain, unpacked, seed)
+    take_over(model, plain)
+    return plain
+
+
+def keeps_dtype(stage: Stage, stored: torch.dtype) -> bool:
+    """Tells whether frozen parts stay in the dtype of their checkpoint: under bf16 autocast, with which fp16 does not mix."""
+    return precision(stage) == "bf16" and stored != torch.float16
+
+
+def collator(model: DiffVLForConditionalGeneration, processor: DiffVLProcessor) -> Callable[..., dict[str, Any]]:
+    """Makes what turns rows of samples into a batch."""
+    plain = partial(collate, pad_token_id=processor.pad_token_id)
+    if not (is_sharded(model) and learns_to_see(model)):
+        return plain
+    return WithImage(plain, processor.pixels([Image.new("RGB", BLANK)]))
+
+
+@dataclass(frozen=True)
+class WithImage:
+    """Gives a batch without images a blank one, which no token shows. See `sharding.learns_to_see`."""
+
+    collate: Callable[..., dict[str, Any]]
+    blank: Pixels
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
+        batch = self.collate(rows)
+        if "pixels" not in batch:
+            batch |= {"pixels": self.blank, "images": torch.zeros(len(batch["input_ids"]), dtype=torch.long)}
+        return batch
 
 
 def _tell_left_out(stage_name: StageName, left_out: dict[str, int], directory: Path) -> None:
