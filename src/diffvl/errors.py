@@ -6,10 +6,14 @@ A message says what is wrong, where (file and line, or key path), what was expec
 from collections.abc import Sequence
 
 EXIT_CODE = 2
+MACHINE_CODE = 1
 
 
 class DiffvlError(Exception):
-    """Base of all user-facing errors."""
+    """Base of all user-facing errors. exit_code: with which the command ends; `MACHINE_CODE` where the machine is at fault, not
+    the user's words."""
+
+    exit_code = EXIT_CODE
 
 
 class ConfigError(DiffvlError):
@@ -47,6 +51,12 @@ class UnsupportedModelError(DiffvlError):
 
 class DiskError(DiffvlError):
     """A file cannot be written: no room, a limit, or a file system that can only be read."""
+
+
+class ProofError(DiffvlError):
+    """What was written does not give what the model in memory gives: a fault of this program or this machine."""
+
+    exit_code = MACHINE_CODE
 
 
 class UsageError(DiffvlError):

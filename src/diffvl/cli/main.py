@@ -8,7 +8,7 @@ import contextlib
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -38,6 +38,7 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 
 MODEL_HELP = "A name from `diffvl models`, a hub id, a directory or a .gguf file; --stage diffuse can do without."
+LayoutName = Literal["native", "sdar_v", "sdar"]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of every random draw.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python code that MODEL brings along.")]
@@ -131,6 +132,23 @@ def evaluate(
     else:
         rows = [(name, f"{value:.4f}" if isinstance(value, float) else str(value)) for name, value in figures.items()]
         print_table(["figure", "value"], rows)
+
+
+@app.command(epilog="Example:  diffvl export runs/qwen3-4b/diffuse --layout sdar_v -o exports/qwen3-4b-sdar-vl")
+def export(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A finished directory of `diffvl convert`.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write; must be empty or new.", metavar="OUT")],
+    layout: Annotated[LayoutName, typer.Option(help="Whose checkpoint it is to look like; docs/interop.md.")] = "native",
+    keep_adapters: Annotated[
+        bool, typer.Option("--keep-adapters", help="LoRA beside the weights instead of merged into them.")
+    ] = False,
+) -> None:
+    """Write a finished checkpoint in a layout that other programs load, and prove in a clean process that it is the same model."""
+    from diffvl.export.run import export as run_export
+    from diffvl.terminal.bars import quiet_libraries
+
+    quiet_libraries()
+    run_export(directory, layout, out, terminal.console(), keep_adapters)
 
 
 @app.command(epilog="Example:  diffvl doctor qwen2.5-7b, or  diffvl doctor ./my-checkpoint --json")
@@ -281,7 +299,7 @@ def _run() -> None:
             app()
     except DiffvlError as error:
         _complain("error:", "bold red", str(error))
-        raise SystemExit(EXIT_CODE) from None
+        raise SystemExit(error.exit_code) from None
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
             _complain("interrupted.", "bold yellow", _how_to_go_on(sys.argv[1:]))
