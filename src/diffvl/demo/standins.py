@@ -122,12 +122,13 @@ def make_tokenizer(model_type: str = "llama", num_pieces: int = 0) -> PreTrained
         num_pieces: fills the vocabulary up to this size with pieces that no text is split into.
     """
     pieces = sorted(pre_tokenizers.ByteLevel.alphabet()) + [left + right for left, right in MERGES]
-    pieces += [f"unused{number}" for number in range(len(pieces), num_pieces)]
-    vocab = {piece: index for index, piece in enumerate(pieces)}
     names, special = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     if model_type == "gemma2":
         names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<end_of_turn>"}
         special = ["<pad>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
+    if num_pieces:  # a token of the vocabulary keeps its id when it is added as a special one
+        pieces += [f"unused{number}" for number in range(len(pieces), num_pieces)] + special
+    vocab = {piece: index for index, piece in enumerate(pieces)}
     added = [AddedToken(text, special=True, normalized=False) for text in special]
     if model_type in QWEN:
         merges: Any = list(MERGES)  # annotated as list[str] there, but handed on to BPE, which takes pairs
