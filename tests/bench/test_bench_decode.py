@@ -77,7 +77,7 @@ def test_ar_is_the_trunks_own_generate_without_a_stop():
     found = ar_generate(model, prompts, 1)
     assert (found.forwards, found.prefills, found.tokens) == (12, 0, 36)
     for place in range(3):
-        alone = prompts.part(place, place + 1, model.config)
+        alone = prompts.part(place, place + 1)
         assert alone.ids.shape == (1, prompts.lengths[place]) and bool(alone.valid.all())
         ids = alone.ids
         for _ in range(12):
@@ -94,9 +94,9 @@ def test_ar_sees_images_and_its_stops(loaded: Callable[[str], Loaded]):
     answers = ar_generate(model, prompts, 1).answers
     other = ar_generate(model, prompts_of(both, [chat("What?", True)], 6, frozenset({NEVER})), 1).answers
     assert answers[0] == other[0]
-    last = prompts.part(2, 3, model.config)
+    last = prompts.part(2, 3)
     assert torch.equal(last.pixels["pixel_values"], prompts.pixels["pixel_values"][1:])
-    assert not prompts.part(1, 2, model.config).pixels
+    assert not prompts.part(1, 2).pixels
     assert ar_generate(model, last, 1).answers[0] == answers[2]
     stopping = Prompts(last.ids, last.valid, last.pixels, 6, frozenset({answers[2][1]}))
     assert ar_generate(model, stopping, 1).answers == [answers[2][: answers[2].index(answers[2][1]) + 1]]
@@ -108,7 +108,7 @@ def test_ours_makes_d_forwards_a_block_in_a_batch_too(context: str):
     for steps in (8, 4, 2):
         found = ours(model, prompts, steps)
         assert found.forwards - found.prefills == 3 * steps and found.prefills == int(context == "causal")
-        alone = [ours(model, prompts.part(place, place + 1, model.config), steps).answers[0] for place in range(3)]
+        alone = [ours(model, prompts.part(place, place + 1), steps).answers[0] for place in range(3)]
         assert found.answers == alone
     calls: list[None] = []
     ours(model, prompts.shortened(1), 4, lambda: calls.append(None))

@@ -9,7 +9,7 @@ Shapes: B batch, L longest prompt, D block size.
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,28 +26,30 @@ NEVER = -1  # in place of a stop token, where only the limit may end an answer
 @dataclass(frozen=True)
 class Prompts:
     """ids [B, L], padded left; valid bool [B, L]; pixels of all images in reading order, one row of each tensor an
-    image; limit: most tokens of an answer; stops: ids that end one, `{NEVER}` for none."""
+    image; limit: most tokens of an answer; stops: ids that end one, `{NEVER}` for none. images: how many each prompt shows, ()
+    where none shows any."""
 
     ids: torch.Tensor
     valid: torch.Tensor
     pixels: Pixels
     limit: int
     stops: frozenset[int]
+    images: tuple[int, ...] = ()
 
     @property
     def lengths(self) -> list[int]:
         return self.valid.sum(1).tolist()
 
     def shortened(self, limit: int) -> "Prompts":
-        return Prompts(self.ids, self.valid, self.pixels, limit, self.stops)
+        return replace(self, limit=limit)
 
-    def part(self, begin: int, end: int, config: Any) -> "Prompts":
+    def part(self, begin: int, end: int) -> "Prompts":
         """Takes some of them, with their images and no more padding than they need."""
-        num_images = (self.ids == config.image_token_id).logical_and(self.valid).sum(1).div(config.image_tokens).long().tolist()
         before = self.ids.shape[1] - max(self.lengths[begin:end])
-        first, count = sum(num_images[:begin]), sum(num_images[begin:end])
+        first, count = sum(self.images[:begin]), sum(self.images[begin:end])
         pixels = {name: tensor[first : first + count] for name, tensor in self.pixels.items()} if count else {}
-        return Prompts(self.ids[begin:end, before:], self.valid[begin:end, before:], pixels, self.limit, self.stops)
+        ids, valid = self.ids[begin:end, before:], self.valid[begin:end, before:]
+        return replace(self, ids=ids, valid=valid, pixels=pixels, images=self.images[begin:end])
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from diffvl.data.records import iterate_records
 from diffvl.decode.answer import Decoder, context_length, encode, load_for_decoding
 from diffvl.errors import UsageError
 from diffvl.evaluation.evaluate import answer_turns, chat_before, reading_of
+from diffvl.hub.messages_diffvl import images_of
 from diffvl.hub.processing_diffvl import pixels_in
 
 # Tokens of the prompts of a batch, repeated for larger ones; the first is that of batch 1.
@@ -47,7 +48,7 @@ class Workload:
     def groups(self, batch: int) -> list[Prompts]:
         """Splits the prompts into batches of this size: as many as hold `num_decoded` prompts, or one."""
         count = max(self.num_decoded // batch, 1)
-        return [self.prompts.part(place * batch, (place + 1) * batch, self.model.config) for place in range(count)]
+        return [self.prompts.part(place * batch, (place + 1) * batch) for place in range(count)]
 
 
 def random_workload(
@@ -82,7 +83,8 @@ def checkpoint_workload(
     chats = [[{"role": "user", "content": text}] for text in PROMPTS]
     if data is not None:
         chats = first_questions(data, count, reading_of(directory, data))
-    inputs = encode(decoder, list(islice(cycle(chats), count))).to(device)
+    chats = list(islice(cycle(chats), count))
+    inputs = encode(decoder, chats).to(device)
     length, limit = inputs["input_ids"].shape[1], context_length(decoder)
     if limit is not None and length + tokens > limit:
         raise UsageError(
@@ -90,7 +92,8 @@ def checkpoint_workload(
             "take data with shorter prompts"
         )
     valid = inputs["attention_mask"].bool()
-    prompts = Prompts(inputs["input_ids"], valid, pixels_in(inputs), tokens, frozenset(config.stop_token_ids))
+    images = tuple(len(list(images_of(chat))) for chat in chats)
+    prompts = Prompts(inputs["input_ids"], valid, pixels_in(inputs), tokens, frozenset(config.stop_token_ids), images)
     return Workload(decoder.model, prompts, num_decoded, f"{directory} ({config.text_config.model_type})")
 
 

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from diffvl.config.objectives import Objective
 from diffvl.config.section import Section
+from diffvl.config.tiling import NoTiling, Tiling
 
 VERSION = "0.1.0"  # of diffvl; pyproject.toml reads it here
 
@@ -71,6 +72,7 @@ class Prepare(Section):
         ge=1,
         description="likewise: larger images are reduced to this many, and with them their tokens",
     )
+    tiling: Tiling = Field(default=NoTiling(), description="how images are cut before the tower sees them")
     connector: Connector = MlpConnector()
     system_turn: Literal["template", "first_question"] = Field(
         default="template",
@@ -170,6 +172,7 @@ class Stage(Section):
     objective: Objective
     trainable: dict[Part, Annotated[float, Field(gt=0, lt=1)]] = Field(description="part -> learning rate; others are frozen")
     lora: Lora | None = None
+    tiling: Tiling | None = Field(default=None, description="default: as in the checkpoint that the stage goes on from")
     data: Data = Data()
     optim: Optim = Optim()
     steps: int | None = Field(default=None, ge=1, description="optimiser steps")

@@ -23,6 +23,7 @@ from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.prepare.run import Parts, read_parts
+from diffvl.prepare.tiling import processor_of_stage
 from diffvl.store import checkpoint
 from diffvl.terminal.bars import spinner_or_line
 from diffvl.train.launch import process_state
@@ -56,9 +57,10 @@ def open_inputs(plan: Plan, accept_changed_data: bool, console: Console) -> Inpu
         config, processor = checkpoint.load_description(_start_of(plan, to_come[0]))
         stock = config.source_config or config.text_config
     tables = RecordTables(console, look=process_state().is_local_main_process)
-    data: dict[StageName, StageData] = {
-        name: _open_stage(plan, name, stock, processor, tables, accept_changed_data, console) for name in to_come
-    }
+    data: dict[StageName, StageData] = {}
+    for name in to_come:
+        data[name] = _open_stage(plan, name, stock, processor, tables, accept_changed_data, console)
+        processor = data[name].train.processor  # a stage goes on with the tiling of the one before
     return Inputs(parts, data)
 
 
@@ -80,14 +82,14 @@ def _open_stage(
     """Opens the data of one stage, checked together with what the stage wants of the trunk.
 
     Args:
-        config: of the stock model that is the trunk.
+        config: of the stock model that is the trunk. processor: of the checkpoint that the stage goes on from.
     """
     stage = plan.recipe.stages[name]
     try:
         with spinner_or_line(console, f"checking the data of {name}"):
             _check_trunk(config, stage, plan)
             longest = longest_trainable(config.get_text_config(decoder=True), stage.objective)
-            data = load_data(stage.data, processor, longest, console, tables)
+            data = load_data(stage.data, processor_of_stage(processor, stage), longest, console, tables)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
     if not accept_changed_data:

@@ -6,7 +6,7 @@ from diffvl.config.recipe import Recipe
 from diffvl.errors import ConfigError
 
 VLM_RECIPE = "vlm"  # for models that nobody has listed
-TOWER_SETTINGS = ("vision_tower", "vision_layer", "image_size", "connector")  # of `prepare`
+TOWER_SETTINGS = ("vision_tower", "vision_layer", "image_size", "tiling", "connector")  # of `prepare`
 
 
 def check_settings(recipe: Recipe, tree: dict[str, Any]) -> None:

@@ -64,7 +64,7 @@ def _name(table: RecordTable, processor: DiffVLProcessor) -> str:
     facts = [_FORMAT, table.content, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
     facts += [processor.image_tokens, processor.image_token, processor.stop_token, processor.system_turn]
     if processor.asks_sizes:
-        facts += [processor.source, processor.image_processor.to_json_string()]
+        facts += [processor.source or processor.tiling, processor.image_processor.to_json_string()]
     return f"lengths-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}"
 
 

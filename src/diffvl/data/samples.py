@@ -102,7 +102,7 @@ def sample_of(record: Record, index: int, processor: DiffVLProcessor, longest: i
         images = [open_image(path, record.source) for path in record.images]
         if sizes is not None and sizes != [size_of(image) for image in images]:
             raise DataError(f"{record.source}: an image has other sizes in its head and in its pixels: save it anew", UNREADABLE)
-        pixels = processor.pixels(images)
+        pixels = processor.pixels(images, encoding.alone)
     return Sample(encoding.ids, _marked_untrained(encoding.answer, record), pixels, index, len(record.images))
 
 

@@ -9,10 +9,11 @@ decoding. A seam is looked at from the last token before it that no neighbour ca
 import json
 import re
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, takewhile
+from itertools import accumulate, chain, takewhile
 from typing import Any, Protocol
 
 from .messages_diffvl import Messages, turns_of
@@ -35,25 +36,29 @@ class ImageText:
 
 class ImageTexts(Protocol):
     """The images of a checkpoint with a processor of its own. first_ids: tokens that stand before every chat, and first_text
-    what a chat begins with that has them already. tokens: what stands for images in a text, beside the placeholder."""
+    what a chat begins with that has them already. tokens: what stands for images in a text, beside the placeholder. structured:
+    whether the chat template writes the placeholders."""
 
+    structured: bool
     first_ids: list[int]
     first_text: str
     tokens: frozenset[str]
 
-    def of(self, size: Size) -> ImageText: ...
+    def of(self, size: Size, alone: bool = True) -> ImageText: ...
 
 
 @dataclass(frozen=True)
 class ChatEncoding:
     """ids: token ids. answer: per token 0, or k inside the k-th answer (its stop token included). rendered: the chat template's
-    text, with one placeholder, `image_token`, for each image. image_texts: what these become."""
+    text, with one placeholder, `image_token`, for each image. image_texts: what these become. alone: for each image whether no
+    other stands between the same two answers."""
 
     ids: list[int]
     answer: list[int]
     rendered: str
     image_token: str = ""
     image_texts: tuple[str, ...] = ()
+    alone: tuple[bool, ...] = ()
 
     @property
     def text(self) -> str:
@@ -69,6 +74,11 @@ def insert(rendered: str, placeholder: str, texts: Sequence[str]) -> str:
     return first + "".join(text + piece for text, piece in zip(texts, others, strict=True))
 
 
+def alone_in(encodings: Sequence[ChatEncoding]) -> list[bool]:
+    """Of each image of several chats, in order, whether it is the only one of its question."""
+    return list(chain.from_iterable(encoding.alone for encoding in encodings))
+
+
 class ChatEncoder:
     """Encodes chats for one tokenizer with its chat template. It remembers what chats have in common; nothing of it is saved.
 
@@ -77,7 +87,7 @@ class ChatEncoder:
         image_tokens: tokens of each image, where all take the same number of placeholders.
         stop_token: what the chat template writes after an answer.
         system_turn: see `ChatTemplate`.
-        images: what images are in the text, where that follows from their sizes; the template then writes the placeholders.
+        images: what images are in the text, where that follows from their sizes.
     """
 
     def __init__(
@@ -91,7 +101,7 @@ class ChatEncoder:
     ) -> None:
         self.key = self.key_of(tokenizer, image_token, image_tokens, stop_token, system_turn, id(images))
         self.tokenizer, self.image_token, self.images = tokenizer, image_token, images
-        self.template = ChatTemplate(tokenizer, stop_token, system_turn, structured=images is not None)
+        self.template = ChatTemplate(tokenizer, stop_token, system_turn, structured=images is not None and images.structured)
         self._image_id: int = tokenizer.convert_tokens_to_ids(image_token)
         self._same_image = ImageText(image_token * image_tokens, [self._image_id] * image_tokens)
         self._walls = walls_of(tokenizer)
@@ -164,7 +174,8 @@ class ChatEncoder:
         Raises:
             ValueError: if sizes and placeholders differ in number, or the processor refuses an image of such a size.
         """
-        images = self._image_texts(rendered, sizes)
+        alone = self._alone(rendered, spans)
+        images = self._image_texts(rendered, sizes, alone)
         chat, spans = self._with_edges(rendered, spans, images)
         ids, begins = self._tokenise(chat)
         cuts = self._bad_seams(chat, [start for start, _ in spans], ids, begins)
@@ -177,16 +188,24 @@ class ChatEncoder:
         ids, answer = self._expand(ids, answer, images)
         if self.images is not None and self.images.first_ids and not rendered.startswith(self.images.first_text):
             ids, answer = self.images.first_ids + ids, [0] * len(self.images.first_ids) + answer
-        return ChatEncoding(ids, answer, rendered, self.image_token, tuple(image.text for image in images))
+        return ChatEncoding(ids, answer, rendered, self.image_token, tuple(image.text for image in images), tuple(alone))
 
-    def _image_texts(self, rendered: str, sizes: Sequence[Size] | None) -> list[ImageText]:
+    def _alone(self, rendered: str, spans: Spans) -> list[bool]:
+        """Of each placeholder whether no other stands between the same two answers: in the same question, that is. Later
+        turns change nothing of it, so an image is in training what it is while a conversation goes on."""
+        starts = [start for start, _ in spans]
+        turns = [bisect_right(starts, match.start()) for match in re.finditer(re.escape(self.image_token), rendered)]
+        images_in = Counter(turns)
+        return [images_in[turn] == 1 for turn in turns]
+
+    def _image_texts(self, rendered: str, sizes: Sequence[Size] | None, alone: list[bool]) -> list[ImageText]:
         """What the placeholders of a chat become, in order."""
         found = rendered.count(self.image_token)
         if self.images is None:
             return [self._same_image] * found
         if found != len(sizes or ()):
             raise ValueError(f"the sizes of {len(sizes or ())} images are given for the {found} images of the chat")
-        return [self.images.of(size) for size in sizes or ()]
+        return [self.images.of(size, is_alone) for size, is_alone in zip(sizes or (), alone, strict=True)]
 
     def _with_edges(self, rendered: str, spans: Spans, images: list[ImageText]) -> tuple[str, Spans]:
         """The chat with the plain text that some processors write beside an image, whose tokens depend on its neighbours."""

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from .layout_diffvl import IMAGE_ATTENTION
+from .tiling_diffvl import TILED_INPUTS, Tiling
 
 CHOICES = {
     "decoding": ("blocks", "ar"),
@@ -35,6 +36,8 @@ class DiffVLConfig(PreTrainedConfig):
         shuffle_factor: patches per side that pixel_shuffle joins; 1 for the other connectors.
         vision_layer: index into the tower's hidden states.
         image_size: pixels per side of the square image that the tower sees.
+        tiling: how images are cut into several such squares, `{"grids": [[rows, columns], ...], "max_tiles": ...}` (see
+            `tiling_diffvl`), or None: one square an image.
         image_token_id, mask_token_id: rows of the trunk's embedding.
         image_inputs: names of the tensors that say what the images are, as `forward` and `generate` take them.
         image_attention: how clean image tokens see each other, one of IMAGE_ATTENTION.
@@ -63,6 +66,7 @@ class DiffVLConfig(PreTrainedConfig):
         shuffle_factor: int = 1,
         vision_layer: int = -2,
         image_size: int = 224,
+        tiling: dict[str, Any] | None = None,
         image_token_id: int = 0,
         mask_token_id: int = 0,
         vocabulary_size: int = 0,
@@ -86,11 +90,12 @@ class DiffVLConfig(PreTrainedConfig):
         self.shuffle_factor = shuffle_factor
         self.vision_layer = vision_layer
         self.image_size = image_size
+        self.tiling = tiling
         self.image_token_id = image_token_id
         self.mask_token_id = mask_token_id
         self.vocabulary_size = vocabulary_size
         self.stop_token_ids = list(stop_token_ids or [])
-        self.image_inputs = list(image_inputs or ["pixel_values"])
+        self.image_inputs = list(image_inputs or (["pixel_values"] if tiling is None else TILED_INPUTS))
         self.image_attention = image_attention
         self.placeholder_ids = list(placeholder_ids or [])
         self.decoding = decoding
@@ -112,6 +117,11 @@ class DiffVLConfig(PreTrainedConfig):
         self.decoding, self.block_size, self.context, self.grid, self.target = decoding, block_size, context, grid, target
         self.text_config.block_size = block_size
 
+    def set_tiling(self, tiling: dict[str, Any] | None) -> None:
+        """Records how images are cut, and by which tensors they come."""
+        self.tiling = tiling
+        self.image_inputs = ["pixel_values"] if tiling is None else list(TILED_INPUTS)
+
     def to_dict(self) -> dict[str, Any]:
         """As saved: the text configuration inside a source's is not written twice."""
         settings = super().to_dict()
@@ -121,9 +131,17 @@ class DiffVLConfig(PreTrainedConfig):
 
     @property
     def image_tokens(self) -> int:
-        """Tokens that one image takes in the text, for a tower of ours."""
-        side = self.image_size // self.vision_config.patch_size // self.shuffle_factor
-        return side * side
+        """Tokens that one view of an image takes in the text, for a tower of ours: the whole image where it is not tiled."""
+        return self._side**2
+
+    @property
+    def tiles(self) -> Tiling | None:
+        """How images are cut; None where they are not, and for a native model, which does that itself."""
+        return None if self.tiling is None else Tiling.of(self.tiling, self._side, self.image_size)
+
+    @property
+    def _side(self) -> int:
+        return self.image_size // self.vision_config.patch_size // self.shuffle_factor
 
 
 def never_predicted(config: Any, vocabulary: int, device: torch.device) -> torch.Tensor:

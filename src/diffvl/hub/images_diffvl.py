@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from .layout_diffvl import Rope, image_rows
+from .tiling_diffvl import tiled_rows
 
 Pixels = dict[str, torch.Tensor]
 
@@ -129,7 +130,9 @@ class OwnImages:
     has_axes = False
 
     def encode(self, pixels: Pixels) -> ImageRows:
-        """Images [N, 3, S, S] -> their rows [N * P, H]."""
+        """Images [N, 3, S, S] -> their rows [N * P, H]; with tiles see `tiled_rows`."""
+        if (tiling := self.config.tiles) is not None:
+            return ImageRows(*tiled_rows(tiling, pixels, self.model.image_newline, self.model.image_features))
         features = self.model.image_features(pixels["pixel_values"])
         return ImageRows(features.flatten(0, 1), (features.shape[1],) * len(features))
 

@@ -4,7 +4,7 @@ model, unmodified.
 Block attention enters as masks that `layout_diffvl` builds; nothing here knows of noise or loss. These files are copied
 beside exported weights and are the remote code that transformers loads there.
 
-Shapes: B batch, T tokens, N images, P tokens of an image, H trunk width, V vocabulary, M rows asked of the head, m rows of a
+Shapes: B batch, T tokens, N images, P tokens of a view, H trunk width, V vocabulary, M rows asked of the head, m rows of a
 chunk.
 """
 
@@ -31,38 +31,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache_diffvl import ReadingCache
 from .configuration_diffvl import DiffVLConfig
+from .connector_diffvl import Connector, fresh_newline
 from .generation_diffvl import BlockGeneration
 from .head_diffvl import flat_rows, head_on, mapped_rows
 from .images_diffvl import ImageRows, NativeImages, OwnImages, images_of_samples, settle_frozen, span_ids, stock
 from .layout_diffvl import Layout, Rope, clean_layout, image_rows
 from .masks_diffvl import attention_masks
 from .settings_diffvl import refuse_videos
-
-
-class Connector(nn.Module):
-    """Tower features [N, patches, width] -> image tokens [N, P, H]."""
-
-    def __init__(self, kind: str, shuffle_factor: int, vision_width: int, text_width: int) -> None:
-        super().__init__()
-        self.shuffle_factor = shuffle_factor
-        width = vision_width * shuffle_factor**2
-        if kind == "linear":
-            self.layers = nn.Sequential(nn.Linear(width, text_width))
-        else:
-            self.layers = nn.Sequential(nn.Linear(width, text_width), nn.GELU(), nn.Linear(text_width, text_width))
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        if self.shuffle_factor > 1:
-            features = _join_patches(features, self.shuffle_factor)
-        return self.layers(features.to(next(self.layers.parameters()).dtype))
-
-
-def _join_patches(features: torch.Tensor, factor: int) -> torch.Tensor:
-    """Concatenates each factor x factor square of patches: [N, S*S, C] -> [N, (S/factor)^2, C * factor^2]."""
-    count, patches, width = features.shape
-    side = int(patches**0.5)
-    squares = features.view(count, side // factor, factor, side // factor, factor, width)
-    return squares.permute(0, 1, 3, 2, 4, 5).reshape(count, (side // factor) ** 2, width * factor**2)
+from .tiling_diffvl import NUM_TILES
 
 
 class DiffVLPreTrainedModel(PreTrainedModel):
@@ -107,6 +83,8 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         self.connector = Connector(
             config.connector, config.shuffle_factor, config.vision_config.hidden_size, config.text_config.hidden_size
         )
+        if config.tiling is not None:
+            self.image_newline = fresh_newline(config.text_config.hidden_size)
 
     def set_source(self, source: Any) -> None:
         """Puts a stock vision-language model in, and its configuration with it."""
@@ -115,6 +93,15 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         self.config.text_config = source.config.get_text_config(decoder=True)
         self.config.text_config.mask_token_id = self.config.mask_token_id
         self.config.text_config.block_size = self.config.block_size
+
+    def set_tiling(self, tiling: dict[str, Any] | None) -> None:
+        """Has images cut otherwise (see `DiffVLConfig.tiling`). A model that had no newline gets a fresh one."""
+        self.config.set_tiling(tiling)
+        if tiling is None:
+            self.image_newline = None
+        elif getattr(self, "image_newline", None) is None:
+            weight = next(self.connector.parameters())
+            self.image_newline = fresh_newline(self.config.text_config.hidden_size, weight.dtype).to(weight.device)
 
     @property
     def is_native(self) -> bool:
@@ -158,7 +145,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         return self
 
     def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Images [N, 3, S, S] -> image tokens [N, P, H]; a frozen tower runs without a graph."""
+        """Views [N, 3, S, S] of images -> image tokens [N, P, H]; a frozen tower runs without a graph."""
         tower_trains = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         arguments: dict[str, Any] = {"output_hidden_states": True}
         if "interpolate_pos_encoding" in inspect.signature(self.vision_tower.forward).parameters:
@@ -203,7 +190,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         found = {name: given[name] for name in names if given.get(name) is not None}
         if not found.keys() - {"image_sizes"}:
             return {}
-        if missing := [name for name in names if name not in found]:
+        if missing := [name for name in names if name not in found and name != NUM_TILES]:
             raise ValueError(f"images without {missing[0]}; expected them as {', '.join(names)}")
         sizes, shown = given.get("image_sizes"), given.get("pixel_values")
         # A native model that does not ask for sizes may have packed the patches of its images into one row.
@@ -236,7 +223,8 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
 
         Args:
             input_ids: [B, T]; placeholders of `image_token_id` stand for image tokens.
-            pixel_values: [N, 3, S, S], in reading order of the placeholders; of a native model what its processor gives.
+            pixel_values: [N, 3, S, S], in reading order of the placeholders; of a model with tiles [N, views, 3, S, S], of a
+                native model what its processor gives.
             image_sizes: [N, 2] original height and width. A model that does not ask for them accepts them for callers of SDAR-VL
                 style, and does not need them.
             pixels: the further tensors that say what the images are, by the names in `config.image_inputs`.

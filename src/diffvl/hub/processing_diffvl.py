@@ -3,14 +3,16 @@
 One function, `encode_chat`, turns messages into token ids in both worlds (see `chat_diffvl`).
 
 There are two kinds. The own kind has an image processor that makes one square of every image, and each image takes the same
-number of tokens. The native kind speaks for a checkpoint's own processor (see `source_diffvl`): what an image is in text and in
-pixels is what that one makes of it, and its text follows from the image's size.
+number of tokens; or it cuts tiles, and an image's tokens follow from its size (see `tiled_images_diffvl`). The native kind
+speaks for a checkpoint's own processor (see `source_diffvl`): what an image is in text and in pixels is what that one makes of
+it, and its text follows from the image's size.
 """
 
 import base64
 import io
 from collections.abc import Mapping, Sequence
 from itertools import islice
+from math import isqrt
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,15 +23,18 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from transformers import AutoImageProcessor, BatchFeature, ProcessorMixin
 
-from .chat_diffvl import ChatEncoder, ChatEncoding
+from .chat_diffvl import ChatEncoder, ChatEncoding, alone_in
 from .images_diffvl import Pixels, join_pixels
 from .messages_diffvl import Messages, images_of
 from .seen_diffvl import Size, as_seen, images_as_seen, size_of
 from .source_diffvl import SourceImages, build_processor
+from .tiled_images_diffvl import TiledImages
+from .tiling_diffvl import Tiling
 
 # Not attributes of the processors: what is remembered is neither saved, copied nor sent to other processes.
 _ENCODERS: WeakKeyDictionary[Any, ChatEncoder] = WeakKeyDictionary()
 _IMAGES: WeakKeyDictionary[Any, tuple[tuple[Any, Any], SourceImages]] = WeakKeyDictionary()
+_TILED: WeakKeyDictionary[Any, tuple[tuple[Any, ...], TiledImages]] = WeakKeyDictionary()
 BACKEND = "pil"
 TEXT_INPUTS = ("input_ids", "attention_mask", "answer_index")
 UNUSED = ("tools", "documents", "continue_final_message", "return_assistant_tokens_mask", "videos", "audio")
@@ -40,16 +45,19 @@ class DiffVLProcessor(ProcessorMixin):
 
     Args:
         image_token: the placeholder's text; one of it stands for one image until it is expanded.
-        image_tokens: tokens that one image takes; of the native kind: 0, since that follows from the image.
+        image_tokens: tokens that one image takes, or one view of it where images are tiled; of the native kind: 0, since that
+            follows from the image.
         stop_token: what the chat template writes after an answer.
         system_turn: `first_question` puts a system turn in front of the first question, for chat templates that take none;
             `template` leaves it to the template.
         source: of the native kind: `class` and `settings` of the checkpoint's own processor; `first_tokens`, which it puts
             before every chat that does not begin with them; `backend`, by which images are resized.
+        tiling: of the own kind: how images are cut, as `DiffVLConfig.tiling`; None: one square an image.
     """
 
     system_turn = "template"
     source: dict[str, Any] | None = None
+    tiling: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -61,11 +69,14 @@ class DiffVLProcessor(ProcessorMixin):
         chat_template: str | None = None,
         system_turn: str = "template",
         source: dict[str, Any] | None = None,
+        tiling: dict[str, Any] | None = None,
     ) -> None:
         if system_turn not in ("template", "first_question"):
             raise ValueError(f"system_turn is {system_turn!r}; expected template or first_question")
         if source is not None:  # so that the own kind writes nothing of it
             self.source = source
+        if tiling is not None:
+            self.tiling = tiling
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.image_tokens = image_tokens
@@ -90,19 +101,36 @@ class DiffVLProcessor(ProcessorMixin):
     @property
     def asks_sizes(self) -> bool:
         """Whether an image's tokens follow from its size."""
-        return self.source is not None
+        return self.source is not None or self.tiling is not None
 
     @property
-    def images(self) -> SourceImages | None:
-        """Images through the checkpoint's own processor; None in the own kind."""
-        if self.source is None:
+    def tiles(self) -> Tiling | None:
+        """How images are cut; None where they are not, and in the native kind."""
+        if self.tiling is None:
             return None
+        return Tiling.of(self.tiling, isqrt(self.image_tokens), self.image_processor.size["height"])
+
+    @property
+    def images(self) -> SourceImages | TiledImages | None:
+        """Images whose tokens follow from their sizes; None where all take the same number."""
+        if self.source is None:
+            return self._tiled_images()
         parts = self.image_processor, self.tokenizer
         known = _IMAGES.get(self)
         if known is None or any(one is not other for one, other in zip(known[0], parts, strict=True)):
             inner = build_processor(self.source["class"], self.source["settings"], *parts)
             first = self.tokenizer.convert_tokens_to_ids(self.source["first_tokens"])
             known = _IMAGES[self] = parts, SourceImages(inner, first, "".join(self.source["first_tokens"]))
+        return known[1]
+
+    def _tiled_images(self) -> TiledImages | None:
+        tiles = self.tiles
+        if tiles is None:
+            return None
+        parts = self.image_processor, tiles, self.image_token, self.image_token_id
+        known = _TILED.get(self)
+        if known is None or known[0] != parts:
+            known = _TILED[self] = parts, TiledImages(*parts)
         return known[1]
 
     @property
@@ -131,8 +159,8 @@ class DiffVLProcessor(ProcessorMixin):
             ValueError: if earlier answers cannot be found again in the tokens.
         """
         images = images_as_seen(images)
-        if self.source is not None:
-            return self._native_call(images, text, **kwargs)
+        if self.asks_sizes:
+            return self._call_with_sizes(images, text, **kwargs)
         kwargs.setdefault("add_special_tokens", False)
         if images is None and text is not None:
             data = BatchFeature(dict(self.tokenizer(text, **kwargs)), tensor_type=kwargs.get("return_tensors"))
@@ -144,14 +172,15 @@ class DiffVLProcessor(ProcessorMixin):
             data["answer_index"] = self._marks(texts, spans, data)
         return data
 
-    def _native_call(
+    def _call_with_sizes(
         self, images: Any, text: Any, padding: Any = False, return_tensors: str | None = None, **kwargs: Any
     ) -> BatchFeature:
-        """The same of the native kind."""
+        """The same where an image's tokens follow from its size."""
         if refused := [name for name in kwargs if name not in ("max_length", "padding_side", "pad_to_multiple_of")]:
             raise ValueError(f"{refused[0]} is not taken here: texts are tokenised as they are in training, and never cut")
         shown = _flat(images)
         data: dict[str, Any] = {}
+        alone = [True] * len(shown)
         if text is not None:
             texts = [text] if isinstance(text, str) else list(text)
             sizes = iter([size_of(image) for image in shown])
@@ -161,7 +190,8 @@ class DiffVLProcessor(ProcessorMixin):
             if left := sum(1 for _ in sizes):
                 raise ValueError(f"{left} images more than {self.image_token!r} in the texts")
             data = self._padded(encodings, padding, **kwargs)
-        return BatchFeature({**data, **self.pixels(shown)}, tensor_type=return_tensors)
+            alone = alone_in(encodings)
+        return BatchFeature({**data, **self.pixels(shown, alone)}, tensor_type=return_tensors)
 
     def _padded(self, encodings: list[ChatEncoding], padding: Any, **kwargs: Any) -> dict[str, Any]:
         """Rows as the tokenizer pads them, with `answer_index` where there are answers."""
@@ -213,14 +243,18 @@ class DiffVLProcessor(ProcessorMixin):
             return torch.tensor(marks) if isinstance(ids, torch.Tensor) else torch.tensor(marks).numpy()
         return marks if isinstance(ids[0], list) else marks[0]
 
-    def pixels(self, images: Sequence[Image.Image]) -> Pixels:
+    def pixels(self, images: Sequence[Image.Image], alone: Sequence[bool] | None = None) -> Pixels:
         """Images as `as_seen` gives them -> the model's pixel tensors, {} for none.
 
+        Args:
+            alone: of each image whether it is the only one of its question, as their `ChatEncoding` tells; default: all are.
         Raises:
             ValueError: if the checkpoint's own processor refuses one.
         """
-        if self.images is not None:
-            return join_pixels([self.images.pixels(image) for image in images])
+        if (tiled := self._tiled_images()) is not None:
+            return join_pixels(tiled.pixels(images, [True] * len(images) if alone is None else alone))
+        if isinstance(shown := self.images, SourceImages):
+            return join_pixels([shown.pixels(image) for image in images])
         return {"pixel_values": self.image_processor(images=images, return_tensors="pt")["pixel_values"]} if images else {}
 
     # --- messages ------------------------------------------------------------------------------------------------------------
@@ -260,7 +294,8 @@ class DiffVLProcessor(ProcessorMixin):
             self.encoder.encode_turns(one, add_generation_prompt, [size_of(image) for image in own] if self.asks_sizes else None)
             for one, own in zip(turns, shown, strict=True)
         ]
-        data = {**self._pad_left(encodings), **self.pixels([image for own in shown for image in own])}
+        pixels = self.pixels([image for own in shown for image in own], alone_in(encodings))
+        data = {**self._pad_left(encodings), **pixels}
         return BatchFeature(data, tensor_type=return_tensors) if return_dict else data["input_ids"]
 
     def encode_chat(
@@ -269,13 +304,13 @@ class DiffVLProcessor(ProcessorMixin):
         """Messages -> token ids and answer marks, images expanded to their length.
 
         Args:
-            sizes: height and width of each image, as `size_as_seen` gives them. Only the native kind needs them, and only where
-                the messages do not carry the images.
+            sizes: height and width of each image, as `size_as_seen` gives them. Needed where the tokens of an image follow from
+                them, and the messages do not carry the images.
         Raises:
             ValueError: see apply_chat_template.
         """
         turns = self.encoder.turns(messages)
-        if self.source is not None and sizes is None:
+        if self.asks_sizes and sizes is None:
             (shown,) = _in_order([messages], None)
             sizes = [size_of(images_as_seen(image)) for image in shown]
         return self.encoder.encode_turns(turns, add_generation_prompt, sizes)

@@ -82,6 +82,8 @@ class SourceImages:
         first_ids, first_text: see `ImageTexts`.
     """
 
+    structured = True
+
     def __init__(self, processor: Any, first_ids: list[int], first_text: str) -> None:
         self.processor, self.first_ids, self.first_text = processor, first_ids, first_text
         self.placeholder = placeholder_of(processor)
@@ -92,8 +94,8 @@ class SourceImages:
         vocabulary = processor.tokenizer.convert_ids_to_tokens(sorted(set(self.of(SAMPLE).ids)))
         self.tokens = frozenset(vocabulary) - {self.placeholder}
 
-    def of(self, size: Size) -> ImageText:
-        """What an image of this height and width is in the text.
+    def of(self, size: Size, alone: bool = True) -> ImageText:
+        """What an image of this height and width is in the text, whether others stand beside it or not.
 
         Raises:
             ImageRefusedError: if the processor does not take it.

@@ -18,13 +18,15 @@ from diffvl.config.families import Family, diffusion_source, family_of_trunk
 from diffvl.config.recipe import Prepare, Recipe
 from diffvl.errors import CheckpointError, ConfigError, UnsupportedModelError, first_line
 from diffvl.hub.configuration_diffvl import DiffVLConfig
-from diffvl.hub.modeling_diffvl import Connector, DiffVLForConditionalGeneration
+from diffvl.hub.connector_diffvl import Connector, fresh_newline
+from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import BACKEND, DiffVLProcessor
 from diffvl.prepare import attention_proof as proof
 from diffvl.prepare.mask_token import with_own_mask_token
 from diffvl.prepare.parity import Parity
 from diffvl.prepare.source import Source
 from diffvl.prepare.templates import check_template, load_tokenizer, stop_token, system_advice
+from diffvl.prepare.tiling import with_tiling
 from diffvl.store import checkpoint, weights
 
 log = logging.getLogger(__name__)
@@ -117,6 +119,7 @@ def read_own_parts(source: Source, recipe: Recipe, config: PretrainedConfig) -> 
         stop_token=stop,
         system_turn=recipe.prepare.system_turn,
     )
+    processor = with_tiling(processor, recipe.prepare.tiling.settings)
     check_template(processor.encoder)
     if advice := system_advice(processor.encoder):
         log.info("%s: %s", source.model, advice)
@@ -217,12 +220,13 @@ def assemble(trunk: Any, tower: Any, parts: OwnParts, recipe: Recipe) -> DiffVLF
         shuffle_factor=shuffle_factor(recipe.prepare),
         vision_layer=recipe.prepare.vision_layer,
         image_size=parts.image_size,
+        tiling=processor.tiling,
         image_token_id=parts.image_id,
         mask_token_id=parts.mask_id,
         vocabulary_size=len(processor.tokenizer),
         stop_token_ids=stop_ids(trunk, processor.tokenizer, processor.stop_token),
     )
-    assert config.image_tokens == processor.image_tokens
+    assert config.image_tokens == processor.image_tokens and config.tiles == processor.tiles
     if own is not None:
         config.set_decoding("blocks", own.block_size or BLOCK_SIZE, "block", own.grid, own.target)
     with torch.device("meta"):
@@ -234,6 +238,8 @@ def assemble(trunk: Any, tower: Any, parts: OwnParts, recipe: Recipe) -> DiffVLF
         fresh = Connector(config.connector, config.shuffle_factor, tower.config.hidden_size, trunk.config.hidden_size)
         for module in fresh.modules():
             model._init_weights(module)
+        if config.tiling is not None:
+            model.image_newline = fresh_newline(trunk.config.hidden_size)
     with torch.no_grad():
         fresh.layers[-1].get_parameter("weight").mul_(recipe.prepare.connector.gain)
     model.connector = fresh
@@ -310,8 +316,8 @@ def _require_same_processor(directory: Path, written: DiffVLProcessor, source: D
     if written.tokenizer(text)["input_ids"] != source.tokenizer(text)["input_ids"]:
         raise CheckpointError(f"{directory}: the written tokenizer splits text differently from the source's; nothing kept")
     image = Image.radial_gradient("L").convert("RGB").crop((0, 0, 200, 120))
-    pixels = [one.image_processor(images=[image], return_tensors="pt")["pixel_values"] for one in (written, source)]
-    if not torch.equal(*pixels):
+    seen, expected = (one.pixels([image]) for one in (written, source))
+    if seen.keys() != expected.keys() or not all(torch.equal(seen[name], expected[name]) for name in seen):
         raise CheckpointError(f"{directory}: the written image processor sees images differently from the source's; nothing kept")
 
 

@@ -165,6 +165,11 @@ def _require_tokens(directory: Path, config: DiffVLConfig, processor: DiffVLProc
     tokens = {"mask_token_id": tokenizer.mask_token}
     if config.source_config is None:
         tokens["image_token_id"] = processor.image_token
+        if config.tiling != processor.tiling:
+            raise CheckpointError(
+                f"{directory}: config.json and processor_config.json cut images in different ways (tiling is {config.tiling} and "
+                f"{processor.tiling}); copy the checkpoint again"
+            )
     for name, token in tokens.items():
         given, expected = getattr(config, name), tokenizer.convert_tokens_to_ids(token)
         if given != expected or not 0 <= given < size:

@@ -2,9 +2,10 @@
 adapters on the trunk, through peft.
 
 Parts: tower, connector, trunk, mask_row. In a native vision-language model the trunk is its text part with embeddings and head,
-the tower its image encoder, and the connector whatever else it has. The mask row is one row of the trunk's embedding; while a
-stage trains it stands apart (`attach_mask_row`), so that it can have a learning rate, move under LoRA, and leave the rest of a
-frozen table bit-identical. `fold_mask_row` writes it back. Connector and mask row are trained in full beside adapters.
+the tower its image encoder, and the connector whatever else it has; elsewhere the newline of tiled images belongs to the
+connector. The mask row is one row of the trunk's embedding; while a stage trains it stands apart (`attach_mask_row`), so that it
+can have a learning rate, move under LoRA, and leave the rest of a frozen table bit-identical. `fold_mask_row` writes it back.
+Connector and mask row are trained in full beside adapters.
 """
 
 import re
@@ -31,6 +32,7 @@ def parts_of(model: DiffVLForConditionalGeneration) -> dict[str, Part]:
     prefixes: dict[str, Part] = {
         "vision_tower": "tower",
         "connector": "connector",
+        "image_newline": "connector",
         "language_model": "trunk",
         MASK_ROW: "mask_row",
     }

@@ -29,6 +29,7 @@ from diffvl.hub.layout_diffvl import longest_sample
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.objective.losses import curriculum_state
+from diffvl.prepare.tiling import processor_of_stage
 from diffvl.store import checkpoint
 from diffvl.store.files import Writing
 from diffvl.store.metrics import METRICS_FILE
@@ -81,7 +82,7 @@ def train(
     processor, held_out = data.train.processor, data.held_out
     record = data_record(data)
     same_data = agreed(lambda: is_same_data(work, record))
-    model, own_dtype = load_to_train(start, stage)
+    model, own_dtype = load_to_train(start, stage, recipe.seed)
     main_only(lambda: _begin(work, recipe, record, lambda: onlooker and onlooker.before(model, processor, held_out)))
     if stage.data.row_length is not None:
         data = replace(data, train=data.train.packed(stage.data.row_length, recipe.seed))
@@ -116,6 +117,7 @@ def train(
 
 def _open_data(start: Path, stage: Stage, console: Console) -> StageData:
     config, processor = checkpoint.load_description(start)
+    processor = processor_of_stage(processor, stage)
     return load_data(stage.data, processor, longest_trainable(config.text_config, stage.objective), console)
 
 
@@ -138,12 +140,21 @@ def _state_of(loop: Loop, stage_name: StageName, record: dict[str, FileRecord]) 
     return {"kind": stage_name, "state": progress, "data": facts_of(record), "left_out": loop.left_out.kinds()}
 
 
-def load_to_train(start: Path, stage: Stage) -> tuple[DiffVLForConditionalGeneration, torch.dtype]:
-    """The model in the dtypes that training wants, and the one that its checkpoint has."""
+def load_to_train(start: Path, stage: Stage, seed: int) -> tuple[DiffVLForConditionalGeneration, torch.dtype]:
+    """The model in the dtypes that training wants, cutting images as the stage says, and the dtype that its checkpoint has.
+
+    Args:
+        seed: of what is fresh, which must be the same in every process and in every run of a recipe.
+    """
     own_dtype = checkpoint.saved_dtype(start)
     # Frozen parts stay in their own dtype under bf16 autocast; fp16 does not mix with it.
     keeps_dtype = precision(stage) == "bf16" and own_dtype != torch.float16
-    return checkpoint.load_model(start, None if keeps_dtype else torch.float32), own_dtype
+    model = checkpoint.load_model(start, None if keeps_dtype else torch.float32)
+    if stage.tiling is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model.set_tiling(stage.tiling.settings)
+    return model, own_dtype
 
 
 def _tell_left_out(stage_name: StageName, left_out: dict[str, int], directory: Path) -> None:
