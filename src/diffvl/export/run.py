@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from diffvl.errors import MACHINE_CODE, DiskError, UnsupportedModelError, UsageError
-from diffvl.export import native, parity, sdar
+from diffvl.export import native, parity, sdar, sdar_v
 from diffvl.export.source import Run, read_run
 from diffvl.export.text_part import text_faults
 from diffvl.store import checkpoint
@@ -32,6 +32,7 @@ class Layout:
 
 LAYOUTS: dict[str, Layout] = {
     "native": Layout(lambda run: [], native.write),
+    "sdar_v": Layout(sdar_v.faults, sdar_v.write),
     "sdar": Layout(text_faults, sdar.write, text_only=True),
 }
 
