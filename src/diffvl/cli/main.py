@@ -143,7 +143,7 @@ def export(
         bool, typer.Option("--keep-adapters", help="LoRA beside the weights instead of merged into them.")
     ] = False,
 ) -> None:
-    """Write a finished checkpoint in a layout that other programs load, and prove in a clean process that it is the same model."""
+    """Write a finished checkpoint in a layout that others load; a clean process proves that it is the same model."""
     from diffvl.export.run import export as run_export
     from diffvl.terminal.bars import quiet_libraries
 

@@ -1,9 +1,9 @@
 """The proof of an export: a clean process loads what was written, and must find what the model in memory gives.
 
 Place in the flow: around the writing. `reference` runs the model in memory before anything is written, `prove` starts the
-clean process afterwards. Both run `visitor.visit`: fixed chats, with and without an image; a prefill, a denoising step that stores
-nothing, one that stores, the block after it; and an answer. Invariant: inputs and answers are equal, logits within a tolerance;
-else nothing gets its name.
+clean process afterwards. Both run `visitor.visit`: fixed chats, with and without an image; a prefill, a denoising step that
+stores nothing, one that stores, the block after it; and an answer. Invariant: inputs and answers are equal, logits within a
+tolerance; else nothing gets its name.
 """
 
 import gc
@@ -27,7 +27,7 @@ from diffvl.store import checkpoint
 
 TOLERANCE = {"float32": 1e-4, "float64": 1e-4}  # std of the logits
 HALF_TOLERANCE = 2e-2  # of 16-bit dtypes
-TEXT = "Describe everything that can be seen here, from the left to the right and from the top to the bottom: shapes, colours, texts."
+TEXT = "Describe everything that can be seen here, from left to right and from top to bottom: shapes, colours, texts."
 PICTURE = (88, 56)  # pixels, wider than high: tiles are cut and unpadded
 KEPT_OUT = ("PYTHON", "HF_", "TRANSFORMERS_", "DIFFVL_")  # beginnings of variables that could change what is loaded
 
@@ -92,8 +92,8 @@ def prove(directory: Path, expected: Reference, adapter: Path | None = None) -> 
     for name, tokens in expected.found.items():
         if name.endswith(".answer") and not torch.equal(tokens, found[name]):
             raise ProofError(
-                f"{directory.name}: the answer differs from the model's in memory: {found[name].tolist()} where {tokens.tolist()} "
-                "is expected; nothing was kept"
+                f"{directory.name}: the answer differs from the model's in memory: {found[name].tolist()}, expected "
+                f"{tokens.tolist()}; nothing was kept"
             )
     return figures
 

@@ -61,9 +61,7 @@ def faults(run: Run) -> list[str]:
     if config.tiling is None:
         found.append("it sees one square an image, and this layout cuts images into tiles (train a stage with tiling: anyres)")
     if config.image_size != tower.image_size:
-        found.append(
-            f"its tower sees {config.image_size} pixels a side, and this layout those it was made for ({tower.image_size})"
-        )
+        found.append(f"its tower sees {config.image_size} pixels a side, and in this layout its own {tower.image_size}")
     return found
 
 

@@ -60,8 +60,8 @@ def _require_finished(directory: Path) -> None:
     work = directory if directory.name.endswith(PARTIAL) else checkpoint.partial(directory)
     if work.is_dir() and (work == directory or not directory.exists()):
         raise UsageError(
-            f"{work} is unfinished: finish it first, by typing its `diffvl convert` again with --resume, and export the directory "
-            "that has its name"
+            f"{work} is unfinished: finish it by typing its `diffvl convert` again with --resume, and export the directory "
+            "that then has its name"
         )
     if directory.is_dir() and not (directory / "config.json").exists():
         finished = [directory / name for name in ("prepared", *STAGES) if (directory / name / checkpoint.STATE_FILE).is_file()]

@@ -47,7 +47,7 @@ class LlavaOnevisionConfig(DiffVLConfig):
     ) -> None:
         if (projector_hidden_act, vision_feature_select_strategy) != ("gelu", "full") or not multimodal_projector_bias:
             raise ValueError(
-                "expected projector_hidden_act gelu, vision_feature_select_strategy full, and a connector with biases"
+                "expected projector_hidden_act gelu, vision_feature_select_strategy full, and multimodal_projector_bias"
             )
         if not use_image_newline_parameter or not vision_aspect_ratio.startswith(ANYRES):
             raise ValueError(f"expected use_image_newline_parameter, and a vision_aspect_ratio of {ANYRES}N")

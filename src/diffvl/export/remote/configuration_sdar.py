@@ -23,8 +23,8 @@ class SDARConfig(PretrainedConfig):
     stock_type = "qwen3"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (as transformers has it)
 
-    # How the weights are read: a position predicts its own token, blocks count from the first token of the prompt, and every token
-    # sees its whole block.
+    # How the weights are read: a position predicts its own token, blocks count from the first token of the prompt, and every
+    # token sees its whole block.
     decoding, context, grid, target = "blocks", "block", "absolute", "same"
     image_attention = "causal"
     image_inputs: tuple[str, ...] = ()
@@ -86,7 +86,8 @@ class SDARConfig(PretrainedConfig):
         if kwargs.pop("rope_scaling", None) not in (None, {}):
             raise ValueError("rope_scaling is not in this layout")
         kwargs.pop("rope_parameters", None)  # written again by some releases; it says what rope_theta says
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        kwargs["tie_word_embeddings"] = tie_word_embeddings
+        super().__init__(**kwargs)
         self.rope_parameters = {"rope_type": "default", "rope_theta": rope_theta}
 
     def stock_settings(self) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""A vision-language model in SDAR-VL's layout: a stock SigLIP tower, a connector of two layers, and a stock Qwen3, under SDAR-VL's
-names of tensors and classes, with block attention and block decoding.
+"""A vision-language model in SDAR-VL's layout: a stock SigLIP tower, a connector of two layers, and a stock Qwen3, under the
+names of tensors and classes that SDAR-VL gives them, with block attention and block decoding.
 
-It needs no flash-attn and runs on a CPU. It is called as SDAR-VL's `generate.py` does: `model(ids, pixel_values=..., image_sizes=...,
-attention_mask=[1, queries, keys] with 1 = attend, position_ids, past_key_values, use_cache, store_kv)`; `generate` decodes by
-itself.
+It needs no flash-attn and runs on a CPU. It is called as SDAR-VL's `generate.py` does: `model(ids, pixel_values=...,
+image_sizes=..., attention_mask=[1, queries, keys] with 1 = attend, position_ids, past_key_values, use_cache, store_kv)`;
+`generate` decodes by itself.
 
 Shapes: N views of images, S side of a view in pixels, P patches, H trunk width.
 """
