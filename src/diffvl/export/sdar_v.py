@@ -13,18 +13,12 @@ from diffvl.export.sdar import CODE, auto_map, text_kind
 from diffvl.export.shards import write_tensors
 from diffvl.export.source import Run
 from diffvl.export.text_part import text_faults, text_settings, text_tensors
+from diffvl.store.sdar_vl import ANYRES, CONNECTOR, FIXED, MODEL_TYPE, TOWER_TYPE, their_name
 from diffvl.store.tensorfiles import Header
 
-TOWER_TYPE, CONNECTOR, VIDEO_TOKEN = "siglip_vision_model", "mlp2x_gelu", "<|video_pad|>"
+VIDEO_TOKEN = "<|video_pad|>"
 MODEL_CLASS = "modeling_llava_onevision.LlavaOnevisionForConditionalGeneration"
 MODEL_CODE = ("configuration_llava_onevision.py", "modeling_llava_onevision.py", "processing_llava_onevision.py")
-RENAMED = {
-    "connector.layers.0.": "multi_modal_projector.linear_1.",
-    "connector.layers.2.": "multi_modal_projector.linear_2.",
-    "vision_tower.": "vision_tower.vision_model.",
-    "image_newline": "image_newline",
-}
-UNUSED = "vision_tower.head."  # pools the patches, which nothing here asks for; the layout has no place for it
 OF_TOWER = (
     *("attention_dropout", "hidden_act", "hidden_size", "image_size", "intermediate_size", "layer_norm_eps", "model_type"),
     *("num_attention_heads", "num_channels", "num_hidden_layers", "patch_size"),
@@ -79,10 +73,7 @@ def write(run: Run, directory: Path) -> None:
 def tensors(run: Run) -> dict[str, Header]:
     """Gives all tensors under the layout's names."""
     found = text_tensors(run, "language_model.")
-    for name, header in run.headers.items():
-        for prefix, renamed in RENAMED.items():
-            if name.startswith(prefix) and not name.startswith(UNUSED):
-                found[renamed + name.removeprefix(prefix)] = header
+    found |= {theirs: header for name, header in run.headers.items() if (theirs := their_name(name)) is not None}
     return dict(sorted(found.items()))
 
 
@@ -102,9 +93,7 @@ def config_settings(run: Run) -> dict[str, Any]:
         "ignore_index": -100,
         "image_grid_pinpoints": _pinpoints(run),
         "image_token_index": config.image_token_id,
-        "model_type": "sdar_v",
-        "multimodal_projector_bias": True,
-        "projector_hidden_act": "gelu",
+        "model_type": MODEL_TYPE,
         "text_config": {
             **text_settings(run),
             "architectures": ["SDAR"],
@@ -114,12 +103,11 @@ def config_settings(run: Run) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "torch_dtype": run.dtype,
         "use_cache": False,
-        "use_image_newline_parameter": True,
         "video_token_index": run.processor.tokenizer.convert_tokens_to_ids(VIDEO_TOKEN),
         "vision_aspect_ratio": _aspect_ratio(run),
         "vision_config": {**tower, "torch_dtype": run.dtype, "vision_use_head": False},
         "vision_feature_layer": config.vision_layer,
-        "vision_feature_select_strategy": "full",
+        **FIXED,
     }
 
 
@@ -130,7 +118,7 @@ def _pinpoints(run: Run) -> list[list[int]]:
 
 def _aspect_ratio(run: Run) -> str:
     assert run.config.tiling is not None
-    return f"anyres_max_{run.config.tiling['max_tiles']}"
+    return f"{ANYRES}{run.config.tiling['max_tiles']}"
 
 
 def processor_settings(run: Run) -> dict[str, dict[str, Any]]:
