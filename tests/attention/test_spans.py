@@ -10,8 +10,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from diffvl.attention.block_mask import block_mask
 from diffvl.attention.cpu import tiled_attention
-from diffvl.hub.images_diffvl import answer_cells, span_ids
 from diffvl.hub.layout_diffvl import IMAGE_ATTENTION, Layout, Rope, block_index, clean_layout, noisy_layout, noisy_stream
+from diffvl.hub.spans_diffvl import answer_cells, span_ids
 from diffvl.objective.packing import pack
 
 SPANNED = [rule for rule in IMAGE_ATTENTION if rule != "causal"]

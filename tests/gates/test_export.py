@@ -17,6 +17,7 @@ import torch
 from helpers import trunks
 from PIL import Image
 from safetensors.torch import load_file
+from shared_fixtures import TILED
 
 from diffvl.demo.standins import TRUNKS
 from diffvl.hub import modeling_diffvl
@@ -44,7 +45,7 @@ def exported(
     ]
     asked = {"llama", *(given["model_type"] for given in parameters if "model_type" in given)}
     directories = {}
-    for model_type in sorted(asked & set(TRUNKS)):
+    for model_type in sorted(asked & {*TRUNKS, TILED}):
         model, processor = load_checkpoint(prepared(model_type))
         model.config.set_decoding("blocks", BLOCK, "block", "absolute", "same")
         directories[model_type] = tmp_path_factory.mktemp(f"exported-{model_type}")
@@ -67,7 +68,7 @@ def visited(
     return dict(zip(exported, zip(facts, logits, strict=True), strict=True))
 
 
-@pytest.mark.parametrize("model_type", trunks())
+@pytest.mark.parametrize("model_type", [*trunks(), TILED])
 def test_loads_and_answers_without_diffvl(
     model_type: str, visited: dict[str, tuple[dict[str, Any], torch.Tensor]], exported: dict[str, Path]
 ):
@@ -82,7 +83,7 @@ def test_loads_and_answers_without_diffvl(
     assert facts["text"] and facts["mask_token"] and facts["mask_token"] not in facts["text"]
 
 
-@pytest.mark.parametrize("model_type", trunks())
+@pytest.mark.parametrize("model_type", [*trunks(), TILED])
 def test_the_calling_sequence_answers_as_generate_does(model_type: str, visited: dict[str, tuple[dict[str, Any], torch.Tensor]]):
     """SDAR-VL's three strategies with an image and without, at the ends of prompts and blocks, token for token."""
     facts, _ = visited[model_type]
@@ -93,7 +94,7 @@ def test_the_calling_sequence_answers_as_generate_does(model_type: str, visited:
     assert len({tuple(found["ours"]) for found in facts["answers"]}) > 4, "answers that do not differ prove little"
 
 
-@pytest.mark.parametrize("model_type", trunks())
+@pytest.mark.parametrize("model_type", [*trunks(), TILED])
 def test_what_that_caller_may_leave_out_and_load(model_type: str, visited: dict[str, tuple[dict[str, Any], torch.Tensor]]):
     facts, _ = visited[model_type]
     assert facts["refusals"] == [
@@ -108,7 +109,7 @@ def test_what_that_caller_may_leave_out_and_load(model_type: str, visited: dict[
         assert dtype == f"torch.{name}" and distance <= most and len(tokens) % BLOCK == 0, (name, facts["half"][name])
 
 
-@pytest.mark.parametrize("model_type", trunks())
+@pytest.mark.parametrize("model_type", [*trunks(), TILED])
 @torch.no_grad()
 def test_the_calling_sequence_gives_our_decoders_logits(
     model_type: str, visited: dict[str, tuple[dict[str, Any], torch.Tensor]], exported: dict[str, Path]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CONTEXTS, GRIDS, ORDINARY, TARGETS, batch, objective, sample
-from shared_fixtures import Loaded
+from helpers import CONTEXTS, GRIDS, ORDINARY, TARGETS, batch, objective, sample, tiled_sample
+from shared_fixtures import TILED, Loaded
 from transformers import AutoModelForCausalLM
 
 from diffvl.config.objectives import BlockDiffusionObjective
@@ -308,7 +308,7 @@ def plain_forward(model: Model, tokens: list[Token], one: Sample, context: str) 
     embeds = model.get_input_embeddings()(ids)
     if one.pixels is not None:
         places = [place for place, token in enumerate(one.ids) if token == model.config.image_token_id]
-        features = model.image_features(**one.pixels).flatten(0, 1)
+        features = model.images.encode(one.pixels).output
         shown = [places.index(token.position) if token.id == model.config.image_token_id else -1 for token in tokens]
         rows = torch.stack([features[row] if row >= 0 else embeds[0, place] for place, row in enumerate(shown)])
         embeds = rows[None]
@@ -354,6 +354,15 @@ def test_layout_equivalence(model_type: str, context: str, grid: str, target: st
     model, _ = loaded(model_type)
     samples = [sample(model.config, (21, 6, 3, 9), index=4, image=True), sample(model.config, (6, 7), index=9)]
     require_equal_forms(model, samples, context, grid, target)
+
+
+@pytest.mark.parametrize(("context", "grid", "target"), [("block", "response", "same"), ("causal", "absolute", "shift")])
+def test_layout_equivalence_with_tiles(context: str, grid: str, target: str, loaded: Callable[[str], Loaded]):
+    """An image in tiles that are reduced, whose newline has gradients too, and two that are one view each."""
+    model, _ = loaded(TILED)
+    tiled = tiled_sample(model.config, (50, 6, 3, 9), [(64, 64)], index=4)
+    assert tiled.pixels is not None and tiled.pixels["num_tiles"].tolist() == [5]
+    require_equal_forms(model, [tiled, tiled_sample(model.config, (40, 7), [(33, 32), (9, 90)], index=9)], context, grid, target)
 
 
 @pytest.mark.parametrize("untrained", [1, 2])

@@ -203,7 +203,10 @@ def test_which_added_tokens_a_text_may_hold():
             {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
             "a part of the type 'image_url'; expected",
         ),
-        ({"role": "user", "content": [{"type": "video", "video": "x.mp4"}]}, "a part of the type 'video'; expected"),
+        (
+            {"role": "user", "content": [{"type": "video", "video": "x.mp4"}]},
+            "shows a video, which this model does not take; expected",
+        ),
         ({"role": "user", "content": [{"type": "input_image"}]}, "a part of the type 'input_image'; expected"),
         ({"role": "user", "content": ["Hi"]}, r"a part of the type '\(str\)'; expected"),
         ({"role": "user", "content": [{"text": "Hi"}]}, "a part of the type None; expected"),

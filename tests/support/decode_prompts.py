@@ -9,7 +9,7 @@ from shared_fixtures import Loaded
 from diffvl.bench.decoders import Prompts
 from diffvl.bench.random_model import TrunkSize
 from diffvl.bench.workload import random_workload
-from diffvl.hub.messages_diffvl import images_of
+from diffvl.hub.messages_diffvl import visuals_of
 from diffvl.hub.processing_diffvl import pixels_in
 
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ def prompts_of(loaded: Loaded, chats: list[list[dict[str, Any]]], limit: int, st
     model, processor = loaded
     inputs = processor.apply_chat_template(chats, tokenize=True, add_generation_prompt=True)
     found = frozenset(model.config.stop_token_ids) if stops is None else stops
-    images = tuple(len(list(images_of(one))) for one in chats)
+    images = tuple(len(list(visuals_of(one))) for one in chats)
     return Prompts(inputs["input_ids"], inputs["attention_mask"].bool(), pixels_in(inputs), limit, found, images)
 
 

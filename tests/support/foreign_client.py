@@ -184,11 +184,12 @@ def visit(directory: str) -> tuple[dict[str, Any], torch.Tensor]:
     logits, tokens = calling_sequence(model, given, 3 * size - length % size, 1, "sequential")
     answer = model.generate(**inputs, max_new_tokens=12)[0, length:]
     again = other.generate(**inputs, max_new_tokens=12)[0, length:]
-    causal = model(inputs["input_ids"], pixel_values=inputs["pixel_values"], use_cache=True)
+    pixels = {name: inputs[name] for name in model.config.image_inputs}
+    causal = model(inputs["input_ids"], **pixels, use_cache=True)
     facts = {
         "classes": [type(part).__name__ for part in (model, other, processor)],
         "module": type(model).__module__,
-        "same_inputs": all(torch.equal(shown[name], inputs[name]) for name in ("input_ids", "pixel_values")),
+        "same_inputs": all(torch.equal(shown[name], inputs[name]) for name in ("input_ids", *pixels)),
         "tokens": tokens,
         "answers": [*answers(model, shown), *answers(model, plain)],
         "refusals": refusals(model, plain["input_ids"]),

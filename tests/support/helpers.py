@@ -53,6 +53,22 @@ def sample(config: DiffVLConfig, lengths: Sequence[int], index: int = 0, image: 
     return Sample(ids, answer, pixels, index, int(image))
 
 
+def tiled_sample(config: DiffVLConfig, lengths: Sequence[int], sizes: Sequence[tuple[int, int]], index: int = 0) -> Sample:
+    """The same with images of these heights and widths in the first prompt of a model with tiles."""
+    plain, tiles, alone = sample(config, lengths, index), config.tiles, len(sizes) == 1
+    assert tiles is not None
+    views = [tiles.views(size, alone) for size in sizes]
+    shown = sum(tiles.tokens(size, alone) for size in sizes)
+    assert lengths[0] >= 2 + shown
+    ids = [*plain.ids[:2], *[config.image_token_id] * shown, *plain.ids[2 + shown :]]
+    pixels = {
+        "pixel_values": torch.randn(len(sizes), max(views), 3, tiles.pixels, tiles.pixels),
+        "image_sizes": torch.tensor(sizes),
+        "num_tiles": torch.tensor(views),
+    }
+    return Sample(ids, plain.answer, pixels, index, len(sizes))
+
+
 def batch(samples: Sequence[Sample]) -> Batch:
     """One sample a row."""
     return collate([[one] for one in samples], pad_token_id=0)  # type: ignore[return-value]

@@ -30,6 +30,8 @@ from diffvl.store.checkpoint import load_checkpoint
 from diffvl.terminal.bars import quiet_libraries
 
 Loaded = tuple[DiffVLForConditionalGeneration, DiffVLProcessor]
+TILED = "llama with tiles"  # in the place of a model type: a llama that sees tiles
+TILING = {"kind": "anyres", "grids": ["1x1-2x2", "1x3", "3x1"], "max_tiles": 2}
 
 
 def pytest_collection_finish() -> None:
@@ -87,14 +89,15 @@ def dllm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory, source: Callable[[str], Path], tower: Path) -> Callable[[str], Path]:
-    """Model type -> what `prepare` writes."""
+    """Model type, or TILED -> what `prepare` writes."""
     stages = {"align": {"objective": {"kind": "ar"}, "trainable": {"trunk": 1e-3}, "steps": 1}}
-    recipe = resolve({"stages": stages}, [], "test")
 
     @cache
     def make(model_type: str) -> Path:
         quiet_libraries()
-        start = Source(str(source(model_type)), None, None if model_type in VLMS else str(tower))
+        recipe = resolve({"stages": stages, **({"prepare": {"tiling": TILING}} if model_type == TILED else {})}, [], "test")
+        model = source("llama" if model_type == TILED else model_type)
+        start = Source(str(model), None, None if model_type in VLMS else str(tower))
         return prepare(start, recipe, tmp_path_factory.mktemp("prepared") / model_type, QUIET)
 
     return make

@@ -52,7 +52,7 @@ class Spy:
 def training_sample(processor: DiffVLProcessor, messages: list[dict[str, Any]], index: int) -> Sample:
     encoding = processor.encode_chat(messages)
     images = images_in(messages)
-    return Sample(encoding.ids, encoding.answer, processor.pixels(images) or None, index, len(images))
+    return Sample(encoding.ids, encoding.answer, processor.pixels(images, encoding.alone) or None, index, len(images))
 
 
 def images_in(messages: list[dict[str, Any]]) -> list[Image.Image]:

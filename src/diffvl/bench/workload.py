@@ -19,7 +19,7 @@ from diffvl.data.records import iterate_records
 from diffvl.decode.answer import Decoder, context_length, encode, load_for_decoding
 from diffvl.errors import UsageError
 from diffvl.evaluation.evaluate import answer_turns, chat_before, reading_of
-from diffvl.hub.messages_diffvl import images_of
+from diffvl.hub.messages_diffvl import visuals_of
 from diffvl.hub.processing_diffvl import pixels_in
 
 # Tokens of the prompts of a batch, repeated for larger ones; the first is that of batch 1.
@@ -92,7 +92,7 @@ def checkpoint_workload(
             "take data with shorter prompts"
         )
     valid = inputs["attention_mask"].bool()
-    images = tuple(len(list(images_of(chat))) for chat in chats)
+    images = tuple(len(list(visuals_of(chat))) for chat in chats)
     prompts = Prompts(inputs["input_ids"], valid, pixels_in(inputs), tokens, frozenset(config.stop_token_ids), images)
     return Workload(decoder.model, prompts, num_decoded, f"{directory} ({config.text_config.model_type})")
 

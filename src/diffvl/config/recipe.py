@@ -56,6 +56,26 @@ class PixelShuffleConnector(_Fresh):
 Connector = Annotated[MlpConnector | LinearConnector | PixelShuffleConnector, Field(discriminator="kind")]
 
 
+class Video(Section):
+    """How a vision-language model that takes videos is shown them, in training and in decoding."""
+
+    enabled: bool = Field(default=True, description="`false` converts a checkpoint without its videos")
+    fps: float | None = Field(default=None, gt=0, description="frames of a second that are shown; default: the checkpoint's own")
+    num_frames: int | None = Field(default=None, ge=1, description="frames that are shown of each video, in the place of fps")
+    min_pixels: int | None = Field(default=None, ge=1, description="as of images, by the checkpoint's video processor")
+    max_pixels: int | None = Field(default=None, ge=1, description="likewise; some count those of a frame, some of all frames")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.fps is not None and self.num_frames is not None:
+            raise ValueError("fps and num_frames both say how many frames are shown: keep one of them")
+        if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels ({self.min_pixels}) must not be above max_pixels ({self.max_pixels})")
+        if not self.enabled and any((self.fps, self.num_frames, self.min_pixels, self.max_pixels)):
+            raise ValueError("enabled is false, so that no other setting of videos has an effect: leave them out")
+        return self
+
+
 class Prepare(Section):
     """How the AR checkpoint gets its eyes."""
 
@@ -73,6 +93,7 @@ class Prepare(Section):
         description="likewise: larger images are reduced to this many, and with them their tokens",
     )
     tiling: Tiling = Field(default=NoTiling(), description="how images are cut before the tower sees them")
+    video: Video = Video()
     connector: Connector = MlpConnector()
     system_turn: Literal["template", "first_question"] = Field(
         default="template",

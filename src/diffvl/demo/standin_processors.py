@@ -42,9 +42,11 @@ QWEN = (
     "<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
     "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+_VIDEOS_FIRST = "{% for part in message['content'] | selectattr('type', 'equalto', 'video') %}{{ '<video>\n' }}{% endfor %}"
 _IMAGES_FIRST = "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
 _TEXTS = "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}"
 # Images first, each on a line of its own; no bos, which the tokenizer adds. The published template forgets the stop.
@@ -66,13 +68,18 @@ INST = (
     "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
 ONEVISION = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}" + _IMAGES_FIRST + _TEXTS + "{{ part['text'] }}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    + _IMAGES_FIRST
+    + _VIDEOS_FIRST
+    + _TEXTS
+    + "{{ part['text'] }}"
     "{% endfor %}{{ '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 INTERNVL = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ '<IMG_CONTEXT>\n' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{% if part['type'] == 'image' %}{{ '<IMG_CONTEXT>\n' }}"
+    "{% elif part['type'] == 'video' %}{{ '<video>\n' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # The system turn goes into the first question; texts are stripped; a bos.
@@ -93,7 +100,8 @@ GEMMA3 = (
 IDEFICS = (
     "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
     "{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}{{ '<image>' }}{% endif %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% elif part['type'] == 'video' %}{{ '<video>' }}{% else %}{{ '<image>' }}{% endif %}"
     "{% endfor %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 
@@ -102,7 +110,7 @@ IDEFICS = (
 class Look:
     """How a family looks at images. tokens: special tokens beside the tokenizer's own. named: attribute of the tokenizer -> the
     token that a processor asks for by it. bos: whether the tokenizer puts its first token before a text. settings: of the
-    processor."""
+    processor. video: of its video processor, class included."""
 
     processor: str
     image_processor: Callable[[], BaseImageProcessor]
@@ -112,6 +120,7 @@ class Look:
     base: str = "llama"
     bos: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
+    video: dict[str, Any] | None = None
 
 
 _QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
@@ -131,10 +140,21 @@ _IDEFICS_TOKENS = ("<end_of_utterance>", "<fake_token_around_image>", "<image>",
 _IDEFICS_SIZES: dict[str, Any] = {"size": {"longest_edge": 2 * IMAGE}, "max_image_size": {"longest_edge": IMAGE}}
 
 
+# The published files of Qwen's older checkpoints name no rate, those of the newer ones one of 2.
+_QWEN_VIDEO = {
+    "video_processor_type": "Qwen2VLVideoProcessor",
+    "patch_size": PATCH,
+    "size": {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS},
+}
+_QWEN3_VIDEO = {
+    "video_processor_type": "Qwen3VLVideoProcessor",
+    "patch_size": PATCH,
+    "size": {"shortest_edge": MIN_PIXELS, "longest_edge": 4 * MAX_PIXELS},
+}
 LOOKS: dict[str, Look] = {
-    "qwen2_vl": Look("Qwen2VLProcessor", _qwen, QWEN, _QWEN_TOKENS),
-    "qwen2_5_vl": Look("Qwen2_5_VLProcessor", _qwen, QWEN, _QWEN_TOKENS),
-    "qwen3_vl": Look("Qwen3VLProcessor", _qwen, QWEN, _QWEN_TOKENS),
+    "qwen2_vl": Look("Qwen2VLProcessor", _qwen, QWEN, _QWEN_TOKENS, video=_QWEN_VIDEO),
+    "qwen2_5_vl": Look("Qwen2_5_VLProcessor", _qwen, QWEN, _QWEN_TOKENS, video=_QWEN_VIDEO),
+    "qwen3_vl": Look("Qwen3VLProcessor", _qwen, QWEN, _QWEN_TOKENS, video=_QWEN3_VIDEO),
     "llava": Look(
         "LlavaProcessor",
         lambda: LlavaImageProcessorPil(size={"shortest_edge": IMAGE}, crop_size=_SQUARE),
@@ -151,6 +171,7 @@ LOOKS: dict[str, Look] = {
         ONEVISION,
         ("<image>", "<video>"),
         settings={"num_image_tokens": PLAIN_TOKENS, "vision_feature_select_strategy": "full"},
+        video={"video_processor_type": "LlavaOnevisionVideoProcessor", "size": _SQUARE, "num_frames": 4},
     ),
     "internvl": Look(
         "InternVLProcessor",
@@ -164,6 +185,7 @@ LOOKS: dict[str, Look] = {
             "video_token": "<video>",
         },
         settings={"image_seq_length": TILE_TOKENS},
+        video={"video_processor_type": "InternVLVideoProcessor", "size": _SQUARE, "num_frames": 4},
     ),
     "gemma3": Look(
         "Gemma3Processor",
@@ -188,6 +210,13 @@ LOOKS: dict[str, Look] = {
         IDEFICS,
         (*_IDEFICS_TOKENS, "<video>"),
         settings={"image_seq_len": TILE_TOKENS},
+        video={
+            "video_processor_type": "SmolVLMVideoProcessor",
+            "size": {"longest_edge": IMAGE},
+            "max_image_size": {"longest_edge": IMAGE},
+            "num_frames": 8,
+            "fps": 1,
+        },
     ),
 }
 PROCESSORS: tuple[str, ...] = tuple(LOOKS)
@@ -205,6 +234,8 @@ def make_processor_files(directory: Path, family: str) -> PreTrainedTokenizerFas
     look.image_processor().save_pretrained(directory)
     settings = {"processor_class": look.processor, **look.settings}
     (directory / "processor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    if look.video is not None:
+        (directory / "video_preprocessor_config.json").write_text(json.dumps(look.video, indent=2) + "\n", encoding="utf-8")
     (directory / "chat_template.jinja").write_text(look.template, encoding="utf-8")
     return tokenizer
 

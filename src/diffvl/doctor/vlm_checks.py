@@ -21,9 +21,10 @@ from diffvl.doctor.vlm_pixels import Pixels
 from diffvl.doctor.vlm_probe import MASK, SINGLE, TOKENS, VlmProbe, conversation, image_sizes, permitted, shipped
 from diffvl.doctor.vlm_reference import direct_logits, native_pass, native_positions
 from diffvl.hub.cache_diffvl import BlockCache
-from diffvl.hub.images_diffvl import placed_images, span_ids, vision_parameters
+from diffvl.hub.images_diffvl import Shown, placed_images, vision_parameters
 from diffvl.hub.layout_diffvl import IMAGE_ATTENTION, Layout, clean_layout
 from diffvl.hub.masks_diffvl import attention_masks, block_kernels
+from diffvl.hub.spans_diffvl import span_ids
 from diffvl.objective.packing import pack
 from diffvl.prepare.attention_proof import GRIDS, largest, smallest, spread
 
@@ -118,7 +119,7 @@ def parity_error(source: PreTrainedModel, pixels: Pixels, rule: str) -> float:
         layout = clean_layout(torch.zeros_like(ids), valid, "causal")
         layout.image_attention = rule
         layout.span = span_ids(ids == model.config.image_token_id, answer, valid, torch.zeros_like(valid), rule)
-        rope = model.images.rope(ids, valid, images, [2 if images else 0])
+        rope = model.images.rope(ids, valid, images, Shown([2 if images else 0], [0]))
         masks = attention_masks(model.config.text_config, layout, slice(None), torch.float32)
         index = placed_images(ids, model.config)
         ours = model(ids, rows=rows, image_index=index, attention_mask=masks, position_ids=rope.at(layout.position)).logits

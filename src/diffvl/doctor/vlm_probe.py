@@ -18,10 +18,11 @@ from diffvl.doctor.timm_tower import stand_in_towers
 from diffvl.doctor.tiny_copy import FIRST_ORDINARY
 from diffvl.doctor.vlm_pixels import Pixels
 from diffvl.hub.configuration_diffvl import DiffVLConfig
-from diffvl.hub.images_diffvl import TOKEN_TYPES, ImageRows, answer_cells, placed_images, span_ids
+from diffvl.hub.images_diffvl import TOKEN_TYPES, ImageRows, Shown, placed_images
 from diffvl.hub.layout_diffvl import Layout, NoisyStream, block_index, clean_layout, noisy_layout, noisy_stream
 from diffvl.hub.masks_diffvl import attention_masks
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
+from diffvl.hub.spans_diffvl import answer_cells, span_ids
 from diffvl.prepare.attention_proof import BLOCK_SIZE, GRIDS
 
 # Below what some types use for images inside their vocabulary.
@@ -115,7 +116,7 @@ class VlmProbe:
         clean.image_attention = config.image_attention
         is_image = ids == config.image_token_id
         clean.span = span_ids(is_image, answer, valid, answer_cells(block, answer), config.image_attention)
-        numbers = model.images.rope(ids, valid, pixels, [2, 0])
+        numbers = model.images.rope(ids, valid, pixels, Shown([2, 0], [0, 0]))
         masked = stream.eligible & (torch.arange(stream.eligible.shape[1]) % 2 == 0)
         shown = placed_images(ids, config, valid)
         return cls(

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from .cache_diffvl import BlockCache
-from .images_diffvl import ImageRows, answer_cells, placed_images, span_ids
+from .images_diffvl import ImageRows, is_visual, placed_images
 from .layout_diffvl import Layout, Rope, block_end, block_index, segment_start
+from .spans_diffvl import answer_cells, span_ids
 
 
 @dataclass
@@ -209,7 +210,7 @@ class Prompt:
         end_B = block_end(at_end, starts, config.block_size, config.grid)[:, 0]
         inside = index < lengths[:, None]
         start_B = (block < block_of_answer).sum(1)
-        is_image = (ids == config.image_token_id) & inside
+        is_image = is_visual(ids, config) & inside
         # An image that reaches into the first open block is committed in two parts, which cannot see each other.
         span = span_ids(is_image, answers, inside, answer_cells(block, answers), config.image_attention)
         shown = placed_images(ids, config, inside)
@@ -323,15 +324,12 @@ class Prefix:
 
     def shows(self, pixels: dict[str, torch.Tensor]) -> bool:
         """Whether the images of a prompt begin with these: the same placeholders could show others."""
-        if not self.pixels:
-            return True
-        if self.pixels.keys() != pixels.keys():
-            return False
-        return all(_begins_with(pixels[name], seen) for name, seen in self.pixels.items())
+        return all(name in pixels and _begins_with(pixels[name], seen) for name, seen in self.pixels.items())
 
     def shows_all(self, pixels: dict[str, torch.Tensor]) -> bool:
         """Whether these are all the images of a prompt."""
-        return self.shows(pixels) and all(len(self.pixels[name]) == len(value) for name, value in pixels.items())
+        same = self.pixels.keys() == pixels.keys() and self.shows(pixels)
+        return same and all(len(self.pixels[name]) == len(value) for name, value in pixels.items())
 
     def taken(self, count: int, pixels: dict[str, torch.Tensor]) -> "Prefix":
         """The first `count` tokens of it for a prompt with these images; it is used up by that.
@@ -347,5 +345,14 @@ class Prefix:
 
 
 def _begins_with(tensor: torch.Tensor, start: torch.Tensor) -> bool:
-    """Whether a tensor begins, along dim 0, with another."""
-    return tensor.shape[1:] == start.shape[1:] and torch.equal(tensor[: len(start)], start)
+    """Whether a tensor begins, along dim 0, with another. Beside larger images the same ones are filled up with zeros."""
+    first = tensor[: len(start)]
+    if first.dim() != start.dim() or len(first) < len(start):
+        return False
+    common = tuple(slice(min(sizes)) for sizes in zip(first.shape, start.shape, strict=True))
+    if not torch.equal(first[common], start[common]):
+        return False
+    return all(
+        whole.shape == start[common].shape or int(whole.count_nonzero()) == int(whole[common].count_nonzero())
+        for whole in (first, start)
+    )

@@ -1,32 +1,34 @@
 """Messages -> token ids and answer marks, in time linear in the tokens, for training and decoding alike.
 
-A chat is rendered once and tokenised once with one placeholder an image; images get their tokens by list arithmetic. A prompt
-rendered for decoding is byte-equal and token-equal to the same prompt inside a training sample: where a tokenizer would merge
-across the seam between prompt and answer, the text is cut there and its pieces are tokenised once more, in training as in
+A chat is rendered once and tokenised once with one placeholder an image or video, which get their tokens by list arithmetic. A
+prompt rendered for decoding is byte-equal and token-equal to the same prompt inside a training sample: where a tokenizer would
+merge across the seam between prompt and answer, the text is cut there and its pieces are tokenised once more, in training as in
 decoding. A seam is looked at from the last token before it that no neighbour can change.
 """
 
-import json
 import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, chain, takewhile
-from typing import Any, Protocol
+from itertools import accumulate, chain, islice
+from typing import Any, Protocol, TypeVar
 
-from .messages_diffvl import Messages, turns_of
+from .clips_diffvl import Clip, ClipSize
+from .messages_diffvl import Messages, Placeholders, turns_of
 from .seen_diffvl import Size
-from .template_diffvl import ChatTemplate, ChatTemplateError, Shape, Spans, Turn, all_texts
+from .template_diffvl import ChatTemplate, ChatTemplateError, Shape, Spans, Turn, Visual, all_texts
+from .tokens_diffvl import LeadingSpaces, trims_offsets, walls_of
 
+T = TypeVar("T")
 MAX_SEAMS, LONGEST_SEAM = 1024, 256  # remembered, and their characters
 
 
 @dataclass(frozen=True)
 class ImageText:
-    """What one image is in a chat. text: what its placeholder becomes. ids: the tokens of that text, but for `before` and
-    `after`, plain text at its ends whose tokens depend on what stands beside it."""
+    """What one image or video is in a chat. text: what its placeholder becomes. ids: the tokens of that text, but for `before`
+    and `after`, plain text at its ends whose tokens depend on what stands beside it."""
 
     text: str
     ids: list[int]
@@ -35,42 +37,62 @@ class ImageText:
 
 
 class ImageTexts(Protocol):
-    """The images of a checkpoint with a processor of its own. first_ids: tokens that stand before every chat, and first_text
-    what a chat begins with that has them already. tokens: what stands for images in a text, beside the placeholder. structured:
-    whether the chat template writes the placeholders."""
+    """The images of a checkpoint whose images have other tokens by size. placeholders: what stands for one in a rendered chat.
+    first_ids: tokens that stand before every chat, and first_text what a chat begins with that has them already. tokens: what
+    stands for images in a text, beside the placeholders. structured: whether the chat template writes the placeholders."""
 
     structured: bool
+    placeholders: Placeholders
     first_ids: list[int]
     first_text: str
     tokens: frozenset[str]
 
-    def of(self, size: Size, alone: bool = True) -> ImageText: ...
+    def of(self, size: Size | ClipSize, alone: bool = True) -> ImageText: ...
 
 
 @dataclass(frozen=True)
 class ChatEncoding:
     """ids: token ids. answer: per token 0, or k inside the k-th answer (its stop token included). rendered: the chat template's
-    text, with one placeholder, `image_token`, for each image. image_texts: what these become. alone: for each image whether no
-    other stands between the same two answers."""
+    text, with one placeholder for each image and video. image_texts: what these become. shown: which placeholders are images and
+    which videos, in order. alone: for each whether no other stands between the same two answers."""
 
     ids: list[int]
     answer: list[int]
     rendered: str
-    image_token: str = ""
+    placeholders: tuple[str, ...] = ()
     image_texts: tuple[str, ...] = ()
+    shown: tuple[Visual, ...] = ()
     alone: tuple[bool, ...] = ()
 
     @property
     def text(self) -> str:
         """What the tokens stand for: the rendered chat with images at their length."""
-        return insert(self.rendered, self.image_token, self.image_texts)
+        return insert(self.rendered, self.placeholders, self.image_texts)
 
 
-def insert(rendered: str, placeholder: str, texts: Sequence[str]) -> str:
+def arranged(shown: Sequence[Visual], ones: Sequence[T]) -> list[T]:
+    """Images and clips, or their sizes, in the order of a rendered chat: a template may put all images before the videos, or
+    behind.
+
+    Args:
+        ones: in the order of the messages' parts.
+    """
+    rest = {
+        visual: iter([one for one in ones if isinstance(one, Clip | ClipSize) is (visual is Visual.VIDEO)]) for visual in Visual
+    }
+    return [one for visual in shown for one in islice(rest[visual], 1)]
+
+
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """A pattern that finds each of some texts."""
+    return re.compile("|".join(map(re.escape, texts)) or "(?!)")
+
+
+def insert(rendered: str, placeholders: Sequence[str], texts: Sequence[str]) -> str:
     """The text with a text for each placeholder, in order."""
     if not texts:
         return rendered
-    first, *others = rendered.split(placeholder)
+    first, *others = any_of(placeholders).split(rendered)
     return first + "".join(text + piece for text, piece in zip(texts, others, strict=True))
 
 
@@ -83,7 +105,7 @@ class ChatEncoder:
     """Encodes chats for one tokenizer with its chat template. It remembers what chats have in common; nothing of it is saved.
 
     Args:
-        image_token: the placeholder's text; one of it stands for one image.
+        image_token: the placeholder's text; one of it stands for one image, where no `images` name theirs.
         image_tokens: tokens of each image, where all take the same number of placeholders.
         stop_token: what the chat template writes after an answer.
         system_turn: see `ChatTemplate`.
@@ -100,13 +122,16 @@ class ChatEncoder:
         images: ImageTexts | None = None,
     ) -> None:
         self.key = self.key_of(tokenizer, image_token, image_tokens, stop_token, system_turn, id(images))
-        self.tokenizer, self.image_token, self.images = tokenizer, image_token, images
+        self.tokenizer, self.images = tokenizer, images
+        self.placeholders: Placeholders = {Visual.IMAGE: image_token} if images is None else images.placeholders
+        self._placeholder = any_of(self.placeholders.values())
         self.template = ChatTemplate(tokenizer, stop_token, system_turn, structured=images is not None and images.structured)
-        self._image_id: int = tokenizer.convert_tokens_to_ids(image_token)
-        self._same_image = ImageText(image_token * image_tokens, [self._image_id] * image_tokens)
+        image_id: int = tokenizer.convert_tokens_to_ids(image_token)
+        self._placeholder_ids = frozenset(tokenizer.convert_tokens_to_ids([*self.placeholders.values()]))
+        self._same_image = ImageText(image_token * image_tokens, [image_id] * image_tokens)
         self._walls = walls_of(tokenizer)
         self._control = self._control_tokens()
-        self._spaces = _LeadingSpaces(tokenizer) if _trims_offsets(tokenizer.backend_tokenizer) else None
+        self._spaces = LeadingSpaces(tokenizer) if trims_offsets(tokenizer.backend_tokenizer) else None
         self._seams: dict[str, list[int]] = {}
 
     @staticmethod
@@ -122,7 +147,7 @@ class ChatEncoder:
         Raises:
             ValueError: see `turns_of`; and if a text holds a token that means something else than its letters.
         """
-        turns, mask = turns_of(messages, self.image_token, self.template.structured), self.tokenizer.mask_token
+        turns, mask = turns_of(messages, self.placeholders, self.template.structured), self.tokenizer.mask_token
         for text in all_texts(turns):
             if mask is not None and mask in text:
                 raise ValueError(f"the text holds {mask!r}, which stands for a token not known yet")
@@ -138,18 +163,20 @@ class ChatEncoder:
         return self.template.render(self.turns(messages), add_generation_prompt)
 
     def encode(
-        self, messages: Messages, add_generation_prompt: bool = False, sizes: Sequence[Size] | None = None
+        self, messages: Messages, add_generation_prompt: bool = False, sizes: Sequence[Size | ClipSize] | None = None
     ) -> ChatEncoding:
         """Token ids and answer marks.
 
         Args:
-            sizes: of the images, in order, where their tokens follow from these.
+            sizes: of the images and videos, in order, where their tokens follow from these.
         Raises:
             ValueError: see `turns` and `encode_turns`.
         """
         return self.encode_turns(self.turns(messages), add_generation_prompt, sizes)
 
-    def encode_turns(self, turns: list[Turn], add_generation_prompt: bool, sizes: Sequence[Size] | None = None) -> ChatEncoding:
+    def encode_turns(
+        self, turns: list[Turn], add_generation_prompt: bool, sizes: Sequence[Size | ClipSize] | None = None
+    ) -> ChatEncoding:
         """Token ids and answer marks of what `turns` gave.
 
         Raises:
@@ -157,18 +184,17 @@ class ChatEncoder:
             ValueError: see `mark`.
         """
         rendered, spans = self.template.spans(turns, add_generation_prompt)
-        found, images = rendered.count(self.image_token), self._count_images(turns)
-        if found != images:
-            raise ChatTemplateError(
-                f"the chat template changes {self.image_token!r}, which stands for an image, or writes one of its own: "
-                f"{found} of them for {images} images; correct it"
-            )
+        for visual, token in self.placeholders.items():
+            found = rendered.count(token)
+            shown = sum(content.count(token if isinstance(content, str) else visual) for _, content in turns)  # type: ignore[arg-type]
+            if found != shown:
+                raise ChatTemplateError(
+                    f"the chat template changes {token!r}, which stands for {visual.value}s, or writes one of its own: "
+                    f"{found} of them for {shown} {visual.value}s; correct it"
+                )
         return self.mark(rendered, spans, sizes)
 
-    def _count_images(self, turns: list[Turn]) -> int:
-        return sum(content.count(self.image_token) if isinstance(content, str) else content.count(None) for _, content in turns)
-
-    def mark(self, rendered: str, spans: Spans, sizes: Sequence[Size] | None = None) -> ChatEncoding:
+    def mark(self, rendered: str, spans: Spans, sizes: Sequence[Size | ClipSize] | None = None) -> ChatEncoding:
         """Tokens of a rendered chat, with the characters of its answers.
 
         Raises:
@@ -188,33 +214,43 @@ class ChatEncoder:
         ids, answer = self._expand(ids, answer, images)
         if self.images is not None and self.images.first_ids and not rendered.startswith(self.images.first_text):
             ids, answer = self.images.first_ids + ids, [0] * len(self.images.first_ids) + answer
-        return ChatEncoding(ids, answer, rendered, self.image_token, tuple(image.text for image in images), tuple(alone))
+        placeholders = tuple(self.placeholders.values())
+        shown = tuple(self.shown_in(rendered)) if images else ()
+        return ChatEncoding(ids, answer, rendered, placeholders, tuple(image.text for image in images), shown, tuple(alone))
 
     def _alone(self, rendered: str, spans: Spans) -> list[bool]:
         """Of each placeholder whether no other stands between the same two answers: in the same question, that is. Later
         turns change nothing of it, so an image is in training what it is while a conversation goes on."""
         starts = [start for start, _ in spans]
-        turns = [bisect_right(starts, match.start()) for match in re.finditer(re.escape(self.image_token), rendered)]
-        images_in = Counter(turns)
-        return [images_in[turn] == 1 for turn in turns]
+        turns = [bisect_right(starts, match.start()) for match in self._placeholder.finditer(rendered)]
+        shown_in = Counter(turns)
+        return [shown_in[turn] == 1 for turn in turns]
 
-    def _image_texts(self, rendered: str, sizes: Sequence[Size] | None, alone: list[bool]) -> list[ImageText]:
+    def _image_texts(self, rendered: str, sizes: Sequence[Size | ClipSize] | None, alone: list[bool]) -> list[ImageText]:
         """What the placeholders of a chat become, in order."""
-        found = rendered.count(self.image_token)
         if self.images is None:
-            return [self._same_image] * found
-        if found != len(sizes or ()):
-            raise ValueError(f"the sizes of {len(sizes or ())} images are given for the {found} images of the chat")
-        return [self.images.of(size, is_alone) for size, is_alone in zip(sizes or (), alone, strict=True)]
+            return [self._same_image] * len(alone)
+        shown, given = self.shown_in(rendered), sizes or ()
+        in_order = arranged(shown, given)
+        if not len(shown) == len(given) == len(in_order):
+            raise ValueError(f"the sizes of {len(given)} images are given for the {len(shown)} images of the chat")
+        return [self.images.of(size, is_alone) for size, is_alone in zip(in_order, alone, strict=True)]
 
     def _with_edges(self, rendered: str, spans: Spans, images: list[ImageText]) -> tuple[str, Spans]:
         """The chat with the plain text that some processors write beside an image, whose tokens depend on its neighbours."""
         if not any(image.before or image.after for image in images):
             return rendered, spans
-        ends = [match.end() for match in re.finditer(re.escape(self.image_token), rendered)]
+        found = list(self._placeholder.finditer(rendered))
+        ends = [match.end() for match in found]
         grown = [0, *accumulate(len(image.before) + len(image.after) for image in images)]
         moved = [(start + grown[bisect_right(ends, start)], end + grown[bisect_right(ends, end)]) for start, end in spans]
-        return insert(rendered, self.image_token, [image.before + self.image_token + image.after for image in images]), moved
+        with_edges = [image.before + match[0] + image.after for match, image in zip(found, images, strict=True)]
+        return insert(rendered, tuple(self.placeholders.values()), with_edges), moved
+
+    def shown_in(self, rendered: str) -> list[Visual]:
+        """What a rendered chat shows, in order."""
+        visuals = {token: visual for visual, token in self.placeholders.items()}
+        return [visuals[token] for token in self._placeholder.findall(rendered)]
 
     @cached_property
     def generation_prompt(self) -> str:
@@ -296,19 +332,18 @@ class ChatEncoder:
 
     def _expand(self, ids: list[int], answer: list[int], images: list[ImageText]) -> tuple[list[int], list[int]]:
         """Gives every placeholder its tokens."""
-        placeholder = self._image_id
         if self.images is None and len(self._same_image.ids) == 1:
             return ids, answer
-        if ids.count(placeholder) != len(images):
+        places = sorted(place for token in self._placeholder_ids for place in _places_of(token, ids))
+        if len(places) != len(images):
+            told = " or ".join(map(repr, self.placeholders.values()))
             raise ValueError(
-                f"{ids.count(placeholder)} tokens {self.image_token!r} for {len(images)} images: the tokenizer splits it, or a "
-                "text spells it"
+                f"{len(places)} tokens {told} for {len(images)} images: the tokenizer splits it, or a text spells it"
             )
         wide_ids: list[int] = []
         wide_answer: list[int] = []
         at = 0
-        for image in images:
-            place = ids.index(placeholder, at)
+        for place, image in zip(places, images, strict=True):
             wide_ids += ids[at:place]
             wide_ids += image.ids
             wide_answer += answer[at:place]
@@ -321,7 +356,7 @@ class ChatEncoder:
         around answers, where it may write those of a text, as <think> is one)."""
         chats: list[tuple[Shape, ...]] = [self.template.shapes("user"), self.template.shapes("system", "user")]
         if self.template.structured:
-            chats.append((("user", "it"),))
+            chats += [(("user", f"{visual.value[0]}t"),) for visual in self.placeholders]
         written = "\n".join(
             piece for shapes in chats if (skeleton := self.template.skeleton(shapes)) is not None for piece in skeleton.pieces
         )
@@ -331,39 +366,13 @@ class ChatEncoder:
             for token in self.tokenizer.added_tokens_decoder.values()
             if token.content.strip() and (token.special or token.content in others or token.content in written)
         ]
-        own = (self.image_token, self.tokenizer.mask_token)  # these have messages of their own
+        own = (*self.placeholders.values(), self.tokenizer.mask_token)  # these have messages of their own
         control = sorted({token for token in control if token not in own}, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, control)) or "(?!)")
 
 
-class _LeadingSpaces(dict[int, int]):
-    """Token id -> spaces at its beginning, of which offsets that are trimmed know nothing."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        super().__init__()
-        self._tokenizer = tokenizer
-
-    def __missing__(self, token: int) -> int:
-        text = self._tokenizer.convert_ids_to_tokens(token)
-        self[token] = sum(1 for _ in takewhile(lambda sign: sign == "\u0120" or sign.isspace(), text))  # \u0120: a space
-        return self[token]
-
-
-def _trims_offsets(backend: Any) -> bool:
-    """Whether a tokenizer leaves spaces out of its tokens' offsets, as byte-level ones may."""
-    if backend.post_processor is None:
-        return False
-    found: list[Any] = [json.loads(backend.post_processor.__getstate__())]
-    for part in found:  # grows while it is walked through
-        if part.get("trim_offsets"):
-            return True
-        found += part.get("processors", [])
-    return False
-
-
-def walls_of(tokenizer: Any) -> frozenset[int]:
-    """Added tokens that are found before anything else is done with the text, so that neither side of one depends on the
-    other."""
-    plain = tokenizer.backend_tokenizer.normalizer is None
-    added = tokenizer.added_tokens_decoder.items()
-    return frozenset(number for number, token in added if not token.single_word and (plain or not token.normalized))
+def _places_of(token: int, ids: list[int]) -> Iterator[int]:
+    place = -1
+    for _ in range(ids.count(token)):
+        place = ids.index(token, place + 1)
+        yield place

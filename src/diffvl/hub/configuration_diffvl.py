@@ -40,6 +40,7 @@ class DiffVLConfig(PreTrainedConfig):
             `tiling_diffvl`), or None: one square an image.
         image_token_id, mask_token_id: rows of the trunk's embedding.
         image_inputs: names of the tensors that say what the images are, as `forward` and `generate` take them.
+        video_token_id, video_inputs: the same of videos, where the model has a token of its own for them.
         image_attention: how clean image tokens see each other, one of IMAGE_ATTENTION.
         placeholder_ids: further ids that stand for something else than text, and are never predicted.
         vocabulary_size: tokens of the tokenizer; rows beyond are padding and never predicted.
@@ -72,6 +73,8 @@ class DiffVLConfig(PreTrainedConfig):
         vocabulary_size: int = 0,
         stop_token_ids: list[int] | None = None,
         image_inputs: list[str] | None = None,
+        video_token_id: int | None = None,
+        video_inputs: list[str] | None = None,
         image_attention: str = "causal",
         placeholder_ids: list[int] | None = None,
         decoding: str = "ar",
@@ -96,6 +99,8 @@ class DiffVLConfig(PreTrainedConfig):
         self.vocabulary_size = vocabulary_size
         self.stop_token_ids = list(stop_token_ids or [])
         self.image_inputs = list(image_inputs or (["pixel_values"] if tiling is None else TILED_INPUTS))
+        self.video_token_id = video_token_id
+        self.video_inputs = list(video_inputs or [])
         self.image_attention = image_attention
         self.placeholder_ids = list(placeholder_ids or [])
         self.decoding = decoding
@@ -123,10 +128,14 @@ class DiffVLConfig(PreTrainedConfig):
         self.image_inputs = ["pixel_values"] if tiling is None else list(TILED_INPUTS)
 
     def to_dict(self) -> dict[str, Any]:
-        """As saved: the text configuration inside a source's is not written twice."""
+        """As saved: the text configuration inside a source's is not written twice, and nothing of tiles that are not cut."""
         settings = super().to_dict()
+        if self.tiling is None:
+            settings.pop("tiling", None)
         if self.source_config is not None:
             settings.pop("text_config", None)
+        if self.video_token_id is None:
+            settings = {name: value for name, value in settings.items() if name not in ("video_token_id", "video_inputs")}
         return settings
 
     @property

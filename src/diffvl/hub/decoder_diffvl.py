@@ -18,7 +18,7 @@ import torch
 
 from .blocks_diffvl import Counts, Piece, Places, Prefix, Prompt
 from .cache_diffvl import BlockCache, StaticBlockCache, StaticTrunk
-from .images_diffvl import ImageRows, images_of_samples
+from .images_diffvl import ImageRows, Shown
 from .masks_diffvl import attention_masks
 
 
@@ -55,9 +55,8 @@ class BlockDecoder:
         self.counts = self._count()
         rows = self._encoded(pixels, prefix)
         if model.images.has_axes:
-            is_image = (input_ids == self.config.image_token_id) & valid
-            images = images_of_samples(is_image, () if rows is None else rows.counts)
-            self.prompt = replace(self.prompt, rope=model.images.rope(input_ids, valid, pixels, images))
+            shown = Shown.in_text(input_ids, valid, rows, self.config)
+            self.prompt = replace(self.prompt, rope=model.images.rope(input_ids, valid, pixels, shown))
         self.block = self.prompt.first_block(self.config, self.counts)
         self.committed = replace(Prefix.empty(input_ids, pixels, self.config, self.counts.is_ragged), rows=rows)
         self.waiting: Piece | None = None
@@ -89,10 +88,7 @@ class BlockDecoder:
             rows: ImageRows | None = prefix.rows
         else:
             rows = self.model.images.encode(pixels) if pixels else None
-        expected, found = 0 if rows is None else rows.total, self.counts.image_tokens
-        if found != expected:
-            images = 0 if rows is None else len(rows.counts)
-            raise ValueError(f"{images} images give {expected} image tokens, the text has {found}")
+        (rows or ImageRows(None, ())).require(self.counts.image_tokens)
         return rows
 
     def _reuse(self, prefix: Prefix) -> None:

@@ -70,7 +70,8 @@ class BlockGeneration:
             raise ValueError(f"{len(image_sizes)} image_sizes, but another number of images")
         if streamer is not None and len(input_ids) != 1:
             raise ValueError(f"a streamer takes one prompt, got {len(input_ids)}")
-        more = {name: arguments.pop(name) for name in self.config.image_inputs if name in arguments}
+        known = (*self.config.image_inputs, *self.config.video_inputs)
+        more = {name: arguments.pop(name) for name in known if name in arguments}
         pixels = self.pixels_of({"pixel_values": pixel_values, "image_sizes": image_sizes, **more})
         given = Arguments(arguments, generation_config, self.generation_config)
         settings = settings_of(given, self.config, input_ids.shape[1])

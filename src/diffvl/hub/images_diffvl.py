@@ -8,15 +8,18 @@ again: a noisy copy of an image token, or a part of an image in another forward,
 * `NativeImages`: a whole stock vision-language model. Its own vision part makes the rows and its own forward places them
   (`mm_encoder_outputs`), with whatever it adds besides: features for several layers, say. Its own position ids hold too.
 
+A video is rows too. Where a model has a token of its own for videos, images and videos are counted each by themselves; which of
+them a token shows is told by its id.
+
 Shapes: B batch, T tokens, N images, P tokens of an image, H trunk width, A rotary axes.
 """
 
 import copy
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,20 +29,33 @@ from .tiling_diffvl import tiled_rows
 
 Pixels = dict[str, torch.Tensor]
 
+VIDEO_FRAMES = "video_frames"  # [N], frames of each video, where they stand in one tensor [N, T, ...] that is filled up
+
 # What a stock vision part gives with one row for each image token; the other fields of its output are left alone.
 ROW_FIELDS = ("pooler_output", "deepstack_features")
 
 
 @dataclass(frozen=True)
 class ImageRows:
-    """The rows of a batch's images, and what else came out of the vision part. counts: rows of each image."""
+    """The rows of a batch's images, and what else came out of the vision part (None: there are no images). counts: rows of each
+    image. videos: the same of its videos."""
 
     output: Any
     counts: tuple[int, ...]
+    videos: "ImageRows | None" = None
 
     @property
     def total(self) -> int:
         return sum(self.counts)
+
+    def require(self, tokens: int) -> None:
+        """Raises ValueError unless there is a row for each of the placeholders of a text."""
+        videos = self.videos or ImageRows(None, ())
+        if tokens != self.total + videos.total:
+            clips = f" and {len(videos.counts)} videos" if videos.counts else ""
+            raise ValueError(
+                f"{len(self.counts)} images{clips} give {self.total + videos.total} image tokens, the text has {tokens}"
+            )
 
     def gathered(self, index: torch.Tensor) -> Any:
         """The output with the rows at `index` [n] only, in that order."""
@@ -77,6 +93,15 @@ def _flat(value: torch.Tensor, total: int) -> torch.Tensor:
     raise ValueError(f"image features of the shape {tuple(value.shape)} have no row for each of {total} image tokens")
 
 
+def _joined_rows(outputs: Sequence[Any], counts: Sequence[int]) -> Any:
+    """The outputs of a vision part for several videos as that for all of them."""
+    joined = copy.copy(outputs[0])
+    for name in _row_fields(joined):
+        rows = [_flat(output[name], count) for output, count in zip(outputs, counts, strict=True)]
+        joined[name] = torch.cat(rows)[None]
+    return joined
+
+
 def _leading(value: torch.Tensor) -> int:
     return math.prod(value.shape[:-1])
 
@@ -92,21 +117,16 @@ def _counts(output: Any) -> tuple[int, ...]:
 
 
 def join_pixels(parts: Sequence[Pixels]) -> Pixels:
-    """Joins the pixels of several images or samples, in order; {} for none.
+    """Joins the pixels of several images, videos or samples, in order, each tensor over those that have it; {} for none.
 
     Tensors are joined along dim 0 and filled up with zeros where other dims differ (tiles, height and width), as the processors
     of such models do themselves: a size, a mask or the zeros tell those models what is real.
 
     Raises:
-        ValueError: if the parts have other keys, or tensors of other numbers of dims.
+        ValueError: if tensors of a name have other numbers of dims.
     """
-    parts = [part for part in parts if part]
-    if not parts:
-        return {}
-    names = list(parts[0])
-    if any(set(part) != set(names) for part in parts):
-        raise ValueError(f"pixels with other keys cannot be joined: {sorted({key for part in parts for key in part})}")
-    return {name: _joined([part[name] for part in parts]) for name in names}
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: _joined([part[name] for part in parts if name in part]) for name in names}
 
 
 def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -148,7 +168,7 @@ class OwnImages:
         """What the trunk's own `generate` is called with for prompts [B, T]; the answer alone comes back."""
         return self.arguments(ids, rows, placed_images(ids, self.config))
 
-    def rope(self, ids: torch.Tensor, valid: torch.Tensor, pixels: Pixels, images: Sequence[int]) -> Rope:
+    def rope(self, ids: torch.Tensor, valid: torch.Tensor, pixels: Pixels, shown: "Shown") -> Rope:
         """Position ids: the index of each token."""
         return Rope()
 
@@ -166,8 +186,33 @@ class NativeImages:
         return hasattr(self.body, "get_rope_index")
 
     def encode(self, pixels: Pixels) -> ImageRows:
-        """The images as the source's own vision part sees them; without a graph if it is frozen."""
-        encoder = getattr(self.body, "get_image_features", None) or stock(self.source).get_image_features
+        """Images and videos as the source's own vision part sees them; without a graph if it is frozen."""
+        images, videos = ({name: pixels[name] for name in names if name in pixels} for names in self._inputs)
+        seen = ImageRows(None, ())
+        if images:
+            output = self._features("get_image_features", images)
+            seen = ImageRows(output, _counts(output))
+        return replace(seen, videos=self._encoded_videos(videos)) if videos else seen
+
+    @property
+    def _inputs(self) -> tuple[list[str], list[str]]:
+        return self.config.image_inputs, self.config.video_inputs
+
+    def _encoded_videos(self, videos: Pixels) -> ImageRows:
+        """Videos that stand in one tensor are encoded with those of as many frames."""
+        frames = videos.get(VIDEO_FRAMES)
+        if frames is None or len(set(frames.tolist())) == 1:
+            output = self._features("get_video_features", videos)
+            return ImageRows(output, _counts(output))
+        parts = []
+        for number, count in enumerate(frames.tolist()):
+            own = {name: value[number : number + 1, :count] for name, value in videos.items() if value.dim() > 1}
+            parts.append(self._features("get_video_features", own))
+        counts = tuple(sum(_counts(part)) for part in parts)
+        return ImageRows(_joined_rows(parts, counts), counts)
+
+    def _features(self, method: str, pixels: Pixels) -> Any:
+        encoder = getattr(self.body, method, None) or getattr(stock(self.source), method)
         known = inspect.signature(encoder).parameters
         dtype = self.source.get_input_embeddings().weight.dtype
         given = {
@@ -177,41 +222,54 @@ class NativeImages:
         }
         trains = any(parameter.requires_grad for parameter in vision_parameters(self.source).values())
         with nullcontext() if trains else torch.no_grad():
-            output = encoder(**given, return_dict=True)
-        return ImageRows(output, _counts(output))
+            return encoder(**given, return_dict=True)
 
     def arguments(self, ids: torch.Tensor, rows: ImageRows | None, image_index: torch.Tensor | None) -> dict[str, Any]:
         """What the source is called with: ids, the rows of their placeholders, and which ids are placeholders where it asks."""
         arguments: dict[str, Any] = {"input_ids": ids}
+        outputs = {}
         if rows is not None and image_index is not None:
-            shown = image_index[image_index >= 0]
+            of_video = None if self.config.video_token_id is None else ids == self.config.video_token_id
+            shown = image_index[image_index >= 0] if of_video is None else image_index[(image_index >= 0) & ~of_video]
             if len(shown):
-                arguments["mm_encoder_outputs"] = {"image": rows.gathered(shown)}
-        return arguments | token_types(stock(self.source), ids, self.config.image_token_id)
+                outputs["image"] = rows.gathered(shown)
+            if of_video is not None and rows.videos is not None and len(shown := image_index[(image_index >= 0) & of_video]):
+                outputs["video"] = rows.videos.gathered(shown)
+        if outputs:
+            arguments["mm_encoder_outputs"] = outputs
+        return arguments | self._token_types(ids)
+
+    def _token_types(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return token_types(stock(self.source), ids, self.config.image_token_id, self.config.video_token_id)
 
     def prompt(self, ids: torch.Tensor, pixels: Pixels, rows: ImageRows | None) -> dict[str, Any]:
         """What the source's own `generate` is called with for prompts [B, T]; they come back before the answer."""
-        return {"input_ids": ids, **pixels, **token_types(stock(self.source), ids, self.config.image_token_id)}
+        given = {name: value for name, value in pixels.items() if name != VIDEO_FRAMES}
+        return {"input_ids": ids, **given, **self._token_types(ids)}
 
-    def rope(self, ids: torch.Tensor, valid: torch.Tensor, pixels: Pixels, images: Sequence[int]) -> Rope:
+    def rope(self, ids: torch.Tensor, valid: torch.Tensor, pixels: Pixels, shown: "Shown") -> Rope:
         """Position ids as the source numbers its tokens, sample by sample: some families count images over a whole batch.
 
         Args:
-            ids, valid: clean tokens [B, T], of any padding. images: how many images each sample shows.
+            ids, valid: clean tokens [B, T], of any padding. shown: how many images and videos each sample shows.
         """
         if not self.has_axes:
             return Rope()
         number = self.body.get_rope_index
         known = inspect.signature(number).parameters
-        grids, first, tables = pixels.get("image_grid_thw"), 0, []
-        for own_ids, own_valid, count in zip(ids, valid, images, strict=True):
+        tables = []
+        facts = [(name, counts) for name, counts in _facts_of_rope(shown) if name in known and name in pixels]
+        first = dict.fromkeys((name for name, _ in facts), 0)
+        for line, (own_ids, own_valid) in enumerate(zip(ids, valid, strict=True)):
             sample = own_ids[own_valid][None]
-            types = (sample == self.config.image_token_id).long()
-            given: dict[str, Any] = {"mm_token_type_ids": types} if "mm_token_type_ids" in known else {}
-            if count and grids is not None:
-                given["image_grid_thw"] = grids[first : first + count]
+            given: dict[str, Any] = {}
+            if "mm_token_type_ids" in known:
+                given["mm_token_type_ids"] = _types(sample, self.config.image_token_id, self.config.video_token_id)
+            for name, counts in facts:
+                if counts[line]:
+                    given[name] = pixels[name][first[name] : first[name] + counts[line]]
+                first[name] += counts[line]
             tables.append(number(sample, **given)[0][:, 0])
-            first += count
         lengths = valid.sum(1)
         table = torch.zeros(len(tables[0]), len(ids), max(int(lengths.max()), 1), dtype=torch.long, device=ids.device)
         for line, entries in enumerate(tables):
@@ -223,10 +281,56 @@ class NativeImages:
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids")
 
 
-def token_types(source: Any, ids: torch.Tensor, image_id: int) -> dict[str, torch.Tensor]:
-    """Which ids are image tokens, under the names by which a stock forward asks for it."""
+def token_types(source: Any, ids: torch.Tensor, image_id: int, video_id: int | None = None) -> dict[str, torch.Tensor]:
+    """Which ids are image tokens (1) or video tokens (2), under the names by which a stock forward asks for it."""
     known = inspect.signature(source.forward).parameters
-    return {name: (ids == image_id).long() for name in TOKEN_TYPES if name in known}
+    return {name: _types(ids, image_id, video_id) for name in TOKEN_TYPES if name in known}
+
+
+def _types(ids: torch.Tensor, image_id: int, video_id: int | None) -> torch.Tensor:
+    types = (ids == image_id).long()
+    return types if video_id is None else types + 2 * (ids == video_id).long()
+
+
+def is_visual(ids: torch.Tensor, config: Any) -> torch.Tensor:
+    """True at tokens that show a part of an image or a video."""
+    is_image = ids == config.image_token_id
+    return is_image if config.video_token_id is None else is_image | (ids == config.video_token_id)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How many images and videos each sample shows."""
+
+    images: Sequence[int]
+    videos: Sequence[int]
+
+    @classmethod
+    def in_batch(cls, batch: Mapping[str, Any]) -> "Shown":
+        """As a batch of samples says it."""
+        none = [0] * len(batch["input_ids"])
+        images, videos = (batch[name].tolist() if name in batch else none for name in ("images", "videos"))
+        return cls(images, videos)
+
+    @classmethod
+    def in_text(cls, ids: torch.Tensor, valid: torch.Tensor, rows: ImageRows | None, config: Any) -> "Shown":
+        """As tokens [B, T] and rows say it.
+
+        Raises:
+            ValueError: if a sample ends inside an image.
+        """
+        rows = rows or ImageRows(None, ())
+        images = images_of_samples((ids == config.image_token_id) & valid, rows.counts)
+        if config.video_token_id is None:
+            return cls(images, [0] * len(ids))
+        is_video = (ids == config.video_token_id) & valid
+        return cls(images, images_of_samples(is_video, () if rows.videos is None else rows.videos.counts))
+
+
+def _facts_of_rope(shown: Shown) -> list[tuple[str, Sequence[int]]]:
+    """What a source asks for to number its tokens, with one row an image or video."""
+    videos = shown.videos
+    return [("image_grid_thw", shown.images), ("video_grid_thw", videos), ("second_per_grid_ts", videos)]
 
 
 def stock(model: Any) -> Any:
@@ -275,49 +379,12 @@ def images_of_samples(is_image: torch.Tensor, counts: Sequence[int]) -> list[int
     return numbers
 
 
-def answer_cells(block: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
-    """True at the first token of every block that holds tokens of an answer, [B, L]."""
-    first = block != torch.roll(block, 1, 1)
-    first[:, 0] = True
-    number = first.long().cumsum(1) - 1
-    holds = torch.zeros_like(answer).scatter_add_(1, number, (answer > 0).long())
-    return first & (holds.gather(1, number) > 0)
-
-
-def span_ids(
-    is_image: torch.Tensor, answer: torch.Tensor, valid: torch.Tensor, cut: torch.Tensor, image_attention: str
-) -> torch.Tensor | None:
-    """The span of each clean token, [B, T]: 0 for none, else counted from 1; None where no tokens see each other so.
-
-    Args:
-        is_image: image tokens. answer: 0 outside, k in the k-th answer. cut: True where a span may not reach across, at the
-            first token of a block that holds answer tokens: what stands before it is committed before it in decoding.
-    """
-    if image_attention == "causal":
-        return None
-    inside = valid & (answer == 0) if image_attention == "prompt" else valid & is_image
-    before = torch.roll(inside, 1, 1)
-    before[:, 0] = False
-    if image_attention.startswith("runs"):
-        begins = inside & ~before
-    else:  # one span from answer to answer
-        turn = (answer != torch.roll(answer, 1, 1)).long()
-        turn[:, 0] = 0
-        turn = turn.cumsum(1)
-        begins = inside & (turn != _before(turn, inside))
-    return torch.where(inside, (begins | (inside & cut)).long().cumsum(1), 0)
-
-
-def _before(value: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """At every token the value of the last token inside before it; -1 where there is none."""
-    marked = torch.where(inside, value, -1)
-    latest = marked.cummax(1).values
-    shifted = torch.roll(latest, 1, 1)
-    shifted[:, 0] = -1
-    return shifted
-
-
 def placed_images(ids: torch.Tensor, config: Any, valid: torch.Tensor | None = None) -> torch.Tensor:
-    """For each token the row of the image tokens that it shows, counted over the batch in reading order, -1 for text; [B, T]."""
-    is_image = ids == config.image_token_id
-    return image_rows(is_image if valid is None else is_image & valid)
+    """For each token the row that it shows, of images or of videos, each counted over the batch in reading order; -1 for text;
+    [B, T]."""
+    inside = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
+    images = image_rows((ids == config.image_token_id) & inside)
+    if config.video_token_id is None:
+        return images
+    is_video = (ids == config.video_token_id) & inside
+    return torch.where(is_video, image_rows(is_video), images)

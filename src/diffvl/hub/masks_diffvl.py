@@ -10,6 +10,7 @@ Shapes: B batch, Q queries, T tokens (keys).
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -114,3 +115,33 @@ def block_kernels(trunk: Any) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = "sdpa"
+
+
+def check_mask(mask: torch.Tensor, batch: int, tokens: int, total: int) -> None:
+    """Raises ValueError unless a caller's mask is one column or one matrix for the tokens of the cache and of the call."""
+    if mask.dim() == 2 and mask.shape[1] != total:
+        raise ValueError(f"attention_mask has {mask.shape[1]} columns for {total - tokens} cached and {tokens} new tokens")
+    if mask.dim() != 2 and (mask.dim() != 3 or mask.shape[-2:] != (tokens, total)):
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, expected [{batch}, {tokens}, {total}]")
+
+
+class GivenMask(Layout):
+    """A caller's own [B, T, K] mask in the place of the attention rule; windows still apply, and the tokens of an image still see
+    each other where the model wants it, of which a caller knows nothing."""
+
+    def __init__(self, layout: Layout, mask: torch.Tensor) -> None:
+        super().__init__(**vars(layout))
+        self.mask = mask
+
+    def allowed(self, queries: slice = slice(None), window: int | None = None, chunk: int | None = None) -> torch.Tensor:
+        plain = replace(self.plain, image_attention="causal")
+        everything = replace(plain, block=torch.zeros_like(self.block), context="block").allowed(queries, window, chunk)
+        given = everything & self.mask
+        if self.span is None:
+            return given
+        return given | (self.plain.allowed(queries, window, chunk) & ~plain.allowed(queries, window, chunk))
+
+    @property
+    def plain(self) -> Layout:
+        """The same tokens without the caller's mask."""
+        return self.with_rows(self.rows)

@@ -9,9 +9,8 @@ chunk.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -34,10 +33,11 @@ from .configuration_diffvl import DiffVLConfig
 from .connector_diffvl import Connector, fresh_newline
 from .generation_diffvl import BlockGeneration
 from .head_diffvl import flat_rows, head_on, mapped_rows
-from .images_diffvl import ImageRows, NativeImages, OwnImages, images_of_samples, settle_frozen, span_ids, stock
-from .layout_diffvl import Layout, Rope, clean_layout, image_rows
-from .masks_diffvl import attention_masks
+from .images_diffvl import ImageRows, NativeImages, OwnImages, Shown, is_visual, placed_images, settle_frozen, stock
+from .layout_diffvl import Layout, Rope, clean_layout
+from .masks_diffvl import GivenMask, attention_masks, check_mask
 from .settings_diffvl import refuse_videos
+from .spans_diffvl import span_ids
 from .tiling_diffvl import NUM_TILES
 
 
@@ -165,7 +165,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         Raises:
             ValueError: if images and placeholders do not match in number.
         """
-        is_image = input_ids == self.config.image_token_id
+        is_image = is_visual(input_ids, self.config)
         if rows is None:
             shown = is_image if image_index is None else image_index >= 0
             if bool(shown.any()):
@@ -173,9 +173,8 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
             return None
         if image_index is not None:
             return image_index
-        if int(is_image.sum()) != rows.total:
-            raise ValueError(f"{len(rows.counts)} images give {rows.total} image tokens, the text has {int(is_image.sum())}")
-        return image_rows(is_image)
+        rows.require(int(is_image.sum()))
+        return placed_images(input_ids, self.config)
 
     def pixels_of(self, given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """The tensors among a caller's that say what the images are.
@@ -183,21 +182,18 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         Raises:
             ValueError: for one that this model does not know, if only some are given, and for another number of image_sizes.
         """
-        names = self.config.image_inputs
-        unknown = [name for name, value in given.items() if name not in names and name != "image_sizes" and value is not None]
+        names, videos = self.config.image_inputs, self.config.video_inputs
+        known = (*names, *videos, "image_sizes")
+        unknown = [name for name, value in given.items() if name not in known and value is not None]
         if unknown:
             raise ValueError(f"{unknown[0]} is not known here; expected images as {', '.join(names)}")
-        found = {name: given[name] for name in names if given.get(name) is not None}
-        if not found.keys() - {"image_sizes"}:
-            return {}
-        if missing := [name for name in names if name not in found and name != NUM_TILES]:
-            raise ValueError(f"images without {missing[0]}; expected them as {', '.join(names)}")
+        found = _whole("images", names, given) | _whole("videos", videos, given)
         sizes, shown = given.get("image_sizes"), given.get("pixel_values")
         # A native model that does not ask for sizes may have packed the patches of its images into one row.
         counts_images = not self.is_native or "image_sizes" in names
         if counts_images and sizes is not None and shown is not None and len(sizes) != len(shown):
             raise ValueError(f"{len(sizes)} image_sizes, but another number of images")
-        return found if all(len(value) for value in found.values()) else {}
+        return found
 
     def forward(
         self,
@@ -209,7 +205,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         past_key_values: Cache | None = None,
         use_cache: bool = False,
         store_kv: bool = True,
-        pixel_values_videos: None = None,
+        pixel_values_videos: torch.Tensor | None = None,
         image_sizes_videos: None = None,
         image_index: torch.Tensor | None = None,
         rows: ImageRows | None = None,
@@ -233,7 +229,8 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
             position_ids: [B, T], the order of the tokens, and their rotation where the trunk has one rotary axis; or [A, B, T],
                 the rotation alone. Default: counted on from the cache, images as the trunk numbers them.
             store_kv: False leaves the cache as it was, and still attends to it.
-            pixel_values_videos, image_sizes_videos: None; accepted for callers of SDAR-VL style, which always name them.
+            pixel_values_videos: of a native model that takes videos, what its processor gives; else None. image_sizes_videos:
+                None; accepted for callers of SDAR-VL style, which always name both.
             image_index: for each token the row of the image tokens that it shows, -1 for text, [B, T]. Default: the placeholders
                 in reading order. A noisy copy of a placeholder names the row of its clean counterpart.
             rows: what `images.encode` gave, in the place of pixels that were encoded before.
@@ -247,10 +244,13 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         Returns:
             logits [B, T, V] (or [M, V]) and the cache.
         Raises:
-            ValueError: on inputs that do not fit together, and on videos.
+            ValueError: on inputs that do not fit together, and on videos where the model takes none.
         """
-        refuse_videos(pixel_values_videos=pixel_values_videos, image_sizes_videos=image_sizes_videos)
-        seen = self.pixels_of({"pixel_values": pixel_values, "image_sizes": image_sizes, **pixels})
+        if self.config.video_token_id is None:
+            refuse_videos(pixel_values_videos=pixel_values_videos)
+        refuse_videos(image_sizes_videos=image_sizes_videos)
+        pixels |= {"pixel_values": pixel_values, "image_sizes": image_sizes, "pixel_values_videos": pixel_values_videos}
+        seen = self.pixels_of(pixels)
         if rows is None and seen and not text_only:
             rows = self.images.encode(seen)
         shown = None if text_only else self._shown(input_ids, rows, image_index)
@@ -304,7 +304,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         queries = slice(past, total)
         valid = torch.ones(batch, total, dtype=torch.bool, device=device)
         if mask is not None:
-            _check_mask(mask, batch, tokens, total)
+            check_mask(mask, batch, tokens, total)
             valid = mask.bool() if mask.dim() == 2 else valid
         layout = clean_layout(torch.zeros(batch, total, dtype=torch.long, device=device), valid, context="causal")
         if not past:
@@ -319,14 +319,14 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
             return None, rope  # the trunk's own causal attention, which needs no mask
         layout.position = torch.cat([layout.position[:, :past], order], dim=1)
         if mask is not None and mask.dim() == 3:
-            layout = _GivenMask(layout, mask.bool())
+            layout = GivenMask(layout, mask.bool())
         table: Any = self.get_input_embeddings()
         return attention_masks(self.config.text_config, layout, queries, table.weight.dtype), rope
 
     def _mark_spans(self, layout: Layout, input_ids: torch.Tensor) -> None:
         """Lets the image tokens of a prompt see each other as the trunk wants it."""
         nothing = torch.zeros_like(input_ids)
-        is_image = input_ids == self.config.image_token_id
+        is_image = is_visual(input_ids, self.config)
         layout.span = span_ids(is_image, nothing, layout.valid, nothing.bool(), self.config.image_attention)
         layout.image_attention = self.config.image_attention
 
@@ -349,39 +349,17 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
                     "after this cache the model needs position_ids [axes, batch, tokens]: its rotation is not the order"
                 )
             return known
-        is_image = (input_ids == self.config.image_token_id) & valid
-        images = images_of_samples(is_image, () if rows is None else rows.counts)
-        rope = self.images.rope(input_ids, valid, pixels, images)
+        rope = self.images.rope(input_ids, valid, pixels, Shown.in_text(input_ids, valid, rows, self.config))
         if cache is not None:
             cache.rope = rope  # type: ignore[attr-defined]
         return rope
 
 
-def _check_mask(mask: torch.Tensor, batch: int, tokens: int, total: int) -> None:
-    """Raises ValueError unless a caller's mask is one column or one matrix for the tokens of the cache and of the call."""
-    if mask.dim() == 2 and mask.shape[1] != total:
-        raise ValueError(f"attention_mask has {mask.shape[1]} columns for {total - tokens} cached and {tokens} new tokens")
-    if mask.dim() != 2 and (mask.dim() != 3 or mask.shape[-2:] != (tokens, total)):
-        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, expected [{batch}, {tokens}, {total}]")
-
-
-class _GivenMask(Layout):
-    """A caller's own [B, T, K] mask in the place of the attention rule; windows still apply, and the tokens of an image still see
-    each other where the model wants it, of which a caller knows nothing."""
-
-    def __init__(self, layout: Layout, mask: torch.Tensor) -> None:
-        super().__init__(**vars(layout))
-        self.mask = mask
-
-    def allowed(self, queries: slice = slice(None), window: int | None = None, chunk: int | None = None) -> torch.Tensor:
-        plain = replace(self.plain, image_attention="causal")
-        everything = replace(plain, block=torch.zeros_like(self.block), context="block").allowed(queries, window, chunk)
-        given = everything & self.mask
-        if self.span is None:
-            return given
-        return given | (self.plain.allowed(queries, window, chunk) & ~plain.allowed(queries, window, chunk))
-
-    @property
-    def plain(self) -> Layout:
-        """The same tokens without the caller's mask."""
-        return self.with_rows(self.rows)
+def _whole(what: str, names: Sequence[str], given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of these names; {} where there are none, or nothing is in them. Raises ValueError for some of them alone."""
+    found = {name: given[name] for name in names if given.get(name) is not None}
+    if not found.keys() - {"image_sizes"}:
+        return {}
+    if missing := [name for name in names if name not in found and name != NUM_TILES]:
+        raise ValueError(f"{what} without {missing[0]}; expected them as {', '.join(names)}")
+    return found if all(len(value) for value in found.values()) else {}

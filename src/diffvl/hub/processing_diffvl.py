@@ -8,28 +8,27 @@ speaks for a checkpoint's own processor (see `source_diffvl`): what an image is 
 it, and its text follows from the image's size.
 """
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from math import isqrt
 from os import PathLike
-from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 from weakref import WeakKeyDictionary
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from transformers import AutoImageProcessor, BatchFeature, ProcessorMixin
 
-from .chat_diffvl import ChatEncoder, ChatEncoding, alone_in
+from .chat_diffvl import ChatEncoder, ChatEncoding, alone_in, arranged
+from .clips_diffvl import ClipSize, Sampler
 from .images_diffvl import Pixels, join_pixels
-from .messages_diffvl import Messages, images_of
-from .seen_diffvl import Size, as_seen, images_as_seen, size_of
+from .messages_diffvl import Messages
+from .seen_diffvl import Size, images_as_seen
 from .source_diffvl import SourceImages, build_processor
+from .template_diffvl import Visual
 from .tiled_images_diffvl import TiledImages
 from .tiling_diffvl import Tiling
+from .video_processor_diffvl import build_video_processor
+from .visuals_diffvl import clips_of, flat, in_order, size_of_visual
 
 # Not attributes of the processors: what is remembered is neither saved, copied nor sent to other processes.
 _ENCODERS: WeakKeyDictionary[Any, ChatEncoder] = WeakKeyDictionary()
@@ -37,7 +36,7 @@ _IMAGES: WeakKeyDictionary[Any, tuple[tuple[Any, Any], SourceImages]] = WeakKeyD
 _TILED: WeakKeyDictionary[Any, tuple[tuple[Any, ...], TiledImages]] = WeakKeyDictionary()
 BACKEND = "pil"
 TEXT_INPUTS = ("input_ids", "attention_mask", "answer_index")
-UNUSED = ("tools", "documents", "continue_final_message", "return_assistant_tokens_mask", "videos", "audio")
+UNUSED = ("tools", "documents", "continue_final_message", "return_assistant_tokens_mask", "audio")
 
 
 class DiffVLProcessor(ProcessorMixin):
@@ -51,7 +50,8 @@ class DiffVLProcessor(ProcessorMixin):
         system_turn: `first_question` puts a system turn in front of the first question, for chat templates that take none;
             `template` leaves it to the template.
         source: of the native kind: `class` and `settings` of the checkpoint's own processor; `first_tokens`, which it puts
-            before every chat that does not begin with them; `backend`, by which images are resized.
+            before every chat that does not begin with them; `backend`, by which images are resized; `video`, where it takes
+            videos: `class` and `settings` of its video processor.
         tiling: of the own kind: how images are cut, as `DiffVLConfig.tiling`; None: one square an image.
     """
 
@@ -118,7 +118,9 @@ class DiffVLProcessor(ProcessorMixin):
         parts = self.image_processor, self.tokenizer
         known = _IMAGES.get(self)
         if known is None or any(one is not other for one, other in zip(known[0], parts, strict=True)):
-            inner = build_processor(self.source["class"], self.source["settings"], *parts)
+            video = self.source.get("video")
+            frames = None if video is None else build_video_processor(video["class"], video["settings"])
+            inner = build_processor(self.source["class"], self.source["settings"], *parts, frames)
             first = self.tokenizer.convert_tokens_to_ids(self.source["first_tokens"])
             known = _IMAGES[self] = parts, SourceImages(inner, first, "".join(self.source["first_tokens"]))
         return known[1]
@@ -132,6 +134,16 @@ class DiffVLProcessor(ProcessorMixin):
         if known is None or known[0] != parts:
             known = _TILED[self] = parts, TiledImages(*parts)
         return known[1]
+
+    @property
+    def sampler(self) -> Sampler | None:
+        """Which frames of a video are shown; None where the model takes no videos."""
+        return None if self.images is None else self.images.sampler
+
+    @property
+    def video_token(self) -> str | None:
+        """The placeholder's text of a video; None where the model takes none."""
+        return None if self.images is None else self.images.placeholders.get(Visual.VIDEO)
 
     @property
     def encoder(self) -> ChatEncoder:
@@ -151,16 +163,18 @@ class DiffVLProcessor(ProcessorMixin):
         """The text that one image's placeholder becomes."""
         return self.image_token * self.image_tokens
 
-    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
-        """Images and *rendered* chat text -> input_ids, attention_mask and the pixel tensors; the template has put the special
-        tokens in already, so none are added. A text with earlier answers also gives `answer_index`, as in apply_chat_template.
+    def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> BatchFeature:
+        """Images, videos and *rendered* chat text -> input_ids, attention_mask and the pixel tensors; the template has put the
+        special tokens in already, so none are added. A text with earlier answers also gives `answer_index`, as in
+        apply_chat_template.
 
         Raises:
-            ValueError: if earlier answers cannot be found again in the tokens.
+            ValueError: if earlier answers cannot be found again in the tokens, or what is shown cannot be read.
         """
         images = images_as_seen(images)
+        clips = clips_of(videos, self.sampler)
         if self.asks_sizes:
-            return self._call_with_sizes(images, text, **kwargs)
+            return self._call_with_sizes({Visual.IMAGE: flat(images), Visual.VIDEO: clips}, text, **kwargs)
         kwargs.setdefault("add_special_tokens", False)
         if images is None and text is not None:
             data = BatchFeature(dict(self.tokenizer(text, **kwargs)), tensor_type=kwargs.get("return_tensors"))
@@ -173,25 +187,25 @@ class DiffVLProcessor(ProcessorMixin):
         return data
 
     def _call_with_sizes(
-        self, images: Any, text: Any, padding: Any = False, return_tensors: str | None = None, **kwargs: Any
+        self, given: dict[Visual, list[Any]], text: Any, padding: Any = False, return_tensors: str | None = None, **kwargs: Any
     ) -> BatchFeature:
         """The same where an image's tokens follow from its size."""
         if refused := [name for name in kwargs if name not in ("max_length", "padding_side", "pad_to_multiple_of")]:
             raise ValueError(f"{refused[0]} is not taken here: texts are tokenised as they are in training, and never cut")
-        shown = _flat(images)
-        data: dict[str, Any] = {}
-        alone = [True] * len(shown)
-        if text is not None:
-            texts = [text] if isinstance(text, str) else list(text)
-            sizes = iter([size_of(image) for image in shown])
-            encodings = [
-                self.encoder.mark(one, self._spans_in(one), list(islice(sizes, one.count(self.image_token)))) for one in texts
-            ]
-            if left := sum(1 for _ in sizes):
-                raise ValueError(f"{left} images more than {self.image_token!r} in the texts")
-            data = self._padded(encodings, padding, **kwargs)
-            alone = alone_in(encodings)
-        return BatchFeature({**data, **self.pixels(shown, alone)}, tensor_type=return_tensors)
+        if text is None:
+            return BatchFeature(self.pixels([*given[Visual.IMAGE], *given[Visual.VIDEO]]), tensor_type=return_tensors)
+        texts = [text] if isinstance(text, str) else list(text)
+        rest = {visual: iter(ones) for visual, ones in given.items()}
+        shown = [[one for visual in self.encoder.shown_in(text) for one in islice(rest[visual], 1)] for text in texts]
+        encodings = [
+            self.encoder.mark(text, self._spans_in(text), [size_of_visual(one) for one in own])
+            for text, own in zip(texts, shown, strict=True)
+        ]
+        for visual, ones in rest.items():
+            if left := sum(1 for _ in ones):
+                raise ValueError(f"{left} {visual.value}s more than {self.encoder.placeholders.get(visual)!r} in the texts")
+        pixels = self.pixels([one for own in shown for one in own], alone_in(encodings))
+        return BatchFeature({**self._padded(encodings, padding, **kwargs), **pixels}, tensor_type=return_tensors)
 
     def _padded(self, encodings: list[ChatEncoding], padding: Any, **kwargs: Any) -> dict[str, Any]:
         """Rows as the tokenizer pads them, with `answer_index` where there are answers."""
@@ -243,8 +257,8 @@ class DiffVLProcessor(ProcessorMixin):
             return torch.tensor(marks) if isinstance(ids, torch.Tensor) else torch.tensor(marks).numpy()
         return marks if isinstance(ids[0], list) else marks[0]
 
-    def pixels(self, images: Sequence[Image.Image], alone: Sequence[bool] | None = None) -> Pixels:
-        """Images as `as_seen` gives them -> the model's pixel tensors, {} for none.
+    def pixels(self, images: Sequence[Any], alone: Sequence[bool] | None = None) -> Pixels:
+        """Images as `as_seen` gives them, and clips, in the order of the text -> the model's pixel tensors, {} for none.
 
         Args:
             alone: of each image whether it is the only one of its question, as their `ChatEncoding` tells; default: all are.
@@ -268,12 +282,14 @@ class DiffVLProcessor(ProcessorMixin):
         return_tensors: str | None = "pt",
         return_dict: bool = True,
         images: Any = None,
+        videos: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Renders a conversation (or several), and with `tokenize=True` encodes it.
 
         Image parts carry their image (`{"type": "image", "image": PIL image or path}`, or "path" or "base64") or leave it to
-        `images`, which go to such parts in order. The encoded form also has `answer_index` [B, L], which tells the
+        `images`, which go to such parts in order. So do video parts (`{"type": "video", "video": a path, a folder of frames or a
+        list of frames}`) where the model takes videos. The encoded form also has `answer_index` [B, L], which tells the
         decoder where earlier answers end. Rows are padded left.
 
         Raises:
@@ -289,30 +305,32 @@ class DiffVLProcessor(ProcessorMixin):
             texts = [self.encoder.render(messages, add_generation_prompt) for messages in batch]
             return texts if batch is conversation else texts[0]
         turns = [self.encoder.turns(messages) for messages in batch]
-        shown = [images_as_seen(own) for own in _in_order(batch, images)]
+        shown = in_order(batch, {Visual.IMAGE: images, Visual.VIDEO: videos}, self.sampler)
         encodings = [
-            self.encoder.encode_turns(one, add_generation_prompt, [size_of(image) for image in own] if self.asks_sizes else None)
+            self.encoder.encode_turns(one, add_generation_prompt, [*map(size_of_visual, own)] if self.asks_sizes else None)
             for one, own in zip(turns, shown, strict=True)
         ]
+        if self.asks_sizes:
+            shown = [arranged(encoding.shown, own) for encoding, own in zip(encodings, shown, strict=True)]
         pixels = self.pixels([image for own in shown for image in own], alone_in(encodings))
         data = {**self._pad_left(encodings), **pixels}
         return BatchFeature(data, tensor_type=return_tensors) if return_dict else data["input_ids"]
 
     def encode_chat(
-        self, messages: Messages, add_generation_prompt: bool = False, sizes: Sequence[Size] | None = None
+        self, messages: Messages, add_generation_prompt: bool = False, sizes: Sequence[Size | ClipSize] | None = None
     ) -> ChatEncoding:
         """Messages -> token ids and answer marks, images expanded to their length.
 
         Args:
-            sizes: height and width of each image, as `size_as_seen` gives them. Needed where the tokens of an image follow from
-                them, and the messages do not carry the images.
+            sizes: of each image and video, as `size_as_seen` and `clip_size` give them. Needed where the tokens of an image
+                follow from them, and the messages do not carry the images.
         Raises:
             ValueError: see apply_chat_template.
         """
         turns = self.encoder.turns(messages)
         if self.asks_sizes and sizes is None:
-            (shown,) = _in_order([messages], None)
-            sizes = [size_of(images_as_seen(image)) for image in shown]
+            (shown,) = in_order([messages], {}, self.sampler)
+            sizes = [size_of_visual(one) for one in shown]
         return self.encoder.encode_turns(turns, add_generation_prompt, sizes)
 
     def _pad_left(self, encodings: list[ChatEncoding]) -> dict[str, Any]:
@@ -327,72 +345,6 @@ class DiffVLProcessor(ProcessorMixin):
         return {name: torch.tensor(value) for name, value in rows.items()}
 
 
-# --- images ------------------------------------------------------------------------------------------------------------------
-
-
 def pixels_in(inputs: Mapping[str, Any]) -> Pixels:
     """The pixel tensors among what the processor gives for a chat."""
     return {name: value for name, value in inputs.items() if name not in TEXT_INPUTS}
-
-
-def _flat(images: Any) -> list[Any]:
-    """One image or a list of them (of lists), as one list."""
-    if not isinstance(images, list | tuple):
-        return [] if images is None else [images]
-    return [one for image in images for one in _flat(image)]
-
-
-def _in_order(batch: Sequence[Messages], images: Any) -> list[list[Any]]:
-    """The images of each of several conversations in the order of their parts: a part's own, or the next of `images`, a flat
-    list or one list for each conversation.
-
-    Raises:
-        ValueError: if parts without an image and `images` differ in number, or an image cannot be read.
-    """
-    given: list[Any] = [images] if images is not None and not isinstance(images, list | tuple) else list(images or [])
-    nested = [one for one in given if isinstance(one, list | tuple)]
-    if nested and (len(nested) < len(given) or len(nested) != len(batch)):
-        raise ValueError(f"images is neither a flat list nor one list for each of the {len(batch)} conversations")
-    parts = [list(images_of(messages)) for messages in batch]
-    groups = zip(parts, given, strict=True) if nested else [([part for own in parts for part in own], given)]
-    found = []
-    for waiting, own in groups:
-        bare = waiting.count(None)
-        if bare != len(own):
-            raise ValueError(
-                f"{len(own)} images are given beside the messages, but {bare} of their {len(waiting)} image parts carry none "
-                "and wait for one"
-            )
-        rest = iter(own)
-        found += [_opened("image", next(rest)) if part is None else _opened(*part) for part in waiting]
-    every = iter(found)
-    return [list(islice(every, len(own))) for own in parts]
-
-
-def _opened(key: str, source: Any) -> Any:
-    """One image, opened if it is named: `source` is what stands under `key` in an image part.
-
-    Raises:
-        ValueError: if it cannot be read.
-    """
-    if not isinstance(source, str | bytes | Path):
-        return source
-    shown = repr(source if len(source) <= 80 else source[:77]) if isinstance(source, str | bytes) else str(source)
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
-        raise ValueError(f"the image {shown} is an address on the net; images are not fetched: give a file's path")
-    try:
-        with Image.open(_file_of(key, source)) as image:
-            return as_seen(image)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the image {shown} cannot be read ({error})") from error
-
-
-def _file_of(key: str, source: str | bytes | Path) -> Path | io.BytesIO:
-    """What an image can be opened from."""
-    if isinstance(source, str) and source.startswith("data:"):
-        return io.BytesIO(base64.b64decode(source.partition(",")[2]))
-    if isinstance(source, str) and key == "base64":
-        return io.BytesIO(base64.b64decode(source))
-    if isinstance(source, str):
-        return Path(unquote(source.removeprefix("file://")) if source.startswith("file://") else source)
-    return source if isinstance(source, Path) else io.BytesIO(source)

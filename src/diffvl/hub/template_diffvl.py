@@ -4,20 +4,30 @@ A chat is rendered once. Its skeleton is what the template writes around the tex
 texts of a chat of the same shape, cut at them. Walking through skeleton and texts checks every byte of what was rendered, so
 places found this way are exact. Invariant: an answer begins where the prompt ends that a decoder is given for it.
 
-A turn is one text, or parts, texts and images. What a template makes of an image belongs to the skeleton, wherever it puts it.
+A turn is one text, or parts: texts, images and videos. What a template makes of an image belongs to the skeleton, wherever it
+puts it.
 """
 
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 
-Part = str | None  # a text, or None: an image
+
+class Visual(Enum):
+    """A part of a turn that is looked at; the value is the type of such a part."""
+
+    IMAGE = "image"
+    VIDEO = "video"
+
+
+Part = str | Visual
 Content = str | tuple[Part, ...]
 Turn = tuple[str, Content]  # role and content
-Shape = tuple[str, str]  # role and kinds of the parts, "t" or "i" each; no kinds: one text that is no part
+Shape = tuple[str, str]  # role and kinds of the parts, "t", "i" or "v" each; no kinds: one text that is no part
 Spans = list[tuple[int, int]]  # first character and end of each answer
 
 FIXED_DATE = "26 Jul 2024"  # the default of the Llama 3 templates
@@ -134,8 +144,8 @@ class ChatTemplate:
         """Raises ValueError for an image where the template takes text alone."""
         parts = (content,) if isinstance(content, str) else content
         if role in self._as_parts:
-            return [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
-        if None in parts:
+            return [{"type": part.value} if isinstance(part, Visual) else {"type": "text", "text": part} for part in parts]
+        if any(isinstance(part, Visual) for part in parts):
             raise ValueError(f"it takes no images in a turn of the role {role}")
         return "".join(texts_of(content))
 
@@ -335,7 +345,7 @@ def walk(text: str, turns: Sequence[Turn], skeleton: Skeleton) -> Spans | None:
 
 
 def texts_of(content: Content) -> tuple[str, ...]:
-    return (content,) if isinstance(content, str) else tuple(part for part in content if part is not None)
+    return (content,) if isinstance(content, str) else tuple(part for part in content if isinstance(part, str))
 
 
 def all_texts(turns: Sequence[Turn]) -> list[str]:
@@ -347,7 +357,7 @@ def shapes_of(turns: Sequence[Turn]) -> tuple[Shape, ...]:
 
 
 def kinds_of(parts: tuple[Part, ...]) -> str:
-    return "".join("i" if part is None else "t" for part in parts)
+    return "".join(part.value[0] if isinstance(part, Visual) else "t" for part in parts)
 
 
 def _in_front(system: str, question: Content) -> Content:
@@ -355,7 +365,7 @@ def _in_front(system: str, question: Content) -> Content:
     if isinstance(question, str):
         return f"{system}\n\n{question}" if system and question else system or question
     first = question[0] if question else ""
-    if first is None:
+    if isinstance(first, Visual):
         return (f"{system}\n\n", *question) if system else question
     return (f"{system}\n\n{first}" if system and first else system or first, *question[1:])
 
@@ -369,8 +379,9 @@ def _forms(content: str) -> tuple[str, ...]:
 def _stand_ins(shapes: Sequence[Shape]) -> list[Turn]:
     """Turns whose texts are numbers: no template trims, escapes or capitalises them, and none writes them by itself."""
     numbers = (f"90817{number:06d}71809" for number in itertools.count())
+    looked_at = {visual.value[0]: visual for visual in Visual}
     return [
-        (role, tuple(None if kind == "i" else next(numbers) for kind in kinds) if kinds else next(numbers))
+        (role, tuple(looked_at[kind] if kind in looked_at else next(numbers) for kind in kinds) if kinds else next(numbers))
         for role, kinds in shapes
     ]
 

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 
 from .chat_diffvl import ImageText
+from .clips_diffvl import ClipSize, Sampler
+from .messages_diffvl import Placeholders
 from .seen_diffvl import Size
+from .template_diffvl import Visual
 from .tiling_diffvl import NUM_TILES, Tiling
 
 MAX_SIZES = 16_384  # remembered
@@ -23,16 +26,19 @@ class TiledImages:
     """
 
     structured = False
+    sampler: Sampler | None = None  # no videos
     first_ids: list[int] = []
     first_text = ""
     tokens: frozenset[str] = frozenset()
 
     def __init__(self, processor: Any, tiling: Tiling, image_token: str, image_id: int) -> None:
         self.processor, self.tiling, self.image_token, self.image_id = processor, tiling, image_token, image_id
+        self.placeholders: Placeholders = {Visual.IMAGE: image_token}
         self._by_size: dict[tuple[Size, bool], int] = {}
 
-    def of(self, size: Size, alone: bool = True) -> ImageText:
+    def of(self, size: Size | ClipSize, alone: bool = True) -> ImageText:
         """What an image of this height and width is in the text. alone: whether it is the only one of its question."""
+        assert not isinstance(size, ClipSize)
         if (size, alone) not in self._by_size:
             if len(self._by_size) >= MAX_SIZES:
                 self._by_size.clear()

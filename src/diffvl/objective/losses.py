@@ -24,8 +24,9 @@ from diffvl.attention.block_mask import FLEX, bucket, training_masks
 from diffvl.config.objectives import ArObjective, BlockDiffusionObjective, FullDiffusionObjective, Noise, Objective, UniformNoise
 from diffvl.data.samples import Batch
 from diffvl.hub.configuration_diffvl import DiffVLConfig, never_predicted
-from diffvl.hub.images_diffvl import answer_cells, placed_images, span_ids
+from diffvl.hub.images_diffvl import Shown, is_visual, placed_images
 from diffvl.hub.layout_diffvl import Layout, NoisyStream, Rope, block_index, clean_layout, noisy_layout, noisy_stream
+from diffvl.hub.spans_diffvl import answer_cells, span_ids
 from diffvl.objective.noise import mask_probabilities, mask_ratios, masked_tokens, noise_state
 from diffvl.objective.packing import Packed, pack
 from diffvl.seeding import sample_generator
@@ -306,8 +307,7 @@ def clean_rope(model: Any, config: DiffVLConfig, batch: Batch) -> Rope:
     if config.source_config is None:
         return Rope()
     stock: Any = model.module if hasattr(model, "module") else model  # data parallelism wraps it
-    images = batch["images"].tolist() if "images" in batch else [0] * len(batch["input_ids"])
-    return stock.images.rope(batch["input_ids"], batch["valid"], batch.get("pixels", {}), images)
+    return stock.images.rope(batch["input_ids"], batch["valid"], batch.get("pixels", {}), Shown.in_batch(batch))
 
 
 def _mark_spans(layout: Layout, batch: Batch, config: DiffVLConfig) -> None:
@@ -317,7 +317,7 @@ def _mark_spans(layout: Layout, batch: Batch, config: DiffVLConfig) -> None:
         return
     ids, answer, valid = batch["input_ids"], batch["answer_index"].abs(), batch["valid"]
     cut = answer_cells(layout.block, answer)
-    layout.span = span_ids(ids == config.image_token_id, answer, valid, cut, config.image_attention)
+    layout.span = span_ids(is_visual(ids, config), answer, valid, cut, config.image_attention)
 
 
 def _predict(

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from diffvl.config.families import Family, diffusion_source, family_of_trunk
-from diffvl.config.recipe import Prepare, Recipe
+from diffvl.config.recipe import Prepare, Recipe, Video
 from diffvl.errors import CheckpointError, ConfigError, UnsupportedModelError, first_line
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.connector_diffvl import Connector, fresh_newline
@@ -179,6 +179,8 @@ def square_processor(processor: Any, tower: PretrainedConfig, settings: Prepare)
     Raises:
         ConfigError: if the size, the layer or the connector do not fit the tower.
     """
+    if settings.video != Video():
+        raise ConfigError("prepare.video is for vision-language models that take videos; this model takes none: leave it out")
     if settings.min_pixels is not None or settings.max_pixels is not None:
         raise ConfigError(
             "prepare.min_pixels and max_pixels are for vision-language models; here every image is made a square: set "

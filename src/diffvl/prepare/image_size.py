@@ -1,5 +1,6 @@
-"""How large images are shown: the number of pixels, where a checkpoint's image processor counts them."""
+"""How large images and videos are shown: the number of pixels, where a checkpoint's processor counts them."""
 
+from collections.abc import Callable
 from typing import Any
 
 from PIL import Image
@@ -17,40 +18,56 @@ def limit_pixels(image_processor: Any, min_pixels: int | None, max_pixels: int |
     Raises:
         ConfigError: if it does not count pixels, or the limits do not fit each other.
     """
+
+    def shown() -> int:
+        return image_processor(images=[Image.new("RGB", _LARGE)], return_tensors="pt")["pixel_values"].numel()
+
+    limit_by(image_processor, min_pixels, max_pixels, "prepare", shown)
+
+
+def limit_by(
+    processor: Any, min_pixels: int | None, max_pixels: int | None, section: str, shown_pixels: Callable[[], int]
+) -> None:
+    """Sets the same of any processor.
+
+    Args:
+        section: of the recipe, where both are set.
+        shown_pixels: counts what the processor makes of something large.
+    """
     if min_pixels is None and max_pixels is None:
         return
-    if not _counts_pixels(image_processor):
-        words = {name: value for name, value in image_processor.to_dict().items() if "size" in name or "patches" in name}
+    if not _counts_pixels(processor, shown_pixels):
+        words = {name: value for name, value in processor.to_dict().items() if "size" in name or "patches" in name}
         told = ", ".join(f"{name}: {value}" for name, value in sorted(words.items()) if value)
+        kind = "image" if section == "prepare" else "video"
         raise ConfigError(
-            f"prepare.min_pixels and max_pixels: the image processor of this checkpoint ({type(image_processor).__name__}) does "
-            f"not resize images to a number of pixels, but by {told}: leave them out"
+            f"{section}.min_pixels and max_pixels: the {kind} processor of this checkpoint ({type(processor).__name__}) does "
+            f"not resize {kind}s to a number of pixels, but by {told}: leave them out"
         )
-    size = image_processor.size
+    size = processor.size
     low = size["shortest_edge"] if min_pixels is None else min_pixels
     high = size["longest_edge"] if max_pixels is None else max_pixels
     if low > high:
         raise ConfigError(
-            f"prepare.min_pixels: {low} pixels at least, but {high} at most; the one that is not set is the checkpoint's own"
+            f"{section}.min_pixels: {low} pixels at least, but {high} at most; the one that is not set is the checkpoint's own"
         )
-    image_processor.size = _sized(size, low, high)
+    processor.size = _sized(size, low, high)
 
 
-def _counts_pixels(image_processor: Any) -> bool:
+def _counts_pixels(processor: Any, shown_pixels: Callable[[], int]) -> bool:
     """Tells whether the two edges in its size are numbers of pixels of the whole image: those of a large one follow them."""
-    size = getattr(image_processor, "size", None)
+    size = getattr(processor, "size", None)
     if size is None or not all(_edge(size, edge) for edge in ("shortest_edge", "longest_edge")):
         return False
     shown = []
     try:
         for limit in _LIMITS:
-            image_processor.size = _sized(size, 1, limit)
-            pixels = image_processor(images=[Image.new("RGB", _LARGE)], return_tensors="pt")["pixel_values"]
-            shown.append(pixels.numel())
+            processor.size = _sized(size, 1, limit)
+            shown.append(shown_pixels())
     except (TypeError, ValueError, ArithmeticError, LookupError):
         return False
     finally:
-        image_processor.size = size
+        processor.size = size
     return _RATIO[0] <= shown[1] / shown[0] <= _RATIO[1]
 
 

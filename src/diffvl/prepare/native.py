@@ -21,7 +21,7 @@ from diffvl.config.families import family_of
 from diffvl.config.recipe import Recipe
 from diffvl.errors import CheckpointError, UnsupportedModelError
 from diffvl.hub.configuration_diffvl import DiffVLConfig
-from diffvl.hub.images_diffvl import token_types
+from diffvl.hub.images_diffvl import VIDEO_FRAMES, token_types
 from diffvl.hub.layout_diffvl import IMAGE_ATTENTION
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor, pixels_in
@@ -49,6 +49,8 @@ class NativeParts:
     mask_id: int
     image_id: int
     image_inputs: tuple[str, ...]
+    video_id: int | None = None
+    video_inputs: tuple[str, ...] = ()
 
     @property
     def parents(self) -> list[str]:
@@ -63,11 +65,23 @@ class NativeParts:
         source = weights.load_vlm(self.source.model, self.config, self.source.revision)
         dtype = source.dtype
         source.float().eval()  # arithmetic in fp32, whatever the weights are stored in
-        prompts = [answered(source, self.processor, self.image_id, images) for images in probe_images()]
+        asked = {"image_id": self.image_id, "video_id": self.video_id}
+        prompts = [answered(source, self.processor, shown, **asked) for shown in probe_images()]
+        moving = [answered(source, self.processor, shown, **asked) for shown in probe_videos(self.processor)]
         model = assemble_native(source, self).eval()
         find_image_attention(model, prompts, self.known)
+        self._require_videos(model, moving)
         checkpoint.cast_weights(model, dtype)
-        return model, prompts
+        return model, [*prompts, *moving]
+
+    def _require_videos(self, model: DiffVLForConditionalGeneration, prompts: "list[ProbePrompt]") -> None:
+        """Raises UnsupportedModelError if videos are not seen as the source sees them."""
+        difference = largest([parity(model, prompt, self.known) for prompt in prompts]) if prompts else 0.0
+        if not difference <= TOLERANCE:
+            raise UnsupportedModelError(
+                f"{self.source.model}: with a video the logits differ from the source's by {difference:.2g} standard deviations "
+                "under explicit masks; --set prepare.video.enabled=false converts it without videos"
+            )
 
     def prove(self, directory: Path, prompts: "list[ProbePrompt]") -> tuple[dict[str, float], str]:
         """Holds what was written against the source; returns the figures, and what is said of them.
@@ -81,7 +95,7 @@ class NativeParts:
             raise CheckpointError(
                 f"{directory}: AR parity fails, logits differ from the source's by {difference:.2g} std; nothing kept"
             )
-        again = [encoded(processor, images) for images in probe_images()]
+        again = [encoded(processor, shown) for shown in (*probe_images(), *probe_videos(processor))]
         same = [
             torch.equal(prompt.ids, ids) and _same(prompt.images, pixels)
             for prompt, (ids, pixels) in zip(prompts, again, strict=True)
@@ -89,9 +103,10 @@ class NativeParts:
         if not all(same):
             raise CheckpointError(f"{directory}: the written processor reads text or images differently; nothing kept")
         block = check_block_attention(model.trunk, self.known, self.mask_id)
+        shown = "no image, one, two and a video" if processor.sampler else "no image, one and two"
         told = (
-            f"AR parity with no image, one and two: largest difference {difference:.1e} std of the logits; block attention "
-            f"{block:.1e}; attention among image tokens: {model.config.image_attention}"
+            f"AR parity with {shown}: largest difference {difference:.1e} std of the logits; block attention {block:.1e}; "
+            f"attention among image tokens: {model.config.image_attention}"
         )
         return {"ar_parity": difference, "block": block}, told
 
@@ -112,6 +127,7 @@ def read_native_parts(source: Source, recipe: Recipe, config: PretrainedConfig) 
         settings.max_pixels,
         settings.system_turn,
         config,
+        settings.video,
     )
     for advice in facts.advice:
         log.info("%s: %s", source.model, advice)
@@ -120,7 +136,8 @@ def read_native_parts(source: Source, recipe: Recipe, config: PretrainedConfig) 
     known = min(len(tokenizer), table_size)
     shown_as = {"image_token": processor.image_token}  # which the tokenizer has
     mask_id, _ = add_tokens(tokenizer, family.model_copy(update=shown_as), table_size)
-    return NativeParts(source, config, processor, known, mask_id, facts.image_token_id, tuple(facts.image_inputs))
+    images, videos = (facts.image_token_id, tuple(facts.image_inputs)), (facts.video_token_id, tuple(facts.video_inputs))
+    return NativeParts(source, config, processor, known, mask_id, *images, *videos)
 
 
 def assemble_native(source: Any, parts: NativeParts) -> DiffVLForConditionalGeneration:
@@ -144,6 +161,8 @@ def assemble_native(source: Any, parts: NativeParts) -> DiffVLForConditionalGene
         vocabulary_size=len(tokenizer),
         stop_token_ids=stop_ids(source, tokenizer, parts.processor.stop_token),
         image_inputs=list(parts.image_inputs),
+        video_token_id=parts.video_id,
+        video_inputs=list(parts.video_inputs),
         placeholder_ids=[id for name in PLACEHOLDERS if (id := getattr(parts.config, name, None)) is not None],
     )
     with torch.device("meta"):
@@ -177,19 +196,35 @@ def _striped(width: int, height: int, number: int) -> Image.Image:
     return image
 
 
-def encoded(processor: DiffVLProcessor, images: list[Image.Image]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Encodes a chat with these images: ids [1, L] and pixels."""
-    shown = [part for image in images for part in ({"type": "image", "image": image}, {"type": "text", "text": "This is one."})]
+def probe_videos(processor: DiffVLProcessor) -> list[list[Any]]:
+    """The videos of further prompts, one of them beside an image; none where the processor takes none."""
+    if processor.sampler is None:
+        return []
+    frames = [_striped(*SIZES[0], number) for number in range(6)]
+    return [[frames], [_striped(*SIZES[1], 7), frames[:4]]]
+
+
+def encoded(processor: DiffVLProcessor, images: list[Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Encodes a chat with these images, or videos as lists of frames: ids [1, L] and pixels."""
+    shown = [part for image in images for part in (_part(image), {"type": "text", "text": "This is one."})]
     chat = [{"role": "user", "content": [*shown, {"type": "text", "text": "What is 12 and what is here?"}]}]
     inputs: Mapping[str, Any] = processor.apply_chat_template(chat, tokenize=True, add_generation_prompt=True)
     return inputs["input_ids"], pixels_in(inputs)
 
 
+def _part(image: Any) -> dict[str, Any]:
+    kind = "video" if isinstance(image, list) else "image"
+    return {"type": kind, kind: image}
+
+
 @torch.no_grad()
-def answered(source: Any, processor: DiffVLProcessor, image_id: int, images: list[Image.Image]) -> ProbePrompt:
+def answered(
+    source: Any, processor: DiffVLProcessor, images: list[Any], image_id: int, video_id: int | None = None
+) -> ProbePrompt:
     """Gives the source's own logits of what the checkpoint's processor makes of a chat with these images."""
     ids, pixels = encoded(processor, images)
-    logits = source(input_ids=ids, **pixels, **token_types(source, ids, image_id), use_cache=False).logits
+    given = {name: value for name, value in pixels.items() if name != VIDEO_FRAMES}
+    logits = source(input_ids=ids, **given, **token_types(source, ids, image_id, video_id), use_cache=False).logits
     return ProbePrompt(ids, pixels, logits.float())
 
 

@@ -18,13 +18,15 @@ from transformers import AutoImageProcessor, PretrainedConfig, ProcessorMixin
 from transformers.models.auto.auto_mappings import PROCESSOR_MAPPING_NAMES
 
 from diffvl.config.families import family_of
+from diffvl.config.recipe import Video
 from diffvl.errors import CheckpointError, UnsupportedModelError, first_few, first_line
 from diffvl.hub.processing_diffvl import BACKEND, DiffVLProcessor
 from diffvl.hub.source_diffvl import FAULTS, SAMPLE, build_processor, placeholder_of
-from diffvl.hub.template_diffvl import with_fixed_date
+from diffvl.hub.template_diffvl import Visual, with_fixed_date
 from diffvl.prepare.image_size import limit_pixels
 from diffvl.prepare.same_as_native import require_same
 from diffvl.prepare.templates import check_template, load_tokenizer, stop_token, system_advice
+from diffvl.prepare.videos import read_video_part, with_videos
 from diffvl.store.published import explain_failures, load_config, settings_in
 
 log = logging.getLogger(__name__)
@@ -37,10 +39,13 @@ _DESCRIPTIONS = ("preprocessor_config.json", "tokenizer_config.json", "config.js
 @dataclass(frozen=True)
 class NativeFacts:
     """What a model is told of its processor. image_token_id: the token that shows a row of an image. image_inputs: names of the
-    pixel tensors. advice: what there is to know, in words."""
+    pixel tensors. video_token_id, video_inputs: the same of videos, where they have a token of their own. advice: what there is
+    to know, in words."""
 
     image_token_id: int
     image_inputs: list[str]
+    video_token_id: int | None
+    video_inputs: list[str]
     advice: list[str]
 
 
@@ -52,6 +57,7 @@ def read_native_processor(
     max_pixels: int | None = None,
     system_turn: str = "template",
     config: PretrainedConfig | None = None,
+    video: Video | None = None,
 ) -> tuple[DiffVLProcessor, NativeFacts]:
     """Reads and proves the processor of a checkpoint; no weights are looked at.
 
@@ -59,9 +65,10 @@ def read_native_processor(
         min_pixels, max_pixels: between which images are resized; default: the checkpoint's.
         system_turn: see `DiffVLProcessor`.
         config: the checkpoint's configuration, if it has been read already.
+        video: how videos are shown, where it takes them.
     Raises:
         CheckpointError, UnsupportedModelError: with the reason, if there is none that can be used.
-        ConfigError: if the image processor does not count pixels.
+        ConfigError: if the image processor does not count pixels, or `video` sets what the checkpoint does not do.
     """
     config = config or load_config(model, trust_remote_code, revision)
     class_name, settings, template = _described(model, revision, config.model_type)
@@ -92,10 +99,14 @@ def read_native_processor(
             log.warning("%s; the family's chat template takes its place", error)
             processor, advice = proven(with_fixed_date(family.chat_template))
         blank = Image.new("RGB", SAMPLE)
-        facts = NativeFacts(_row_token(model, config, processor), sorted(processor.pixels([blank])), advice)
+        image_id, image_inputs = _row_token(model, config, processor), sorted(processor.pixels([blank]))
     if told := system_advice(processor.encoder):
-        facts.advice.append(told)
-    return processor, facts
+        advice.append(told)
+    part = read_video_part(model, revision, getattr(transformers, class_name), video or Video())
+    taken = with_videos(processor, part, config, image_id, image_inputs)
+    if taken.reason:
+        advice.append(f"it is converted without videos: {taken.reason}")
+    return taken.processor, NativeFacts(image_id, image_inputs, taken.token_id, taken.inputs, advice)
 
 
 @contextmanager
@@ -193,7 +204,7 @@ def _first_tokens(tokenizer: Any) -> list[str]:
 
 def _require_images_in_text(model: str, processor: DiffVLProcessor) -> None:
     """Raises UnsupportedModelError for a chat template that does not write an image's placeholder."""
-    rendered = processor.encoder.template.render([("user", (None, "question 0"))], add_generation_prompt=True)
+    rendered = processor.encoder.template.render([("user", (Visual.IMAGE, "question 0"))], add_generation_prompt=True)
     if processor.image_token not in rendered:
         raise UnsupportedModelError(
             f"{model}: its chat template writes no {processor.image_token} for an image, so it was made for text alone; put the "

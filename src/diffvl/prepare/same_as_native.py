@@ -11,12 +11,15 @@ import torch
 from PIL import Image
 
 from diffvl.errors import UnsupportedModelError, first_line
+from diffvl.hub.clips_diffvl import Clip, ClipSize
+from diffvl.hub.images_diffvl import VIDEO_FRAMES
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.hub.source_diffvl import FAULTS
 
 log = logging.getLogger(__name__)
 
 SIZES = ((90, 120), (140, 64), (56, 56))  # height and width of the images
+CLIPS = (ClipSize(60, 84, tuple(range(0, 48, 6)), 48, 12.0), ClipSize(56, 48, (0, 2, 5, 7, 9, 11, 13, 17), 20, 8.0))
 
 
 def require_same(model: str, processor: DiffVLProcessor, inner: Any) -> list[str]:
@@ -48,6 +51,45 @@ def require_same(model: str, processor: DiffVLProcessor, inner: Any) -> list[str
         elif name == "one image" and (wrong := _other_pixels(ours, native)):
             raise _differs(model, name, wrong)
     return advice
+
+
+def require_same_videos(processor: DiffVLProcessor) -> None:
+    """Compares chats with videos: the checkpoint's own processor gets the same frames and the rendered text.
+
+    Raises:
+        UnsupportedModelError: if a chat has other tokens or other pixels.
+    """
+    assert processor.images is not None
+    clips = [_ramp(size) for size in CLIPS]
+    image = {"type": "image", "image": Image.linear_gradient("L").resize((48, 40)).convert("RGB")}
+    first, second = ({"type": "video", "video": clip} for clip in clips)
+    asked = {"type": "text", "text": "What happens? Say 3 words."}
+    compared = {"a video": [first, asked], "several videos": [first, {"type": "text", "text": "and "}, second, asked]}
+    for name, parts in {**compared, "a video and an image": [second, image, asked]}.items():
+        chat = [{"role": "user", "content": parts}]
+        ours = processor.apply_chat_template(chat, tokenize=True, add_generation_prompt=True)
+        text = processor.apply_chat_template(chat, add_generation_prompt=True)
+        shown = [part["video"] for part in parts if part["type"] == "video"]
+        native = processor.images.processor(
+            text=[text],
+            images=[part["image"] for part in parts if part["type"] == "image"] or None,
+            videos=[clip.frames for clip in shown],
+            video_metadata=[clip.size.metadata for clip in shown],
+            do_sample_frames=False,
+            add_special_tokens=not text.startswith(processor.images.first_text),
+            return_tensors="pt",
+        )
+        if not _same_ids(ours, native):
+            raise _differs("its processor", name, "tokens")
+        # Some of them give an image and a video in one chat the same name, of which one is lost.
+        if name == "a video" and (wrong := _other_pixels(ours, native)):
+            raise _differs("its processor", name, wrong)
+
+
+def _ramp(size: ClipSize) -> Clip:
+    """A video in which every frame is another, and every patch."""
+    values = torch.arange(len(size.indices) * size.height * size.width).view(-1, 1, size.height, size.width) * 7 % 251
+    return Clip(values.expand(-1, 3, -1, -1).to(torch.uint8).contiguous(), size)
 
 
 def chats() -> dict[str, list[dict[str, Any]]]:
@@ -95,7 +137,7 @@ def _same_ids(ours: Any, native: Any) -> bool:
 def _other_pixels(ours: Any, native: Any) -> str:
     """Names the first pixel tensor that is not the same; empty if all are."""
     for name, value in ours.items():
-        if name in ("input_ids", "attention_mask", "answer_index"):
+        if name in ("input_ids", "attention_mask", "answer_index", VIDEO_FRAMES):
             continue
         if name not in native or not torch.equal(value, torch.as_tensor(native[name])):
             return name

@@ -17,7 +17,7 @@ from diffvl.errors import CheckpointError, UnsupportedModelError, first_line
 from diffvl.hub.chat_diffvl import ChatEncoder
 from diffvl.hub.seen_diffvl import Size
 from diffvl.hub.source_diffvl import SAMPLE
-from diffvl.hub.template_diffvl import FAULTS, ChatTemplate, ChatTemplateError, Turn, shapes_of, with_fixed_date
+from diffvl.hub.template_diffvl import FAULTS, ChatTemplate, ChatTemplateError, Turn, Visual, shapes_of, with_fixed_date
 
 log = logging.getLogger(__name__)
 REASONING_TAG = "<think>"
@@ -129,7 +129,9 @@ def check_template(encoder: ChatEncoder) -> None:
 
 def _prove(encoder: ChatEncoder, roles: tuple[str, ...]) -> None:
     for form in CONTENTS:
-        turns = encoder.template.fold(_turns(roles, form, None if encoder.template.structured else encoder.image_token))
+        turns = encoder.template.fold(
+            _turns(roles, form, None if encoder.template.structured else encoder.placeholders[Visual.IMAGE])
+        )
         text, spans = encoder.template.spans(turns, add_generation_prompt=False)
         skeleton = encoder.template.skeleton(shapes_of(turns))
         if encoder.template.search(text, turns, skeleton) != spans:
@@ -180,7 +182,7 @@ def _turns(roles: tuple[str, ...], form: str = "{}", placeholder: str | None = "
     said = [(role, form.format(f"{texts[role]} {number}")) for number, role in enumerate(roles)]
     if placeholder is not None:
         return [*said]
-    return [(role, (None, text) if role == "user" else (text,)) for role, text in said]
+    return [(role, (Visual.IMAGE, text) if role == "user" else (text,)) for role, text in said]
 
 
 def _sizes(roles: tuple[str, ...]) -> list[Size]:
