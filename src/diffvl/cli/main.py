@@ -8,12 +8,13 @@ import contextlib
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from diffvl.cli.bench import bench
 from diffvl.cli.decode import chat, generate
+from diffvl.cli.export import export, push
 from diffvl.cli.output import print_json, print_line, print_table
 from diffvl.config.recipe import VERSION, StageName
 from diffvl.errors import EXIT_CODE, DiffvlError, UsageError
@@ -38,7 +39,6 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 
 MODEL_HELP = "A name from `diffvl models`, a hub id, a directory or a .gguf file; --stage diffuse can do without."
-LayoutName = Literal["native", "sdar_v", "sdar"]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of every random draw.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python code that MODEL brings along.")]
@@ -134,21 +134,8 @@ def evaluate(
         print_table(["figure", "value"], rows)
 
 
-@app.command(epilog="Example:  diffvl export runs/qwen3-4b/diffuse --layout sdar_v -o exports/qwen3-4b-sdar-vl")
-def export(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A finished directory of `diffvl convert`.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write; must be empty or new.", metavar="OUT")],
-    layout: Annotated[LayoutName, typer.Option(help="Whose checkpoint it is to look like; docs/interop.md.")] = "native",
-    keep_adapters: Annotated[
-        bool, typer.Option("--keep-adapters", help="LoRA beside the weights instead of merged into them.")
-    ] = False,
-) -> None:
-    """Write a finished checkpoint in a layout that others load; a clean process proves that it is the same model."""
-    from diffvl.export.run import export as run_export
-    from diffvl.terminal.bars import quiet_libraries
-
-    quiet_libraries()
-    run_export(directory, layout, out, terminal.console(), keep_adapters)
+app.command(epilog="Example:  diffvl export runs/qwen3-4b/diffuse --layout sdar_v -o exports/qwen3-4b-sdar-vl")(export)
+app.command(epilog="Example:  diffvl push exports/qwen3-4b-sdar-vl OWNER/NAME, and the same with --yes")(push)
 
 
 @app.command(epilog="Example:  diffvl doctor qwen2.5-7b, or  diffvl doctor ./my-checkpoint --json")

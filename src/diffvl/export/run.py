@@ -5,15 +5,20 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
 
+from diffvl import machine
 from diffvl.errors import MACHINE_CODE, DiskError, UnsupportedModelError, UsageError
-from diffvl.export import native, parity, sdar, sdar_v
+from diffvl.export import adapters, native, parity, sdar, sdar_v
+from diffvl.export.card import CARD, card, source_licence
+from diffvl.export.files import write_json
 from diffvl.export.source import Run, read_run
 from diffvl.export.text_part import text_faults
 from diffvl.store import checkpoint
+from diffvl.store.files import read_json, replace_text
 from diffvl.terminal.bars import spinner_or_line
 from diffvl.terminal.console import say, shell_line
 
@@ -37,11 +42,14 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
-def export(directory: Path, layout: str, out: Path, console: Console, keep_adapters: bool = False) -> dict[str, float]:
+def export(
+    directory: Path, layout: str, out: Path, console: Console, keep_adapters: bool = False, licence: str | None = None
+) -> dict[str, float]:
     """Writes a finished directory in a layout, and proves it in a clean process.
 
     Args:
         keep_adapters: True writes the weights from before the adapters were merged, and the adapters beside them.
+        licence: for the card; default: that of the source's card, where it is here.
     Returns:
         the largest difference of each kind of logits, in std of the logits.
     Raises:
@@ -50,22 +58,40 @@ def export(directory: Path, layout: str, out: Path, console: Console, keep_adapt
     """
     run = read_run(directory)
     _require_layout(run, layout, out)
+    if keep_adapters:
+        adapters.require_adapters(run, layout)
     _require_free(out)
     chosen = LAYOUTS[layout]
+    write = adapters.write if keep_adapters else chosen.write
     try:
         with tempfile.TemporaryDirectory() as scratch, _written_whole(out) as partial:
             with spinner_or_line(console, f"running {directory} in memory"):
                 expected = parity.reference(run, Path(scratch), chosen.text_only)
             with spinner_or_line(console, f"writing {out}"):
-                chosen.write(run, partial)
+                write(run, partial)
             with spinner_or_line(console, "proving parity in a clean process"):
-                figures = parity.prove(partial, expected)
+                figures = parity.prove(partial, expected, partial / checkpoint.ADAPTER if keep_adapters else None)
+            _write_provenance(run, layout, partial, figures)
+            text = card(run, layout, chosen.text_only, keep_adapters, figures, licence or source_licence(run))
+            replace_text(partial / CARD, text)
     except DiskError as error:
         error.exit_code = MACHINE_CODE
         raise
     say(console, f"parity: largest difference {max(figures.values()):.1e} std of the logits")
     say(console, "wrote ", (str(out), "bold"), f" (layout {layout})")
+    if chosen.text_only:
+        for name, command in sdar.launches(out, run.config.block_size, run.config.mask_token_id).items():
+            say(console, f"{name}: {command}")
     return figures
+
+
+def _write_provenance(run: Run, layout: str, directory: Path, figures: dict[str, float]) -> None:
+    """Says in `diffvl.json` what was exported and proven; a native checkpoint keeps what it says already. Raises DiskError."""
+    file = directory / checkpoint.STATE_FILE
+    facts = read_json(file) if file.is_file() else {"kind": "export", "parents": [str(run.directory)]}
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    exported = {"layout": layout, "from": str(run.directory), "created": now, "versions": machine.versions(), "parity": figures}
+    write_json(file, {**facts, "export": exported})
 
 
 def _require_layout(run: Run, layout: str, out: Path) -> None:

@@ -34,6 +34,7 @@ from diffvl.store import checkpoint
 from diffvl.store.files import Writing
 from diffvl.store.metrics import METRICS_FILE
 from diffvl.train import checkpoints
+from diffvl.train.adapters import write_adapters
 from diffvl.train.checkpoints import CHECKPOINTS
 from diffvl.train.launch import agreed, main_first, main_only, make_accelerator, precision, process_state
 from diffvl.train.loop import Loop
@@ -101,6 +102,7 @@ def train(
         tracker.finish()
     # Back to the model that was read: no autocast around its forward, and attention as decoding knows it.
     accelerator.unwrap_model(loop.wrapped, keep_fp32_wrapper=False)
+    main_only(lambda: write_adapters(model, work))
     unfit(model, stage, own_dtype)
     if model.config.text_config._attn_implementation != attention:
         set_attention(model.trunk, attention)

@@ -15,7 +15,7 @@ class LlavaOnevisionProcessor(DiffVLProcessor):
 
     Args:
         num_image_tokens: tokens of one view of an image. vision_aspect_ratio: "anyres_max_N".
-        image_token: what stands in the text for a row of an image. stop_token, system_turn: see `DiffVLProcessor`.
+        image_token: what stands in the text for a row of an image. video_token: not used; the layout names it. stop_token, system_turn: see `DiffVLProcessor`.
     """
 
     def __init__(
@@ -34,7 +34,6 @@ class LlavaOnevisionProcessor(DiffVLProcessor):
         self.num_image_tokens = num_image_tokens
         self.vision_feature_select_strategy = vision_feature_select_strategy
         self.vision_aspect_ratio = vision_aspect_ratio
-        self.video_token = video_token
         side = image_processor.size["height"]
         grids = [[height // side, width // side] for height, width in image_processor.image_grid_pinpoints]
         super().__init__(
