@@ -38,10 +38,8 @@ def push(directory: Path, repo: str, console: Console, really: bool = False, pri
         say(console, f"{path.stat().st_size:>16,}  {name}")
     total = sum(path.stat().st_size for path in files)
     if not really:
-        say(
-            console,
-            f"dry run: {len(files)} files, {total:,} bytes, licence {licence}, to {repo}{' (private, if it is new)' if private else ''}; add --yes to upload",
-        )
+        kind = " (private, if it is new)" if private else ""
+        say(console, f"dry run: {len(files)} files, {total:,} bytes, licence {licence}, to {repo}{kind}; add --yes to upload")
         return names
     try:
         huggingface_hub.create_repo(repo, private=private, exist_ok=True)

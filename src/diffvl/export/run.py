@@ -57,9 +57,9 @@ def export(
         ProofError, DiskError: the same; their exit code says that it is the machine's fault.
     """
     run = read_run(directory)
-    _require_layout(run, layout, out)
     if keep_adapters:
         adapters.require_adapters(run, layout)
+    _require_layout(run, layout, out)
     _require_free(out)
     chosen = LAYOUTS[layout]
     write = adapters.write if keep_adapters else chosen.write

@@ -26,9 +26,7 @@ class SDARConfig(PretrainedConfig):
     # How the weights are read: a position predicts its own token, blocks count from the first token of the prompt, and every
     # token sees its whole block.
     decoding, context, grid, target = "blocks", "block", "absolute", "same"
-    image_attention = "causal"
     image_inputs: tuple[str, ...] = ()
-    source_config = vision_config = None
 
     def __init__(
         self,

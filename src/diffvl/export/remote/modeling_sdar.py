@@ -4,13 +4,14 @@ It is called as SDAR's own code is: `model(ids, attention_mask=[1, queries, keys
 use_cache, store_kv)`, and decodes by itself with `generate`.
 """
 
+import inspect
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from diffvl.export.remote.configuration_sdar import SDARConfig
+from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
-
 
 class SDARForCausalLM(DiffVLForConditionalGeneration):
     """The text model alone: `model` and `lm_head` are those of the stock one, whose forward runs them."""
@@ -18,6 +19,14 @@ class SDARForCausalLM(DiffVLForConditionalGeneration):
     config_class: Any = SDARConfig
     base_model_prefix = "model"
     input_modalities = ["text"]  # noqa: RUF012  (as transformers has it)
+
+    def __init__(self, config: Any) -> None:
+        # What the model code asks of a configuration beyond SDAR's own, as a model without images has it. On the class, so that
+        # it is not saved.
+        for name, parameter in inspect.signature(DiffVLConfig.__init__).parameters.items():
+            if not hasattr(config, name) and parameter.default is not inspect.Parameter.empty:
+                setattr(type(config), name, parameter.default)
+        super().__init__(config)
 
     def _make_parts(self, config: Any) -> None:
         stock: Any = AutoModelForCausalLM.from_config(

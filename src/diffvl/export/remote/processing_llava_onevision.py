@@ -15,7 +15,8 @@ class LlavaOnevisionProcessor(DiffVLProcessor):
 
     Args:
         num_image_tokens: tokens of one view of an image. vision_aspect_ratio: "anyres_max_N".
-        image_token: what stands in the text for a row of an image. video_token: not used; the layout names it. stop_token, system_turn: see `DiffVLProcessor`.
+        image_token: what stands in the text for a row of an image. video_token: not used; the layout names it.
+        stop_token, system_turn: see `DiffVLProcessor`.
     """
 
     def __init__(
