@@ -77,11 +77,11 @@ def sdar(directory: str, checkout: str) -> dict[str, Any]:
             [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
         )
         inputs = tokenizer([messages], return_tensors="pt", padding=True, truncation=True, add_special_tokens=False)
-        answers.append(_blocks(module, model, inputs, {"prompt": inputs}))
+        answers.append(_blocks(module, model, inputs, {"prompt": inputs}, "sequential"))
     return {"answers": answers}
 
 
-def _blocks(module: Any, model: Any, inputs: Any, given: dict[str, Any]) -> list[int]:
+def _blocks(module: Any, model: Any, inputs: Any, given: dict[str, Any], strategy: str = "low_confidence_static") -> list[int]:
     size = model.config.block_size
     ids = module.block_diffusion_generate(
         model,
@@ -92,7 +92,7 @@ def _blocks(module: Any, model: Any, inputs: Any, given: dict[str, Any]) -> list
         denoising_steps=size,
         temperature=1.0,
         top_k=1,
-        remasking_strategy="low_confidence_static",
+        remasking_strategy=strategy,
         stopping_criteria_idx=model.generation_config.eos_token_id,
     )
     return ids[0, inputs["input_ids"].shape[1] :].tolist()
@@ -125,7 +125,89 @@ def causal(directory: str) -> dict[str, Any]:
     return {"answers": answers}
 
 
-CLIENTS = {"sdar_vl": sdar_vl, "sdar": sdar, "pipeline": pipeline, "causal": causal}
+def peft(directory: str) -> dict[str, Any]:
+    """PeftModel on the weights from before the adapters, not merged."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
+
+    def ask(asked: Any) -> list[list[int]]:
+        answers = []
+        for question in QUESTIONS:
+            inputs = tokenizer.apply_chat_template(
+                [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            answers.append(asked.generate(**inputs, max_new_tokens=NEW)[0, inputs["input_ids"].shape[1] :].tolist())
+        return answers
+
+    without = ask(model)
+    return {"without": without, "answers": ask(PeftModel.from_pretrained(model, str(Path(directory) / "adapter")))}
+
+
+def lm_eval(directory: str) -> dict[str, Any]:
+    """lm-evaluation-harness' own model class for images, on one question with the picture."""
+    from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]  (in its own environment)
+    from lm_eval.models.hf_vlms import HFMultimodalLM  # pyright: ignore[reportMissingImports]
+
+    model = HFMultimodalLM(directory, trust_remote_code=True, device="cpu", dtype="float32", batch_size=1, max_images=1)
+    asked = f"<image>\n{QUESTIONS[0]}"
+    prompt = model.apply_chat_template([{"role": "user", "content": asked}])
+    settings = {"until": ["<|im_end|>"], "max_gen_toks": NEW, "do_sample": False}
+    request = Instance("generate_until", {}, (prompt, settings, {"visual": [picture()]}), 0)
+    return {"texts": model.generate_until([request])}
+
+
+def lmdeploy(directory: str) -> dict[str, Any]:
+    """LMDeploy's PyTorch engine up to where it needs a GPU: its configuration, its model class, its weight loader."""
+    import torch
+    from lmdeploy.pytorch.config import DLLMConfig, ModelConfig  # pyright: ignore[reportMissingImports]
+    from lmdeploy.pytorch.model_inputs import BuildModelContext  # pyright: ignore[reportMissingImports]
+    from lmdeploy.pytorch.models.patch import build_patched_model  # pyright: ignore[reportMissingImports]
+    from lmdeploy.pytorch.weight_loader.model_weight_loader import load_model_weights  # pyright: ignore[reportMissingImports]
+
+    config = ModelConfig.from_pretrained(directory, trust_remote_code=True, dtype="auto")
+    context = BuildModelContext(dllm_config=DLLMConfig(block_length=4))
+    model: Any = build_patched_model(config, device=torch.device("cpu"), build_model_ctx=context)
+    with torch.inference_mode():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    load_model_weights(model, directory, device=torch.device("cpu"))
+    assert config.model_paradigm == "dllm"
+    return {"mask_token": config.dllm_mask_token, "rope_theta": config.hf_config.rope_theta, **_placed(model, directory)}
+
+
+def _placed(model: Any, directory: str) -> dict[str, Any]:
+    """Whether every parameter of an engine's model got values, and all values of the files are there, bit for bit. Engines join
+    the projections of queries, keys and values, and those of gate and up, in this order."""
+    import torch
+    from safetensors.torch import load_file
+
+    files = load_file(Path(directory) / "model.safetensors")
+    joined = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+    different, used = [], set()
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        module = name.split(".")[-2]
+        parts = [name.replace(module, part) for part in joined.get(module, (module,))]
+        used |= set(parts)
+        expected = torch.cat([files[part] for part in parts])
+        if not torch.equal(parameter[: len(expected)].to(expected.dtype), expected):
+            different.append(name)
+    total = sum(parameter.numel() for parameter in parameters.values())
+    return {"missing": sorted(set(files) - used), "different": different, "parameters": total}
+
+
+CLIENTS = {
+    "sdar_vl": sdar_vl,
+    "sdar": sdar,
+    "pipeline": pipeline,
+    "causal": causal,
+    "peft": peft,
+    "lm_eval": lm_eval,
+    "lmdeploy": lmdeploy,
+}
 
 if __name__ == "__main__":
     sys.meta_path.insert(0, NoDiffvl())  # type: ignore[arg-type]

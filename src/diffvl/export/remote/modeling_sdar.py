@@ -13,6 +13,7 @@ from diffvl.export.remote.configuration_sdar import SDARConfig
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 
+
 class SDARForCausalLM(DiffVLForConditionalGeneration):
     """The text model alone: `model` and `lm_head` are those of the stock one, whose forward runs them."""
 
@@ -23,9 +24,10 @@ class SDARForCausalLM(DiffVLForConditionalGeneration):
     def __init__(self, config: Any) -> None:
         # What the model code asks of a configuration beyond SDAR's own, as a model without images has it. On the class, so that
         # it is not saved.
-        for name, parameter in inspect.signature(DiffVLConfig.__init__).parameters.items():
-            if not hasattr(config, name) and parameter.default is not inspect.Parameter.empty:
-                setattr(type(config), name, parameter.default)
+        fresh = DiffVLConfig()
+        for name in inspect.signature(DiffVLConfig.__init__).parameters:
+            if hasattr(fresh, name) and not hasattr(config, name):
+                setattr(type(config), name, getattr(fresh, name))
         super().__init__(config)
 
     def _make_parts(self, config: Any) -> None:
