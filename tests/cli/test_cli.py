@@ -30,8 +30,10 @@ VERBS = [
     "convert",
     "doctor",
     "evaluate",
+    "export",
     "generate",
     "models",
+    "push",
     "recipes",
     "shapes",
 ]

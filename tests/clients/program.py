@@ -179,8 +179,8 @@ def lmdeploy(directory: str) -> dict[str, Any]:
 
 
 def _placed(model: Any, directory: str) -> dict[str, Any]:
-    """Whether every parameter of an engine's model got values, and all values of the files are there, bit for bit. Engines join
-    the projections of queries, keys and values, and those of gate and up, in this order."""
+    """Whether every parameter of an engine's model got its values, in the engine's dtype, and every tensor of the files has a
+    place. Engines join the projections of queries, keys and values, and those of gate and up, in this order."""
     import torch
     from safetensors.torch import load_file
 
@@ -193,7 +193,7 @@ def _placed(model: Any, directory: str) -> dict[str, Any]:
         parts = [name.replace(module, part) for part in joined.get(module, (module,))]
         used |= set(parts)
         expected = torch.cat([files[part] for part in parts])
-        if not torch.equal(parameter[: len(expected)].to(expected.dtype), expected):
+        if not torch.equal(parameter[: len(expected)], expected.to(parameter.dtype)):
             different.append(name)
     total = sum(parameter.numel() for parameter in parameters.values())
     return {"missing": sorted(set(files) - used), "different": different, "parameters": total}

@@ -188,6 +188,7 @@ def test_what_is_not_equal_gets_no_name(small: Run, in_this_process: None, tmp_p
     assert caught.value.exit_code == 1 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_cannot_be_loaded_gets_no_name(small: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(export_run.LAYOUTS, "native", Layout(lambda run: [], broken))
     monkeypatch.setattr(parity, "reference", lambda run, folder, text_only: parity.Reference({}, [], folder, text_only, 0.0))

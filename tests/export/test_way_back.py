@@ -107,6 +107,7 @@ def adapted(tower: Path, shapes: dict[str, Path], tmp_path_factory: pytest.TempP
     return folder / "run" / "diffuse"
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks by the old name
 def test_adapters_are_kept_apart(adapted: Path, in_this_process: None, tmp_path: Path):
     """The weights are those from before, merged by peft they are the run's; what trained beside the adapters is kept."""
     export(adapted, "native", tmp_path / "out", QUIET, keep_adapters=True)
