@@ -92,14 +92,20 @@ def load(directory: PathName) -> "Decoder":
 
 
 def generate(
-    model: "Decoder", prompt: str, images: "PathName | Image | Sequence[PathName | Image]" = (), **settings: Any
+    model: "Decoder",
+    prompt: str,
+    images: "PathName | Image | Sequence[PathName | Image]" = (),
+    videos: "PathName | Sequence[PathName | Sequence[PathName | Image]]" = (),
+    **settings: Any,
 ) -> "Answer":
     """Answers a prompt, as `diffvl generate` does.
 
     Args:
         model: what `load` gave.
-        prompt: the question. `<image>` marks where an image stands; without markers the images stand before the text.
+        prompt: the question. `<image>` marks where an image stands, `<video>` a video; without markers they stand before the
+            text.
         images: one image or several, as files or as PIL images.
+        videos: one video or several, each a file, a folder of its frames, or a list of frames.
         settings: how to decode, by the names of the fields of `DecodeSettings`, such as `max_new_tokens=64`.
     Returns:
         the answer: its `text`, its number of `tokens`, the number of `forwards` that they took, and the `seconds`.
@@ -119,7 +125,8 @@ def generate(
     opened = [image if isinstance(image, Image) else open_image(str(image), "images") for image in several]
     chosen = _decode_settings(settings)
     try:
-        return answer_chats(model, [[user_message(prompt, opened)]], chosen)[0]
+        clips = [videos] if isinstance(videos, str | PathLike) else videos
+        return answer_chats(model, [[user_message(prompt, opened, clips)]], chosen)[0]
     except ValueError as error:  # what the model's own `generate` raises where settings do not fit
         raise UsageError(str(error)) from error
 

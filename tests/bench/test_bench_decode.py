@@ -14,7 +14,7 @@ import torch
 from block_checkpoints import block_checkpoint
 from decode_prompts import CPU, TINY, chat, prompts_of, tiny
 from helpers import CONTEXTS
-from shared_fixtures import Loaded
+from shared_fixtures import TILED, Loaded
 from tiny_runs import refused, succeed
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -87,8 +87,9 @@ def test_ar_is_the_trunks_own_generate_without_a_stop():
     assert ar_generate(model, prompts, 1, lambda: calls.append(None)).tokens == 3 and len(calls) == 1
 
 
-def test_ar_sees_images_and_its_stops(loaded: Callable[[str], Loaded]):
-    model, _ = both = loaded("llama")
+@pytest.mark.parametrize("name", ["llama", TILED])
+def test_ar_sees_images_and_its_stops(name: str, loaded: Callable[[str], Loaded]):
+    model, _ = both = loaded(name)
     model.config.set_decoding("blocks", 4, "causal", "response", "same")
     prompts = prompts_of(both, [chat("What?", True), chat("A longer question?"), chat("And?", True)], 6, frozenset({NEVER}))
     answers = ar_generate(model, prompts, 1).answers

@@ -8,14 +8,15 @@ import pytest
 import torch
 from decode_prompts import CPU, TINY, chat, prompts_of, tiny
 from helpers import CONTEXTS, GRIDS, trunks
-from shared_fixtures import Loaded
+from shared_fixtures import TILED, Loaded
 from transformers import DynamicCache
 
 from diffvl.bench.decoders import NEVER, Prompts, blocks_and_steps, ours, published
 from diffvl.bench.published_decoder import clean_mask, decode_published, quota, settle
 from diffvl.errors import UsageError
 
-FAMILIES = trunks("mistral", "qwen3_moe", "gpt2")  # gemma2: sliding windows, shorter than these prompts
+# gemma2: sliding windows, shorter than these prompts
+FAMILIES = [*trunks("mistral", "qwen3_moe", "gpt2"), pytest.param(TILED, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("context", "grid"), list(itertools.product(CONTEXTS, GRIDS)))

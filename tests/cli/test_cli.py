@@ -49,7 +49,7 @@ FLAGS = {
         *("MODEL", "--stage", "--recipe", "--data", "--from", "--out", "--lora", "--set", "--resume", "--dry-run"),
         *("--accept-changed-data", "--trust-remote-code"),
     },
-    "generate": {"DIR", "--image", "--prompt", "--batch", "--batch-size", "--stream", "--watch", "--json", *DECODING},
+    "generate": {"DIR", "--image", "--video", "--prompt", "--batch", "--batch-size", "--stream", "--watch", "--json", *DECODING},
     "chat": {"DIR", *DECODING},
     "evaluate": {"DIR", "--data", "--limit", "--json"},
     "export": {"DIR", "--out", "-o", "--layout", "--keep-adapters", "--license"},

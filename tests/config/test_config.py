@@ -96,6 +96,30 @@ def test_a_recipe_resolves_to_its_values_and_the_defaults():
             "stages.diffuse.objective.noise: t_min (0.1) must not be above t_max (0.05)",
         ),
         ("stages.diffuse.objective.ar_weight", 0.1, "stages.diffuse.objective: ar_weight needs context: causal"),
+        ("prepare.tiling", {"kind": "none", "max_tiles": 4}, "prepare.tiling.max_tiles: unknown key"),
+        ("prepare.tiling", {"max_tiles": 4}, "prepare.tiling.kind: missing, it says which kind of tiling this is"),
+        ("prepare.tiling", {"kind": "pad"}, "prepare.tiling.kind: expected one of 'none', 'anyres' (got 'pad')"),
+        (
+            "stages.diffuse.tiling",
+            {"kind": "anyres", "grids": ["2*3"]},
+            "stages.diffuse.tiling.grids: '2*3' is no grid: expected ROWSxCOLUMNS like 2x3, or a range of them like 1x1-6x6",
+        ),
+        (
+            "stages.diffuse.tiling",
+            {"kind": "anyres", "grids": ["1x1", "3x3-2x4"]},
+            "stages.diffuse.tiling.grids: '3x3-2x4': a grid has 1 to 20 rows and columns, and a range goes from",
+        ),
+        ("stages.diffuse.tiling", {"kind": "anyres", "grids": ["0x2"]}, "stages.diffuse.tiling.grids: '0x2': a grid has 1 to 20"),
+        (
+            "stages.diffuse.tiling",
+            {"kind": "anyres", "grids": []},
+            "stages.diffuse.tiling.grids: List should have at least 1 item",
+        ),
+        (
+            "stages.diffuse.tiling",
+            {"kind": "anyres", "grids": ["1x1-2x2"], "max_tiles": 5},
+            "stages.diffuse.tiling: max_tiles (5) has no effect: the largest of grids has 4 tiles",
+        ),
     ],
 )
 def test_a_wrong_setting_is_named_by_the_path_that_set_takes(path: str, value: Any, words: str):
@@ -207,6 +231,15 @@ def test_set_can_exchange_epochs_for_steps():
 )
 def test_a_wrong_set_is_explained(assignment: str, words: str):
     assert words in message(TREE, assignment)
+
+
+def test_grids_are_listed_in_the_published_order():
+    """Also after a recipe is written and read again; a grid that is named twice stands once."""
+    recipe = resolve(changed("prepare.tiling", {"kind": "anyres", "grids": ["1x1-2x3", "2x2", "1x8"]}), [], "my.yaml")
+    recipe = resolve(yaml.safe_load(dump(recipe)), [], "run.yaml")
+    pairs = [[1, 1], [1, 2], [1, 3], [2, 1], [2, 2], [2, 3], [1, 8]]
+    assert recipe.prepare.tiling.settings == {"grids": pairs, "max_tiles": 9}
+    assert recipe.stages["diffuse"].tiling is None
 
 
 def test_dump_reads_back_as_the_same_recipe():

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import random_image
 from tiny_runs import refused, succeed
+from tiny_videos import frames, write_video
 
 from diffvl.store.checkpoint import load_checkpoint, read_state
 
@@ -30,9 +31,18 @@ def records(folder: Path, count: int = 4) -> Path:
     return folder / "data.json"
 
 
-def convert(source: Path, folder: Path, *words: object) -> Path:
+def with_video(data: Path) -> Path:
+    """Adds a record with a video, which comes first and is held out for the report."""
+    write_video(data.parent / "clip.mp4", frames(24, 64, 48))
+    asked = {"from": "human", "value": "<video>\nWhat happens?"}
+    moving = {"video": "clip.mp4", "conversations": [asked, {"from": "gpt", "value": "It changes."}]}
+    data.write_text(json.dumps([moving, *json.loads(data.read_text(encoding="utf-8"))]), encoding="utf-8")
+    return data
+
+
+def convert(source: Path, folder: Path, *words: object, video: bool = False) -> Path:
     """Runs the default recipe of such a source, cut short; returns the finished stage."""
-    data = records(folder)
+    data = with_video(records(folder)) if video else records(folder)
     settings = [word for key, value in SMALL.items() for word in ("--set", f"stages.diffuse.{key}={value}")]
     settings += ["--set", f"stages.diffuse.data={{train: {data}, max_length: 512, holdout: 1}}"]
     succeed("convert", source, "--out", folder / "out", *settings, *words)
@@ -44,7 +54,8 @@ def converted(source: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
     """Model type -> a finished run: full, and with adapters."""
     runs = {}
     for model_type, words in (("qwen2_5_vl", ()), ("gemma3", ("--recipe", "vlm-lora")), ("llava_next", ())):
-        runs[model_type] = convert(source(model_type), tmp_path_factory.mktemp(model_type), *words)
+        folder, video = tmp_path_factory.mktemp(model_type), model_type == "qwen2_5_vl"
+        runs[model_type] = convert(source(model_type), folder, *words, video=video)
     return runs
 
 
@@ -67,6 +78,35 @@ def test_generate_and_evaluate(model_type: str, converted: dict[str, Path], tmp_
     assert json.loads(shown.out)["tokens"] >= 1
     figures = json.loads(succeed("evaluate", directory, "--data", directory.parent.parent / "data.json", "--json").out)
     assert 0 < figures["masked_loss"] < 50 and 0 <= figures["exact_match"] <= 1
+
+
+def test_videos(converted: dict[str, Path], source: Callable[[str], Path], tmp_path: Path):
+    """A video by the command line, from a file of questions and in the report; what takes none says so, before it is trained."""
+    directory = converted["qwen2_5_vl"]
+    folder = directory.parent.parent
+    words: tuple[object, ...] = ("generate", directory, "--max-new-tokens", "6")
+    shown = succeed(*words, "--video", folder / "clip.mp4", "--prompt", "What happens?", "--json")
+    (tmp_path / "ask.jsonl").write_text(json.dumps({"prompt": "<video>What happens?", "video": str(folder / "clip.mp4")}) + "\n")
+    asked = succeed("generate", directory, "--max-new-tokens", "6", "--batch", tmp_path / "ask.jsonl")
+    assert json.loads(shown.out)["tokens"] >= 1 and json.loads(asked.out)["tokens"] >= 1
+    with_images = succeed(*words, "--video", folder / "clip.mp4", "--image", folder / "1.png", "--prompt", "<image>and <video>?")
+    assert with_images.code == 0
+    samples = [json.loads(line) for line in (directory / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert samples[0]["video"] == str(folder / "clip.mp4") and samples[0]["question"] == "What happens?"
+    assert "clip.mp4" in (directory / "report.html").read_text(encoding="utf-8")
+    refused(*words, "--video", tmp_path / "none.mp4", "--prompt", "Hi", says=["--video: ", "none.mp4 does not exist"])
+    refused(*words, "--video", folder / "1.png", "--prompt", "<video><video>", says=["2 <video> markers, 1 videos were given"])
+    plain = converted["gemma3"]
+    refused("generate", plain, "--video", folder / "clip.mp4", "--prompt", "Hi", says=["a video, which this model does not take"])
+    data = f"stages.diffuse.data={{train: {folder / 'data.json'}, max_length: 512, holdout: 1}}"
+    says = ["1 of 5 records show a video, which this checkpoint does not take, the first data.json:1"]
+    refused("convert", source("gemma3"), "--out", tmp_path / "out", "--set", data, says=says)
+    rate = ("--set", "prepare.video.fps=1")
+    refused(
+        "convert", source("gemma3"), "--out", tmp_path / "o", "--set", data, *rate, says=["prepare.video.fps", "takes no videos"]
+    )
+    both = ("--set", "prepare.video.num_frames=4")
+    refused("convert", source("qwen2_5_vl"), "--out", tmp_path / "o", "--set", data, *rate, *both, says=["keep one of them"])
 
 
 def test_what_a_stage_names_is_checked_before_anything_is_prepared(source: Callable[[str], Path], tmp_path: Path):
@@ -102,7 +142,8 @@ def test_it_goes_on_from_where_it_is(source: Callable[[str], Path], converted: d
 def test_a_checkpoint_loads_and_answers_without_diffvl(converted: dict[str, Path], tmp_path: Path):
     image = next(iter(converted.values())).parent.parent / "1.png"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    program = [sys.executable, "-I", CLIENT, image, *converted.values()]
+    video = converted["qwen2_5_vl"].parent.parent / "clip.mp4"
+    program = [sys.executable, "-I", CLIENT, image, video, *converted.values()]
     done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     facts = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -117,3 +158,11 @@ def test_a_checkpoint_loads_and_answers_without_diffvl(converted: dict[str, Path
         with torch.no_grad():
             logits = model(**{name: value for name, value in inputs.items() if name != "answer_index"}).logits[0, -1]
         torch.testing.assert_close(logits[:20], torch.tensor(found["logits"]), rtol=1e-5, atol=1e-5)
+        if processor.sampler is not None:
+            content[0] = {"type": "video", "path": str(video)}
+            inputs = processor.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=True, add_generation_prompt=True
+            )
+            answer: Any = model.generate(**inputs, max_new_tokens=8)
+            assert answer[0, inputs["input_ids"].shape[1] :].tolist() == found["of_video"]
+    assert [found["of_video"] is not None for found in facts] == [True, False, False]

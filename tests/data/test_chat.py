@@ -77,7 +77,7 @@ def test_a_literal_marker_reaches_the_tokenizer_as_text(loaded: Callable[[str], 
     assert prompt["content"] == [{"type": "text", "text": "What is <image>?"}]
     shown = random_image()
     both = user_message(r"What is \<image>?", [shown])["content"]
-    assert [part["type"] for part in both] == ["text", "image", "text"] and both[2]["text"] == "\nWhat is <image>?"
+    assert [part["type"] for part in both] == ["image", "text"] and both[1]["text"] == "\nWhat is <image>?"
     with pytest.raises(UsageError, match=r"the prompt has 1 <image> markers, 0 images were given .*write \\<image>"):
         user_message("What is <image>?", [])
 

@@ -4,6 +4,7 @@ import io
 import json
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from native_processors import image, native
 from PIL import Image
 from rich.console import Console
+from shared_fixtures import TILED, Loaded
 
 from diffvl.config.recipe import Data
 from diffvl.data import images
@@ -25,6 +27,7 @@ from diffvl.data.table import RecordTables
 from diffvl.demo.standin_processors import PROCESSORS
 from diffvl.errors import DataError
 from diffvl.hub.seen_diffvl import size_as_seen
+from diffvl.prepare.tiling import with_tiling
 
 ORIENTATION = 0x0112
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "tif": "TIFF", "gif": "GIF", "bmp": "BMP", "ppm": "PPM", "ico": "ICO"}
@@ -126,6 +129,29 @@ def test_samples(family: str, tmp_path: Path):
     expected = given.processor.pixels([open_image(path, "x") for record in records for path in record.images])
     assert all(torch.equal(batch["pixels"][name], expected[name]) for name in expected)
     assert "pixels" not in collate([[samples[3]]], pad_token_id=0)
+
+
+def test_samples_in_tiles(loaded: Callable[[str], Loaded], tmp_path: Path):
+    """Of a tower of ours: an image alone in its question has tiles, in a later turn too; two in one are one view each. Rows and
+    packed lengths follow from the heads of the files."""
+    model, processor = loaded(TILED)
+    path = data_file(tmp_path)
+    records = list(iterate_records(path))
+    samples = [sample_of(record, index, processor) for index, record in enumerate(records)]
+    assert [sample.ids for sample in samples] == [encode_record(record, processor).ids for record in records]
+    pixels = collate([samples], pad_token_id=0)["pixels"]
+    assert processor.tiles is not None
+    views = [processor.tiles.views(size) for size in SHAPES[:3]]
+    assert pixels["num_tiles"].tolist() == [*views, 1, 1] and min(views) > 2
+    assert pixels["image_sizes"].tolist() == [list(SHAPES[number]) for number in (0, 1, 2, 3, 3)]
+    shown = sum(sample.ids.count(processor.image_token_id) for sample in samples)
+    assert model.images.encode(pixels).total == shown
+    data = Data(train=str(path), max_length=512, row_length=512)
+    rows = load_data(data, processor, None).train
+    assert rows.lengths is not None and rows.lengths.tolist() == [len(sample.ids) for sample in samples]
+    other = with_tiling(processor, {"grids": [[1, 1]], "max_tiles": 1})
+    smaller = load_data(data, other, None).train
+    assert smaller.lengths is not None and smaller.lengths.tolist() != rows.lengths.tolist()
 
 
 def test_one_look_at_each_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -59,7 +59,7 @@ OUTCOMES: dict[str, list[Any]] = {  # turns, or what the problem says
     "key_img_misspelt": [f"`{key}` is 'a.png': {IMAGE_KEY}" for key in ("img", "image_path", "Image")],
     "key_tools": ["`tools`: calls of tools are not supported: leave such records out, or write the calls as text"],
     "key_top_level_system": [[("system", "Answer in French."), *ANSWERED]],
-    "key_video": [ANSWERED, "`video`: videos and sounds are not supported: leave such records out"],
+    "key_video": [ANSWERED, "video not found: .*clip.mp4 (relative paths start at the data file's folder"],
     "marker_numbered": ["turn 1: <image_1> looks like an image, but the marker of an image is <image>, one for each"],
     "marker_svg_answer": [ANSWERED, "turn 2: <image> in a turn of assistant (gpt).* write \\<image> (in JSON: \\\\<image>)"],
     "turn_loss_false": [[("user", "Hi"), ("assistant", "BAD DRAFT"), ("user", "Again"), ("assistant", "Good.")]],
@@ -110,8 +110,8 @@ def test_the_marked_draft_alone_is_not_trained_on() -> None:
 # --- keys of a record ----------------------------------------------------------------------------------------------------
 
 REFUSED_KEYS: dict[str, Any] = {
-    **{key: "clip.mp4" for key in ("video", "video_path", "Video", "audio", "speech")},
-    **{key: ["clip.mp4"] for key in ("videos", "audios", "video_files")},
+    **{key: "clip.mp4" for key in ("video_path", "Video", "audio", "speech")},
+    **{key: ["clip.mp4"] for key in ("audios", "video_files")},
     **{key: [{"name": "f"}] for key in ("tools", "functions", "tool_calls")},
     **{key: {"role": "assistant", "content": "No."} for key in ("chosen", "rejected")},
     **{"function_call": {"name": "f"}, "tools ": "[{}]", "toolChoice": "auto"},
@@ -344,7 +344,7 @@ def test_content_as_parts(content: Any, keys: dict[str, Any], text: str, images:
 @pytest.mark.parametrize(
     ("content", "keys", "says"),
     [
-        ([{"type": "video", "video": "c.mp4"}], {}, "turn 1: `content`, part 1 is of type 'video', which is not supported"),
+        ([{"type": "video", "video": "c.mp4", "fps": 2}], {}, "turn 1: `content`, part 1: `fps` is not supported"),
         ([TEXT, {"type": "input_audio"}], {}, "part 2 is of type 'input_audio'"),
         ([{"type": "tool_use"}], {}, "part 1 is of type 'tool_use'"),
         (["What?"], {}, "part 1: expected an object with `type`, got a string"),

@@ -239,7 +239,7 @@ GOOD = {"prompt": "Hi"}
 @pytest.mark.parametrize(("line", "says"), [
     ('{"prompt": "Hi"', "ask.jsonl:2: malformed JSON at column"),
     ("[1]", "ask.jsonl:2: expected an object with `prompt`, got list"),
-    ({"promt": "Hi"}, "ask.jsonl:2: unknown key 'promt': expected prompt, image, images, id"),
+    ({"promt": "Hi"}, "ask.jsonl:2: unknown key 'promt': expected prompt, image, images, video, videos, id"),
     ({"image": "seen.png"}, "ask.jsonl:2: `prompt` must be a text; it is missing"),
     ({"prompt": 3}, "ask.jsonl:2: `prompt` must be a text"),
     ({"prompt": "Hi", "id": 1.5}, "ask.jsonl:2: `id` must be a string or a whole number, got float"),

@@ -93,7 +93,7 @@ def test_templates_that_can_be_trained_on(template: str):
         ),
         (
             CHATML.replace("{{ message['content'] }}", "{{ message['content'] | e }}"),
-            "changes '<image>', which stands for an image",
+            "changes '<image>', which stands for images",
         ),
         ({"tool_use": CHATML, "rag": CHATML}, "has the chat templates rag, tool_use, but none named default"),
     ],

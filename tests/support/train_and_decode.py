@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from helpers import CONTEXTS, GRIDS, TARGETS, batch, objective, random_image
-from PIL import Image
 from shared_fixtures import Loaded
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from diffvl.data.samples import Sample, collate
+from diffvl.hub.chat_diffvl import arranged
 from diffvl.hub.decoder_diffvl import BlockDecoder
 from diffvl.hub.layout_diffvl import block_index, noisy_stream
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
@@ -51,13 +51,16 @@ class Spy:
 
 def training_sample(processor: DiffVLProcessor, messages: list[dict[str, Any]], index: int) -> Sample:
     encoding = processor.encode_chat(messages)
-    images = images_in(messages)
-    return Sample(encoding.ids, encoding.answer, processor.pixels(images, encoding.alone) or None, index, len(images))
-
-
-def images_in(messages: list[dict[str, Any]]) -> list[Image.Image]:
+    images, clips = images_in(messages), images_in(messages, "video")
     contents = [turn["content"] for turn in messages if isinstance(turn["content"], list)]
-    return [part["image"] for content in contents for part in content if "image" in part]
+    shown = [part[part["type"]] for content in contents for part in content if part["type"] != "text"]
+    pixels = processor.pixels(arranged(encoding.shown, shown) if processor.asks_sizes else shown, encoding.alone) or None
+    return Sample(encoding.ids, encoding.answer, pixels, index, len(images), len(clips))
+
+
+def images_in(messages: list[dict[str, Any]], kind: str = "image") -> list[Any]:
+    contents = [turn["content"] for turn in messages if isinstance(turn["content"], list)]
+    return [part[kind] for content in contents for part in content if kind in part]
 
 
 @torch.no_grad()

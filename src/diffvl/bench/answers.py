@@ -145,11 +145,11 @@ def answer_all(
     decoder, turns = load_questions(request)
     scored: dict[str, list[ScoredAnswer]] = {name: [] for name in settings}
     for chosen in settings.values():
-        answer_chats(decoder, [chat_before(*turns[0])], chosen, shorten=True)  # warms up
+        answer_chats(decoder, [chat_before(*turns[0], decoder.processor.sampler)], chosen, shorten=True)  # warms up
     plan = schedule(list(settings), len(turns))
     for number, name in track(console, plan, len(plan), "answering"):
         record, turn = turns[number]
-        (answer,) = answer_chats(decoder, [chat_before(record, turn)], settings[name], shorten=True)
+        (answer,) = answer_chats(decoder, [chat_before(record, turn, decoder.processor.sampler)], settings[name], shorten=True)
         truth = record.turns[turn].text
         scored[name].append(ScoredAnswer(answer, is_exact(answer.text, truth), edit_similarity(answer.text, truth)))
     model, config = decoder.model, decoder.model.config

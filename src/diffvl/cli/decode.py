@@ -29,6 +29,9 @@ def generate(
     directory: Directory,
     prompt: Annotated[str | None, typer.Option(help="What to ask.", metavar="TEXT")] = None,
     image: Annotated[list[Path] | None, typer.Option(help="An image; repeatable.", metavar="FILE")] = None,
+    video: Annotated[
+        list[Path] | None, typer.Option(help="A video, or a folder of its frames; repeatable.", metavar="FILE")
+    ] = None,
     batch: Annotated[
         Path | None, typer.Option(help='Ask every line of FILE, {"prompt": ..., "image": ...}; JSON lines.', metavar="FILE")
     ] = None,
@@ -60,7 +63,7 @@ def generate(
         _answer_file(directory, batch, batch_size, settings)
         return
     assert prompt is not None
-    message = ask(prompt, image or [])  # before the weights: an image that cannot be read is told at once
+    message = ask(prompt, image or [], video or [])  # before the weights: an image that cannot be read is told at once
     decoder = load_for_decoding(directory)
     if stream:
         _stream(decoder, message, settings)
@@ -77,7 +80,8 @@ def chat(
     directory: Directory,
     **flags: Any,
 ) -> None:
-    """Talk to a checkpoint. A line is a message; /image PATH shows it an image, /help lists the other commands."""
+    """Talk to a checkpoint. A line is a message; /image PATH shows it an image, /video PATH a video, /help lists the other
+    commands."""
     settings = settings_of(context)
     from diffvl.decode.answer import load_for_decoding
     from diffvl.decode.chat import Chat, converse
@@ -103,7 +107,7 @@ def _check_ways_out(given: dict[str, Any]) -> None:
         raise UsageError("give --prompt TEXT, or --batch FILE.jsonl with many" + (", not both" if "prompt" in given else ""))
     if "batch" in given:
         _exclude(given, "--batch, which prints a JSON line for each answer", stream="--stream", watch="--watch")
-        _exclude(given, "--batch: name the images in its file", image="--image")
+        _exclude(given, "--batch: name the images in its file", image="--image", video="--video")
     else:
         _exclude(given, "a single --prompt", batch_size="--batch-size")
     if "watch" in given:

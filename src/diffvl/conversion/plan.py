@@ -4,6 +4,7 @@ Nothing is opened here but small files: recipes, `diffvl.json` and the source's 
 """
 
 import json
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.console import Console
 from transformers import PretrainedConfig
 
 from diffvl.config.families import diffusion_source, family_of, family_of_trunk, named_checkpoint, recipe_of_name, require_known
-from diffvl.config.recipe import STAGES, Lora, Recipe, StageName
+from diffvl.config.recipe import STAGES, Lora, Recipe, Stage, StageName
 from diffvl.config.resolve import dump, find_recipe, read_yaml, resolve
 from diffvl.config.supported import check_supported, is_vlm, is_vlm_type
 from diffvl.conversion.diffusion import check_objectives, filled
@@ -28,6 +29,8 @@ from diffvl.store.files import PARTIAL, read_json
 from diffvl.store.published import load_config
 from diffvl.terminal.console import say, shell_line
 from diffvl.train.launch import precision
+
+log = logging.getLogger(__name__)
 
 PREPARED = "prepared"
 
@@ -84,6 +87,7 @@ def _plan_start(request: ConvertRequest, start: Path) -> Plan:
     earlier = resolve(read_yaml(start / checkpoint.RECIPE_FILE), [], str(start / checkpoint.RECIPE_FILE))
     _refuse_prepare(request, str(start))
     tree = read_yaml(find_recipe(request.recipe)) if request.recipe else yaml.safe_load(dump(earlier))
+    asked = tree.get("prepare")
     tree["prepare"] = earlier.prepare.model_dump(mode="json")
     tree["model"] = earlier.model
     stages: tuple[StageName, ...] = _stages_to_run(request, tree)
@@ -94,11 +98,32 @@ def _plan_start(request: ConvertRequest, start: Path) -> Plan:
                 f"{start} is a finished {state['kind']} run and the recipe has no later stage: name one with --stage"
             )
     root = request.out or (start.parent if start.name in (PREPARED, *STAGES) else Path("runs") / start.name)
-    source = diffusion_source(read_json(start / "config.json").get("text_config") or {})
+    config = read_json(start / "config.json")
+    source = diffusion_source(config.get("text_config") or {})
     recipe = _resolve(request, filled(tree, source) if source else tree, stages)
+    if request.recipe:
+        _tell_other_tiling(asked, config, recipe.stages[stages[0]], start)
     if source is not None:
         check_objectives(recipe, stages, source)
     return Plan(start, root, stages, recipe)
+
+
+def _tell_other_tiling(asked: Any, config: dict[str, Any], stage: Stage, start: Path) -> None:
+    """Warns of a recipe that was written for other images than those which the checkpoint was prepared for.
+
+    Args:
+        asked: the recipe's section `prepare`, of which nothing has an effect on a checkpoint. config: the checkpoint's.
+    """
+    tiling = asked.get("tiling") if isinstance(asked, dict) else None
+    kind = "none" if config.get("tiling") is None else "anyres"
+    if isinstance(tiling, dict) and tiling.get("kind") not in (None, kind) and stage.tiling is None:
+        log.warning(
+            "%s sees images with tiling %s, and goes on so; prepare.tiling of the recipe says %s, which a stage can do too: set "
+            "tiling in that stage",
+            start,
+            kind,
+            tiling["kind"],
+        )
 
 
 def _plan_model(request: ConvertRequest, model: str) -> Plan:
@@ -277,7 +302,14 @@ def describe(plan: Plan, console: Console) -> None:
         say(
             console,
             (name, "bold"),
-            f" {detail}; trains {trains}{' with LoRA' if stage.lora else ''}; {length} of "
+            f" {detail}; {_images_of(stage)}trains {trains}{' with LoRA' if stage.lora else ''}; {length} of "
             f"{stage.batch_size} x {stage.accumulation} samples per device, {precision(stage)}; data {stage.data.train} "
             f"-> {plan.root / name}",
         )
+
+
+def _images_of(stage: Stage) -> str:
+    """Says how a stage cuts images, where that is its own choice."""
+    if stage.tiling is None:
+        return ""
+    return "one square an image; " if stage.tiling.kind == "none" else f"images in tiles (at most {stage.tiling.max_tiles}); "

@@ -66,7 +66,7 @@ def answering(start: Path, work: Path, data: Data, console: Console) -> Onlooker
 def _write(file: Path, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
     lines = []
     for old, new in zip(before, after, strict=True):
-        asked = {key: new[key] for key in ("image", "question", "truth")}
+        asked = {key: new[key] for key in ("image", "video", "question", "truth") if key in new}
         lines.append(json.dumps({**asked, "before": old["answer"], "after": new["answer"]}, ensure_ascii=False) + "\n")
     replace_text(file, "".join(lines))
 
@@ -135,7 +135,8 @@ def _say_next(directory: Path, plan: Plan, console: Console) -> None:
     say(console, "\nwrote ", (str(directory), "bold"), " (a checkpoint that loads without diffvl, and report.html)")
     if plan.stages[-1:] == ("align",) and "diffuse" in plan.recipe.stages:
         say(console, "next: ", shell_line("diffvl", "convert", "--from", directory, "--stage", "diffuse", "--data", "FILE"))
-    samples = [line for line in read_json_lines(directory / "samples.jsonl") if line.get("image")]
-    image, question = (samples[0]["image"], samples[0]["question"]) if samples else ("FILE", "What does the image show?")
-    say(console, "next: ", shell_line("diffvl", "generate", directory, "--image", Path(image), "--prompt", question))
+    samples = read_json_lines(directory / "samples.jsonl")
+    shown = [(kind, line[kind], line["question"]) for line in samples for kind in ("image", "video") if line.get(kind)]
+    kind, file, question = next((one for one in shown if isinstance(one[1], str)), ("image", "FILE", "What does the image show?"))
+    say(console, "next: ", shell_line("diffvl", "generate", directory, f"--{kind}", Path(file), "--prompt", question))
     say(console, "next: ", shell_line("diffvl", "evaluate", directory, "--data", "FILE"))

@@ -1,10 +1,12 @@
-"""The content of a turn -> its text with markers, and the images that its parts carry.
+"""The content of a turn -> its text with markers, and the images and videos that its parts carry.
 
 Content is text, or a list of parts as in a chat request: `{"type": "text", "text": ...}` and images,
 `{"type": "image"}` (the record's next image), `{"type": "image", "image": PATH}` or
-`{"type": "image_url", "image_url": {"url": PATH}}`. Parts are joined without anything between, as chat templates do.
+`{"type": "image_url", "image_url": {"url": PATH}}`; and videos, `{"type": "video"}` or `{"type": "video", "video": PATH}`, whose
+path may be a list of frames. Parts are joined without anything between, as chat templates do.
 
-In text the marker `<image>` stands for an image. A backslash before it takes its meaning away: `\\<image>` is the text `<image>`.
+In text the marker `<image>` stands for an image, and in a record with videos `<video>` for a video. A backslash before it takes
+its meaning away: `\\<image>` is the text `<image>`.
 The same holds for the spellings that can hardly be anything else (`<image_1>`, `<|image|>`), which are refused otherwise, because
 a model would read them as text and its image would stand somewhere else.
 """
@@ -16,8 +18,10 @@ from typing import Any
 
 from diffvl.data.keys import is_absent
 from diffvl.errors import DataError
+from diffvl.hub.template_diffvl import Visual
 
 IMAGE_MARKER = "<image>"
+VIDEO_MARKER = "<video>"
 ESCAPE = "\\"
 
 _NAMES = r"(?:image|img|picture|pic|photo)"
@@ -42,7 +46,9 @@ _LIKELY = "|".join(
     )
 )
 _ESCAPED = re.compile(rf"\\(?={IMAGE_MARKER}|{_SURE})", re.IGNORECASE)
+_ESCAPED_BOTH = re.compile(rf"\\(?={IMAGE_MARKER}|{VIDEO_MARKER}|{_SURE})", re.IGNORECASE)
 _MARKER = re.compile(rf"(?<!\\){IMAGE_MARKER}")
+_MARKERS = re.compile(rf"(?<!\\)({IMAGE_MARKER}|{VIDEO_MARKER})")
 _SURE_PATTERN = re.compile(rf"(?<!\\)(?:{_SURE})", re.IGNORECASE)
 _LIKELY_PATTERN = re.compile(rf"(?<!\\)(?:{_SURE}|{_LIKELY})", re.IGNORECASE)
 _OTHER_MEDIA = re.compile(r"(?:^|\n)\s*(<(?:video|audio|speech)>)\s*(?:\n|$)", re.IGNORECASE)
@@ -55,14 +61,42 @@ def pieces_between(text: str) -> list[str]:
     return [_ESCAPED.sub("", piece) for piece in _MARKER.split(text)]
 
 
+def parts_of(text: str, videos: bool) -> list[str | Visual]:
+    """Cuts a text at its markers into what a model reads and what it looks at, in order.
+
+    Args:
+        videos: whether the record has videos; without them `<video>` is text.
+    """
+    if not videos:
+        first, *others = pieces_between(text)
+        found: list[str | Visual] = [first]
+        for piece in others:
+            found += [Visual.IMAGE, piece]
+    else:
+        found = [_ESCAPED_BOTH.sub("", piece) for piece in _MARKERS.split(text)]
+        found[1::2] = [Visual.VIDEO if piece == VIDEO_MARKER else Visual.IMAGE for piece in found[1::2]]
+    return [part for part in found if part != ""] or [""]
+
+
 def count_markers(text: str) -> int:
     """Counts the images that the text shows."""
     return len(_MARKER.findall(text)) if IMAGE_MARKER in text else 0
 
 
-def with_markers(text: str, num_images: int) -> str:
-    """Gives a text without markers, with one for each image in front of it, each on a line of its own: LLaVA's habit."""
-    return f"{IMAGE_MARKER}\n" * num_images + text
+def count_video_markers(text: str) -> int:
+    """Counts the videos that the text of a record with videos shows."""
+    return _MARKERS.findall(text).count(VIDEO_MARKER) if VIDEO_MARKER in text else 0
+
+
+def as_video_markers(text: str) -> str:
+    """Gives the text with its markers of images standing for videos: LLaVA-Video's habit."""
+    return _MARKER.sub(VIDEO_MARKER, text)
+
+
+def with_markers(text: str, num_images: int, num_videos: int = 0) -> str:
+    """Gives a text without markers, with one for each image and video in front of it, each on a line of its own: LLaVA's
+    habit."""
+    return f"{IMAGE_MARKER}\n" * num_images + f"{VIDEO_MARKER}\n" * num_videos + text
 
 
 def plain(text: str) -> str:
@@ -97,11 +131,14 @@ _REFUSED = ("min_pixels", "max_pixels", "resized_height", "resized_width", "byte
 
 @dataclass(frozen=True)
 class Content:
-    """text: with a marker for every image part. paths: those that parts carry. placeholders: parts that carry none."""
+    """text: with a marker for every image and video part. paths: those that image parts carry. placeholders: image parts that
+    carry none. videos: what video parts carry. video_placeholders: those that carry nothing."""
 
     text: str
     paths: tuple[str, ...] = ()
     placeholders: int = 0
+    videos: tuple[Any, ...] = ()
+    video_placeholders: int = 0
 
 
 def read_content(value: Any, what: str) -> Content:
@@ -110,7 +147,8 @@ def read_content(value: Any, what: str) -> Content:
         return Content(text_of(value, what, "a string or a list of parts" if isinstance(value, dict) else "a string"))
     pieces: list[str] = []
     paths: list[str] = []
-    placeholders = 0
+    videos: list[Any] = []
+    placeholders = video_placeholders = 0
     for number, part in enumerate(value, 1):
         where = f"{what}, part {number}"
         kind = part.get("type") if isinstance(part, dict) else None
@@ -123,12 +161,25 @@ def read_content(value: Any, what: str) -> Content:
             path = _path_of(part, where)
             paths += [] if path is None else [path]
             placeholders += path is None
+        elif kind == "video":
+            pieces.append(VIDEO_MARKER)
+            carried = _video_of(part, where)
+            videos += [] if carried is None else [carried]
+            video_placeholders += carried is None
         else:
             raise DataError(
-                f"{where} is of type {kind!r}, which is not supported: expected text or image; leave such records out",
+                f"{where} is of type {kind!r}, which is not supported: expected text, image or video; leave such records out",
                 "part of a turn",
             )
-    return Content("".join(pieces), tuple(paths), placeholders)
+    return Content("".join(pieces), tuple(paths), placeholders, tuple(videos), video_placeholders)
+
+
+def _video_of(part: dict[str, Any], where: str) -> Any:
+    """Gives what a video part carries, if anything."""
+    refused = [key for key in (*_REFUSED, "fps", "nframes") if not is_absent(part.get(key))]
+    if refused:
+        raise DataError(f"{where}: `{refused[0]}` is not supported: prepare.video sets how all videos are shown", "video")
+    return None if is_absent(part.get("video")) else part["video"]
 
 
 def _path_of(part: dict[str, Any], where: str) -> str | None:

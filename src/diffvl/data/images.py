@@ -42,15 +42,15 @@ def named_images(value: dict[str, Any]) -> list[str]:
     return [text_of(image, f"`{keys[0]}`") for image in images]
 
 
-def require_path(image: str) -> None:
-    """Raises DataError for what cannot be a path."""
+def require_path(image: str, what: str = "an image") -> None:
+    """Raises DataError for what cannot be a path; `what` it is meant to be."""
     scheme = _SCHEME.match(image)
     if scheme:
         advice = "write the path alone" if scheme[1].lower() == "file" else "fetch it and give the path of its file"
-        raise DataError(f"an image is a file, not a URL: {_shown(image)}; {advice}", "image is no file")
+        raise DataError(f"{what} is a file, not a URL: {_shown(image)}; {advice}", "image is no file")
     if image.startswith("data:") or len(image) > _LONGEST:
         raise DataError(
-            f"an image is a file, not its bytes as text: {_shown(image)}; write it into a file and give its path",
+            f"{what} is a file, not its bytes as text: {_shown(image)}; write it into a file and give its path",
             "image is no file",
         )
 

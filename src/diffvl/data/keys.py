@@ -16,7 +16,7 @@ from typing import Any
 
 from diffvl.errors import DataError, first_few
 
-USED = frozenset({"id", "image", "images", "conversations", "messages", "system"})
+USED = frozenset({"id", "image", "images", "video", "videos", "conversations", "messages", "system"})
 # Says where a record is from and changes nothing in any trainer: not even told.
 _METADATA = frozenset(
     (
@@ -33,7 +33,8 @@ _PREFERENCE = "this trains on one answer, not on preferences: keep the better on
 _TEMPLATE = "nothing but the turns is given to the chat template: remove the key"
 _MARK = "mark single turns instead, with `train: false`, or remove the key"
 _ANSWERS_ONLY = "only answers are trained on: remove the key"
-_SOUND = "videos and sounds are not supported: leave such records out"
+_SOUND = "sounds are not supported: leave such records out"
+_VIDEO = "videos stand under the key `video` (a path, or a list of the paths of frames): rename it or remove it"
 
 # advice -> keys that are refused with it, wherever they stand
 _ANYWHERE = {
@@ -230,7 +231,7 @@ def _check_refused(key: str, name: str, item: Any, refused: dict[str, str], wher
     if advice is None and name == "label" and isinstance(item, bool):
         advice = _PREFERENCE
     if advice is None and _SOUNDS.search(name) and not _ABOUT.search(name) and not isinstance(item, bool | int | float):
-        advice = _SOUND
+        advice = _VIDEO if "video" in name else _SOUND
     if advice is None and name == "objects" and isinstance(item, dict) and item.keys() & {"ref", "bbox"}:
         advice = "references to boxes are not filled in: write them into the text and remove the key"
     if advice is not None:

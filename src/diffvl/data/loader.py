@@ -23,7 +23,8 @@ from diffvl.data.packing import REFUSED, RowAssignment, first_fit, lengths_of, m
 from diffvl.data.problems import Problem, is_forgiven, require_usable
 from diffvl.data.records import Record
 from diffvl.data.samples import PROBLEMS, Sample, encode_record, is_filler, sample_of
-from diffvl.data.table import RecordTables
+from diffvl.data.table import RecordTable, RecordTables
+from diffvl.data.videos import NO_VIDEOS, open_video
 from diffvl.errors import ConfigError, DataError
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.machine import num_cores
@@ -161,6 +162,7 @@ def open_samples(path: Path, data: Data, processor: DiffVLProcessor, console: Co
     `check_lengths` they are told now, and nothing else is changed by it; packing leaves them out now; otherwise they are met when
     their turn comes."""
     table = tables.open(path, data)
+    _check_videos(table, path, data, processor)
     everything = SampleDataset(table, path, table.usable, processor, data.max_length, known=table.problems)
     if not data.check_lengths and data.row_length is None:
         return everything
@@ -178,6 +180,18 @@ def open_samples(path: Path, data: Data, processor: DiffVLProcessor, console: Co
         return everything
     known = [*table.problems, *problems]
     return SampleDataset(table, path, table.usable[good], processor, data.max_length, lengths[good], known=known)
+
+
+def _check_videos(table: RecordTable, path: Path, data: Data, processor: DiffVLProcessor) -> None:
+    """Raises DataError at once if records show videos that the checkpoint does not take, and are not to be left out."""
+    showing = table.with_videos
+    if len(showing) and processor.sampler is None and data.on_error == "stop":
+        first = table[int(showing[0])]
+        raise DataError(
+            f"{path}: {len(showing)} of {len(table)} records show a video, which this checkpoint does not take, the first "
+            f"{first.source}: leave them out, or set data.on_error=skip and raise data.max_skipped",
+            NO_VIDEOS,
+        )
 
 
 @cache
@@ -218,6 +232,8 @@ def _look(samples: SampleDataset, place: int) -> Problem | None:
     try:
         for path in record.images:
             open_image(path, record.source)
+        for video in record.videos:
+            open_video(video, record.source, samples.processor.sampler)
     except DataError as error:
         return problem_of(record, int(samples.indices[place]), samples.path, error)
     return None

@@ -15,20 +15,23 @@ from typing import Any
 from diffvl.data.images import require_path
 from diffvl.data.jsonfile import check_path, read_objects
 from diffvl.data.keys import is_absent
+from diffvl.data.videos import Video, located, named_videos
 from diffvl.errors import DataError, first_few
 
-KEYS = ("prompt", "image", "images", "id")
+KEYS = ("prompt", "image", "images", "video", "videos", "id")
 NUM_SHOWN = 5  # problems told in one error
 
 
 @dataclass(frozen=True)
 class Question:
-    """`images` are paths; `source` is where it stands in its file, e.g. "ask.jsonl:12"."""
+    """`images` are paths, `videos` those of files, folders or frames; `source` is where it stands in its file, e.g.
+    "ask.jsonl:12"."""
 
     id: str | int
     prompt: str
     images: tuple[str, ...]
     source: str
+    videos: tuple[Video, ...] = ()
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -80,7 +83,11 @@ def _question(value: Any, path: Path, line: int) -> Question:
     for image in images:
         if not os.path.isfile(image):
             raise DataError(f"image {image} does not exist (relative paths start at the file's folder)")
-    return Question(name, prompt, images, f"{path}:{line}")
+    videos = tuple(located(video, str(path.parent)) for video in named_videos(value))
+    for place in (place for video in videos for place in ([video] if isinstance(video, str) else video)):
+        if not os.path.exists(place):
+            raise DataError(f"video {place} does not exist (relative paths start at the file's folder)")
+    return Question(name, prompt, images, f"{path}:{line}", videos)
 
 
 def _images(value: dict[str, Any]) -> list[str]:

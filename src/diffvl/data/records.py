@@ -27,8 +27,11 @@ from typing import Any, Literal
 
 from diffvl.data.content import (
     IMAGE_MARKER,
+    VIDEO_MARKER,
     Content,
+    as_video_markers,
     count_markers,
+    count_video_markers,
     kind_of,
     mistaken_marker,
     other_media,
@@ -41,6 +44,7 @@ from diffvl.data.images import ExistingFiles, missing_image, named_images, requi
 from diffvl.data.jsonfile import check_path, read_objects
 from diffvl.data.keys import UnusedKeys, check_record_keys, check_turn_keys, is_absent, missing_turns, trained_of
 from diffvl.data.problems import Problem, place_of
+from diffvl.data.videos import Video, missing_video, named_videos
 from diffvl.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -61,8 +65,8 @@ _DROP = "data.unpaired_turns=drop leaves such turns out"
 
 @dataclass(frozen=True)
 class Turn:
-    r"""text: of a user, with markers where images stand and `\<image>` for that text itself; of the others, as a model reads
-    it. trained: False for an answer that is context only."""
+    r"""text: of a user, with markers where images and videos stand and `\<image>` for that text itself; of the others, as a model
+    reads it. trained: False for an answer that is context only."""
 
     role: Role
     text: str
@@ -71,12 +75,14 @@ class Turn:
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation. `images` are absolute paths; `source` is where it stands in its file, e.g. "train.json:12"."""
+    """One conversation. `images` are absolute paths, and `videos` too: of a file or a folder, or of frames; `source` is where it
+    stands in its file, e.g. "train.json:12"."""
 
     id: str
     images: tuple[str, ...]
     turns: tuple[Turn, ...]
     source: str
+    videos: tuple[Video, ...] = ()
 
 
 def iterate_records(path: Path, image_folder: str | Path | None = None, unpaired_turns: Unpaired = "error") -> Iterator[Record]:
@@ -150,11 +156,11 @@ class _Reader:
         check_record_keys(value, images, unused.setdefault)
         turns, contents = _parse_turns(value[form], form, unused.setdefault)
         self.unused.add(unused, source)
-        images = _all_images(images, contents)
-        turns = _place_markers(turns, len(images))
+        images, videos = _all_images(images, contents), _all_videos(named_videos(value), contents)
+        turns = _place_markers(turns, len(images), len(videos))
         left_out = 0
         if self.unpaired_turns == "drop":
-            turns, images, left_out = _paired(turns, images)
+            turns, images, videos, left_out = _paired(turns, images, videos)
         _check_order(turns, left_out)
         turns = _with_system(value.get("system"), turns)
         if not any(turn.trained for turn in turns if turn.role == "assistant"):
@@ -162,7 +168,15 @@ class _Reader:
                 "no answer to train on: all are marked as not to be trained on; remove the record", "nothing to train on"
             )
         paths = tuple(self._path(image) for image in images)
-        return Record(text_of(str(name), "`id`"), paths, turns, source)
+        return Record(text_of(str(name), "`id`"), paths, turns, source, tuple(self._video(video) for video in videos))
+
+    def _video(self, video: Video) -> Video:
+        if not isinstance(video, str):
+            return tuple(self._path(frame) for frame in video)
+        path = os.path.join(self.folder, video)
+        if path not in self.files and not os.path.isdir(path):
+            raise missing_video(path, self.folder_is_set)
+        return path
 
     def _path(self, image: str) -> str:
         require_path(image)
@@ -249,8 +263,22 @@ def _all_images(named: list[str], contents: list[Content]) -> list[str]:
     return carried
 
 
-def _place_markers(turns: tuple[Turn, ...], num_images: int) -> tuple[Turn, ...]:
-    """Checks the image markers; adds them where the record has images and not one marker."""
+def _all_videos(named: list[Video], contents: list[Content]) -> list[Video]:
+    """Gives the record's videos, whether it names them itself or their parts do."""
+    carried = [one for content in contents for video in content.videos for one in named_videos({"video": video})]
+    if not carried:
+        return named
+    if named and named != carried:
+        raise DataError("paths both in `video` and in parts of turns: keep one of them", "video")
+    if not named and any(content.video_placeholders for content in contents):
+        raise DataError("some parts of type video have a path and some have none: give all of them one", "video")
+    return carried
+
+
+def _place_markers(turns: tuple[Turn, ...], num_images: int, num_videos: int = 0) -> tuple[Turn, ...]:
+    """Checks the markers of images and videos; adds them where the record has some and not one marker."""
+    if num_videos:
+        return _place_both(turns, num_images, num_videos)
     asked = [(number, turn.text) for number, turn in enumerate(turns) if turn.role == "user"]
     num_markers = sum(count_markers(text) for _, text in asked)
     if num_markers == num_images and num_images:
@@ -271,6 +299,30 @@ def _place_markers(turns: tuple[Turn, ...], num_images: int) -> tuple[Turn, ...]
     return (*turns[:first], marked, *turns[first + 1 :])
 
 
+def _place_both(turns: tuple[Turn, ...], num_images: int, num_videos: int) -> tuple[Turn, ...]:
+    """The same of a record with videos."""
+
+    def counted(turns: tuple[Turn, ...]) -> tuple[int, int]:
+        texts = [turn.text for turn in turns if turn.role == "user"]
+        return sum(map(count_markers, texts)), sum(map(count_video_markers, texts))
+
+    images, videos = counted(turns)
+    if not num_images and not videos and images == num_videos:  # LLaVA-Video writes the marker of images
+        turns = tuple(replace(turn, text=as_video_markers(turn.text)) if turn.role == "user" else turn for turn in turns)
+        images, videos = counted(turns)
+    first = next((number for number, turn in enumerate(turns) if turn.role == "user"), None)
+    if not images and not videos and first is not None:
+        marked = replace(turns[first], text=with_markers(turns[first].text, num_images, num_videos))
+        turns, images, videos = (*turns[:first], marked, *turns[first + 1 :]), num_images, num_videos
+    if first is not None and (images, videos) != (num_images, num_videos):
+        raise DataError(
+            f"{images} {IMAGE_MARKER} and {videos} {VIDEO_MARKER} in the text, but {num_images} images and {num_videos} videos "
+            "in the record; each needs one marker",
+            "image markers",
+        )
+    return turns
+
+
 def _refuse_mistaken(number: int, text: str, num_images: int, num_markers: int) -> None:
     """Raises DataError for a text that holds what only looks like a marker: read as text, its image would stand elsewhere."""
     found = mistaken_marker(text, images=num_images > 0)
@@ -280,7 +332,8 @@ def _refuse_mistaken(number: int, text: str, num_images: int, num_markers: int) 
         raise DataError(f"turn {number}: {found} looks like an image, but {meant}{advice}", "image markers")
     media = other_media(text)
     if media is not None and not num_markers:
-        raise DataError(f"turn {number}: {media} stands there alone: videos and sounds are not supported", "key not supported")
+        advice = "a video stands under the key `video`" if media.lower() == VIDEO_MARKER else "sounds are not supported"
+        raise DataError(f"turn {number}: {media} stands there alone: {advice}", "key not supported")
 
 
 def _with_system(system: Any, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
@@ -292,9 +345,11 @@ def _with_system(system: Any, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
     return Turn("system", _own_text(text_of(system, "`system`"), "`system`", "system")), *turns
 
 
-def _paired(turns: tuple[Turn, ...], images: list[str]) -> tuple[tuple[Turn, ...], list[str], int]:
-    """Turns and images without the answers before the first question and the questions after the last answer; and how many
-    were left out at the start."""
+def _paired(
+    turns: tuple[Turn, ...], images: list[str], videos: list[Video]
+) -> tuple[tuple[Turn, ...], list[str], list[Video], int]:
+    """Turns, images and videos without the answers before the first question and the questions after the last answer; and how
+    many were left out at the start."""
     kept = list(turns)
     start = 1 if kept[0].role == "system" else 0
     while len(kept) > start and kept[start].role == "assistant":
@@ -305,7 +360,8 @@ def _paired(turns: tuple[Turn, ...], images: list[str]) -> tuple[tuple[Turn, ...
     if len(kept) == start:
         raise DataError("no question with an answer in it; remove the record", _ORDER)
     num_images = sum(count_markers(turn.text) for turn in kept if turn.role == "user")
-    return tuple(kept), images[:num_images], left_out
+    num_videos = sum(count_video_markers(turn.text) for turn in kept if turn.role == "user")
+    return tuple(kept), images[:num_images], videos[:num_videos], left_out
 
 
 def _check_order(turns: tuple[Turn, ...], left_out: int) -> None:

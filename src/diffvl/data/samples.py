@@ -10,58 +10,70 @@ from typing import Any, NotRequired, TypedDict
 import torch
 from jinja2.exceptions import TemplateError
 
-from diffvl.data.content import pieces_between
+from diffvl.data.content import parts_of
 from diffvl.data.images import UNREADABLE, image_size, open_image
 from diffvl.data.problems import TOO_LONG, Problem
 from diffvl.data.records import Record
+from diffvl.data.videos import Video, open_video, video_size
 from diffvl.errors import DataError
+from diffvl.hub.chat_diffvl import arranged
+from diffvl.hub.clips_diffvl import ClipSize
 from diffvl.hub.images_diffvl import Pixels, join_pixels
 from diffvl.hub.processing_diffvl import ChatEncoding, DiffVLProcessor
 from diffvl.hub.seen_diffvl import Size, size_of
 from diffvl.hub.source_diffvl import ImageRefusedError
+from diffvl.hub.template_diffvl import Visual
 
 
 @dataclass(frozen=True)
 class Sample:
     """ids: the clean stream. answer: per token 0, k inside the k-th answer, or -k where that answer is not trained on: then it
     is context, which ends blocks as every earlier answer does. pixels: what `processor.pixels` made of its images, or None.
-    index: the record's place in its dataset, which seeds its noise. images: how many it shows."""
+    index: the record's place in its dataset, which seeds its noise. images, videos: how many it shows."""
 
     ids: list[int]
     answer: list[int]
     pixels: Pixels | None
     index: int
     images: int = 0
+    videos: int = 0
 
 
 def messages_of(record: Record) -> list[dict[str, Any]]:
-    """Turns a record into chat messages; every `<image>` marker becomes an image part."""
+    """Turns a record into chat messages; every marker becomes an image or video part."""
     messages = []
     for turn in record.turns:
-        pieces = pieces_between(turn.text) if turn.role == "user" else [turn.text]
-        parts: list[dict[str, str]] = []
-        for number, text in enumerate(pieces):
-            if number:
-                parts.append({"type": "image"})
-            if text:
-                parts.append({"type": "text", "text": text})
-        messages.append({"role": turn.role, "content": parts if len(pieces) > 1 else pieces[0]})
+        pieces = parts_of(turn.text, bool(record.videos)) if turn.role == "user" else [turn.text]
+        parts = [{"type": one.value} if isinstance(one, Visual) else {"type": "text", "text": one} for one in pieces]
+        shows = any(isinstance(one, Visual) for one in pieces)
+        messages.append({"role": turn.role, "content": parts if shows else pieces[0]})
     return messages
 
 
+def shown_by(record: Record) -> list[tuple[Visual, Video]]:
+    """Gives a record's images and videos in the order in which its turns show them."""
+    if not record.videos:
+        return [(Visual.IMAGE, image) for image in record.images]
+    rest = {Visual.IMAGE: iter(record.images), Visual.VIDEO: iter(record.videos)}
+    texts = [turn.text for turn in record.turns if turn.role == "user"]
+    shown = [one for text in texts for one in parts_of(text, videos=True) if isinstance(one, Visual)]
+    return [(visual, next(rest[visual])) for visual in shown]
+
+
 def encode_record(
-    record: Record, processor: DiffVLProcessor, longest: int | None = None, sizes: list[Size] | None = None
+    record: Record, processor: DiffVLProcessor, longest: int | None = None, sizes: "list[Size | ClipSize] | None" = None
 ) -> ChatEncoding:
     """Turns a record into token ids and answer marks; no image is decoded.
 
     Args:
-        sizes: of its images, where they are known already.
+        sizes: of its images and videos, where they are known already.
     Raises:
         DataError: naming the record, if the chat template or the processor refuses it, or it has more than `longest` tokens.
     """
-    _refuse_image_token(record, processor.image_token)
-    if sizes is None and processor.asks_sizes:
-        sizes = _sizes_of(record)
+    for token in filter(None, (processor.image_token, processor.video_token)):
+        _refuse_image_token(record, token)
+    if sizes is None and (processor.asks_sizes or record.videos):
+        sizes = _sizes_of(record, processor)
     try:
         encoding = processor.encode_chat(messages_of(record), sizes=sizes)
     except ImageRefusedError as error:
@@ -75,17 +87,22 @@ def encode_record(
     return encoding
 
 
-def _sizes_of(record: Record) -> list[Size]:
-    """Gives the sizes of a record's images. Raises DataError for one that cannot be read."""
-    known = {path: image_size(path, record.source) for path in dict.fromkeys(record.images)}
-    return [known[path] for path in record.images]
+def _sizes_of(record: Record, processor: DiffVLProcessor) -> "list[Size | ClipSize]":
+    """Gives the sizes of a record's images and videos. Raises DataError for one that cannot be read, or is not taken."""
+    sampler = processor.sampler
+    known = {
+        path: video_size(path, record.source, sampler) if visual is Visual.VIDEO else image_size(str(path), record.source)
+        for visual, path in dict.fromkeys(shown_by(record))
+    }
+    return [known[path] for _, path in shown_by(record)]
 
 
 def _refuse_image_token(record: Record, token: str) -> None:
     """Raises DataError for a text in which the checkpoint would see an image: an escaped `<image>`, say, where its own token
     is spelled so."""
     for number, turn in enumerate(record.turns, 1):
-        if any(token in piece for piece in (pieces_between(turn.text) if turn.role == "user" else [turn.text])):
+        pieces = parts_of(turn.text, bool(record.videos)) if turn.role == "user" else [turn.text]
+        if any(token in piece for piece in pieces if isinstance(piece, str)):
             raise DataError(
                 f"{record.source}: record {record.id}: turn {number}: the text {token} is what this checkpoint reads as an "
                 "image, so it cannot stand there as text: spell it otherwise (< image >, say) or leave the record out",
@@ -95,15 +112,27 @@ def _refuse_image_token(record: Record, token: str) -> None:
 
 def sample_of(record: Record, index: int, processor: DiffVLProcessor, longest: int | None = None) -> Sample:
     """Builds the whole sample, images decoded and resized. Raises DataError as `encode_record`, or for an image."""
-    sizes = _sizes_of(record) if processor.asks_sizes else None
+    sizes = _sizes_of(record, processor) if processor.asks_sizes or record.videos else None
     encoding = encode_record(record, processor, longest, sizes)
-    pixels = None
-    if record.images:
-        images = [open_image(path, record.source) for path in record.images]
-        if sizes is not None and sizes != [size_of(image) for image in images]:
-            raise DataError(f"{record.source}: an image has other sizes in its head and in its pixels: save it anew", UNREADABLE)
-        pixels = processor.pixels(images, encoding.alone)
-    return Sample(encoding.ids, _marked_untrained(encoding.answer, record), pixels, index, len(record.images))
+    answer = _marked_untrained(encoding.answer, record)
+    shown = shown_by(record)
+    if not shown:
+        return Sample(encoding.ids, answer, None, index)
+    opened = [_opened(*one, record, processor, size) for one, size in zip(shown, sizes or [None] * len(shown), strict=True)]
+    if sizes is not None:
+        opened = arranged(encoding.shown, opened)
+    return Sample(encoding.ids, answer, processor.pixels(opened, encoding.alone), index, len(record.images), len(record.videos))
+
+
+def _opened(visual: Visual, path: Video, record: Record, processor: DiffVLProcessor, size: "Size | ClipSize | None") -> Any:
+    """Decodes an image or a video. Raises DataError if it cannot be, or is not of the size that its head tells."""
+    if visual is Visual.VIDEO:
+        assert isinstance(size, ClipSize)
+        return open_video(path, record.source, processor.sampler, size)
+    image = open_image(str(path), record.source)
+    if size is not None and size != size_of(image):
+        raise DataError(f"{record.source}: an image has other sizes in its head and in its pixels: save it anew", UNREADABLE)
+    return image
 
 
 def _marked_untrained(answer: list[int], record: Record) -> list[int]:
@@ -124,7 +153,8 @@ class Batch(TypedDict):
     inside the k-th, -k where that one is not trained on. valid [S, L]: False for padding. labels [S, L]: the ids of tokens of
     trained answers, -100 elsewhere; their number is the loss normaliser. sample [S]: dataset indices. row [S]: the row that
     each sample stands in, rising from 0. pixels: the tensors of all images in order, under the names
-    that the model takes them by; absent in a batch without images. images [S]: how many images each sample shows."""
+    that the model takes them by; absent in a batch without images. images, videos [S]: how many of them each sample shows, in a
+    batch with some."""
 
     input_ids: torch.Tensor
     answer_index: torch.Tensor
@@ -134,6 +164,7 @@ class Batch(TypedDict):
     row: torch.Tensor
     pixels: NotRequired[Pixels]
     images: NotRequired[torch.Tensor]
+    videos: NotRequired[torch.Tensor]
 
 
 def collate(rows: Sequence[Sequence[Sample | Problem]], pad_token_id: int) -> dict[str, Any]:
@@ -168,6 +199,8 @@ def collate(rows: Sequence[Sequence[Sample | Problem]], pad_token_id: int) -> di
     if pixels:
         batch["pixels"] = pixels
         batch["images"] = torch.tensor([sample.images for sample in good])
+        if any(sample.videos for sample in good):
+            batch["videos"] = torch.tensor([sample.videos for sample in good])
     if problems:
         batch[PROBLEMS] = problems
     return batch

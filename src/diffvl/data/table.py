@@ -35,11 +35,12 @@ _CHUNK = 1 << 20  # bytes
 _QUIET = terminal.console(quiet=True)
 
 _READING = ("image_folder", "unpaired_turns")  # settings of `Data` by which a file is parsed: arguments of parse_file
-_FORMAT = 4  # of the Arrow cache: raise it when what is read out of a file changes
+_FORMAT = 5  # of the Arrow cache: raise it when what is read out of a file changes
 _SCHEMA = pa.schema(
     [
-        ("record", pa.string()),  # JSON of the fields of Record but for images; null for a problem
+        ("record", pa.string()),  # JSON of the fields of Record but for images and videos; null for a problem
         ("images", pa.list_(pa.string())),
+        ("videos", pa.list_(pa.list_(pa.string()))),  # each a list of frames, or a file or folder after an empty text
         ("problem", pa.string()),  # JSON of the fields of Problem but for path and number; null for a record
         ("digest", pa.uint64()),  # of what training sees of the record; 0 for a problem
     ]
@@ -79,7 +80,9 @@ class RecordTable(Sequence[Record]):
         assert text is not None, f"entry {index} holds a problem"
         fields = json.loads(text)
         turns = tuple(Turn(**turn) for turn in fields.pop("turns"))
-        return Record(**fields, turns=turns, images=tuple(self._table.column("images")[index].as_py()))
+        images, videos = (self._table.column(name)[index].as_py() for name in ("images", "videos"))
+        shown = tuple(video[1] if not video[0] else tuple(video) for video in videos)
+        return Record(**fields, turns=turns, images=tuple(images), videos=shown)
 
     @cached_property
     def problems(self) -> list[Problem]:
@@ -94,11 +97,20 @@ class RecordTable(Sequence[Record]):
         """A digest of all that training sees of the records, in their order."""
         return hashlib.blake2b(self.digests.tobytes(), digest_size=16).hexdigest()
 
+    @cached_property
+    def with_videos(self) -> numpy.ndarray:
+        """Numbers of the entries that show a video."""
+        chunks = self._table.column("videos").chunks
+        lengths = [chunk.value_lengths().fill_null(0).to_numpy() for chunk in chunks]
+        return numpy.flatnonzero(numpy.concatenate(lengths)) if lengths else numpy.zeros(0, dtype=numpy.int64)
+
     def images_exist(self) -> bool:
-        """Tells whether all images are still there."""
+        """Tells whether all images and videos are still there."""
         files = ExistingFiles()
-        chunks = self._table.column("images").chunks
-        return all(image in files for chunk in chunks for image in chunk.flatten().to_pylist())
+        images, videos = (self._table.column(name).chunks for name in ("images", "videos"))
+        return all(image in files for chunk in images for image in chunk.flatten().to_pylist()) and all(
+            path in files or not path or os.path.isdir(path) for chunk in videos for path in chunk.flatten().flatten().to_pylist()
+        )
 
 
 def open_records(
@@ -215,7 +227,7 @@ def _build_table(path: Path, table: Path, reading: dict[str, Any], console: Cons
 
 def _write_table(path: Path, table: Path, reading: dict[str, Any], console: Console, expected: int) -> None:
     images_below = _images_below(path, reading) + os.sep
-    columns: tuple[list[Any], ...] = ([], [], [], [])
+    columns: tuple[list[Any], ...] = ([], [], [], [], [])
     with pa.OSFile(str(table), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
 
         def write() -> None:
@@ -233,18 +245,19 @@ def _write_table(path: Path, table: Path, reading: dict[str, Any], console: Cons
         write()
 
 
-def _record_entry(record: Record, images_below: str) -> tuple[str, tuple[str, ...], None, int]:
+def _record_entry(record: Record, images_below: str) -> tuple[str, tuple[str, ...], list[list[str]], None, int]:
     """Turns a record into JSON field by field, so that a field more in Record or Turn is kept without a word here."""
     fields = {**vars(record), "turns": [vars(turn) for turn in record.turns]}
-    images = fields.pop("images")
+    images, videos = fields.pop("images"), [["", one] if isinstance(one, str) else [*one] for one in fields.pop("videos")]
     text = json.dumps(fields, ensure_ascii=False)
     # Name and place of a record are not seen by training, and a set may be moved.
     seen = {key: value for key, value in fields.items() if key not in ("id", "source")}
     named = [image.removeprefix(images_below) for image in images]
+    named += [path.removeprefix(images_below) for video in videos for path in video]
     facts = json.dumps([seen, named], ensure_ascii=False).encode("utf-8", "surrogateescape")
-    return text, images, None, int.from_bytes(hashlib.blake2b(facts, digest_size=8).digest(), "little") or 1
+    return text, images, videos, None, int.from_bytes(hashlib.blake2b(facts, digest_size=8).digest(), "little") or 1
 
 
-def _problem_entry(problem: Problem) -> tuple[None, None, str, int]:
+def _problem_entry(problem: Problem) -> tuple[None, None, None, str, int]:
     fields = {key: value for key, value in vars(problem).items() if key not in ("path", "number")}
-    return None, None, json.dumps(fields), 0
+    return None, None, None, json.dumps(fields), 0

@@ -17,7 +17,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import BatchFeature, CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
-from diffvl.data.content import IMAGE_MARKER, count_markers, pieces_between, with_markers
+from diffvl.data.content import IMAGE_MARKER, VIDEO_MARKER, count_markers, count_video_markers, parts_of, with_markers
 from diffvl.data.images import open_image
 from diffvl.data.questions import Question, summary
 from diffvl.decode.flags import flag
@@ -29,6 +29,7 @@ from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.layout_diffvl import longest_sample
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.hub.settings_diffvl import DecodeSettings
+from diffvl.hub.template_diffvl import Visual
 from diffvl.machine import has_bf16
 from diffvl.store.checkpoint import load_checkpoint, read_json, saved_dtype
 
@@ -103,9 +104,9 @@ def _refuse_other_decoders(directory: Path) -> None:
         )
 
 
-def user_message(text: str, images: Sequence[Image.Image]) -> Message:
-    """What a user says. Images stand where the text says `<image>`; without the marker, before the text, each on a line of its
-    own, as in training data.
+def user_message(text: str, images: Sequence[Image.Image], videos: Sequence[Any] = ()) -> Message:
+    """What a user says. Images stand where the text says `<image>`, and videos (paths, folders, lists of frames) where it says
+    `<video>`; without a marker, before the text, each on a line of its own, as in training data.
 
     Raises:
         UsageError: if markers and images differ in number, or the text is not one.
@@ -114,22 +115,30 @@ def user_message(text: str, images: Sequence[Image.Image]) -> Message:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UsageError(f"the prompt is not valid UTF-8 text (character {error.start + 1}, {text[error.start]!r})") from error
+    has_videos = bool(videos)
     marked = text if count_markers(text) else with_markers(text, len(images))
+    if has_videos and not count_video_markers(text):
+        marked = with_markers(marked, 0, len(videos))
     num_markers = count_markers(marked)
     if num_markers != len(images):
         advice = "" if images else f" (for that text itself write \\{IMAGE_MARKER})"
         raise UsageError(f"the prompt has {num_markers} {IMAGE_MARKER} markers, {len(images)} images were given{advice}")
-    content: list[dict[str, Any]] = []
-    for number, piece in enumerate(pieces_between(marked)):
-        if number:
-            content.append({"type": "image", "image": images[number - 1]})
-        content.append({"type": "text", "text": piece})
+    if has_videos and count_video_markers(marked) != len(videos):
+        raise UsageError(f"the prompt has {count_video_markers(marked)} {VIDEO_MARKER} markers, {len(videos)} videos were given")
+    rest = {Visual.IMAGE: iter(images), Visual.VIDEO: iter(videos)}
+    content = [
+        {"type": part.value, part.value: next(rest[part])} if isinstance(part, Visual) else {"type": "text", "text": part}
+        for part in parts_of(marked, has_videos)
+    ]
     return {"role": "user", "content": content}
 
 
-def ask(prompt: str, images: Sequence[Path]) -> Message:
+def ask(prompt: str, images: Sequence[Path], videos: Sequence[Path] = ()) -> Message:
     """`user_message` with the images read from files. Raises DataError if one cannot be."""
-    return user_message(prompt, [open_image(str(path), "--image") for path in images])
+    for path in videos:
+        if not path.exists():
+            raise DataError(f"--video: {path} does not exist; expected a video file or a folder of frames")
+    return user_message(prompt, [open_image(str(path), "--image") for path in images], [str(path) for path in videos])
 
 
 def check_settings(settings: DecodeSettings, config: DiffVLConfig) -> None:
@@ -333,4 +342,5 @@ def answer_questions(
 
 
 def _message(question: Question) -> Message:
-    return user_message(question.prompt, [open_image(path, question.source) for path in question.images])
+    images = [open_image(path, question.source) for path in question.images]
+    return user_message(question.prompt, images, question.videos)

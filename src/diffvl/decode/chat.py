@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from diffvl.data.images import open_image
+from diffvl.data.videos import open_video
 from diffvl.decode.answer import (
     Answer,
     Decoder,
@@ -28,10 +29,12 @@ from diffvl.decode.answer import (
 )
 from diffvl.errors import DiffvlError, UsageError
 from diffvl.hub.blocks_diffvl import Prefix
+from diffvl.hub.clips_diffvl import Clip
 from diffvl.hub.settings_diffvl import DecodeSettings
 
 HELP = """\
 /image PATH   add an image to the next message
+/video PATH   add a video, or a folder of its frames
 /reset        forget the conversation and its images
 /stats        tokens, forwards and seconds of the last answer and of all
 /help         this list
@@ -62,6 +65,7 @@ class Chat:
     complain: Say
     history: list[Message] = field(default_factory=list)
     images: list[Image.Image] = field(default_factory=list)  # for the next message
+    videos: list[Clip] = field(default_factory=list)
     turns: list[AnsweredTurn] = field(default_factory=list)
     prefix: Prefix | None = None
 
@@ -79,6 +83,7 @@ class Chat:
         command, _, rest = line.strip().partition(" ")
         commands: dict[str, Callable[[str], None]] = {
             "/image": self._add_image,
+            "/video": self._add_video,
             "/reset": self._reset,
             "/stats": self._show_stats,
             "/help": lambda _: self.say(HELP),
@@ -87,7 +92,7 @@ class Chat:
             return False
         if command not in commands:
             self.complain(f"{command}: no such command; /help lists them")
-        elif rest and command != "/image":
+        elif rest and command not in ("/image", "/video"):
             self.complain(f"{command} takes nothing after it")
         else:
             commands[command](rest.strip())
@@ -98,7 +103,7 @@ class Chat:
     def _answer(self, text: str) -> None:
         pieces = TextPieces(self.decoder.processor.tokenizer, self.settings.stop_strings, self.write)
         try:
-            message = user_message(text, self.images)
+            message = user_message(text, self.images, self.videos)
             self._decode(message, pieces)
         except DiffvlError as error:
             self.complain(f"{error}{self._advice()}")
@@ -130,7 +135,7 @@ class Chat:
 
     def _remember(self, message: Message, text: str) -> None:
         self.history += [message, {"role": "assistant", "content": text}]
-        self.images = []
+        self.images, self.videos = [], []
 
     def _advice(self) -> str:
         return "; /reset forgets the conversation so far" if self.history else ""
@@ -150,8 +155,22 @@ class Chat:
         width, height = self.images[-1].size
         self.say(f"{path}, {width} x {height}, goes with the next message")
 
+    def _add_video(self, typed: str) -> None:
+        sampler = self.decoder.processor.sampler
+        if not typed.strip("'\""):
+            self.complain("/video: name a video's file, or a folder of its frames: /video PATH")
+            return
+        try:
+            path = meant_path(typed)
+            self.videos.append(open_video(str(path), "/video", sampler))
+        except (DiffvlError, RuntimeError) as error:
+            self.complain(str(error))
+            return
+        size = self.videos[-1].size
+        self.say(f"{path}, {size.width} x {size.height}, {len(size.indices)} frames of {size.total}, goes with the next message")
+
     def _reset(self, _: str) -> None:
-        self.history, self.images, self.prefix = [], [], None
+        self.history, self.images, self.videos, self.prefix = [], [], [], None
         self.say("the conversation is forgotten")
 
     def _show_stats(self, _: str) -> None:

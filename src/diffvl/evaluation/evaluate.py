@@ -15,17 +15,20 @@ from rich.console import Console
 
 from diffvl.config.objectives import ArObjective, BlockDiffusionObjective, Objective
 from diffvl.config.recipe import Data
-from diffvl.data.content import pieces_between
+from diffvl.data.content import parts_of
 from diffvl.data.images import open_image
 from diffvl.data.loader import SampleDataset, batches_of
 from diffvl.data.problems import Problem, advice_on, as_error, is_forgiven
 from diffvl.data.records import Record, iterate_records
-from diffvl.data.samples import Sample, collate, messages_of, on_device
+from diffvl.data.samples import Sample, collate, messages_of, on_device, shown_by
 from diffvl.data.table import open_records
 from diffvl.data.textscore import edit_similarity, is_exact
+from diffvl.data.videos import open_video
 from diffvl.decode.answer import Decoder, answer_chats, context_length, load_for_decoding
+from diffvl.hub.clips_diffvl import Sampler
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.settings_diffvl import DecodeSettings
+from diffvl.hub.template_diffvl import Visual, texts_of
 from diffvl.objective.losses import measure, scores
 from diffvl.store import checkpoint
 from diffvl.store.checkpoint import recipe_of
@@ -46,15 +49,20 @@ def answer_turns(record: Record) -> Iterator[int]:
     return (turn for turn, spoken in enumerate(record.turns) if spoken.role == "assistant" and spoken.trained)
 
 
-def chat_before(record: Record, turn: int) -> list[dict[str, Any]]:
-    """Gives the conversation up to (not including) a turn, with its images."""
-    images = iter([open_image(path, record.source) for path in record.images])
+def chat_before(record: Record, turn: int, sampler: Sampler | None = None) -> list[dict[str, Any]]:
+    """Gives the conversation up to (not including) a turn, with its images, and its videos where the checkpoint has a
+    `sampler` for them."""
+    shown = iter(shown_by(record))
     messages = messages_of(record)[:turn]
     for message in messages:
         if isinstance(message["content"], list):
             for part in message["content"]:
-                if part["type"] == "image":
-                    part["image"] = next(images)
+                if part["type"] != "text":
+                    visual, path = next(shown)
+                    is_video = visual is Visual.VIDEO
+                    part[visual.value] = (
+                        open_video(path, record.source, sampler) if is_video else open_image(str(path), record.source)
+                    )
     return messages
 
 
@@ -96,7 +104,9 @@ def evaluate_directory(directory: Path, data: Path, limit: int | None, settings:
     asked = list(questions(samples.record(place) for place in range(count)))
     chunks = [asked[start : start + BATCH_SIZE] for start in range(0, len(asked), BATCH_SIZE)]
     for chunk in track(console, chunks, len(chunks), "answering"):
-        answers = answer_chats(decoder, [chat_before(record, turn) for record, turn in chunk], settings, shorten=True)
+        answers = answer_chats(
+            decoder, [chat_before(record, turn, decoder.processor.sampler) for record, turn in chunk], settings, shorten=True
+        )
         for (record, turn), given in zip(chunk, answers, strict=True):
             truth = record.turns[turn].text
             exact.append(is_exact(given.text, truth))
@@ -172,18 +182,25 @@ def held_out_answers(
     chunks = [records[start : start + BATCH_SIZE] for start in range(0, len(records), BATCH_SIZE)]
     for chunk in track(console, chunks, len(chunks), "answering held-out questions"):
         turns = [next(answer_turns(record)) for record in chunk]
-        chats = [chat_before(record, turn) for record, turn in zip(chunk, turns, strict=True)]
+        sampler = decoder.processor.sampler
+        chats = [chat_before(record, turn, sampler) for record, turn in zip(chunk, turns, strict=True)]
         answers = answer_chats(decoder, chats, settings, shorten=True)
         for record, turn, given in zip(chunk, turns, answers, strict=True):
             answered.append(
                 {
                     "image": record.images[0] if record.images else None,
-                    "question": "".join(pieces_between(record.turns[turn - 1].text)).strip(),
+                    **({"video": record.videos[0]} if record.videos else {}),
+                    "question": _asked(record, turn - 1),
                     "truth": record.turns[turn].text,
                     "answer": given.text,
                 }
             )
     return answered
+
+
+def _asked(record: Record, turn: int) -> str:
+    """Gives the text of a question."""
+    return "".join(texts_of(tuple(parts_of(record.turns[turn].text, bool(record.videos))))).strip()
 
 
 def _chosen(held_out: SampleDataset, data: Data) -> list[Record]:

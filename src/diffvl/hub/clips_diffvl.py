@@ -98,8 +98,11 @@ def clip_size(video: Any, sampler: Sampler) -> ClipSize:
     return ClipSize(height, width, indices, len(frames), sampler.fps)
 
 
-def open_clip(video: Any, sampler: Sampler) -> Clip:
+def open_clip(video: Any, sampler: Sampler, size: ClipSize | None = None) -> Clip:
     """Decodes the frames that are shown.
+
+    Args:
+        size: what `clip_size` gave for it, if it was asked.
 
     Raises:
         VideoError: if it cannot be read, ends early, or its frames differ in size.
@@ -107,7 +110,7 @@ def open_clip(video: Any, sampler: Sampler) -> Clip:
     if isinstance(video, Clip):
         return video
     frames = frames_of(video)
-    size = clip_size(video, sampler)
+    size = size or clip_size(video, sampler)
     if frames is None:
         return Clip(_stacked(_decoded(video, size)), size)
     shown = [_frame(frames[index]) for index in size.indices]

@@ -31,10 +31,12 @@ _LARGE = ClipSize(1024, 1536, tuple(range(0, 64, 8)), 64, 8.0)
 
 @dataclass(frozen=True)
 class VideoPart:
-    """described: class and settings, as `DiffVLProcessor` keeps them; None where videos are not taken, for this `reason`."""
+    """described: class and settings, as `DiffVLProcessor` keeps them; None where videos are not taken, for this `reason`.
+    expected: nobody looks for videos there."""
 
     described: dict[str, Any] | None
     reason: str = ""
+    expected: bool = False
 
     def build(self) -> Any:
         """Builds the processor; None where there is none."""
@@ -50,7 +52,7 @@ def read_video_part(model: str, revision: str | None, processor_class: type, ask
     Raises:
         ConfigError: if the recipe sets what this checkpoint does not do.
     """
-    found = _read(model, revision, processor_class, asked) if asked.enabled else VideoPart(None, "prepare.video.enabled is false")
+    found = _read(model, revision, processor_class, asked) if asked.enabled else VideoPart(None, "switched off", expected=True)
     wanted = [name for name in ("fps", "num_frames", "min_pixels", "max_pixels") if getattr(asked, name) is not None]
     if found.described is None and asked.enabled and wanted:
         raise ConfigError(f"prepare.video.{wanted[0]}: this checkpoint takes no videos ({found.reason}); leave it out")
@@ -59,7 +61,7 @@ def read_video_part(model: str, revision: str | None, processor_class: type, ask
 
 def _read(model: str, revision: str | None, processor_class: Any, asked: Video) -> VideoPart:
     if "video_processor" not in processor_class.get_attributes():
-        return VideoPart(None, f"its {processor_class.__name__} takes none")
+        return VideoPart(None, f"its {processor_class.__name__} takes none", expected=True)
     published = _published(model, revision)
     if published is None:
         return VideoPart(None, "it describes no video processor")
@@ -126,8 +128,9 @@ def _shown_pixels(processor: Any) -> int:
 
 @dataclass(frozen=True)
 class TakenVideos:
-    """A processor, with videos or, for this `reason`, without. token_id: the token that shows a row of a video, None where that
-    is the token of images. inputs: names of the tensors that say what the videos are, beside those of images."""
+    """A processor, with videos or, for this `reason` (none where nobody expects any), without. token_id: the token that shows a
+    row of a video, None where that is the token of images. inputs: names of the tensors that say what the videos are, beside
+    those of images."""
 
     processor: DiffVLProcessor
     token_id: int | None = None
@@ -140,7 +143,7 @@ def with_videos(
 ) -> TakenVideos:
     """Lets a processor take videos, if chats with them are then read as the checkpoint's own processor reads them."""
     if part.described is None:
-        return TakenVideos(processor, reason=part.reason)
+        return TakenVideos(processor, reason="" if part.expected else part.reason)
     assert processor.source is not None
     source = {**processor.source, "video": part.described}
     facts = {name: getattr(processor, name) for name in ("image_token", "image_tokens", "stop_token", "system_turn")}
@@ -156,7 +159,7 @@ def with_videos(
 
 def _require_placeholder(processor: DiffVLProcessor) -> None:
     """Raises UnsupportedModelError unless tokenizer and chat template know what stands for a video."""
-    token = processor.video_token
+    token = str(processor.video_token)
     if token not in processor.tokenizer.get_added_vocab():
         raise UnsupportedModelError(f"its tokenizer lacks {token}, which stands for a video")
     rendered = processor.encoder.template.render([("user", (Visual.VIDEO, "question 0"))], add_generation_prompt=True)

@@ -9,9 +9,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from PIL import Image
+
 from diffvl.data.images import open_image
 from diffvl.data.textscore import is_exact
+from diffvl.data.videos import Video, open_video
 from diffvl.errors import DataError
+from diffvl.hub.clips_diffvl import Sampler
 from diffvl.report.charts import draw_charts, escape
 from diffvl.report.stage_run import (
     REPORT_FILE,
@@ -137,7 +141,7 @@ def _card(sample: dict[str, Any]) -> str:
     for name, answer in answers_of(sample):
         style, mark = ("right", "✓") if is_exact(answer, sample["truth"]) else ("wrong", "✗")
         lines.append(f'<dt>{name}</dt><dd class="{style}" title="{style}">{mark} {escape(answer) or "<i>(empty)</i>"}</dd>')
-    image = _image(Path(sample["image"])) if sample.get("image") else ""
+    image = _image(Path(sample["image"])) if sample.get("image") else _frame(sample["video"]) if sample.get("video") else ""
     return f"<article>{image}<h3>{escape(sample['question'])}</h3><dl>{''.join(lines)}</dl></article>"
 
 
@@ -148,6 +152,22 @@ def _image(path: Path) -> str:
         flat = open_image(str(path), "report")
     except DataError as error:
         return f"<p>image not shown ({error.kind}): {escape(str(path))}</p>"
+    return _inlined(flat, path)
+
+
+def _frame(video: str | list[str]) -> str:
+    """Inlines the frame in the middle of a video."""
+    middle = Sampler(lambda facts: [facts.total_num_frames // 2], 1.0, 1)
+    shown: Video = video if isinstance(video, str) else tuple(video)
+    name = Path(video if isinstance(video, str) else video[0])
+    try:
+        clip = open_video(shown, "report", middle)
+    except DataError as error:
+        return f"<p>video not shown ({error.kind}): {escape(str(name))}</p>"
+    return _inlined(Image.fromarray(clip.frames[0].permute(1, 2, 0).numpy()), name)
+
+
+def _inlined(flat: Image.Image, path: Path) -> str:
     flat.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     flat.save(buffer := io.BytesIO(), format="JPEG", quality=90)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -205,7 +205,8 @@ def _explain_damage(directory: Path, load: Callable[[], T]) -> T:
 
 
 def saved_dtype(directory: Path) -> torch.dtype:
-    """Gives the dtype in which a checkpoint's weights are stored."""
+    """Gives the dtype in which a checkpoint's weights are stored. Raises CheckpointError for a directory that holds none."""
+    require_diffvl(directory)
     return getattr(torch, read_json(directory / "config.json")["dtype"])
 
 
