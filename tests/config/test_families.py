@@ -64,7 +64,7 @@ def test_lora_targets_are_the_linear_layers_of_the_trunk(model_type: str):
 def test_families_and_their_agreed_tokens():
     names = sorted([*STOCK, *TRANSLATED, *VISION])
     assert sorted(family.model_type for family in all_families()) == names
-    assert len(STOCK) == 7 and len(TRANSLATED) == 4 and len(VISION) == 9
+    assert len(STOCK) == 7 and len(TRANSLATED) == 4 and len(VISION) == 10
     for model_type in ("qwen2", "qwen3", "qwen3_moe"):
         family = family_of(model_type)
         assert (family.mask_token.text, family.mask_token.id, family.image_token) == ("<|MASK|>", 151669, "<|image_pad|>")
@@ -124,6 +124,7 @@ NAMED = {
     **{f"smolvlm-{name}": ("smolvlm", f"HuggingFaceTB/SmolVLM2-{name.upper()}-Video-Instruct") for name in ("256m", "500m")},
     "smolvlm-2.2b": ("smolvlm", "HuggingFaceTB/SmolVLM2-2.2B-Instruct"),
     "gemma3-4b": ("gemma3", "google/gemma-3-4b-it"),
+    "paligemma2-3b": ("paligemma", "google/paligemma2-3b-mix-448"),
     **{f"internvl3-{name}": ("internvl", f"OpenGVLab/InternVL3-{name.upper()}-hf") for name in ("1b", "2b", "8b")},
     **{f"sdar-{name}": ("sdar", f"JetLM/SDAR-{name.upper()}-Chat") for name in ("1.7b", "4b", "8b")},
 }

@@ -29,15 +29,21 @@ PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
     "llava_onevision": ("LlavaOnevisionImageProcessorPil", {"size": SQUARE, "image_grid_pinpoints": SHAPES}),
     "internvl": ("GotOcr2ImageProcessorPil", {"size": SQUARE, "crop_to_patches": True, "max_patches": 4}),
     "gemma3": ("Gemma3ImageProcessorPil", {"size": SQUARE}),
+    "paligemma": ("SiglipImageProcessorPil", {"size": SQUARE}),
+    "idefics2": (
+        "Idefics2ImageProcessorPil",
+        {"do_image_splitting": False, "size": {"shortest_edge": 28, "longest_edge": IMAGE}},
+    ),
     "idefics3": ("Idefics3ImageProcessorPil", TILED),
     "smolvlm": ("SmolVLMImageProcessorPil", TILED),
 }
 # Image tokens of each image of SHAPES_SEEN: base and grid of 4 x 4 and a newline for each row of the grid in LLaVA-NeXT.
 COUNTS: dict[str, list[int]] = {
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v"), [4, 8, 16]),
-    **dict.fromkeys(("llava", "gemma3"), [PLAIN_TOKENS] * 3),
+    **dict.fromkeys(("llava", "gemma3", "paligemma"), [PLAIN_TOKENS] * 3),
     **dict.fromkeys(("llava_next", "llava_onevision"), [46, 52, 88]),
     "internvl": [TILE_TOKENS] * 11,  # tiles and a small copy of each
+    "idefics2": [TILE_TOKENS * 3],
     **dict.fromkeys(("idefics3", "smolvlm"), [TILE_TOKENS * 13]),
 }
 
@@ -54,7 +60,7 @@ def rows_of(model: Any) -> int:
 
 def pixels_of(model_type: str) -> dict[str, torch.Tensor]:
     name, settings = PROCESSORS[model_type]
-    nested = model_type in ("idefics3", "smolvlm")
+    nested = model_type in ("idefics2", "idefics3", "smolvlm")
     given = getattr(transformers, name)(**settings)(images=[images()] if nested else images(), return_tensors="pt")
     return {key: value for key, value in given.items() if key not in ("num_patches", "num_crops")}
 

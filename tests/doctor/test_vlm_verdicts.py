@@ -19,6 +19,7 @@ from diffvl.doctor.survey import judge_vlm_type
 from diffvl.doctor.verdict import Verdict
 from diffvl.doctor.vlm_defaults import default_vlm_config
 from diffvl.doctor.vlm_verdict import SPARE_TOKEN, judge_vlm
+from diffvl.prepare import source_traits
 from diffvl.prepare.attention_proof import TOLERANCE
 
 CHECKS = [
@@ -171,8 +172,10 @@ def test_a_configuration_that_names_no_image_token_is_refused():
     assert vlm_refusal(default_vlm_config("chameleon")) is None
 
 
-def test_masks_that_a_forward_cannot_take_are_told(tmp_path: Path):
-    """PaliGemma 2 has layers of two kinds, and its forward takes one mask for all."""
+def test_masks_that_a_forward_cannot_take_are_told(monkeypatch: pytest.MonkeyPatch):
+    """PaliGemma 2 has layers of two kinds, and its forward takes one mask for all: its text part has to be given them. Other such
+    models might take none there either."""
+    monkeypatch.setattr(source_traits, "_masks_at", lambda _: "forward")
     text = {"model_type": "gemma2", "hidden_size": 2304, "num_hidden_layers": 4}
     verdict = judge("paligemma2", config_of("paligemma", text_config=text))
     assert (verdict.answer, failed(verdict)) == ("not supported", {"AR parity"})

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,10 +74,11 @@ def test_parity(model_type: str, source: Callable[[str], Path], loaded: Callable
     """With no image, one and several, under explicit masks and without: the logits of the source, to the bit."""
     model, processor = loaded(model_type)
     stock: Any = AutoModelForImageTextToText.from_pretrained(source(model_type)).eval()
+    asked = (model.config.image_token_id, None, model.config.token_types)
     for turns in (BESIDE[1][:1], BESIDE[0][:1], CHAT[:1], CHAT[:3]):
         inputs = processor.apply_chat_template(turns, tokenize=True, add_generation_prompt=True)
         ids, pixels = inputs["input_ids"], pixels_in(inputs)
-        expected = stock(input_ids=ids, **pixels, **token_types(stock, ids, model.config.image_token_id), use_cache=False).logits
+        expected = stock(input_ids=ids, **pixels, **token_types(stock, ids, *asked), use_cache=False).logits
         rows = [row for row in range(expected.shape[-1]) if row != model.config.mask_token_id]
         for mask in (None, inputs["attention_mask"]):
             logits = model(ids, **pixels, attention_mask=mask).logits[..., rows]
@@ -87,7 +89,8 @@ def test_a_rule_that_fails_beyond_the_window_is_no_rule(loaded: Callable[[str], 
     """Gemma's rule is found; where none holds on a span longer than the window, the short ones do not decide."""
     model, processor = loaded("gemma3")
     model, known = copy.deepcopy(model), model.config.mask_token_id
-    prompts = [native.answered(model.source, processor, shown, model.config.image_token_id) for shown in native.probe_images()]
+    parts: Any = SimpleNamespace(processor=processor, image_id=model.config.image_token_id, video_id=None, token_types="images")
+    prompts = [native.answered(model.source, parts, shown) for shown in native.probe_images()]
     assert native.find_image_attention(model, prompts, known) < 1e-4 and model.config.image_attention == "runs"
     whole = native._long_span
 

@@ -116,7 +116,8 @@ def test_generated_tokens_do_not_depend_on_the_batch(model_type: str, loaded: Ca
     model.config.set_decoding("blocks", 4, "causal", "response", "same")
     prompts = [CHAT[:1], BESIDE[1][:1], BESIDE[0][:1]]
     together = processor.apply_chat_template(prompts, tokenize=True, add_generation_prompt=True)
-    for settings in ({"max_new_tokens": 9}, {"max_new_tokens": 5, "mode": "speculative"}):
+    ways: tuple[dict[str, Any], ...] = ({"max_new_tokens": 9}, {"max_new_tokens": 5, "mode": "speculative"})
+    for settings in ways:
         answers: Any = model.generate(**together, **settings)
         answers = answers[:, together["input_ids"].shape[1] :]
         for row, prompt in enumerate(prompts):

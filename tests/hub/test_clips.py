@@ -23,7 +23,8 @@ def test_a_file(name: str, tmp_path: Path):
     clip = open_clip(str(path), EVERY_FOURTH, size)
     assert clip.size == size and clip.frames.shape == (5, 3, 48, 64) and clip.frames.dtype == torch.uint8
     if name == "a.mp4":
-        theirs, _ = load_video(str(path), backend="pyav", sample_indices_fn=lambda metadata, **_: list(size.indices))
+        file: Any = str(path)
+        theirs, _ = load_video(file, backend="pyav", sample_indices_fn=lambda metadata, **_: list(size.indices))
         assert torch.equal(clip.frames, torch.as_tensor(theirs).permute(0, 3, 1, 2))
     assert size.metadata.duration == 18 / 8 and list(size.metadata.frames_indices or ()) == [0, 4, 8, 12, 16]
 

@@ -30,7 +30,7 @@ class Scripted(BlockGeneration):
 
     def __init__(self, script: list[int], height: list[float] | None = None, **settings: Any) -> None:
         common = {"mask_token_id": MASK, "image_token_id": IMAGE, "vocabulary_size": VOCABULARY, "placeholder_ids": []}
-        common |= {"image_inputs": ["pixel_values"], "image_attention": "causal"}
+        common |= {"image_inputs": ["pixel_values"], "image_attention": "causal", "token_types": "images", "first_position": 0}
         decoding = {"decoding": "blocks", "block_size": 4, "grid": "absolute", "context": "block", "target": "same"}
         self.config = SimpleNamespace(**common, stop_token_ids=[STOP], **{**decoding, **settings})
         self.generation_config = GenerationConfig(pad_token_id=PAD)
@@ -40,6 +40,7 @@ class Scripted(BlockGeneration):
         self.images = SimpleNamespace(
             encode=lambda pixels: ImageRows(torch.zeros(2 * len(pixels["pixel_values"]), 1), (2,) * len(pixels["pixel_values"])),
             has_axes=False,
+            takes=lambda name: False,
         )
         self.script, self.height = torch.tensor(script), torch.tensor(height or [5.0] * len(script))
         self.calls: list[tuple[list[int], int]] = []  # what went in, and how much of it stays in the cache

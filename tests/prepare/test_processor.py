@@ -47,7 +47,9 @@ def test_what_the_model_is_told(family: str):
     if family in bos:
         assert ids.count(ids[0]) == 1 and [given.processor.tokenizer.convert_ids_to_tokens(ids[0])] == bos[family]
     told = " ".join(given.facts.advice)
-    assert ("takes no system turn" in told) == (family == "llava_next")
+    assert ("takes no system turn" in told) == (family in ("llava_next", "paligemma"))
+    assert ("could not be asked about a chat with no image" in told) == (family == "paligemma")
+    assert given.facts.token_types == ("answers" if family == "paligemma" else "images")
     assert ("several images of one chat smaller" in told) == (family == "llava_onevision")
 
 

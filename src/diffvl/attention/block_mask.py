@@ -16,7 +16,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from diffvl.attention.cpu import CPU_TILE, TILED
-from diffvl.hub.layout_diffvl import Layout, attends
+from diffvl.hub.layout_diffvl import BEYOND_WINDOW, Layout, attends
 from diffvl.hub.masks_diffvl import attention_masks, for_layers
 
 FLEX = "flex_attention"
@@ -125,7 +125,7 @@ def _tiles(layout: Layout, tile: int, window: int | None, chunk: int | None) -> 
 
     if window is not None:
         within = position.keys().greatest > position.queries().least - window
-        if spans is not None and layout.image_attention == "runs_beyond_window":
+        if spans is not None and layout.image_attention in BEYOND_WINDOW:
             within = within | spans
         possible = possible & within
         full = full & (position.keys().least > position.queries().greatest - window)

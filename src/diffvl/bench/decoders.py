@@ -18,7 +18,7 @@ from diffvl.bench.published_decoder import answer_start, cut_at_stop, decode_pub
 from diffvl.decode.answer import COMPILED
 from diffvl.hub.answers_diffvl import BlockGenerationOutput
 from diffvl.hub.cache_diffvl import many_forms
-from diffvl.hub.images_diffvl import Pixels
+from diffvl.hub.pixels_diffvl import Pixels
 
 NEVER = -1  # in place of a stop token, where only the limit may end an answer
 

@@ -23,7 +23,7 @@ from transformers import DynamicCache
 
 from diffvl.errors import UsageError
 from diffvl.hub.configuration_diffvl import never_predicted
-from diffvl.hub.images_diffvl import Pixels
+from diffvl.hub.pixels_diffvl import Pixels
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,9 @@ class Family(Section):
     chat_template: str | None = Field(
         default=None, description="takes the place of a template that writes reasoning tags into answers but not into prompts"
     )
+    prompt_template: str | None = Field(
+        default=None, description="the chat template where a family has none, since its processor writes prompts by itself"
+    )
     vision_tower: str = Field(default=SIGLIP2, description="for checkpoints without a name of their own")
     recipe: str = Field(default="llava", description="the recipe used when --recipe is not given")
     route: Literal["language model", "vision-language model", "diffusion language model"] = "language model"

@@ -18,7 +18,7 @@ from diffvl.data.videos import Video, open_video, video_size
 from diffvl.errors import DataError
 from diffvl.hub.chat_diffvl import arranged
 from diffvl.hub.clips_diffvl import ClipSize
-from diffvl.hub.images_diffvl import Pixels, join_pixels
+from diffvl.hub.pixels_diffvl import Pixels, join_pixels
 from diffvl.hub.processing_diffvl import ChatEncoding, DiffVLProcessor
 from diffvl.hub.seen_diffvl import Size, size_of
 from diffvl.hub.source_diffvl import ImageRefusedError

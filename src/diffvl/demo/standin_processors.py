@@ -17,11 +17,14 @@ from transformers import PreTrainedTokenizerFast
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.paligemma.processing_paligemma import EXTRA_TOKENS
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from diffvl.demo.standins import make_tokenizer
@@ -197,6 +200,22 @@ LOOKS: dict[str, Look] = {
         bos=True,
         settings={"image_seq_length": PLAIN_TOKENS},
     ),
+    # No chat template: the processor writes a question by itself, and answers end with the tokenizer's own stop.
+    "paligemma": Look(
+        "PaliGemmaProcessor",
+        lambda: SiglipImageProcessorPil(size=_SQUARE, image_seq_length=PLAIN_TOKENS),
+        "",
+        ("<image>", *EXTRA_TOKENS),
+        base="gemma2",
+    ),
+    # A space between an image and a word; one token between two images that stand side by side.
+    "idefics2": Look(
+        "Idefics2Processor",
+        lambda: Idefics2ImageProcessorPil(do_image_splitting=False, size={"shortest_edge": IMAGE // 2, "longest_edge": IMAGE}),
+        IDEFICS,
+        ("<end_of_utterance>", "<fake_token_around_image>", "<image>"),
+        settings={"image_seq_len": TILE_TOKENS},
+    ),
     "idefics3": Look(
         "Idefics3Processor",
         lambda: Idefics3ImageProcessorPil(**_IDEFICS_SIZES),
@@ -236,7 +255,8 @@ def make_processor_files(directory: Path, family: str) -> PreTrainedTokenizerFas
     (directory / "processor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     if look.video is not None:
         (directory / "video_preprocessor_config.json").write_text(json.dumps(look.video, indent=2) + "\n", encoding="utf-8")
-    (directory / "chat_template.jinja").write_text(look.template, encoding="utf-8")
+    if look.template:
+        (directory / "chat_template.jinja").write_text(look.template, encoding="utf-8")
     return tokenizer
 
 

@@ -145,6 +145,19 @@ KINDS: dict[str, Kind] = {
         {"mm_tokens_per_image": PLAIN_TOKENS},
         _GEMMA_TOKENS,
     ),
+    # As PaliGemma 2, whose text part has windows; that of PaliGemma has none.
+    "paligemma": Kind(
+        {"model_type": "gemma2", "head_dim": HEAD_DIM, "query_pre_attn_scalar": HEAD_DIM, "sliding_window": WINDOW}
+        | {"layer_types": ["sliding_attention", "full_attention"]},
+        _square("siglip_vision_model", vision_use_head=False),
+        {"projection_dim": HIDDEN},
+        {"image_token_index": "<image>"},
+    ),
+    "idefics2": Kind(
+        {"model_type": "mistral", "head_dim": HEAD_DIM},
+        _square("idefics2_vision"),
+        {"perceiver_config": {"hidden_size": HIDDEN, "resampler_n_latents": TILE_TOKENS, "resampler_depth": 1}},
+    ),
     "idefics3": Kind({"model_type": "llama", "head_dim": HEAD_DIM}, _square("idefics3_vision"), {"scale_factor": 2}),
     "smolvlm": Kind({"model_type": "llama", "head_dim": HEAD_DIM}, _square("smolvlm_vision"), {"scale_factor": 2}),
 }
@@ -177,7 +190,7 @@ def make_vlm(directory: Path, model_type: str, seed: int = 0, tokenizer: PreTrai
 
 def vlm_tokenizer(model_type: str) -> PreTrainedTokenizerBase:
     """Makes the tokenizer of `standins` with the image tokens of a family."""
-    tokenizer = make_tokenizer("gemma2" if model_type == "gemma3" else "llama")
+    tokenizer = make_tokenizer("gemma2" if model_type in ("gemma3", "paligemma") else "llama")
     tokenizer.add_tokens(list(KINDS[model_type].tokens.values()), special_tokens=True)
     return tokenizer
 
@@ -211,4 +224,4 @@ def _rescale(model: PreTrainedModel) -> None:
     decoder: Any = model.get_decoder()
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is not None and head.weight is table.weight
-    rescale_trunk(model, decoder.norm.weight, tied, is_gemma=model.config.model_type.startswith("gemma"))
+    rescale_trunk(model, decoder.norm.weight, tied, is_gemma=decoder.config.model_type.startswith("gemma"))

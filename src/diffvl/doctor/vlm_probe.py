@@ -24,6 +24,7 @@ from diffvl.hub.masks_diffvl import attention_masks
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.hub.spans_diffvl import answer_cells, span_ids
 from diffvl.prepare.attention_proof import BLOCK_SIZE, GRIDS
+from diffvl.prepare.source_traits import source_traits
 
 # Below what some types use for images inside their vocabulary.
 TOKENS, MASK = range(FIRST_ORDINARY, 99), 99
@@ -51,6 +52,7 @@ def shipped(source: PreTrainedModel, pixels: Pixels, image_attention: str = "cau
         vocabulary_size=MASK + 1,
         image_inputs=list(pixels),
         image_attention=image_attention,
+        **source_traits(source),
         decoding="blocks",
         block_size=BLOCK_SIZE,
         target="same",

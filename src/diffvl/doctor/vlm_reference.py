@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from diffvl.doctor.vlm_probe import VlmProbe, permitted, token_types
-from diffvl.hub.masks_diffvl import for_layers
+from diffvl.hub.masks_diffvl import for_layers, masks_for
 
 
 @torch.no_grad()
@@ -56,14 +56,15 @@ def direct_logits(probe: VlmProbe, block: int, numbers: torch.Tensor) -> tuple[t
     after = layout.position[0, kept] - source_place  # padding stops stand behind the token that they repeat
     ids, index = probe.ids[:1, kept], probe.image_index[0, kept]
     given = {"mm_encoder_outputs": {"image": probe.rows.gathered(index[index >= 0])}} if bool((index >= 0).any()) else {}
-    output = probe.source(
-        input_ids=ids,
-        **given,
-        **token_types(probe.source, ids, torch.zeros_like(ids)),
-        attention_mask=_masks(probe, kept),
-        position_ids=numbers[..., source_place] + after,
-        use_cache=False,
-    )
+    with masks_for(probe.source, _masks(probe, kept), probe.model.config.masks_at) as masks:
+        output = probe.source(
+            input_ids=ids,
+            **given,
+            **token_types(probe.source, ids, torch.zeros_like(ids)),
+            attention_mask=masks,
+            position_ids=numbers[..., source_place] + after,
+            use_cache=False,
+        )
     return permitted(output.logits)[0, int(before.sum()) :], own.nonzero()[:, 0]
 
 
@@ -82,7 +83,7 @@ def _masks(probe: VlmProbe, kept: torch.Tensor) -> Any:
         if chunk is not None:
             near = near & (place[None] // chunk == place[:, None] // chunk)
         rule = layout.image_attention
-        if rule == "runs_beyond_window":
+        if rule in ("runs_beyond_window", "prompt"):
             allowed = (sees & near) | image
         elif rule == "runs_sliding" and window is None:
             allowed = sees

@@ -189,6 +189,7 @@ def token_by_token(answers: BatchAnswers, settings: DecodeSettings, pick: Picker
         raise ValueError("mode='ar' goes on from a prompt, but one is empty")
     prompt, device = decoder.prompt, decoder.device
     length = prompt.ids.shape[1] - 1
+    _refuse_answers_in_spans(model.config, prompt)
     # Padded left, as it wants them.
     valid = torch.arange(length, device=device)[None] < prompt.length_B[:, None]
     order = torch.argsort(valid.long(), dim=1, stable=True)
@@ -211,6 +212,15 @@ def token_by_token(answers: BatchAnswers, settings: DecodeSettings, pick: Picker
             **_more_arguments(settings),
         )
     decoder.forwards += sequences.shape[1] - (ids.shape[1] if model.is_native else 0)
+
+
+def _refuse_answers_in_spans(config: Any, prompt: Any) -> None:
+    """Raises ValueError where a source would let earlier answers, and questions before them, see what comes after them."""
+    if config.token_types != "answers":
+        return
+    place = torch.arange(prompt.ids.shape[1], device=prompt.ids.device)[None]
+    if bool(((prompt.span == 0) & (place < prompt.length_B[:, None])).any()):
+        raise ValueError("mode='ar' takes single questions with this model: its own generate knows no conversations")
 
 
 def _more_arguments(settings: DecodeSettings) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from .cache_diffvl import BlockCache
 from .images_diffvl import ImageRows, is_visual, placed_images
 from .layout_diffvl import Layout, Rope, block_end, block_index, segment_start
+from .pixels_diffvl import joined
 from .spans_diffvl import answer_cells, span_ids
 
 
@@ -214,7 +215,8 @@ class Prompt:
         # An image that reaches into the first open block is committed in two parts, which cannot see each other.
         span = span_ids(is_image, answers, inside, answer_cells(block, answers), config.image_attention)
         shown = placed_images(ids, config, inside)
-        return cls(ids, block, shown, lengths, block_of_answer[:, 0], start_B, end_B, span)
+        rope = Rope(first=config.first_position)
+        return cls(ids, block, shown, lengths, block_of_answer[:, 0], start_B, end_B, span, rope)
 
     def counted(self, block_size: int) -> Counts:
         """Brings to Python what shapes depend on, by waiting for the device once."""
@@ -345,14 +347,10 @@ class Prefix:
 
 
 def _begins_with(tensor: torch.Tensor, start: torch.Tensor) -> bool:
-    """Whether a tensor begins, along dim 0, with another. Beside larger images the same ones are filled up with zeros."""
+    """Whether a tensor begins, along dim 0, with another; either may be filled up with zeros to the size of larger images."""
     first = tensor[: len(start)]
-    if first.dim() != start.dim() or len(first) < len(start):
+    if first.dim() != start.dim() or len(first) != len(start):
         return False
-    common = tuple(slice(min(sizes)) for sizes in zip(first.shape, start.shape, strict=True))
-    if not torch.equal(first[common], start[common]):
-        return False
-    return all(
-        whole.shape == start[common].shape or int(whole.count_nonzero()) == int(whole[common].count_nonzero())
-        for whole in (first, start)
-    )
+    if first.shape != start.shape:
+        first, start = joined([first, start]).chunk(2)
+    return torch.equal(first, start)

@@ -24,6 +24,7 @@ import torch
 from transformers import Cache, CompileConfig, DynamicCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
+from .masks_diffvl import masks_for
 from .settings_diffvl import DecodeSettings
 
 FIRST_CAPACITY = 256  # tokens
@@ -193,8 +194,8 @@ class ReadingCache(DynamicCache):
 class StaticTrunk:
     """A trunk with a static cache for batches of one size, and its compiled call."""
 
-    def __init__(self, trunk: Any, batch: int, capacity: int, compile_config: CompileConfig | None) -> None:
-        self.trunk, self.batch, self.compile_config = trunk, batch, compile_config
+    def __init__(self, trunk: Any, batch: int, capacity: int, compile_config: CompileConfig | None, masks_at: str) -> None:
+        self.trunk, self.batch, self.compile_config, self.masks_at = trunk, batch, compile_config, masks_at
         self.kind = (trunk.dtype, trunk.device)
         self.cache = StaticBlockCache(capacity, trunk.device)
         # Not transformers' get_compiled_call, which leaves a function on the trunk that a copied model would go on calling.
@@ -213,28 +214,31 @@ class StaticTrunk:
         """One forward of text tokens [B, n]; logits of the last `keep` of them, [B, keep, V]."""
         if self.compile_config is not None and ids.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
-        return self._call(
-            input_ids=ids,
-            attention_mask=masks,
-            position_ids=rope_ids,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        ).logits
+        with masks_for(self.trunk, masks, self.masks_at) as given:
+            return self._call(
+                input_ids=ids,
+                attention_mask=given,
+                position_ids=rope_ids,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=keep,
+            ).logits
 
 
 def static_trunk(model: Any, batch: int, tokens: int, compile_config: CompileConfig | None) -> StaticTrunk:
     """The model's static trunk, empty, for a batch of `batch` samples with at least `tokens` tokens each.
 
     Raises:
-        ValueError: see require_static.
+        ValueError: see require_static; and if its forward, which is compiled, takes one mask for all layers.
     """
     trunk = model.trunk
     require_static(trunk)
+    if compile_config is not None and model.config.masks_at != "forward":
+        raise ValueError(f"{type(trunk).__name__} takes one mask for all layers and cannot be compiled: set disable_compile=True")
     capacity = max(SMALLEST, 2 ** (tokens - 1).bit_length())
     held = getattr(model, "_static_trunk", None)
     if held is None or not held.fits(trunk, batch, capacity, compile_config):
-        model._static_trunk = held = StaticTrunk(trunk, batch, capacity, compile_config)
+        model._static_trunk = held = StaticTrunk(trunk, batch, capacity, compile_config, model.config.masks_at)
     held.cache.clear()
     return held
 

@@ -49,6 +49,8 @@ class ImageTexts(Protocol):
 
     def of(self, size: Size | ClipSize, alone: bool = True) -> ImageText: ...
 
+    def in_place(self, images: list[ImageText], following: list[str]) -> list[ImageText]: ...
+
 
 @dataclass(frozen=True)
 class ChatEncoding:
@@ -234,7 +236,8 @@ class ChatEncoder:
         in_order = arranged(shown, given)
         if not len(shown) == len(given) == len(in_order):
             raise ValueError(f"the sizes of {len(given)} images are given for the {len(shown)} images of the chat")
-        return [self.images.of(size, is_alone) for size, is_alone in zip(in_order, alone, strict=True)]
+        found = [self.images.of(size, is_alone) for size, is_alone in zip(in_order, alone, strict=True)]
+        return self.images.in_place(found, self._placeholder.split(rendered)[1:])
 
     def _with_edges(self, rendered: str, spans: Spans, images: list[ImageText]) -> tuple[str, Spans]:
         """The chat with the plain text that some processors write beside an image, whose tokens depend on its neighbours."""

@@ -21,6 +21,8 @@ CHOICES = {
     "grid": ("absolute", "response"),
     "target": ("same", "shift"),
     "image_attention": IMAGE_ATTENTION,
+    "token_types": ("images", "answers"),
+    "masks_at": ("forward", "text_part"),
 }
 
 
@@ -42,6 +44,9 @@ class DiffVLConfig(PreTrainedConfig):
         image_inputs: names of the tensors that say what the images are, as `forward` and `generate` take them.
         video_token_id, video_inputs: the same of videos, where the model has a token of its own for them.
         image_attention: how clean image tokens see each other, one of IMAGE_ATTENTION.
+        token_types: what the token types mark that a source's forward takes, "images" or "answers".
+        masks_at: where the source takes a mask for each kind of its layers: its "forward", or only its "text_part".
+        first_position: rotary position of the first token, for a trunk that counts its tokens.
         placeholder_ids: further ids that stand for something else than text, and are never predicted.
         vocabulary_size: tokens of the tokenizer; rows beyond are padding and never predicted.
         stop_token_ids: ids that end an answer.
@@ -76,6 +81,9 @@ class DiffVLConfig(PreTrainedConfig):
         video_token_id: int | None = None,
         video_inputs: list[str] | None = None,
         image_attention: str = "causal",
+        token_types: str = "images",
+        masks_at: str = "forward",
+        first_position: int = 0,
         placeholder_ids: list[int] | None = None,
         decoding: str = "ar",
         block_size: int = 1,
@@ -102,6 +110,9 @@ class DiffVLConfig(PreTrainedConfig):
         self.video_token_id = video_token_id
         self.video_inputs = list(video_inputs or [])
         self.image_attention = image_attention
+        self.token_types = token_types
+        self.masks_at = masks_at
+        self.first_position = first_position
         self.placeholder_ids = list(placeholder_ids or [])
         self.decoding = decoding
         self.block_size = block_size

@@ -31,6 +31,7 @@ class BlockGeneration:
     config: Any
     generation_config: GenerationConfig | None
     trunk: Any
+    images: Any
     pixels_of: Callable[[Any], dict[str, torch.Tensor]]
 
     @torch.no_grad()
@@ -75,7 +76,8 @@ class BlockGeneration:
             raise ValueError(f"a streamer takes one prompt, got {len(input_ids)}")
         if stopping_criteria and len(input_ids) != 1:
             raise ValueError(f"stopping_criteria take one prompt, got {len(input_ids)}")
-        known = (*self.config.image_inputs, *self.config.video_inputs)
+        known = {*self.config.image_inputs, *self.config.video_inputs}
+        known |= {name for name, value in arguments.items() if isinstance(value, torch.Tensor) and self.images.takes(name)}
         more = {name: arguments.pop(name) for name in known if name in arguments}
         pixels = self.pixels_of({"pixel_values": pixel_values, "image_sizes": image_sizes, **more})
         given = Arguments(arguments, generation_config, self.generation_config)

@@ -25,11 +25,8 @@ from typing import Any
 import torch
 
 from .layout_diffvl import Rope, image_rows
+from .pixels_diffvl import VIDEO_FRAMES, Pixels
 from .tiling_diffvl import tiled_rows
-
-Pixels = dict[str, torch.Tensor]
-
-VIDEO_FRAMES = "video_frames"  # [N], frames of each video, where they stand in one tensor [N, T, ...] that is filled up
 
 # What a stock vision part gives with one row for each image token; the other fields of its output are left alone.
 ROW_FIELDS = ("pooler_output", "deepstack_features")
@@ -116,31 +113,6 @@ def _counts(output: Any) -> tuple[int, ...]:
     return (math.prod(value.shape[1:-1]),) * len(value) if value.dim() > 2 else (len(value),)
 
 
-def join_pixels(parts: Sequence[Pixels]) -> Pixels:
-    """Joins the pixels of several images, videos or samples, in order, each tensor over those that have it; {} for none.
-
-    Tensors are joined along dim 0 and filled up with zeros where other dims differ (tiles, height and width), as the processors
-    of such models do themselves: a size, a mask or the zeros tell those models what is real.
-
-    Raises:
-        ValueError: if tensors of a name have other numbers of dims.
-    """
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {name: _joined([part[name] for part in parts if name in part]) for name in names}
-
-
-def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
-    if len({tensor.dim() for tensor in tensors}) > 1:
-        raise ValueError(f"pixels of the shapes {[tuple(tensor.shape) for tensor in tensors]} cannot be joined")
-    sizes = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
-    padded = []
-    for tensor in tensors:
-        missing = [size - own for size, own in zip(sizes, tensor.shape[1:], strict=True)]
-        pads = [amount for size in reversed(missing) for amount in (0, size)]
-        padded.append(torch.nn.functional.pad(tensor, pads) if any(missing) else tensor)
-    return torch.cat(padded)
-
-
 class OwnImages:
     """A tower and a connector of ours."""
 
@@ -148,6 +120,10 @@ class OwnImages:
         self.model, self.config = model, model.config
 
     has_axes = False
+
+    def takes(self, name: str) -> bool:
+        """Whether a tensor of this name says what the images are."""
+        return name in self.config.image_inputs
 
     def encode(self, pixels: Pixels) -> ImageRows:
         """Images [N, 3, S, S] -> their rows [N * P, H]; with tiles see `tiled_rows`."""
@@ -185,18 +161,19 @@ class NativeImages:
         """Whether the source numbers its tokens by a rule of its own (M-RoPE)."""
         return hasattr(self.body, "get_rope_index")
 
+    def takes(self, name: str) -> bool:
+        """Whether a tensor of this name says what the images are, of all images or of some."""
+        return name in inspect.signature(self._encoder("get_image_features")).parameters
+
     def encode(self, pixels: Pixels) -> ImageRows:
         """Images and videos as the source's own vision part sees them; without a graph if it is frozen."""
-        images, videos = ({name: pixels[name] for name in names if name in pixels} for names in self._inputs)
+        videos = {name: pixels[name] for name in self.config.video_inputs if name in pixels}
+        images = {name: value for name, value in pixels.items() if name not in videos}
         seen = ImageRows(None, ())
         if images:
             output = self._features("get_image_features", images)
             seen = ImageRows(output, _counts(output))
         return replace(seen, videos=self._encoded_videos(videos)) if videos else seen
-
-    @property
-    def _inputs(self) -> tuple[list[str], list[str]]:
-        return self.config.image_inputs, self.config.video_inputs
 
     def _encoded_videos(self, videos: Pixels) -> ImageRows:
         """Videos that stand in one tensor are encoded with those of as many frames."""
@@ -211,8 +188,11 @@ class NativeImages:
         counts = tuple(sum(_counts(part)) for part in parts)
         return ImageRows(_joined_rows(parts, counts), counts)
 
+    def _encoder(self, method: str) -> Any:
+        return getattr(self.body, method, None) or getattr(stock(self.source), method)
+
     def _features(self, method: str, pixels: Pixels) -> Any:
-        encoder = getattr(self.body, method, None) or getattr(stock(self.source), method)
+        encoder = self._encoder(method)
         known = inspect.signature(encoder).parameters
         dtype = self.source.get_input_embeddings().weight.dtype
         given = {
@@ -240,12 +220,19 @@ class NativeImages:
         return arguments | self._token_types(ids)
 
     def _token_types(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        return token_types(stock(self.source), ids, self.config.image_token_id, self.config.video_token_id)
+        config = self.config
+        return token_types(stock(self.source), ids, config.image_token_id, config.video_token_id, config.token_types)
 
     def prompt(self, ids: torch.Tensor, pixels: Pixels, rows: ImageRows | None) -> dict[str, Any]:
-        """What the source's own `generate` is called with for prompts [B, T]; they come back before the answer."""
-        given = {name: value for name, value in pixels.items() if name != VIDEO_FRAMES}
-        return {"input_ids": ids, **given, **self._token_types(ids)}
+        """What the source's own `generate` is called with for prompts [B, T]; they come back before the answer. It gets the rows,
+        and of the pixels what it numbers its tokens by."""
+        arguments: dict[str, Any] = {"input_ids": ids, **self._token_types(ids)}
+        if rows is not None:
+            outputs = {"image": rows.output, "video": None if rows.videos is None else rows.videos.output}
+            arguments["mm_encoder_outputs"] = {name: output for name, output in outputs.items() if output is not None}
+            known = inspect.signature(self.body.get_rope_index).parameters if self.has_axes else {}
+            arguments |= {name: value for name, value in pixels.items() if name in known}
+        return arguments
 
     def rope(self, ids: torch.Tensor, valid: torch.Tensor, pixels: Pixels, shown: "Shown") -> Rope:
         """Position ids as the source numbers its tokens, sample by sample: some families count images over a whole batch.
@@ -254,7 +241,7 @@ class NativeImages:
             ids, valid: clean tokens [B, T], of any padding. shown: how many images and videos each sample shows.
         """
         if not self.has_axes:
-            return Rope()
+            return Rope(first=self.config.first_position)
         number = self.body.get_rope_index
         known = inspect.signature(number).parameters
         tables = []
@@ -281,10 +268,14 @@ class NativeImages:
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids")
 
 
-def token_types(source: Any, ids: torch.Tensor, image_id: int, video_id: int | None = None) -> dict[str, torch.Tensor]:
-    """Which ids are image tokens (1) or video tokens (2), under the names by which a stock forward asks for it."""
+def token_types(
+    source: Any, ids: torch.Tensor, image_id: int, video_id: int | None = None, marks: str = "images"
+) -> dict[str, torch.Tensor]:
+    """Which ids of a prompt are image tokens (1) or video tokens (2), or none where `marks` says that answers are marked, under
+    the names by which a stock forward asks for it."""
     known = inspect.signature(source.forward).parameters
-    return {name: _types(ids, image_id, video_id) for name in TOKEN_TYPES if name in known}
+    types = _types(ids, image_id, video_id) if marks == "images" else torch.zeros_like(ids)
+    return {name: types for name in TOKEN_TYPES if name in known}
 
 
 def _types(ids: torch.Tensor, image_id: int, video_id: int | None) -> torch.Tensor:

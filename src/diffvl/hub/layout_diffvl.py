@@ -93,8 +93,9 @@ class Layout:
 #   runs_beyond_window  the same, whatever the window
 #   runs_sliding        as `runs`, in layers with a sliding window only
 #   images              as `runs`, all image tokens between two answers being one span
-#   prompt              as `runs`, all tokens between two answers being one span
+#   prompt              all tokens between two answers are one span, whatever the window
 IMAGE_ATTENTION = ("causal", "runs", "runs_beyond_window", "runs_sliding", "images", "prompt")
+BEYOND_WINDOW = frozenset({"runs_beyond_window", "prompt"})
 
 
 def attends(
@@ -116,7 +117,7 @@ def attends(
     sees_span = None
     if "span" in q and image_attention != "causal" and (image_attention != "runs_sliding" or window is not None):
         sees_span = (q["span"] > 0) & (k["span"] == q["span"]) & ~q_noisy & ~k_noisy & is_there
-        if image_attention != "runs_beyond_window":
+        if image_attention not in BEYOND_WINDOW:
             allowed, sees_span = allowed | sees_span, None
     if window is not None:
         allowed = allowed & (k["position"] > q["position"] - window)
@@ -132,15 +133,17 @@ class Rope:
 
     table: int64 [A, B, L], of clean tokens, for a trunk with A rotary axes (M-RoPE); None for one that counts the tokens.
     length_B: tokens of each sample that have an entry. Text after them goes on by one on every axis.
+    first: of the first token, for a trunk that counts.
     """
 
     table: torch.Tensor | None = None
     length_B: torch.Tensor | None = None
+    first: int = 0
 
     def at(self, position_Bn: torch.Tensor) -> torch.Tensor:
         """Position ids of tokens at these indices of their samples: [B, n], or [A, B, n]."""
         if self.table is None or self.length_B is None:
-            return position_Bn
+            return position_Bn + self.first if self.first else position_Bn
         last = (self.length_B[:, None] - 1).clamp_min(0)
         known = position_Bn.minimum(last)
         return self._entries(known) + (position_Bn - known)
@@ -149,7 +152,7 @@ class Rope:
         """Position ids of a noisy stream: those of the clean counterparts, and padding stops counted on from their stop. (The
         table has the next turn at the index of a padding stop.)"""
         if self.table is None:
-            return stream.position
+            return self.at(stream.position)
         return self._entries(stream.source) + (stream.position - stream.source)
 
     def selected(self, keep: torch.Tensor) -> "Rope":

@@ -70,6 +70,24 @@ def for_layers(text_config: Any, make: Callable[[int | None, int | None], Any]) 
     return make(*limits["sliding_attention" if window else "chunked_attention" if chunk else "full_attention"])
 
 
+@contextmanager
+def masks_for(trunk: Any, masks: Any, masks_at: str) -> Iterator[Any]:
+    """In the block the trunk is called with what this gives in the place of `masks`. A forward that takes one mask for all layers
+    gets one; its text part gets them all."""
+    if masks_at == "forward" or not isinstance(masks, dict):
+        yield masks
+        return
+
+    def put(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return given, {**named, "attention_mask": masks}
+
+    hook = trunk.get_decoder().register_forward_pre_hook(put, with_kwargs=True)
+    try:
+        yield next(iter(masks.values()))
+    finally:
+        hook.remove()
+
+
 # --- no mask where nothing is hidden -----------------------------------------------------------------------------------------
 
 

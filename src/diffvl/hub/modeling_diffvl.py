@@ -11,7 +11,6 @@ chunk.
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ from .generation_diffvl import BlockGeneration
 from .head_diffvl import flat_rows, head_on, mapped_rows
 from .images_diffvl import ImageRows, NativeImages, OwnImages, Shown, is_visual, placed_images, settle_frozen, stock
 from .layout_diffvl import Layout, Rope, clean_layout
-from .masks_diffvl import GivenMask, attention_masks, check_mask
+from .masks_diffvl import GivenMask, attention_masks, check_mask, masks_for
 from .settings_diffvl import refuse_videos
 from .spans_diffvl import span_ids
 from .tiling_diffvl import NUM_TILES
@@ -184,10 +183,13 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         """
         names, videos = self.config.image_inputs, self.config.video_inputs
         known = (*names, *videos, "image_sizes")
-        unknown = [name for name, value in given.items() if name not in known and value is not None]
-        if unknown:
+        further = [name for name, value in given.items() if name not in known and value is not None]
+        if unknown := [name for name in further if not self.images.takes(name)]:
             raise ValueError(f"{unknown[0]} is not known here; expected images as {', '.join(names)}")
-        found = _whole("images", names, given) | _whole("videos", videos, given)
+        found = _whole("images", names, given)
+        if found:  # of some images there may be more than of all
+            found |= {name: given[name] for name in further}
+        found |= _whole("videos", videos, given)
         sizes, shown = given.get("image_sizes"), given.get("pixel_values")
         # A native model that does not ask for sizes may have packed the patches of its images into one row.
         counts_images = not self.is_native or "image_sizes" in names
@@ -270,14 +272,12 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         row_map: Callable[[torch.Tensor, slice], torch.Tensor] | None,
     ) -> torch.Tensor:
         """The trunk's logits, or what `row_map` makes of them; see `forward`."""
-        trunk_pass = partial(
-            self.trunk,
-            **inputs,
-            attention_mask=masks,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
+        inputs = {**inputs, "position_ids": position_ids, "past_key_values": cache, "use_cache": cache is not None}
+
+        def trunk_pass() -> Any:
+            with masks_for(self.trunk, masks, self.config.masks_at) as given:
+                return self.trunk(**inputs, attention_mask=given)
+
         if row_map is not None:
             return mapped_rows(self.trunk, trunk_pass, flat_rows(rows), row_map)
         with head_on(self.trunk, rows):
@@ -341,7 +341,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         """Position ids of tokens that a caller gave none for. A cache remembers those of the prompt that began it: text after it
         goes on from there."""
         if not self.images.has_axes:
-            return Rope()
+            return Rope(first=self.config.first_position)
         if cache is not None and cache.get_seq_length():
             known = getattr(cache, "rope", None)
             if known is None or pixels:

@@ -17,11 +17,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from transformers import AutoImageProcessor, BatchFeature, ProcessorMixin
+from transformers.utils.import_utils import is_torchvision_available
 
 from .chat_diffvl import ChatEncoder, ChatEncoding, alone_in, arranged
 from .clips_diffvl import ClipSize, Sampler
-from .images_diffvl import Pixels, join_pixels
 from .messages_diffvl import Messages
+from .pixels_diffvl import Pixels, join_pixels
 from .seen_diffvl import Size, images_as_seen
 from .source_diffvl import SourceImages, build_processor
 from .template_diffvl import Visual
@@ -34,7 +35,7 @@ from .visuals_diffvl import clips_of, flat, in_order, size_of_visual
 _ENCODERS: WeakKeyDictionary[Any, ChatEncoder] = WeakKeyDictionary()
 _IMAGES: WeakKeyDictionary[Any, tuple[tuple[Any, Any], SourceImages]] = WeakKeyDictionary()
 _TILED: WeakKeyDictionary[Any, tuple[tuple[Any, ...], TiledImages]] = WeakKeyDictionary()
-BACKEND = "pil"
+BACKEND, TORCHVISION = "pil", "torchvision"
 TEXT_INPUTS = ("input_ids", "attention_mask", "answer_index")
 UNUSED = ("tools", "documents", "continue_final_message", "return_assistant_tokens_mask", "audio")
 
@@ -94,8 +95,19 @@ class DiffVLProcessor(ProcessorMixin):
     def _get_arguments_from_pretrained(
         cls, pretrained_model_name_or_path: str | PathLike[str], processor_dict: dict[str, Any] | None = None, **kwargs: Any
     ) -> list[Any]:
-        """Loads the parts. Images are resized by Pillow, wherever they are: what torchvision makes of them differs."""
-        image_processor = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, backend=BACKEND, **kwargs)
+        """Loads the parts. Images are resized by Pillow, wherever they are: what torchvision makes of them differs. It does so
+        only where there is no form by Pillow, and the checkpoint says it.
+
+        Raises:
+            ImportError: if it has to, and is not installed.
+        """
+        backend = ((processor_dict or {}).get("source") or {}).get("backend", BACKEND)
+        if backend == TORCHVISION and not is_torchvision_available():
+            raise ImportError(
+                f"{pretrained_model_name_or_path}: images of this checkpoint are resized by torchvision, and would be others "
+                "without it: install torchvision"
+            )
+        image_processor = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, backend=backend, **kwargs)
         return [image_processor, cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs)]
 
     @property

@@ -7,6 +7,9 @@ time, so each is the same tokens and the same pixels wherever it stands, in trai
 The tokens follow from the size: they are taken from a blank image of that size, or from frames without pixels, once.
 """
 
+import importlib
+import sys
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -17,14 +20,15 @@ from transformers.video_utils import VideoMetadata
 
 from .chat_diffvl import ImageText
 from .clips_diffvl import Clip, ClipSize, Sampler
-from .images_diffvl import VIDEO_FRAMES, Pixels
 from .messages_diffvl import Placeholders
+from .pixels_diffvl import VIDEO_FRAMES, Pixels
 from .seen_diffvl import Size
 from .template_diffvl import Visual
 from .tokens_diffvl import walls_of
 
 MAX_SIZES = 16_384  # remembered; their texts are far fewer
 SAMPLE: Size = (64, 64)
+GAPS = ("", " ")  # what a processor may write between an image and a text
 SAMPLE_CLIP = ClipSize(64, 64, tuple(range(0, 64, 8)), 64, 8.0)
 DEFAULT_FPS = 2.0  # frames that are shown of a second, where a checkpoint does not say it
 # What calling the processor may raise for an image that it is not made for.
@@ -58,7 +62,7 @@ def build_processor(
         ValueError: if transformers has no such class here.
         ImportError, TypeError, AttributeError: by the class itself, if a setting or a token is missing.
     """
-    found = getattr(transformers, class_name, None)
+    found: Any = processor_class(class_name)
     if found is None or getattr(found, "is_dummy", False):
         raise ValueError(f"transformers has no {class_name} here" + (": it needs torchvision" if found is not None else ""))
     present = {"image_processor": image_processor, "tokenizer": tokenizer, "video_processor": video_processor}
@@ -71,6 +75,28 @@ def build_processor(
 
     made = type(class_name, (found,), {"check_argument_for_proper_class": check, "__init__": _without_packages(found.__init__)})
     return made(**parts, **settings)
+
+
+def processor_class(name: str) -> Any:
+    """The class of transformers with this name; None, or one that says `is_dummy`, where there is none here.
+
+    transformers hides some where torchvision is not installed, although their images have a form by Pillow: all that they take
+    from the module of the other form stands in that of this one, which is put in its place for the import.
+    """
+    found = getattr(transformers, name, None)
+    if not getattr(found, "is_dummy", False):
+        return found
+    module = str(getattr(found, "__module__", ""))
+    folder, _, family = module.rpartition(".processing_")
+    other = f"{folder}.image_processing_{family}"
+    try:
+        by_pillow = importlib.import_module(f"{folder}.image_processing_pil_{family}")
+        sys.modules[other] = by_pillow
+        return getattr(importlib.import_module(module), name)
+    except ImportError:
+        return found
+    finally:
+        sys.modules.pop(other, None)
 
 
 def _without_packages(init: Any) -> Any:
@@ -106,6 +132,8 @@ class SourceImages:
     Args:
         processor: what `build_processor` gave.
         first_ids, first_text: see `ImageTexts`.
+    Attributes:
+        rewrites_texts: whether the processor may write something around images that depends on the text there.
     """
 
     structured = True
@@ -121,6 +149,9 @@ class SourceImages:
         self._walls = walls_of(processor.tokenizer)
         self._by_size: dict[Size, ImageText] = {}
         self._by_text: dict[str, ImageText] = {}
+        self._gaps: dict[str, str] = {}
+        self._overlap: int | None = None
+        self.rewrites_texts = False
         samples = [self.of(SAMPLE), *([self.of(SAMPLE_CLIP)] if self.sampler is not None else [])]
         ids = sorted({one for sample in samples for one in sample.ids})
         self.tokens = frozenset(processor.tokenizer.convert_ids_to_tokens(ids)) - {*self.placeholders.values()}
@@ -132,14 +163,57 @@ class SourceImages:
             ImageRefusedError: if the processor does not take it.
         """
         if isinstance(size, ClipSize):  # no two videos are alike, and their texts are long
-            return self._image_text(self._call(_blank(size), return_text_replacement_offsets=True))
+            return self._image_text(self.inputs(_blank(size), return_text_replacement_offsets=True))
         if size not in self._by_size:
             if len(self._by_size) >= MAX_SIZES:
                 self._by_size.clear()
                 self._by_text.clear()
-            found = self._image_text(self._call(_blank(size), return_text_replacement_offsets=True))
+            found = self._image_text(self.inputs(_blank(size), return_text_replacement_offsets=True))
             self._by_size[size] = self._by_text.setdefault(found.text, found)
         return self._by_size[size]
+
+    def in_place(self, images: list[ImageText], following: list[str]) -> list[ImageText]:
+        """The images of a chat, each before the text that follows it: what is written between an image and a word, and what two
+        images write once if nothing stands between them, is part of them.
+
+        Raises:
+            ImageRefusedError: if the processor writes something else there.
+        """
+        if not self.rewrites_texts:
+            return images
+        placed, cut = [], 0
+        for number, (image, text) in enumerate(zip(images, following, strict=True)):
+            begin = len(image.before)
+            end = begin + len(self.processor.tokenizer.decode(image.ids[:cut]))
+            gap = self._gap(text[:1]) if text else ""
+            written = image.text[:begin] + image.text[end:] + gap
+            placed.append(replace(image, text=written, ids=image.ids[cut:], after=image.after + gap))
+            cut = self._shared() if not text and number + 1 < len(images) else 0
+        return placed
+
+    def _gap(self, sign: str) -> str:
+        """What the processor writes between an image and a text that begins with this sign."""
+        if sign not in self._gaps:
+            ids, alone = self._ids(self.placeholders[Visual.IMAGE] + sign, 1), self.of(SAMPLE).text
+            fitting = [gap for gap in GAPS if self._backend.encode(alone + gap + sign, add_special_tokens=False).ids == ids]
+            if not fitting:
+                raise ImageRefusedError(
+                    f"{type(self.processor).__name__} changes a text that begins with {sign!r} behind an image"
+                )
+            self._gaps[sign] = fitting[0]
+        return self._gaps[sign]
+
+    def _shared(self) -> int:
+        """How many tokens at the end of an image are also the first of another one right behind it."""
+        if self._overlap is None:
+            alone, both = self.of(SAMPLE).ids, self._ids(2 * self.placeholders[Visual.IMAGE], 2)
+            fitting = [count for count in range(len(alone)) if alone + alone[count:] == both]
+            if not fitting:
+                raise ImageRefusedError(
+                    f"{type(self.processor).__name__} writes two images, side by side, in another way than one"
+                )
+            self._overlap = fitting[0]
+        return self._overlap
 
     def pixels(self, image: Any) -> Pixels:
         """The pixel tensors of one image or `Clip`.
@@ -147,45 +221,64 @@ class SourceImages:
         Raises:
             ImageRefusedError: if the processor does not take it.
         """
-        inputs = self._call(image)
+        inputs = self.inputs(image)
         found = {name: value for name, value in inputs.items() if name not in _OF_TEXT and not name.endswith("token_type_ids")}
         frames = found.get("pixel_values_videos")
         if frames is not None and frames.dim() == 5:  # one video a row
             found[VIDEO_FRAMES] = torch.tensor([frames.shape[1]])
         return found
 
-    def _call(self, image: Any, **settings: Any) -> Any:
-        arguments = {"add_special_tokens": False, "return_tensors": "pt", "verbose": False, **settings}
-        clip = isinstance(image, Clip)
-        if clip:
-            arguments |= {"videos": [image.frames], "video_metadata": [image.size.metadata], "do_sample_frames": False}
-        else:
-            arguments |= {"images": [image]}
+    def inputs(self, image: Any, **settings: Any) -> Any:
+        """All that the processor gives for a text of one image or `Clip`.
+
+        Raises:
+            ImageRefusedError: if it does not take it.
+        """
+        if not isinstance(image, Clip):
+            return self._call(self.placeholders[Visual.IMAGE], image, images=[image], **settings)
+        video = {"videos": [image.frames], "video_metadata": [image.size.metadata], "do_sample_frames": False}
+        return self._call(self.placeholders[Visual.VIDEO], image, **video, **settings)
+
+    def _call(self, text: str, one: Any, **given: Any) -> Any:
+        """Calls the processor for a text with one image or clip, or the same one several times."""
         try:
-            return self.processor(text=[self.placeholders[Visual.VIDEO if clip else Visual.IMAGE]], **arguments)
+            return self.processor(text=[text], add_special_tokens=False, return_tensors="pt", verbose=False, **given)
         except (*FAULTS, NotImplementedError) as error:
-            told = f"a video of {len(image.frames)} frames" if clip else "an image"
-            height, width = image.frames.shape[-2:] if clip else getattr(image, "size", (0, 0))[::-1]
+            clip = isinstance(one, Clip)
+            told = f"a video of {len(one.frames)} frames" if clip else "an image"
+            height, width = one.frames.shape[-2:] if clip else getattr(one, "size", (0, 0))[::-1]
             raise ImageRefusedError(
                 f"{type(self.processor).__name__} refuses {told} of {width}x{height} pixels: {error}"
             ) from error
+
+    def _ids(self, text: str, images: int) -> list[int]:
+        blank = _blank(SAMPLE)
+        return [int(one) for one in self._call(text, blank, images=[blank] * images)["input_ids"][0]]
 
     def _image_text(self, inputs: Any) -> ImageText:
         """Splits what the processor wrote into added tokens, with all between them, and plain text around them."""
         ids = [int(one) for one in inputs["input_ids"][0]]
         told = inputs.get("text_replacement_offsets")
+        self.rewrites_texts |= not told
         text = told[0][0]["replacement"] if told else self.processor.tokenizer.decode(ids)
         if text in self._by_text:
             return self._by_text[text]
         encoded = self._backend.encode(text, add_special_tokens=False)
         walls = [place for place, one in enumerate(encoded.ids) if one in self._walls]
-        if encoded.ids != ids or not walls:
+        # Around a text that was put in the placeholder's place some write more: what stands around a question, say.
+        found_again = _holds(ids, encoded.ids) if told else encoded.ids == ids
+        if not found_again or not walls:
             raise ImageRefusedError(
                 f"{type(self.processor).__name__} writes an image that cannot be found again in the text: {text[:60]!r}"
             )
         first, last = walls[0], walls[-1]
         begin, end = encoded.offsets[first][0], encoded.offsets[last][1]
-        return ImageText(text, ids[first : last + 1], text[:begin], text[end:])
+        return ImageText(text, encoded.ids[first : last + 1], text[:begin], text[end:])
+
+
+def _holds(ids: list[int], part: list[int]) -> bool:
+    """Whether a part stands in a list, whole and in order."""
+    return any(ids[place : place + len(part)] == part for place in range(len(ids) - len(part) + 1))
 
 
 def _blank(size: Size | ClipSize) -> Image.Image | Clip:

@@ -46,6 +46,10 @@ class TiledImages:
         count = self._by_size[size, alone]
         return ImageText(self.image_token * count, [self.image_id] * count)
 
+    def in_place(self, images: list[ImageText], following: list[str]) -> list[ImageText]:
+        """Nothing is written beside an image."""
+        return images
+
     def pixels(self, images: Sequence[Any], alone: Sequence[bool]) -> list[dict[str, torch.Tensor]]:
         """The pixel tensors of each image. alone: see `of`, for each."""
         squares = iter(self._squares([image for image, is_alone in zip(images, alone, strict=True) if not is_alone]))

@@ -6,12 +6,11 @@ torchvision are a few functions, which stand here. So a video becomes the same p
 Frames on the meta device are measured only: they have sizes, and nothing is resized.
 """
 
-import importlib.util
+import ast
 import re
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -58,6 +57,8 @@ def resize(
 ) -> torch.Tensor:
     """Frames [..., C, H, W] in another size (height, width), each by itself; Pillow always smooths what it makes smaller."""
     height, width = size
+    if not antialias and (height < image.shape[-2] or width < image.shape[-1]):
+        raise ValueError("it makes frames smaller without smoothing, which Pillow does not")
     if image.device.type == "meta":
         return image.new_empty(*image.shape[:-2], height, width)
     planes = image.reshape(-1, *image.shape[-2:])
@@ -128,48 +129,49 @@ def _on_pillow(stock: type) -> dict[str, Any]:
 _Frames = type("_Frames", (BaseVideoProcessor,), {**_on_pillow(TorchvisionBackend), **_on_pillow(BaseVideoProcessor)})
 
 
+class _WithoutTorchvision(ast.NodeTransformer):
+    """Takes the imports of torchvision out of a module. names: what they would have bound, from what stands here."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, Any] = {"tvF": _FUNCTIONAL}
+
+    def visit_Import(self, node: ast.Import) -> ast.stmt:
+        found = [alias for alias in node.names if alias.name.partition(".")[0] == "torchvision"]
+        for alias in found:
+            if alias.asname is None or not alias.name.endswith(".functional"):
+                raise NoVideoProcessorError(f"it imports {alias.name}")
+            self.names[alias.asname] = _FUNCTIONAL
+        return ast.copy_location(ast.Pass(), node) if found else node
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.stmt:
+        if node.module is None or node.module.partition(".")[0] != "torchvision":
+            return node
+        for alias in node.names:
+            if alias.name != "functional" and not hasattr(_FUNCTIONAL, alias.name):
+                raise NoVideoProcessorError(f"it takes {alias.name} from torchvision")
+            self.names[alias.asname or alias.name] = getattr(_FUNCTIONAL, alias.name, _FUNCTIONAL)
+        return ast.copy_location(ast.Pass(), node)
+
+
 def _stock_class(class_name: str) -> type:
-    """The class of transformers, from a module of its own in which torchvision is what stands here."""
+    """The class of transformers, from a module of its own that imports what stands here in the place of torchvision."""
     models = Path(next(iter(transformers.models.__path__)))
     wanted = re.sub(f"{_ENDING}$", "", class_name).lower().replace("_", "")
     folder = next((one.name for one in models.iterdir() if one.name.replace("_", "") == wanted), None)
     file = models / str(folder) / f"video_processing_{folder}.py"
     if folder is None or not class_name.endswith(_ENDING) or not file.is_file():
         raise NoVideoProcessorError(f"transformers has no {class_name} here")
-    name = f"transformers.models.{folder}.video_processing_pil_{folder}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    module.tvF = _FUNCTIONAL  # type: ignore[attr-defined]
-    sys.modules[name] = module
+    imports = _WithoutTorchvision()
     try:
-        with _in_place_of_torchvision():
-            spec.loader.exec_module(module)
-        return getattr(module, class_name)
-    except (ImportError, AttributeError) as error:
-        del sys.modules[name]
+        code = compile(imports.visit(ast.parse(file.read_text(encoding="utf-8"))), str(file), "exec")
+    except NoVideoProcessorError as error:
+        raise NoVideoProcessorError(f"{class_name} needs torchvision: {error}") from error
+    module = ModuleType(f"transformers.models.{folder}.video_processing_pil_{folder}")
+    vars(module).update(imports.names, __package__=f"transformers.models.{folder}", __file__=str(file))
+    sys.modules[module.__name__] = module  # where transformers looks for the source of a class
+    try:
+        exec(code, vars(module))
+    except ImportError as error:  # by another module, from which it takes something
+        del sys.modules[module.__name__]
         raise NoVideoProcessorError(f"{class_name} needs torchvision ({error})") from error
-
-
-@contextmanager
-def _in_place_of_torchvision() -> Iterator[None]:
-    """Lets imports find what stands here. No other module is imported in the block: those of transformers that need torchvision
-    are there already, or do without."""
-    transforms, second = ModuleType("torchvision.transforms"), ModuleType("torchvision.transforms.v2")
-    for holder in (transforms, second):
-        holder.functional, holder.InterpolationMode = _FUNCTIONAL, Resampling  # type: ignore[attr-defined]
-    transforms.v2 = second  # type: ignore[attr-defined]
-    package = ModuleType("torchvision")
-    package.transforms = transforms  # type: ignore[attr-defined]
-    modules = {"torchvision": package, "torchvision.transforms": transforms, "torchvision.transforms.v2": second}
-    modules |= {f"{name}.functional": _FUNCTIONAL for name in [*modules][1:]}
-    before = {name: sys.modules.get(name) for name in modules}
-    sys.modules.update(modules)
-    try:
-        yield
-    finally:
-        for name, module in before.items():
-            if module is None:
-                del sys.modules[name]
-            else:
-                sys.modules[name] = module
+    return vars(module)[class_name]

@@ -8,7 +8,7 @@ Shapes: B conversations, L clean length, R noisy length, T = L + R, V vocabulary
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from diffvl.errors import UnsupportedModelError
 from diffvl.hub.layout_diffvl import Layout, NoisyStream, block_index, clean_layout, noisy_layout, noisy_stream
-from diffvl.hub.masks_diffvl import attention_masks
+from diffvl.hub.masks_diffvl import attention_masks, masks_for
 
 BLOCK_SIZE = 4
 GRIDS = {"block": "absolute", "causal": "response"}  # of each context, so that two runs have both contexts and both grids
@@ -48,6 +48,7 @@ class ProbeText:
     ids: torch.Tensor
     clean_length: int
     tokens: range
+    masks_at: str = "forward"
 
     @classmethod
     def make(
@@ -65,7 +66,7 @@ class ProbeText:
     @torch.no_grad()
     def logits(self, ids: torch.Tensor | None = None) -> torch.Tensor:
         """Runs the trunk: [B, T, V] in fp32, of other tokens on the same layout where `ids` are given."""
-        return forward(self.trunk, self.ids if ids is None else ids, self.layout).logits.float()
+        return forward(self.trunk, self.ids if ids is None else ids, self.layout, self.masks_at).logits.float()
 
     def noisy_blocks(self, row: int = 0) -> list[int]:
         """Lists the noisy blocks of one conversation."""
@@ -76,10 +77,11 @@ class ProbeText:
         return torch.arange(self.ids.shape[1]) < self.clean_length
 
 
-def forward(trunk: PreTrainedModel, ids: torch.Tensor, layout: Layout, **more: Any) -> Any:
+def forward(trunk: PreTrainedModel, ids: torch.Tensor, layout: Layout, masks_at: str = "forward") -> Any:
     """Runs one pass as training does it: explicit masks and positions, no cache."""
     masks = attention_masks(text_config(trunk), layout, slice(None), torch.float32)
-    return trunk(input_ids=ids, attention_mask=masks, position_ids=layout.position, use_cache=False, **more)
+    with masks_for(trunk, masks, masks_at) as given:
+        return trunk(input_ids=ids, attention_mask=given, position_ids=layout.position, use_cache=False)
 
 
 def text_config(trunk: PreTrainedModel) -> Any:
@@ -119,11 +121,11 @@ def spread(difference: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def ar_error(trunk: PreTrainedModel, ids: torch.Tensor) -> float:
+def ar_error(trunk: PreTrainedModel, ids: torch.Tensor, masks_at: str = "forward") -> float:
     """Compares an explicit causal mask with positions with the stock forward, which makes its own."""
     layout = clean_layout(torch.zeros_like(ids), torch.ones_like(ids, dtype=torch.bool), "causal")
     reference = native_logits(trunk, ids)
-    return spread(forward(trunk, ids, layout).logits.float() - reference, reference)
+    return spread(forward(trunk, ids, layout, masks_at).logits.float() - reference, reference)
 
 
 @torch.no_grad()
@@ -131,7 +133,7 @@ def clean_error(probe: ProbeText) -> float:
     """Compares the clean stream that has the noisy one after it with the clean stream alone."""
     rows = {name: row[:, : probe.clean_length] for name, row in probe.layout.rows.items()}
     layout = probe.layout.with_rows(rows)
-    alone = forward(probe.trunk, probe.ids[:, : probe.clean_length], layout).logits.float()
+    alone = forward(probe.trunk, probe.ids[:, : probe.clean_length], layout, probe.masks_at).logits.float()
     valid = rows["valid"]
     return spread(probe.logits()[:, : probe.clean_length][valid] - alone[valid], alone[valid])
 
@@ -161,11 +163,11 @@ def both_ways(probe: ProbeText) -> float:
     return largest(moves)
 
 
-def check_block_attention(trunk: PreTrainedModel, vocabulary: int, mask_token_id: int) -> float:
+def check_block_attention(trunk: PreTrainedModel, vocabulary: int, mask_token_id: int, masks_at: str = "forward") -> float:
     """Compares what the trunk does with clean tokens and noisy blocks with what block diffusion demands.
 
     Args:
-        vocabulary: tokens that may stand in a text.
+        vocabulary: tokens that may stand in a text. masks_at: see `DiffVLConfig`.
     Returns:
         the largest error, in standard deviations of the logits.
     Raises:
@@ -173,8 +175,8 @@ def check_block_attention(trunk: PreTrainedModel, vocabulary: int, mask_token_id
             tokens, its tokens do not see each other, or any logit is no finite number.
     """
     kind, tokens = trunk.config.model_type, range(vocabulary)
-    probe = ProbeText.make(trunk, "causal", tokens, mask_token_id, SHORT)
-    clean = largest([ar_error(trunk, conversations(tokens, SHORT)[0]), clean_error(probe)])
+    probe = replace(ProbeText.make(trunk, "causal", tokens, mask_token_id, SHORT), masks_at=masks_at)
+    clean = largest([ar_error(trunk, conversations(tokens, SHORT)[0], masks_at), clean_error(probe)])
     if not clean <= TOLERANCE:
         raise UnsupportedModelError(f"{kind}: with explicit masks the logits differ from its own by {clean:.2g} std")
     leaked = leak(probe)

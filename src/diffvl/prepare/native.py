@@ -21,14 +21,16 @@ from diffvl.config.families import family_of
 from diffvl.config.recipe import Recipe
 from diffvl.errors import CheckpointError, UnsupportedModelError
 from diffvl.hub.configuration_diffvl import DiffVLConfig
-from diffvl.hub.images_diffvl import VIDEO_FRAMES, token_types
+from diffvl.hub.images_diffvl import token_types
 from diffvl.hub.layout_diffvl import IMAGE_ATTENTION
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
+from diffvl.hub.pixels_diffvl import VIDEO_FRAMES
 from diffvl.hub.processing_diffvl import DiffVLProcessor, pixels_in
 from diffvl.prepare.assemble import add_tokens, grow_table, stop_ids
 from diffvl.prepare.attention_proof import TOLERANCE, check_block_attention, largest, spread
 from diffvl.prepare.processor import read_native_processor
 from diffvl.prepare.source import Source
+from diffvl.prepare.source_traits import source_traits
 from diffvl.store import checkpoint, weights
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ class NativeParts:
     mask_id: int
     image_id: int
     image_inputs: tuple[str, ...]
+    token_types: str
     video_id: int | None = None
     video_inputs: tuple[str, ...] = ()
 
@@ -65,9 +68,8 @@ class NativeParts:
         source = weights.load_vlm(self.source.model, self.config, self.source.revision)
         dtype = source.dtype
         source.float().eval()  # arithmetic in fp32, whatever the weights are stored in
-        asked = {"image_id": self.image_id, "video_id": self.video_id}
-        prompts = [answered(source, self.processor, shown, **asked) for shown in probe_images()]
-        moving = [answered(source, self.processor, shown, **asked) for shown in probe_videos(self.processor)]
+        prompts = [answered(source, self, shown) for shown in probe_images()]
+        moving = [answered(source, self, shown) for shown in probe_videos(self.processor)]
         model = assemble_native(source, self).eval()
         find_image_attention(model, prompts, self.known)
         self._require_videos(model, moving)
@@ -102,7 +104,7 @@ class NativeParts:
         ]
         if not all(same):
             raise CheckpointError(f"{directory}: the written processor reads text or images differently; nothing kept")
-        block = check_block_attention(model.trunk, self.known, self.mask_id)
+        block = check_block_attention(model.trunk, self.known, self.mask_id, model.config.masks_at)
         shown = "no image, one, two and a video" if processor.sampler else "no image, one and two"
         told = (
             f"AR parity with {shown}: largest difference {difference:.1e} std of the logits; block attention {block:.1e}; "
@@ -136,8 +138,8 @@ def read_native_parts(source: Source, recipe: Recipe, config: PretrainedConfig) 
     known = min(len(tokenizer), table_size)
     shown_as = {"image_token": processor.image_token}  # which the tokenizer has
     mask_id, _ = add_tokens(tokenizer, family.model_copy(update=shown_as), table_size)
-    images, videos = (facts.image_token_id, tuple(facts.image_inputs)), (facts.video_token_id, tuple(facts.video_inputs))
-    return NativeParts(source, config, processor, known, mask_id, *images, *videos)
+    images = (facts.image_token_id, tuple(facts.image_inputs), facts.token_types)
+    return NativeParts(source, config, processor, known, mask_id, *images, facts.video_token_id, tuple(facts.video_inputs))
 
 
 def assemble_native(source: Any, parts: NativeParts) -> DiffVLForConditionalGeneration:
@@ -161,6 +163,8 @@ def assemble_native(source: Any, parts: NativeParts) -> DiffVLForConditionalGene
         vocabulary_size=len(tokenizer),
         stop_token_ids=stop_ids(source, tokenizer, parts.processor.stop_token),
         image_inputs=list(parts.image_inputs),
+        token_types=parts.token_types,
+        **source_traits(source),
         video_token_id=parts.video_id,
         video_inputs=list(parts.video_inputs),
         placeholder_ids=[id for name in PLACEHOLDERS if (id := getattr(parts.config, name, None)) is not None],
@@ -218,13 +222,12 @@ def _part(image: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def answered(
-    source: Any, processor: DiffVLProcessor, images: list[Any], image_id: int, video_id: int | None = None
-) -> ProbePrompt:
+def answered(source: Any, parts: NativeParts, images: list[Any]) -> ProbePrompt:
     """Gives the source's own logits of what the checkpoint's processor makes of a chat with these images."""
-    ids, pixels = encoded(processor, images)
+    ids, pixels = encoded(parts.processor, images)
     given = {name: value for name, value in pixels.items() if name != VIDEO_FRAMES}
-    logits = source(input_ids=ids, **given, **token_types(source, ids, image_id, video_id), use_cache=False).logits
+    types = token_types(source, ids, parts.image_id, parts.video_id, parts.token_types)
+    logits = source(input_ids=ids, **given, **types, use_cache=False).logits
     return ProbePrompt(ids, pixels, logits.float())
 
 
@@ -286,6 +289,6 @@ def _long_span(model: DiffVLForConditionalGeneration, prompt: ProbePrompt) -> Pr
     ids = torch.cat([text, torch.full((1, len(shown)), model.config.image_token_id), text], 1)
     index = torch.full_like(ids, -1)
     index[0, 4 : 4 + len(shown)] = shown
-    types = token_types(source, ids, model.config.image_token_id)
+    types = token_types(source, ids, model.config.image_token_id, None, model.config.token_types)
     native = source(input_ids=ids, mm_encoder_outputs={"image": rows.gathered(shown)}, **types, use_cache=False)
     return ProbePrompt(ids, {"rows": rows, "image_index": index}, native.logits.float())

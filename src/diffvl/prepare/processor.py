@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import transformers
 from PIL import Image
 from transformers import AutoImageProcessor, PretrainedConfig, ProcessorMixin
 from transformers.models.auto.auto_mappings import PROCESSOR_MAPPING_NAMES
@@ -21,7 +20,7 @@ from diffvl.config.families import family_of
 from diffvl.config.recipe import Video
 from diffvl.errors import CheckpointError, UnsupportedModelError, first_few, first_line
 from diffvl.hub.processing_diffvl import BACKEND, DiffVLProcessor
-from diffvl.hub.source_diffvl import FAULTS, SAMPLE, build_processor, placeholder_of
+from diffvl.hub.source_diffvl import FAULTS, SAMPLE, SourceImages, build_processor, placeholder_of, processor_class
 from diffvl.hub.template_diffvl import Visual, with_fixed_date
 from diffvl.prepare.image_size import limit_pixels
 from diffvl.prepare.same_as_native import require_same
@@ -40,13 +39,14 @@ _DESCRIPTIONS = ("preprocessor_config.json", "tokenizer_config.json", "config.js
 class NativeFacts:
     """What a model is told of its processor. image_token_id: the token that shows a row of an image. image_inputs: names of the
     pixel tensors. video_token_id, video_inputs: the same of videos, where they have a token of their own. advice: what there is
-    to know, in words."""
+    to know, in words. token_types: what its token types mark, "images" or "answers"."""
 
     image_token_id: int
     image_inputs: list[str]
     video_token_id: int | None
     video_inputs: list[str]
     advice: list[str]
+    token_types: str = "images"
 
 
 def read_native_processor(
@@ -77,7 +77,8 @@ def read_native_processor(
     tokenizer = load_tokenizer(model, config.model_type, trust_remote_code, revision, template)
     with _refusals(model, class_name):
         inner = _inner(class_name, settings, image_processor, tokenizer)
-    source = {"class": class_name, "settings": settings, "first_tokens": _first_tokens(tokenizer), "backend": BACKEND}
+    source = {"class": class_name, "settings": settings, "first_tokens": _first_tokens(tokenizer)}
+    source["backend"] = backend = getattr(image_processor, "backend", BACKEND)
 
     def proven(template: str) -> tuple[DiffVLProcessor, list[str]]:
         tokenizer.chat_template = template
@@ -87,9 +88,10 @@ def read_native_processor(
         )
         _require_images_in_text(model, processor)
         check_template(processor.encoder)
-        return processor, require_same(model, processor, inner)
+        return processor, require_same(model, processor, inner, is_plain)
 
     own, family = tokenizer.get_chat_template(), family_of(config.model_type)
+    is_plain = family.prompt_template is not None and own == with_fixed_date(family.prompt_template)
     with _refusals(model, class_name):
         try:
             processor, advice = proven(own)
@@ -100,13 +102,16 @@ def read_native_processor(
             processor, advice = proven(with_fixed_date(family.chat_template))
         blank = Image.new("RGB", SAMPLE)
         image_id, image_inputs = _row_token(model, config, processor), sorted(processor.pixels([blank]))
+        token_types = _marked(processor, image_id)
     if told := system_advice(processor.encoder):
         advice.append(told)
-    part = read_video_part(model, revision, getattr(transformers, class_name), video or Video())
+    if backend != BACKEND:
+        advice.append("its images are resized by torchvision, which must be installed wherever the checkpoint is used")
+    part = read_video_part(model, revision, processor_class(class_name), video or Video())
     taken = with_videos(processor, part, config, image_id, image_inputs)
     if taken.reason:
         advice.append(f"it is converted without videos: {taken.reason}")
-    return taken.processor, NativeFacts(image_id, image_inputs, taken.token_id, taken.inputs, advice)
+    return taken.processor, NativeFacts(image_id, image_inputs, taken.token_id, taken.inputs, advice, token_types)
 
 
 @contextmanager
@@ -133,7 +138,7 @@ def _described(model: str, revision: str | None, model_type: str) -> tuple[str, 
     for file in _DESCRIPTIONS:
         name = name or (settings_in(model, file, revision) or {}).get("processor_class")
     name = str(name or PROCESSOR_MAPPING_NAMES.get(model_type) or model_type)
-    found: Any = getattr(transformers, name, None)
+    found: Any = processor_class(name)
     is_dummy = getattr(found, "is_dummy", False)
     if not is_dummy and not (isinstance(found, type) and issubclass(found, ProcessorMixin)):
         raise UnsupportedModelError(
@@ -148,25 +153,20 @@ def _described(model: str, revision: str | None, model_type: str) -> tuple[str, 
 
 
 def _image_processor(model: str, revision: str | None) -> Any:
-    """Loads the image processor that resizes with Pillow."""
+    """Loads the image processor that resizes with Pillow; with torchvision only where it has no such form."""
     try:
         found: Any = AutoImageProcessor.from_pretrained(model, backend=BACKEND, revision=revision or "main")
     except (OSError, ValueError, ImportError) as error:
         if "torchvision" in str(error):
             raise UnsupportedModelError(
-                f"{model}: its image processor needs torchvision: transformers has no form of it that works with Pillow",
+                f"{model}: its image processor needs torchvision: transformers has no form of it that works with Pillow; install "
+                "torchvision, here and wherever the checkpoint will be used",
                 PROCESSOR,
             ) from error
         raise CheckpointError(
             f"{model}: it has no image processor that can be read; expected a preprocessor_config.json beside the weights "
             f"({first_line(error)})"
         ) from error
-    if getattr(found, "backend", BACKEND) != BACKEND:
-        raise UnsupportedModelError(
-            f"{model}: its image processor ({type(found).__name__}) has no form that works with Pillow, and pixels would differ "
-            "between machines",
-            PROCESSOR,
-        )
     return found
 
 
@@ -229,3 +229,12 @@ def _row_token(model: str, config: PretrainedConfig, processor: DiffVLProcessor)
             f"{model}: an image is one token in the text, so it is shown to the model in another way than by tokens", PROCESSOR
         )
     return token
+
+
+def _marked(processor: DiffVLProcessor, row_token: int) -> str:
+    """Tells what the processor's token types mark, as `DiffVLConfig` names it."""
+    assert isinstance(processor.images, SourceImages)
+    inputs = processor.images.inputs(Image.new("RGB", SAMPLE))
+    types = [value for name, value in inputs.items() if name.endswith("token_type_ids")]
+    shows_image = inputs["input_ids"] == row_token
+    return "answers" if any(not bool(value[shows_image].any()) for value in types) else "images"

@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffvl.errors import UnsupportedModelError, first_line
 from diffvl.hub.clips_diffvl import Clip, ClipSize
-from diffvl.hub.images_diffvl import VIDEO_FRAMES
+from diffvl.hub.pixels_diffvl import VIDEO_FRAMES
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.hub.source_diffvl import FAULTS
 
@@ -22,20 +22,22 @@ SIZES = ((90, 120), (140, 64), (56, 56))  # height and width of the images
 CLIPS = (ClipSize(60, 84, tuple(range(0, 48, 6)), 48, 12.0), ClipSize(56, 48, (0, 2, 5, 7, 9, 11, 13, 17), 20, 8.0))
 
 
-def require_same(model: str, processor: DiffVLProcessor, inner: Any) -> list[str]:
+def require_same(model: str, processor: DiffVLProcessor, inner: Any, is_plain: bool = False) -> list[str]:
     """Compares chats.
 
     Args:
         inner: the checkpoint's own processor.
+        is_plain: it has no chat template, and writes around a question by itself what one would write.
     Returns:
         what could not be compared, or differs for several images in one chat, in words.
     Raises:
         UnsupportedModelError: if a chat with one image or none has other tokens or other pixels.
     """
     advice = []
-    for name, chat in chats().items():
+    for name, whole in chats().items():
+        chat = whole[:1] if is_plain else whole
         try:
-            native = _native(inner, processor, chat)
+            native = _plain(inner, processor, chat) if is_plain else _native(inner, processor, chat)
         except (ImportError, *FAULTS) as error:
             advice.append(f"its own processor could not be asked about a chat with {name} ({first_line(error)})")
             continue
@@ -105,7 +107,7 @@ def chats() -> dict[str, list[dict[str, Any]]]:
         "several images": [
             {"role": "user", "content": [first, {"type": "text", "text": "and "}, second, asked]},
             answered,
-            {"role": "user", "content": [{"type": "text", "text": "And this?"}, third]},
+            {"role": "user", "content": [{"type": "text", "text": "And these?"}, third, first]},
         ],
     }
 
@@ -119,6 +121,14 @@ def _native(inner: Any, processor: DiffVLProcessor, chat: list[dict[str, Any]]) 
         return_dict=True,
         return_tensors="pt",
     )
+
+
+def _plain(inner: Any, processor: DiffVLProcessor, chat: list[dict[str, Any]]) -> Any:
+    """Asks it with the text of a question, an image's token in its place."""
+    parts = chat[0]["content"]
+    text = "".join(part.get("text", processor.image_token) for part in parts)
+    images = [part["image"] for part in parts if part["type"] == "image"]
+    return inner(text=[text], images=[images] if images else None, return_tensors="pt")
 
 
 def _flat(inner: Any, processor: DiffVLProcessor, chat: list[dict[str, Any]]) -> Any:

@@ -60,7 +60,7 @@ def load_tokenizer(
         ) from error
     if not tokenizer.is_fast:
         raise UnsupportedModelError(f"{model}: a slow tokenizer; character offsets need a fast one (tokenizer.json)")
-    tokenizer.chat_template = template or tokenizer.chat_template
+    tokenizer.chat_template = template or tokenizer.chat_template or family.prompt_template
     if not tokenizer.chat_template:
         raise CheckpointError(
             f"{model}: its tokenizer has no chat template, so prompts and answers cannot be told apart; use an instruct "
