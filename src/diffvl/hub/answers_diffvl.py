@@ -241,11 +241,11 @@ class BatchAnswers:
         before = len(answer)
         answer.extend(tokens)
         ended = cut(answer, before, self.settings)
-        for end in range(before + 1, len(answer) + 1) if self.stops is not None else ():
-            if self.stops(answer[:end]):
-                del answer[end:]
+        if (stops := self.stops) is not None:
+            first = next((end for end in range(before + 1, len(answer) + 1) if stops(answer[:end])), None)
+            if first is not None:
+                del answer[first:]
                 ended = True
-                break
         if self.streamer is not None:
             self._stream(answer, len(answer) if ended else certain(answer, self.settings))
         return ended
