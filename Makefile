@@ -9,13 +9,14 @@ VENV ?= .venv
 RUNS ?= runs
 MODELS ?= models
 SCALE ?= full
+CLIENTS ?= clients
 
 BIN := $(VENV)/bin
 DIFFVL := $(BIN)/diffvl
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: help install test test-gpu test-slow lint types check demo demo-models recipe-llava clean
+.PHONY: help install test test-clients test-gpu test-slow lint types check demo demo-models recipe-llava clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | while IFS=$$'\t' read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
@@ -38,6 +39,9 @@ test: $(STAMP) ## the tests: CPU, offline, a process for each core
 
 test-gpu: $(STAMP) ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
+
+test-clients: $(STAMP) ## exports in other people's programs; CLIENTS is the folder with them (docs/interop.md)
+	CLIENTS=$(CLIENTS) $(BIN)/python -m pytest -m client tests/clients -rs
 
 test-slow: $(STAMP) ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

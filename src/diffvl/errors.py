@@ -6,14 +6,17 @@ A message says what is wrong, where (file and line, or key path), what was expec
 from collections.abc import Sequence
 
 EXIT_CODE = 2
+MACHINE_CODE = 1
 
 
 class DiffvlError(Exception):
     """Base of all user-facing errors.
 
-    told_elsewhere: in a run of several processes, whether another one that raises the same prints the message.
+    exit_code: with which the command ends; `MACHINE_CODE` where the machine is at fault, not the user's words. told_elsewhere: in
+    a run of several processes, whether another one that raises the same prints the message.
     """
 
+    exit_code = EXIT_CODE
     told_elsewhere = False
 
 
@@ -52,6 +55,12 @@ class UnsupportedModelError(DiffvlError):
 
 class DiskError(DiffvlError):
     """A file cannot be written: no room, a limit, or a file system that can only be read."""
+
+
+class ProofError(DiffvlError):
+    """What was written does not give what the model in memory gives: a fault of this program or this machine."""
+
+    exit_code = MACHINE_CODE
 
 
 class UsageError(DiffvlError):

@@ -30,8 +30,10 @@ VERBS = [
     "convert",
     "doctor",
     "evaluate",
+    "export",
     "generate",
     "models",
+    "push",
     "recipes",
     "shapes",
 ]
@@ -50,6 +52,8 @@ FLAGS = {
     "generate": {"DIR", "--image", "--video", "--prompt", "--batch", "--batch-size", "--stream", "--watch", "--json", *DECODING},
     "chat": {"DIR", *DECODING},
     "evaluate": {"DIR", "--data", "--limit", "--json"},
+    "export": {"DIR", "--out", "-o", "--layout", "--keep-adapters", "--license"},
+    "push": {"DIR", "REPO", "--yes", "--private"},
     "bench decode": {
         *("DIR", "--data", "--sweep", "--limit", "--steps", "--batch", "--max-new-tokens", "--repeats", "--device", "--layers"),
         *("--hidden", "--block-size", "--context", "--seed", "--quick", "--compile", "--no-compile", "--json"),

@@ -30,8 +30,14 @@ class Scripted(BlockGeneration):
 
     def __init__(self, script: list[int], height: list[float] | None = None, **settings: Any) -> None:
         common = {"mask_token_id": MASK, "image_token_id": IMAGE, "vocabulary_size": VOCABULARY, "placeholder_ids": []}
-        common |= {"video_token_id": None, "video_inputs": []}
-        common |= {"image_inputs": ["pixel_values"], "image_attention": "causal", "token_types": "images", "first_position": 0}
+        common |= {
+            "image_inputs": ["pixel_values"],
+            "video_inputs": [],
+            "video_token_id": None,
+            "image_attention": "causal",
+            "token_types": "images",
+            "first_position": 0,
+        }
         decoding = {"decoding": "blocks", "block_size": 4, "grid": "absolute", "context": "block", "target": "same"}
         self.config = SimpleNamespace(**common, stop_token_ids=[STOP], **{**decoding, **settings})
         self.generation_config = GenerationConfig(pad_token_id=PAD)

@@ -70,3 +70,21 @@ def test_padding_is_a_token_unless_the_caller_says_otherwise(both: Loaded, monke
     chats = [*CHATS[:1], CHATS[1]]
     assert decoded(both, chats, eos_token_id=[stop, -1])[1][0, -1] == stop
     assert decoded(both, chats, eos_token_id=[stop, -1], pad_token_id=-1)[1][0, -1] == -1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_caller_s_own_criterion_ends_an_answer(mode: str, both: Loaded):
+    """As evaluation harnesses give it: asked after every token, also inside a block; for one prompt."""
+    _, tokens = decoded(both, CHATS[:1], mode=mode, eos_token_id=-1)
+    seen: list[int] = []
+
+    def criterion(input_ids: torch.Tensor, scores: Any) -> torch.Tensor:
+        seen.append(input_ids.shape[1])
+        return input_ids[:, -1] == tokens[0, 5]
+
+    _, new = decoded(both, CHATS[:1], mode=mode, eos_token_id=-1, stopping_criteria=[criterion])
+    first = tokens[0].tolist().index(int(tokens[0, 5]))
+    assert new[0].tolist() == tokens[0, : first + 1].tolist()
+    assert seen == list(range(seen[0], seen[0] + first + 1))
+    with pytest.raises(ValueError, match="stopping_criteria take one prompt, got 2"):
+        decoded(both, CHATS[:2], mode=mode, stopping_criteria=[criterion])

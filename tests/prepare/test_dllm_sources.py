@@ -212,5 +212,5 @@ def test_the_doctor_says_why_not(dllm: Callable[[str], Path], tmp_path: Path):
     assert verdict.answer == "not supported" and "alibi True (expected False)" in verdict.reason
     verdict = examine(str(broken(dllm("llada"), tmp_path / "b", made.without(made.WEIGHTS))))
     assert verdict.answer == "supported" and "only the architecture was judged" in verdict.reason
-    verdict = examine(str(broken(dllm("sdar"), tmp_path / "c", made.config(model_type="sdar_v"))))
+    verdict = examine(str(broken(dllm("sdar"), tmp_path / "c", made.config(model_type="sdarv"))))
     assert verdict.answer == "not supported" and "SDAR-VL" in verdict.reason

@@ -178,7 +178,6 @@ def test_unknown_settings_are_told(caplog: pytest.LogCaptureFixture):
 # --- released models -------------------------------------------------------------------------------------------------------
 
 RELEASED: list[tuple[dict[str, Any], str]] = [
-    ({"model_type": "sdar_v"}, "a released SDAR-VL checkpoint (model_type 'sdar_v')"),
     ({"model_type": "sdarv"}, "a released SDAR-VL checkpoint (model_type 'sdarv')"),
     ({"model_type": "other", "vision_config": {}, "text_config": {"model_type": "sdar"}}, "a released SDAR-VL checkpoint"),
     ({"model_type": "diffusionvl_qwenvl"}, "a released DiffusionVL checkpoint (model_type 'diffusionvl_qwenvl')"),
@@ -193,6 +192,12 @@ def test_released_models_are_named(settings: dict[str, Any], says: str, tmp_path
     with pytest.raises(UnsupportedModelError) as refused:
         load_config(str(tmp_path), False)
     assert says in str(refused.value) and "comes with its layout, in a later version" in str(refused.value)
+
+
+def test_sdar_vl_is_read_as_its_language_model(tmp_path: Path):
+    made.edit_json(tmp_path / "config.json", model_type="sdar_v")
+    with pytest.raises(CheckpointError, match="no text_config in its config.json"):
+        load_config(str(tmp_path), False)
 
 
 def test_a_config_without_a_model_type(tmp_path: Path):

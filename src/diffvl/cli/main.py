@@ -14,6 +14,7 @@ import typer
 
 from diffvl.cli.bench import bench
 from diffvl.cli.decode import chat, generate
+from diffvl.cli.export import export, push
 from diffvl.cli.output import print_json, print_line, print_table
 from diffvl.config.recipe import VERSION, StageName
 from diffvl.errors import EXIT_CODE, DiffvlError, UsageError
@@ -131,6 +132,10 @@ def evaluate(
     else:
         rows = [(name, f"{value:.4f}" if isinstance(value, float) else str(value)) for name, value in figures.items()]
         print_table(["figure", "value"], rows)
+
+
+app.command(epilog="Example:  diffvl export runs/qwen3-4b/diffuse --layout sdar_v -o exports/qwen3-4b-sdar-vl")(export)
+app.command(epilog="Example:  diffvl push exports/qwen3-4b-sdar-vl OWNER/NAME, and the same with --yes")(push)
 
 
 @app.command(epilog="Example:  diffvl doctor qwen2.5-7b, or  diffvl doctor ./my-checkpoint --json")
@@ -282,7 +287,7 @@ def _run() -> None:
     except DiffvlError as error:
         if not error.told_elsewhere:
             _complain("error:", "bold red", str(error))
-        raise SystemExit(EXIT_CODE) from None
+        raise SystemExit(error.exit_code) from None
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
             _complain("interrupted.", "bold yellow", _how_to_go_on(sys.argv[1:]))

@@ -24,6 +24,7 @@ from diffvl.conversion.vlm import VLM_RECIPE, check_settings
 from diffvl.data.problems import told
 from diffvl.data.sources import own_settings
 from diffvl.errors import ConfigError, UsageError
+from diffvl.prepare.released import is_released, is_whole
 from diffvl.prepare.source import Source
 from diffvl.store import checkpoint
 from diffvl.store.files import PARTIAL, read_json
@@ -79,12 +80,14 @@ def make_plan(request: ConvertRequest, console: Console) -> Plan:
 
 
 def _plan_start(request: ConvertRequest, start: Path) -> Plan:
-    """Plans to go on from a DiffVL directory, by its own recipe unless another one is named."""
+    """Plans to go on from a DiffVL directory, by its own recipe unless another one is named; or to start from a diffusion
+    model that somebody released."""
+    if is_released(start):
+        return _plan_model(request, str(start))
     checkpoint.require_diffvl(start)
     state = checkpoint.read_state(start)
     earlier = resolve(read_yaml(start / checkpoint.RECIPE_FILE), [], str(start / checkpoint.RECIPE_FILE))
-    if any(text.partition("=")[0].partition(".")[0].strip() == "prepare" for text in request.assignments):
-        raise ConfigError(f"--set prepare.* has no effect: {start} is prepared already")
+    _refuse_prepare(request, str(start))
     tree = read_yaml(find_recipe(request.recipe)) if request.recipe else yaml.safe_load(dump(earlier))
     asked = tree.get("prepare")
     tree["prepare"] = earlier.prepare.model_dump(mode="json")
@@ -138,9 +141,12 @@ def _plan_model(request: ConvertRequest, model: str) -> Plan:
         return plan
     tree = read_yaml(find_recipe(request.recipe or recipe_of_name(model) or _recipe_of_family(request, path)))
     tree["model"] = model
-    stages = _stages_to_run(request, tree)
+    whole = is_whole(model)
+    if whole:
+        _refuse_prepare(request, model)
+    stages: tuple[StageName, ...] = ("diffuse",) if whole and request.stage is None else _stages_to_run(request, tree)
     recipe = _resolve(request, tree, stages)
-    if request.stage == "diffuse" and "align" in recipe.stages:
+    if request.stage == "diffuse" and "align" in recipe.stages and not whole:
         aligned, command = root / "align", shell_line("diffvl", "convert", path, "--stage", "align")
         raise UsageError(f"--stage diffuse needs an aligned model, and {aligned} is not there. Type: {command}")
     if path.exists() and (path / "config.json").is_file():
@@ -157,6 +163,8 @@ def _plan_model(request: ConvertRequest, model: str) -> Plan:
     if is_vlm(config):
         check_settings(recipe, tree)
         tower = None
+    elif whole:
+        tower = None
     else:
         tower = tower or family_of_trunk(config).vision_tower
     source = Source(repo, revision, tower, request.trust_remote_code)
@@ -165,13 +173,18 @@ def _plan_model(request: ConvertRequest, model: str) -> Plan:
 
 def _recipe_of_family(request: ConvertRequest, path: Path) -> str:
     """Gives the default recipe of a model without a name: that of the family which its config.json names, or of all
-    vision-language models."""
-    if not path.exists() and len(path.parts) == 2:  # a hub id
+    vision-language models; of SDAR-VL that of its language model."""
+    if is_whole(str(path)) or (not path.exists() and len(path.parts) == 2):  # or a hub id
         config = load_config(str(path), request.trust_remote_code)
         return VLM_RECIPE if is_vlm(config) else family_of_trunk(config).recipe
     file = path / "config.json"  # whatever is wrong with it is told when it is loaded
     settings = read_json(file) if file.is_file() else {}
     return VLM_RECIPE if is_vlm_type(settings) else family_of(str(settings.get("model_type") or None)).recipe
+
+
+def _refuse_prepare(request: ConvertRequest, start: str) -> None:
+    if any(text.partition("=")[0].partition(".")[0].strip() == "prepare" for text in request.assignments):
+        raise ConfigError(f"--set prepare.* has no effect: {start} is prepared already")
 
 
 def _refuse_diffvl(path: Path) -> None:

@@ -44,6 +44,14 @@ HIDDEN, NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, INTERMEDIATE, MAX_POSITIO
 WINDOW = 10  # tokens; shorter than any test prompt, so that a lost window shows
 NUM_SPARE_ROWS = 16  # rows of the embedding table above the tokenizer's last id, as Qwen has them
 QWEN = ("qwen2", "qwen3", "qwen3_moe")  # these get the spare rows, and the tokenizer class of the published checkpoints
+# Of the published Qwen3: the row after its pieces, the special tokens from there on, and the rows of its table.
+FIRST_QWEN3_SPECIAL, QWEN3_ROWS = 151643, 151936
+QWEN3_SPECIAL = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
+    *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>"),
+    *("<|video_pad|>", "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
+    *("<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>"),
+)
 IMAGE_SIZE, PATCH_SIZE, TOWER_HIDDEN, TOWER_LAYERS, TOWER_HEADS = 32, 8, 32, 3, 2  # 16 patch tokens
 
 LOGIT_STD = 2.5  # far from uniform, yet not saturated: the loss of an untrained model stays near log(V) + LOGIT_STD**2 / 2
@@ -68,12 +76,19 @@ GEMMA = (
 )
 
 
-def make_trunk(directory: Path, model_type: str, seed: int = 0) -> Path:
-    """Writes a causal LM of `model_type` (one of TRUNKS) with tokenizer and chat template; returns `directory`."""
+def make_trunk(directory: Path, model_type: str, seed: int = 0, published_ids: bool = False) -> Path:
+    """Writes a causal LM of `model_type` (one of TRUNKS) with tokenizer and chat template; returns `directory`.
+
+    Args:
+        published_ids: True gives a Qwen3 the token ids and the table of the published ones, which serving engines rely on.
+    """
     if model_type not in TRUNKS:
         raise UsageError(f"no stand-in trunk of type {model_type!r}: expected one of {', '.join(TRUNKS)}")
-    tokenizer = make_tokenizer(model_type)
+    tokenizer = make_tokenizer(model_type, FIRST_QWEN3_SPECIAL if published_ids else 0)
     num_rows = len(tokenizer) + (NUM_SPARE_ROWS if model_type in QWEN else 0)
+    if published_ids:
+        tokenizer.backend_tokenizer.add_special_tokens([AddedToken(text, special=True) for text in QWEN3_SPECIAL])
+        num_rows = QWEN3_ROWS
     model = _causal_lm(model_type, tokenizer, seed, _rescale_causal, vocab_size=num_rows, **_trunk_settings(model_type))
     return _save(directory, model, tokenizer)
 
@@ -96,19 +111,24 @@ def make_recurrent(directory: Path, seed: int = 0) -> Path:
     return _save(directory, _causal_lm("mamba", tokenizer, seed, None, **sizes), tokenizer)
 
 
-def make_tokenizer(model_type: str = "llama") -> PreTrainedTokenizerFast:
+def make_tokenizer(model_type: str = "llama", num_pieces: int = 0) -> PreTrainedTokenizerFast:
     """Makes a byte-level BPE over all 256 bytes: any UTF-8 text survives encode and decode. ChatML, or Gemma's template and
     tokens.
 
     Qwen's class also normalises to NFC, here as in the published checkpoints: AutoTokenizer takes that class for
     `model_type: qwen2` whatever the directory declares, and what is written must be what is loaded.
+
+    Args:
+        num_pieces: fills the vocabulary up to this size with pieces that no text is split into.
     """
     pieces = sorted(pre_tokenizers.ByteLevel.alphabet()) + [left + right for left, right in MERGES]
-    vocab = {piece: index for index, piece in enumerate(pieces)}
     names, special = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     if model_type == "gemma2":
         names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<end_of_turn>"}
         special = ["<pad>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
+    if num_pieces:  # a token of the vocabulary keeps its id when it is added as a special one
+        pieces += [f"unused{number}" for number in range(len(pieces), num_pieces)] + special
+    vocab = {piece: index for index, piece in enumerate(pieces)}
     added = [AddedToken(text, special=True, normalized=False) for text in special]
     if model_type in QWEN:
         merges: Any = list(MERGES)  # annotated as list[str] there, but handed on to BPE, which takes pairs

@@ -24,6 +24,8 @@ from diffvl.doctor.vlm_verdict import judge_vlm
 from diffvl.errors import CheckpointError, UnsupportedModelError
 from diffvl.prepare.attention_proof import TOLERANCE, conversations, native_logits, spread
 from diffvl.prepare.processor import read_native_processor
+from diffvl.prepare.released import read_released_parts, released_settings
+from diffvl.prepare.source import Source
 from diffvl.prepare.templates import TOKENIZER_FILES, look_at_template
 from diffvl.store import weights
 from diffvl.store.checkpoint import DiffVLConfig  # importing it makes DiffVL directories known to transformers
@@ -87,8 +89,12 @@ def _against_files(repo: str, config: PretrainedConfig, revision: str | None) ->
     if Path(repo).is_dir() and not has_weights(Path(repo)):
         return ONLY_CONFIGURATION
     try:
-        check = weights.check_vlm if is_vlm(config) else weights.check_trunk
-        check(repo, config, revision)
+        source = Source(repo, revision)
+        if (settings := released_settings(source)) is not None:
+            read_released_parts(source, config, settings)
+        else:
+            check = weights.check_vlm if is_vlm(config) else weights.check_trunk
+            check(repo, config, revision)
     except (CheckpointError, UnsupportedModelError) as error:
         return Refusal(getattr(error, "kind", FILES), str(error))
     return ""

@@ -217,6 +217,7 @@ class BatchAnswers:
     Attributes:
         live: numbers of the samples that are still decoded, in the order of the decoder's rows.
         settling: see BlockGenerationOutput; filled by whoever decodes in blocks.
+        stops: says of an answer whether it ends with its last token, besides what the settings say; None for never.
     """
 
     def __init__(self, decoder: BlockDecoder, settings: DecodeSettings, streamer: Any, on_step: OnStep | None) -> None:
@@ -224,6 +225,7 @@ class BatchAnswers:
         self.live = list(range(len(decoder.prompt.ids)))
         self.answers: list[list[int]] = [[] for _ in self.live]
         self.settling: list[list[int]] | None = None
+        self.stops: Callable[[list[int]], bool] | None = None
         self._streamed = 0  # tokens
         self._start = _moment(decoder.device)
         self._first: Any = None
@@ -239,6 +241,11 @@ class BatchAnswers:
         before = len(answer)
         answer.extend(tokens)
         ended = cut(answer, before, self.settings)
+        if (stops := self.stops) is not None:
+            first = next((end for end in range(before + 1, len(answer) + 1) if stops(answer[:end])), None)
+            if first is not None:
+                del answer[first:]
+                ended = True
         if self.streamer is not None:
             self._stream(answer, len(answer) if ended else certain(answer, self.settings))
         return ended

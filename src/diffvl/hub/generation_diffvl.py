@@ -10,6 +10,7 @@ Shapes: B batch, L prompt length, D block size, M masked tokens.
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class BlockGeneration:
         answer_index: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         streamer: Any = None,
+        stopping_criteria: Any = None,
         on_step: OnStep | None = None,
         prefix: Prefix | None = None,
         **arguments: Any,
@@ -53,6 +55,7 @@ class BlockGeneration:
             input_ids: [B, L] prompts, padded left or right; attention_mask: [B, L], 1 = token.
             answer_index: [B, L], 0 outside and k inside the k-th earlier answer of the conversation, as the processor gives it.
                 Default: the prompt has no earlier answers.
+            stopping_criteria: as in transformers, for one prompt; asked after every token of a finished block.
             streamer: as in transformers, for one prompt; it gets the tokens of a block when they are final. on_step: see
                 DenoisingStep.
             prefix: the `prefix` of the output of an earlier turn of the conversation; what the prompt shares with it is not
@@ -71,6 +74,8 @@ class BlockGeneration:
             raise ValueError(f"{len(image_sizes)} image_sizes, but another number of images")
         if streamer is not None and len(input_ids) != 1:
             raise ValueError(f"a streamer takes one prompt, got {len(input_ids)}")
+        if stopping_criteria and len(input_ids) != 1:
+            raise ValueError(f"stopping_criteria take one prompt, got {len(input_ids)}")
         known = {*self.config.image_inputs, *self.config.video_inputs}
         known |= {name for name, value in arguments.items() if isinstance(value, torch.Tensor) and self.images.takes(name)}
         more = {name: arguments.pop(name) for name in known if name in arguments}
@@ -88,6 +93,8 @@ class BlockGeneration:
         if streamer is not None:
             streamer.put(input_ids.cpu())
         answers = BatchAnswers(decoder, settings, streamer, on_step)
+        if stopping_criteria:
+            answers.stops = partial(_stops, stopping_criteria, input_ids)
         compiling = many_forms() if settings.compile_config is not None else nullcontext()
         kernels = block_kernels(self.trunk) if settings.mode != "ar" else nullcontext()
         with compiling, kernels:
@@ -103,6 +110,12 @@ class BlockGeneration:
         # Whole blocks, one that is cut at either end, and the masks after the last.
         tokens = input_ids.shape[1] + settings.max_new_tokens + 3 * self.config.block_size
         return static_trunk(self, len(input_ids), tokens, settings.compile_config)
+
+
+def _stops(criteria: Any, input_ids: torch.Tensor, answer: list[int]) -> bool:
+    """Whether one of the caller's criteria ends the answer to the prompt [1, L] here; they see no scores."""
+    sequence = torch.cat([input_ids, input_ids.new_tensor([answer])], dim=1)
+    return any(bool(torch.as_tensor(one(sequence, None)).all()) for one in criteria)
 
 
 def decode_blocks(answers: BatchAnswers, settings: DecodeSettings, pick: Picker) -> None:

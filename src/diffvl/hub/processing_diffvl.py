@@ -202,7 +202,10 @@ class DiffVLProcessor(ProcessorMixin):
         self, given: dict[Visual, list[Any]], text: Any, padding: Any = False, return_tensors: str | None = None, **kwargs: Any
     ) -> BatchFeature:
         """The same where an image's tokens follow from its size."""
-        if refused := [name for name in kwargs if name not in ("max_length", "padding_side", "pad_to_multiple_of")]:
+        known = ("max_length", "padding_side", "pad_to_multiple_of")
+        # What is switched off (truncation=False, as evaluation harnesses write it) says what happens anyway.
+        asked = {name: value for name, value in kwargs.items() if value is not None and value is not False}
+        if refused := [name for name in asked if name not in known]:
             raise ValueError(f"{refused[0]} is not taken here: texts are tokenised as they are in training, and never cut")
         if text is None:
             return BatchFeature(self.pixels([*given[Visual.IMAGE], *given[Visual.VIDEO]]), tensor_type=return_tensors)
@@ -217,7 +220,7 @@ class DiffVLProcessor(ProcessorMixin):
             if left := sum(1 for _ in ones):
                 raise ValueError(f"{left} {visual.value}s more than {self.encoder.placeholders.get(visual)!r} in the texts")
         pixels = self.pixels([one for own in shown for one in own], alone_in(encodings))
-        return BatchFeature({**self._padded(encodings, padding, **kwargs), **pixels}, tensor_type=return_tensors)
+        return BatchFeature({**self._padded(encodings, padding, **asked), **pixels}, tensor_type=return_tensors)
 
     def _padded(self, encodings: list[ChatEncoding], padding: Any, **kwargs: Any) -> dict[str, Any]:
         """Rows as the tokenizer pads them, with `answer_index` where there are answers."""

@@ -1,5 +1,5 @@
-"""Checkpoint -> DiffVL directory, whole and proven or not at all. Two kinds of source: a language model with a vision tower
-(`assemble`), and a whole vision-language model (`native`).
+"""Checkpoint -> DiffVL directory, whole and proven or not at all. Three kinds of source: a language model with a vision tower
+(`assemble`), a whole vision-language model (`native`), and a block-diffusion one that somebody released (`released`).
 
 Invariant: what was written is loaded again and held against the source's logits; if it differs, nothing stays.
 """
@@ -16,13 +16,14 @@ from diffvl.config.recipe import Recipe
 from diffvl.config.supported import check_supported, is_vlm
 from diffvl.prepare.assemble import OwnParts, read_own_parts
 from diffvl.prepare.native import NativeParts, read_native_parts
+from diffvl.prepare.released import ReleasedParts, read_released_parts, released_settings
 from diffvl.prepare.source import Source
 from diffvl.store import checkpoint
 from diffvl.store.published import load_config
 from diffvl.terminal.bars import spinner_or_line
 from diffvl.terminal.console import say
 
-Parts = OwnParts | NativeParts
+Parts = OwnParts | NativeParts | ReleasedParts
 
 
 def read_parts(source: Source, recipe: Recipe, config: PretrainedConfig | None = None) -> Parts:
@@ -35,6 +36,8 @@ def read_parts(source: Source, recipe: Recipe, config: PretrainedConfig | None =
     """
     config = config or load_config(source.model, source.trust_remote_code, source.revision)
     check_supported(config)
+    if (settings := released_settings(source)) is not None:
+        return read_released_parts(source, config, settings)
     return read_native_parts(source, recipe, config) if is_vlm(config) else read_own_parts(source, recipe, config)
 
 

@@ -35,6 +35,7 @@ AutoConfig.register(DiffVLConfig.model_type, DiffVLConfig)
 
 STATE_FILE = "diffvl.json"
 RECIPE_FILE = "run.yaml"
+ADAPTER = "adapter"  # folder of the adapters of a stage, which its weights have in them already
 HUB = Path(configuration_diffvl.__file__).parent
 HUB_FILES = tuple(sorted(path.name for path in HUB.glob("*_diffvl.py")))  # the remote code
 MODEL_CLASS = "modeling_diffvl.DiffVLForConditionalGeneration"

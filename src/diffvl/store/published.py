@@ -23,6 +23,7 @@ from diffvl.config.supported import OWN_CODE, is_remote, own_code
 from diffvl.errors import CheckpointError, UnsupportedModelError, first_line
 from diffvl.store.files import read_json
 from diffvl.store.renamed import diffusion_family, refuse_released, translated
+from diffvl.store.sdar_vl import is_sdar_vl, text_settings
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -36,7 +37,7 @@ ADAPTER_FILE = "adapter_config.json"
 
 def load_config(name: str, trust_remote_code: bool, revision: str | None = None) -> PretrainedConfig:
     """Reads the configuration of a directory, a .gguf file or a hub id; that of a diffusion language model as the stock trunk
-    that it is (`renamed`).
+    that it is (`renamed`), and of SDAR-VL that of its language model.
 
     Raises:
         CheckpointError: if there is none, or it cannot be read or fetched.
@@ -47,6 +48,8 @@ def load_config(name: str, trust_remote_code: bool, revision: str | None = None)
         return explain_failures(name, lambda: AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
     settings = _settings(name, revision)
     refuse_quantized(name, settings)
+    if is_sdar_vl(settings):
+        settings = text_settings(name, settings)
     refuse_released(name, settings)
     if (family := diffusion_family(settings)) is not None:
         return explain_failures(name, lambda: translated(name, settings, family))

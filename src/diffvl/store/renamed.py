@@ -166,7 +166,7 @@ def _released(settings: dict[str, Any]) -> tuple[str, str] | None:
     """Gives the name of a released model, and of a checkpoint to start from instead."""
     kind, text = str(settings.get("model_type")).lower(), settings.get("text_config")
     inner = str(text.get("model_type")) if isinstance(text, dict) else ""
-    if kind in ("sdar_v", "sdarv", "sdar_vl") or ("vision_config" in settings and inner in ("sdar", "sdar_moe")):
+    if kind in ("sdarv", "sdar_vl") or ("vision_config" in settings and inner in ("sdar", "sdar_moe")):
         return "SDAR-VL", "sdar-4b"
     if kind == "llava_llada_bd3lm":
         return "DiffusionVL", "llada-8b"

@@ -6,6 +6,8 @@ is what transformers would find when it loads: the same files in the same order 
 """
 
 import json
+import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,11 @@ class Header:
     name: str
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * int(re.sub(r"\D", "", self.dtype.partition("_")[0]) or 8) // 8
 
 
 def read_headers(directory: Path, loader: str = "AutoModelForCausalLM") -> dict[str, Header]:

@@ -58,6 +58,18 @@ def check_tower(name: str, config: PretrainedConfig) -> None:
     _check(AutoModel, name, config, None)
 
 
+def check_renamed(
+    model_class: Any, name: str, config: PretrainedConfig, names: dict[str, str], revision: str | None = None
+) -> None:
+    """Gives the same for `load_renamed`: names and shapes, from the headers."""
+    headers = read_headers(Path(name), model_class.__name__) if Path(name).is_dir() else _hub_headers(name, revision)
+    if headers is None:
+        return
+    _refuse_odd_types(name, headers)
+    model, info = _load_empty(model_class, name, config, headers, key_mapping=names)
+    _require_fit(name, model, info, headers, half=False)
+
+
 def _check(auto_class: Any, name: str, config: PretrainedConfig, revision: str | None) -> None:
     if Path(name).is_dir():
         headers = read_headers(Path(name), auto_class.__name__)
@@ -97,11 +109,15 @@ def _refuse_odd_types(name: str, headers: Headers) -> None:
             raise UnsupportedModelError(quantized(name, f"{header.file.name} holds {key} as {header.dtype}"), QUANTIZED)
 
 
-def _load_empty(auto_class: Any, name: str, config: PretrainedConfig, headers: Headers) -> tuple[Any, dict[str, Any]]:
+def _load_empty(
+    auto_class: Any, name: str, config: PretrainedConfig, headers: Headers, **arguments: Any
+) -> tuple[Any, dict[str, Any]]:
     """Runs transformers' loader on tensors without content; the model, and what it found."""
     try:
         with torch.device("meta"):
-            model_class = type(auto_class.from_config(copy.deepcopy(config)))
+            # (a class of ours stands for itself, and one of transformers' for the class of this configuration)
+            own = hasattr(auto_class, "config_class")
+            model_class = auto_class if own else type(auto_class.from_config(copy.deepcopy(config)))
             tensors = {key: torch.empty(header.shape) for key, header in headers.items()}
         with quiet_report():
             return model_class.from_pretrained(
@@ -112,6 +128,7 @@ def _load_empty(auto_class: Any, name: str, config: PretrainedConfig, headers: H
                 dtype=torch.float32,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **arguments,
             )
     except CONFIG_FAULTS as error:
         fault = f"{type(error).__name__}: {first_line(error)}"
@@ -251,6 +268,20 @@ def tower_config(name: str, trust_remote_code: bool) -> PretrainedConfig:
 def load_tower(name: str, config: PretrainedConfig) -> PreTrainedModel:
     """Loads the vision model of `tower_config` with its weights."""
     model = _load(AutoModel, name, config=config)
+    require_finite(name, model)
+    return model
+
+
+def load_renamed(
+    model_class: Any, name: str, config: PretrainedConfig, names: dict[str, str], revision: str | None = None
+) -> Any:
+    """Loads a checkpoint whose tensors have other names into a model class of ours, in its own dtype.
+
+    Args:
+        names: as transformers' `key_mapping`.
+    """
+    model = _load(model_class, name, config=config, revision=revision, key_mapping=names)
+    del model._weight_conversions  # by which transformers would give the old names back when it saves
     require_finite(name, model)
     return model
 

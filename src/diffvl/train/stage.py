@@ -38,6 +38,7 @@ from diffvl.store import checkpoint
 from diffvl.store.files import Writing
 from diffvl.store.metrics import METRICS_FILE
 from diffvl.train import checkpoints
+from diffvl.train.adapters import write_adapters
 from diffvl.train.checkpoints import CHECKPOINTS
 from diffvl.train.four_bits import is_in_four_bits, load_in_four_bits, require_four_bits, take_over
 from diffvl.train.gathering import write_gathered
@@ -151,6 +152,7 @@ def _write(
     """Writes the trained model, in the dtype of the checkpoint that it was read from. All processes call it; of a model in parts
     nothing is left. `attention`: as decoding knows it."""
     sharded = is_sharded(model)
+    write_adapters(model, work)
     if sharded:
         write_gathered(model, stage, dtype, work)
     else:
