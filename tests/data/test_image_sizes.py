@@ -152,10 +152,16 @@ def test_samples_in_tiles(loaded: Callable[[str], Loaded], tmp_path: Path):
     assert model.images.encode(pixels).total == shown
     data = Data(train=str(path), max_length=512, row_length=512)
     rows = load_data(data, processor, None).train
-    assert rows.lengths is not None and rows.lengths.tolist() == [len(sample.ids) for sample in samples]
+    assert (
+        isinstance(rows, SampleDataset)
+        and rows.lengths is not None
+        and rows.lengths.tolist() == [len(sample.ids) for sample in samples]
+    )
     other = with_tiling(processor, {"grids": [[1, 1]], "max_tiles": 1})
     smaller = load_data(data, other, None).train
-    assert smaller.lengths is not None and smaller.lengths.tolist() != rows.lengths.tolist()
+    assert (
+        isinstance(smaller, SampleDataset) and smaller.lengths is not None and smaller.lengths.tolist() != rows.lengths.tolist()
+    )
 
 
 def test_one_look_at_each_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -289,7 +289,7 @@ def test_one_image_in_all_places(name: str, loaded: Callable[[str], Loaded], tmp
             found.append(processor(images=images, text=[text], return_tensors="pt")["pixel_values"])
     for pixels in found:
         assert pixels is not None and torch.equal(pixels, expected)
-    embedded = re.search(r'src="data:image/jpeg;base64,([^"]+)"', _image(path))
+    embedded = re.search(r'src="data:image/jpeg;base64,([^"]+)"', _image(str(path)))
     assert embedded is not None
     with Image.open(io.BytesIO(base64.b64decode(embedded[1]))) as shown:
         assert shown.size == seen.size

@@ -12,6 +12,7 @@ from training_runs import run
 
 from diffvl.config.objectives import ArObjective, FullDiffusionObjective
 from diffvl.data.loader import load_data
+from diffvl.data.sample_dataset import SampleDataset
 from diffvl.data.samples import collate
 from diffvl.hub.layout_diffvl import Layout
 from diffvl.objective.losses import Draw, LossOutput, loss_of
@@ -101,6 +102,7 @@ def test_a_packed_run(prepared: Callable[[str], Path], shapes: dict[str, Path], 
     packed = stage_recipe(shapes["train"], row_length=512, steps=None, epochs=1, batch_size=1)
     settings = packed.stages["diffuse"].data
     train = load_data(settings, loaded("llama")[1], None).train
+    assert isinstance(train, SampleDataset)
     rows = [train.packed(512, seed) for seed in (0, 0, 1)]
     assert [list(row) for row in rows[0].rows or ()] == [list(row) for row in rows[1].rows or ()]
     assert [list(row) for row in rows[0].rows or ()] != [list(row) for row in rows[2].rows or ()]

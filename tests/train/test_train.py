@@ -35,7 +35,11 @@ def test_a_step_has_the_same_rows_however_it_is_cut(processes: int, accumulation
     """Ten rows in steps of four: an epoch is a permutation, its last step is filled up from its beginning."""
 
     def rows_of(step: int) -> list[list[int]]:
-        cut = {"batch_size": 4 // (processes * accumulation), "accumulation": accumulation, "processes": processes}
+        cut: dict[str, Any] = {
+            "batch_size": 4 // (processes * accumulation),
+            "accumulation": accumulation,
+            "processes": processes,
+        }
         dealt = [StepOrder(rows=10, seed=3, rank=rank, **cut).micro_batches(step) for rank in range(processes)]
         return [dealt[rank][number] for number in range(accumulation) for rank in range(processes)]
 
