@@ -65,6 +65,7 @@ def require_same(ours: Path, theirs: Path) -> None:
     assert not [path for path in ours.rglob("*") if "partial" in path.name or path.name in ("checkpoints", "saving")]
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other_and_the_run_goes_on(place: Place, whole: Path):
     """To the bit. What cannot go on says so and touches nothing."""
     survivor, dead = place.kill("killed", "step", rank=1)

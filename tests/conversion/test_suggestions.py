@@ -32,8 +32,10 @@ def next_lines(directory: Path, stages: tuple[str, ...]) -> list[list[str]]:
 
 @pytest.mark.parametrize("question", QUESTIONS, ids=ascii)
 def test_what_a_conversion_ends_with(question: str, tmp_path: Path):
-    directory, image = tmp_path / NASTY, "images/a b's [x].png"
+    directory = tmp_path / NASTY
     directory.mkdir()
+    image = str(directory / "a b's [x].png")
+    Path(image).touch()
     sample = {"image": image, "question": question, "truth": "x", "before": "y", "after": "z"}
     (directory / "samples.jsonl").write_text(json.dumps(sample) + "\n", encoding="utf-8")
     assert next_lines(directory, ("align",)) == [
@@ -55,7 +57,8 @@ def test_the_command_takes_what_was_suggested(question: str, monkeypatch: pytest
     """A leading dash does not make an option of it."""
     seen: list[Any] = []
 
-    def ask(prompt: str, images: list[Path]) -> None:
+    def ask(prompt: str, images: list[Path], videos: list[Path]) -> None:
+        assert not videos
         seen.append((prompt, images))
         raise UsageError("enough")
 

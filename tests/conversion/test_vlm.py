@@ -124,7 +124,7 @@ def test_what_a_stage_names_is_checked_before_anything_is_prepared(source: Calla
     succeed(*words, "--set", "stages.diffuse.attention=eager", "--set", "stages.diffuse.trainable.tower=1e-5", "--dry-run")
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_its_decoding_is_compared(model_type: str, converted: dict[str, Path]):
     """With AR `generate` of the source and with the published loop, which gives the same tokens, images and all."""
     directory = converted[model_type]

@@ -45,6 +45,7 @@ def test_names_go_both_ways():
     assert their_name("vision_tower.head.probe") is None
 
 
+@pytest.mark.slow
 def test_finetuning_goes_on_from_it(released: Path, run: Run, shapes: dict[str, Path], tmp_path: Path):
     """Every tensor is the run's own again, and the stage starts from blocks, tiles and the mask token that are there."""
     ended = succeed(*words(released, tmp_path / "on", shapes))

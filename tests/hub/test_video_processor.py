@@ -16,6 +16,8 @@ from diffvl.hub.video_processor_diffvl import NoVideoProcessorError, build_video
 
 # These take more from torchvision than stands in the hub, or their folder has another name.
 WITHOUT = {"Ernie4_5_VLMoeVideoProcessor", "NemotronH_Omni_Reasoning_V3VideoProcessor", "MiniMaxM3VLVideoProcessor"}
+COMMON = ("Qwen2VLVideoProcessor", "Qwen3VLVideoProcessor", "LlavaOnevisionVideoProcessor", "InternVLVideoProcessor")
+COMMON += ("SmolVLMVideoProcessor", "Glm4vVideoProcessor", "Gemma4VideoProcessor")
 # What it compresses follows from the pixels, so that its tokens are not known from a size.
 BY_CONTENT = {"VideoLlama3VideoProcessor"}
 
@@ -34,7 +36,13 @@ def called(processor: Any, shown: torch.Tensor) -> dict[str, Any]:
     return dict(processor(videos=[shown], **given))
 
 
-@pytest.mark.parametrize("name", sorted({*classes()} - WITHOUT - BY_CONTENT))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in COMMON else pytest.mark.slow)
+        for name in sorted({*classes()} - WITHOUT - BY_CONTENT)
+    ],
+)
 def test_frames_without_pixels_have_the_same_sizes(name: str):
     processor = build_video_processor(name, {})
     shown = open_clip(frames(8, 90, 120), sampler_of(processor)).frames

@@ -18,6 +18,7 @@ COST = math.log(VOCABULARY - 2)  # uniform over what may be predicted
 CONFIG: Any = SimpleNamespace(
     mask_token_id=MASK,
     image_token_id=IMAGE,
+    video_token_id=None,
     vocabulary_size=VOCABULARY,
     placeholder_ids=[],
     image_attention="causal",

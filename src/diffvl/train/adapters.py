@@ -25,7 +25,7 @@ def write_adapters(model: DiffVLForConditionalGeneration, directory: Path) -> No
     if not isinstance(model.trunk, PeftModel):
         return
     part = "source." if model.is_native else "language_model."
-    found = get_peft_model_state_dict(model.trunk)
+    found = get_peft_model_state_dict(model.trunk, save_embedding_layers=False)
     tensors = {
         name.replace(OF_PEFT, OF_PEFT + part, 1): _whole(tensor.detach()).cpu().contiguous().clone()
         for name, tensor in found.items()
