@@ -36,7 +36,7 @@ def clips_of(videos: Any, sampler: Sampler | None) -> list[Clip]:
     Raises:
         ValueError: if one cannot be read, or the model takes none.
     """
-    if videos is None:
+    if videos is None or (isinstance(videos, list | tuple) and not videos):
         return []
     if sampler is None:
         raise ValueError("videos is not taken here: this model takes no videos")
