@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -115,6 +115,7 @@ def _on_pillow(stock: type) -> dict[str, Any]:
         "tvF": _FUNCTIONAL,
         "pil_torch_interpolation_mapping": {mode: mode for mode in Resampling},
         "is_torchvision_greater_or_equal": lambda version: True,  # asked before it resizes with Lanczos, as Pillow can
+        "logger": SimpleNamespace(warning_once=lambda *_: None),  # warns of Lanczos where frames are only measured
     }
     found = {}
     for name, method in vars(stock).items():

@@ -85,6 +85,7 @@ def require_same_videos(processor: DiffVLProcessor) -> None:
             video_metadata=[clip.size.metadata for clip in shown],
             do_sample_frames=False,
             add_special_tokens=not text.startswith(processor.images.first_text),
+            verbose=False,
             return_tensors="pt",
         )
         if not _same_ids(ours, native):

@@ -70,6 +70,8 @@ def _read(model: str, revision: str | None, processor_class: Any, asked: Video) 
         processor = build_video_processor(name, settings)
     except (NoVideoProcessorError, ImportError, *FAULTS) as error:
         return VideoPart(None, f"its video processor cannot be used here: {first_line(error)}")
+    if getattr(processor, "cap_pixels_per_frame", False) is None:
+        processor.cap_pixels_per_frame = False  # recorded, as transformers means to change what it does where nobody says it
     _set_sampling(processor, asked)
     limit_by(processor, asked.min_pixels, asked.max_pixels, "prepare.video", lambda: _shown_pixels(processor))
     return VideoPart({"class": name, "settings": _settings_of(json.loads(processor.to_json_string()))})
