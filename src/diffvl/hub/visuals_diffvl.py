@@ -36,12 +36,16 @@ def clips_of(videos: Any, sampler: Sampler | None) -> list[Clip]:
     Raises:
         ValueError: if one cannot be read, or the model takes none.
     """
-    if videos is None or (isinstance(videos, list | tuple) and not videos):
+    if _is_nothing(videos):
         return []
     if sampler is None:
         raise ValueError("videos is not taken here: this model takes no videos")
     ones = videos if isinstance(videos, list | tuple) and not _is_frames(videos) else [videos]
     return [_clip(video, sampler) for video in ones]
+
+
+def _is_nothing(videos: Any) -> bool:
+    return videos is None or (isinstance(videos, list | tuple) and not videos)
 
 
 def _is_frames(videos: Sequence[Any]) -> bool:
@@ -62,7 +66,7 @@ def in_order(batch: Sequence[Messages], given: Mapping[Visual, Any], sampler: Sa
     Raises:
         ValueError: if parts that carry nothing and what is given differ in number, or something cannot be read.
     """
-    if given.get(Visual.VIDEO) is not None and sampler is None:
+    if sampler is None and not _is_nothing(given.get(Visual.VIDEO)):
         raise ValueError("videos is not taken here: this model takes no videos")
     parts = [list(visuals_of(messages)) for messages in batch]
     waiting = {visual: _taken(visual, given.get(visual), parts) for visual in Visual}
