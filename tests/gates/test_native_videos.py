@@ -2,23 +2,23 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import metrics, objective, random_image, stage_recipe
+from helpers import metrics, random_image, stage_recipe
+from leaks import noisy_logits, require_no_leak
 from shared_fixtures import Loaded
 from tiny_videos import frames, write_frames, write_video
 from train_and_decode import compare, training_sample
 from training_runs import BETA, run
 from transformers import AutoModelForImageTextToText
 
-from diffvl.data.samples import collate
 from diffvl.hub.clips_diffvl import Sampler, open_clip
 from diffvl.hub.images_diffvl import VIDEO_FRAMES, token_types
 from diffvl.hub.processing_diffvl import pixels_in
-from diffvl.objective.losses import Draw, block_diffusion
 from diffvl.store.checkpoint import load_checkpoint
 
 ALL = Sampler(lambda facts: range(facts.total_num_frames), 2.0)
@@ -79,34 +79,15 @@ def test_training_logits_are_decoding_logits(
 
 
 @pytest.mark.parametrize("model_type", families("internvl"))
-def test_no_leak(model_type: str, loaded: Callable[[str], Loaded]):
+def test_no_leak_and_the_bug_is_caught(model_type: str, loaded: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch):
     """All of an answer is masked: no clean token of its last block moves a prediction; the video does."""
     model, processor = loaded(model_type)
     sample = training_sample(processor, CHAT[:2], 3)
-    settings = objective(block_size=4, context="block", grid="response", noise={"schedule": "full"})
-
-    def loss(ids: list[int], turned: bool = False) -> torch.Tensor:
-        pixels = {name: value.flip(1) if turned and "pixel_values" in name else value for name, value in sample.pixels.items()}  # type: ignore[union-attr]
-        one = type(sample)(ids, sample.answer, pixels, 3, sample.images, sample.videos)
-        batch: Any = collate([[one]], pad_token_id=0)
-        seen: list[torch.Tensor] = []
-
-        def spy(**given: Any) -> Any:
-            judge = given.pop("row_map")
-            output = model(**given)
-            seen.append(output.logits)
-            output.logits = judge(output.logits, slice(0, len(output.logits)))
-            return output
-
-        spy.images = model.images  # type: ignore[attr-defined]
-        with torch.no_grad():
-            block_diffusion(spy, model.config, batch, settings, Draw(1, 0, 0.0))
-        return seen[0]
-
-    last = max(place for place, mark in enumerate(sample.answer) if mark)
-    changed = [*sample.ids[:last], (sample.ids[last] + 1) % 200, *sample.ids[last + 1 :]]
-    assert torch.equal(loss(sample.ids), loss(changed))
-    assert not torch.equal(loss(sample.ids), loss(sample.ids, turned=True))
+    assert sample.pixels is not None
+    turned = {name: value.flip(1) if "pixel_values" in name else value for name, value in sample.pixels.items()}
+    seen = [noisy_logits(model, one, "block") for one in (sample, replace(sample, pixels=turned))]
+    assert not torch.equal(*seen)
+    require_no_leak(loaded(model_type), CHAT[:2], "block", monkeypatch)
 
 
 @pytest.mark.parametrize("model_type", families("qwen2_5_vl", "llava_onevision"))

@@ -22,7 +22,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from diffvl.data.columns import ColumnNames
 from diffvl.data.content import (
@@ -52,6 +52,7 @@ from diffvl.errors import DataError
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Role = Literal["system", "user", "assistant"]
 Unpaired = Literal["error", "drop"]
 
@@ -259,24 +260,23 @@ def _own_text(text: str, where: str, role: Role) -> str:
 def _all_images(named: list[str], contents: list[Content]) -> list[str]:
     """Gives the record's images, whether it names them itself or their parts do."""
     carried = [path for content in contents for path in content.paths]
-    if not carried:
-        return named
-    if named and named != carried:
-        raise DataError("paths both in `image` and in parts of turns: keep one of them", "image")
-    if not named and any(content.placeholders for content in contents):
-        raise DataError("some parts of type image have a path and some have none: give all of them one", "image")
-    return carried
+    return _all_of(named, carried, any(content.placeholders for content in contents), "image")
 
 
 def _all_videos(named: list[Video], contents: list[Content]) -> list[Video]:
-    """Gives the record's videos, whether it names them itself or their parts do."""
+    """The same of its videos."""
     carried = [one for content in contents for video in content.videos for one in named_videos({"video": video})]
+    return _all_of(named, carried, any(content.video_placeholders for content in contents), "video")
+
+
+def _all_of(named: list[T], carried: list[T], has_bare: bool, kind: str) -> list[T]:
+    """Gives what a record names or its parts carry. has_bare: some parts carry none."""
     if not carried:
         return named
     if named and named != carried:
-        raise DataError("paths both in `video` and in parts of turns: keep one of them", "video")
-    if not named and any(content.video_placeholders for content in contents):
-        raise DataError("some parts of type video have a path and some have none: give all of them one", "video")
+        raise DataError(f"paths both in `{kind}` and in parts of turns: keep one of them", kind)
+    if not named and has_bare:
+        raise DataError(f"some parts of type {kind} have a path and some have none: give all of them one", kind)
     return carried
 
 
