@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import datasets.config
 import numpy
 import pytest
@@ -13,10 +14,12 @@ from tiny_runs import record, write_data
 
 from diffvl.config.recipe import Data
 from diffvl.data.fingerprint import data_record, is_same_data, require_same_data, write_data_record
+from diffvl.data.left_out import LeftOut
 from diffvl.data.loader import load_data
 from diffvl.data.mixture import MixOrder, Mixture, Shares, shares_of
 from diffvl.errors import ConfigError, DataError
 from diffvl.hub.processing_diffvl import DiffVLProcessor
+from diffvl.store.metrics import read_json_lines
 from diffvl.train.order import StepOrder
 
 
@@ -156,3 +159,30 @@ def test_a_run_knows_the_sources_and_shares_that_it_began_with(tmp_path: Path, p
 def test_what_cannot_be_mixed(change: Any, says: str, tmp_path: Path, processor: DiffVLProcessor) -> None:
     with pytest.raises((ConfigError, DataError, ValueError), match=says):
         load_data(data_of(train=change(*two(tmp_path, {"weight": 1}, {"weight": 3})), max_length=400), processor, 512)
+
+
+def test_each_split_of_a_folder_has_its_own_share_of_wrong_records(tmp_path: Path, processor: DiffVLProcessor) -> None:
+    """Both are read below one path: two wrong records of ten may be in either, so four are not too many of one."""
+    parts = tmp_path / "set" / "data"
+    parts.mkdir(parents=True)
+    for split in ("train", "test"):
+        records = [record(None, "What?", f"It is {split} {number}.") for number in range(10)]
+        datasets.Dataset.from_list(records).to_parquet(parts / f"{split}-00000-of-00001.parquet")
+    train = [{"path": str(tmp_path / "set"), "split": split} for split in ("train", "test")]
+    data = data_of(train=train, max_length=400, on_error="skip", max_skipped=0.2)
+    mixed = load_data(data, processor, 512).train
+    assert isinstance(mixed, Mixture)
+    sets = mixed.parts
+    left_out = LeftOut(tmp_path / "left_out.jsonl", data, sets, True)
+    left_out.begin(0)
+    wrong = [[one.problem_of(one.record(number), number, DataError("wrong", "wrong")) for number in range(3)] for one in sets]
+    assert wrong[0][0].path == wrong[1][0].path and wrong[0][0].number == wrong[1][0].number
+    left_out.add([*wrong[0][:2], *wrong[1][:2]], 1, 1)
+    assert [line["set"] for line in read_json_lines(tmp_path / "left_out.jsonl")] == [0, 0, 1, 1]
+    again = LeftOut(tmp_path / "left_out.jsonl", data, sets, True)
+    again.begin(1)
+    assert len(again) == 4
+    for one in (left_out, again):
+        with pytest.raises(DataError, match=r"3 of 10 records cannot be used .*more than data.max_skipped=0.2") as told:
+            one.add(wrong[1][2:], 1, 2)
+        assert "test-00000-of-00001.parquet:3" in str(told.value) and "train-0" not in str(told.value)

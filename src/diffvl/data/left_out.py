@@ -7,7 +7,7 @@ the lines after it.
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diffvl.config.recipe import Data
@@ -28,10 +28,10 @@ class LeftOut:
     def __init__(self, file: Path, data: Data, datasets: Iterable[SampleDataset | StreamPart], writes: bool) -> None:
         self._file, self._data, self._writes = file, data, writes
         self._datasets = list(datasets)
-        self._paths = list(dict.fromkeys(samples.path for samples in self._datasets))
+        self._sets = list(dict.fromkeys(map(_set_of, self._datasets)))
         self._found: dict[tuple[str, str | None, int], Problem] = {}
-        self._wrong: Counter[Path] = Counter()  # by file; those that are forgiven apart
-        self._all: Counter[Path] = Counter()
+        self._wrong: Counter[int] = Counter()  # by set; those that are forgiven apart
+        self._all: Counter[int] = Counter()
         self._used = False
         self._seen = 0  # records that the steps have met, by which a stream's are counted
 
@@ -51,7 +51,7 @@ class LeftOut:
         if step > 0 and self._file.exists():
             lines = [line for line in read_json_lines(self._file) if line["step"] <= step]
             # By the number of its file: the set may have been moved since.
-            found += [(line["step"], replace(from_line(line), path=self._paths[line["set"]])) for line in lines]
+            found += [(line["step"], replace(from_line(line), path=self._sets[line["set"]].path)) for line in lines]
         kept = []
         for met, problem in found:
             if _key(problem) not in self._found:
@@ -91,27 +91,47 @@ class LeftOut:
         return kinds_of(self._found.values())
 
     def _line(self, problem: Problem, step: int) -> str:
-        return json.dumps({"step": step, "set": self._paths.index(problem.path), **as_line(problem)}) + "\n"
+        return json.dumps({"step": step, "set": self._number_of(problem), **as_line(problem)}) + "\n"
 
     def _count(self, problem: Problem) -> None:
         self._found[_key(problem)] = problem
-        self._all[problem.path] += 1
-        self._wrong[problem.path] += not is_forgiven(problem, self._data)
+        number = self._number_of(problem)
+        self._all[number] += 1
+        self._wrong[number] += not is_forgiven(problem, self._data)
+
+    def _number_of(self, problem: Problem) -> int:
+        """Gives the number of the set that a problem is in: of two splits of a folder, the one that has its file."""
+        return next(number for number, one in enumerate(self._sets) if one.holds(problem))
 
     def _require_budget(self, samples: SampleDataset | StreamPart) -> None:
-        path, total = samples.path, samples.num_records
+        number, path, total = self._sets.index(_set_of(samples)), samples.path, samples.num_records
         if total is None:  # of a stream: what was met of it so far, and a beginning in which one wrong record is no share
             total = max(self._seen, _HOPELESS)
-        if self._wrong[path] > self._data.max_skipped * total:
-            wrong = [problem for problem in self._problems_in(path) if not is_forgiven(problem, self._data)]
+        if self._wrong[number] > self._data.max_skipped * total:
+            wrong = [problem for problem in self._problems_in(number) if not is_forgiven(problem, self._data)]
             raise as_error(wrong, path, over_budget(len(wrong), total, self._data))
-        if not self._used and self._all[path] >= min(total, _HOPELESS):
-            told = "all" if self._all[path] == total else f"the first {self._all[path]}"
-            kinds = ", ".join(f"{count} {kind}" for kind, count in kinds_of(self._problems_in(path)).items())
-            raise DataError(f"{path}: {told} records cannot be used ({kinds}); the first is {self._problems_in(path)[0]}")
+        if not self._used and self._all[number] >= min(total, _HOPELESS):
+            told = "all" if self._all[number] == total else f"the first {self._all[number]}"
+            kinds = ", ".join(f"{count} {kind}" for kind, count in kinds_of(self._problems_in(number)).items())
+            raise DataError(f"{path}: {told} records cannot be used ({kinds}); the first is {self._problems_in(number)[0]}")
 
-    def _problems_in(self, path: Path) -> list[Problem]:
-        return [problem for problem in self._found.values() if problem.path == path]
+    def _problems_in(self, number: int) -> list[Problem]:
+        return [problem for problem in self._found.values() if self._number_of(problem) == number]
+
+
+@dataclass(frozen=True)
+class _Set:
+    """The files whose records are counted together. files: as problems name them below `path`, None for a single file."""
+
+    path: Path
+    files: frozenset[str] | None
+
+    def holds(self, problem: Problem) -> bool:
+        return problem.path == self.path and (self.files is None or problem.within in self.files)
+
+
+def _set_of(samples: SampleDataset | StreamPart) -> _Set:
+    return _Set(samples.path, None if samples.names is None else frozenset(samples.names))
 
 
 def _key(problem: Problem) -> tuple[str, str | None, int]:

@@ -18,7 +18,7 @@ from diffvl.data.images import open_image
 from diffvl.data.mixture import Mixture, Shares, shares_of
 from diffvl.data.packing import REFUSED, lengths_of, map_places
 from diffvl.data.problems import Problem, is_forgiven, require_usable
-from diffvl.data.sample_dataset import SampleDataset, problem_of
+from diffvl.data.sample_dataset import SampleDataset
 from diffvl.data.samples import PROBLEMS, is_filler
 from diffvl.data.sources import Source, eval_settings, find_source, require_distinct, train_settings
 from diffvl.data.stream import StreamDataset, StreamPart
@@ -124,7 +124,9 @@ def open_samples(
     path = source.path
     table = tables.open(source, data)
     _check_videos(table, path, data, processor)
-    everything = SampleDataset(table, path, table.usable, processor, data.max_length, known=table.problems, offset=offset)
+    everything = SampleDataset(
+        table, path, table.usable, processor, data.max_length, known=table.problems, offset=offset, names=source.names
+    )
     if not data.check_lengths and data.row_length is None:
         return everything
     lengths = lengths_of(table, processor, console)
@@ -139,8 +141,7 @@ def open_samples(
         _tell_forgiven(path, len(forgiven), len(table), data.max_length)
     if data.row_length is None:
         return everything
-    known = [*table.problems, *problems]
-    return SampleDataset(table, path, table.usable[good], processor, data.max_length, lengths[good], known=known, offset=offset)
+    return everything.measured(good, lengths[good], [*table.problems, *problems])
 
 
 def _check_videos(table: RecordTable, path: Path, data: Data, processor: DiffVLProcessor) -> None:
@@ -196,7 +197,7 @@ def _look(samples: SampleDataset, place: int) -> Problem | None:
         for video in record.videos:
             open_video(video, record.source, samples.processor.sampler)
     except DataError as error:
-        return problem_of(record, int(samples.indices[place]), samples.path, error)
+        return samples.problem_of(record, int(samples.indices[place]), error)
     return None
 
 

@@ -39,12 +39,15 @@ class SampleDataset(Dataset):
         rows: RowAssignment | None = None,
         known: Sequence[Problem] = (),
         offset: int = 0,
+        names: tuple[str, ...] | None = None,
     ) -> None:
         """`indices` picks the records and orders them; `lengths` are their tokens, where these were measured; `rows` are of
         places in these two. `known` are the problems of records that are not among them. `offset` is added to a record's number
-        to make its sample's index, where several sets are mixed."""
+        to make its sample's index, where several sets are mixed. `names`: what the files are called below `path`, if there
+        are several."""
         self.records, self.path, self.indices, self.processor = records, path, indices, processor
         self.max_length, self.lengths, self.rows, self.known, self.offset = max_length, lengths, rows, known, offset
+        self.names = names
 
     def __len__(self) -> int:
         return len(self.indices) if self.rows is None else len(self.rows)
@@ -75,6 +78,10 @@ class SampleDataset(Dataset):
         lengths = None if self.lengths is None else self.lengths[places]
         return self._with(indices=self.indices[places], lengths=lengths, rows=None)
 
+    def measured(self, good: numpy.ndarray, lengths: numpy.ndarray, known: Sequence[Problem]) -> "SampleDataset":
+        """Gives the records that `good` marks, whose tokens were counted; `known` are the problems of all others."""
+        return self._with(indices=self.indices[good], lengths=lengths, known=known)
+
     def packed(self, row_length: int, seed: int) -> "SampleDataset":
         """Puts the same records into rows of up to `row_length` tokens. Which records share a row depends on the seed alone, so
         a resumed run finds the same rows."""
@@ -94,7 +101,7 @@ class SampleDataset(Dataset):
             try:
                 encode_record(record, self.processor, self.max_length)
             except DataError as error:
-                found.append(problem_of(record, index, self.path, error))
+                found.append(self.problem_of(record, index, error))
         return found
 
     def __getitem__(self, row: int) -> list[Sample | Problem]:
@@ -105,13 +112,13 @@ class SampleDataset(Dataset):
         try:
             return sample_of(record, self.offset + index, self.processor, self.max_length)
         except DataError as error:
-            return problem_of(record, index, self.path, error)
+            return self.problem_of(record, index, error)
 
-
-def problem_of(record: Record, index: int, path: Path, error: DataError) -> Problem:
-    """Tells what is wrong with a record that its file gave."""
-    file, _, place = record.source.rpartition(":")
-    line = int(place.partition(" ")[0])  # after it may stand which record of the line it is
-    message = str(error).removeprefix(f"{record.source}: ")
-    name = None if record.id == record.source else record.id
-    return Problem(error.kind, path, line, index + 1, name, message, within=None if file == path.name else file)
+    def problem_of(self, record: Record, index: int, error: DataError) -> Problem:
+        """Tells what is wrong with a record; `index`: its number in the set, from 0."""
+        file, _, place = record.source.rpartition(":")
+        line = int(place.partition(" ")[0])  # after it may stand which record of the line it is
+        message = str(error).removeprefix(f"{record.source}: ")
+        name = None if record.id == record.source else record.id
+        within = None if self.names is None else file
+        return Problem(error.kind, self.path, line, index + 1, name, message, within=within)

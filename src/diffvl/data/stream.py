@@ -67,6 +67,11 @@ class StreamPart:
     def path(self) -> Path:
         return self.source.path
 
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """Gives what its files are called below `path`."""
+        return self.source.names
+
     def facts(self) -> list[str]:
         """Tells each file's name and size; of remote ones the name alone, since each would be asked for."""
         files = zip(self.source.names or (self.source.path.name,), self.source.files, strict=True)

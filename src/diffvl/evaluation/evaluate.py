@@ -139,12 +139,13 @@ def evaluate_directory(directory: Path, data: Path, limit: int | None, settings:
 
 def _open(path: Path, reading: Data, limit: int | None, decoder: Decoder, console: Console) -> SampleDataset:
     """Opens the records to look at. Raises DataError with all that do not fit the checkpoint."""
+    source, longest = source_at(path, reading), context_length(decoder)
     if limit is None:
-        table = open_records(path, reading, console, advise=False)
-        samples = SampleDataset(table, path, table.usable, decoder.processor, context_length(decoder))
+        table = open_records(source, reading, console, advise=False)
+        samples = SampleDataset(table, path, table.usable, decoder.processor, longest, names=source.names)
     else:
-        records = list(islice(iterate_source(source_at(path, reading), reading.unpaired_turns), limit))
-        samples = SampleDataset(records, path, numpy.arange(len(records)), decoder.processor, context_length(decoder))
+        records = list(islice(iterate_source(source, reading.unpaired_turns), limit))
+        samples = SampleDataset(records, path, numpy.arange(len(records)), decoder.processor, longest, names=source.names)
     problems = samples.problems()
     if problems:
         raise as_error(problems, path, "the checkpoint takes no others: remove these records")
