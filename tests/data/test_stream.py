@@ -188,7 +188,8 @@ def test_a_wrong_sample_leaves_its_place_empty(tmp_path: Path, processor: DiffVL
     [
         ({"0.txt": b"A dot.", "0.png": png(0)}, {}, "no member .json with an object in it; this sample has `txt`"),
         ({"0.json": b"{}", "0.png": png(0)}, {"columns": {"answer": "txt"}}, "no member or key `txt`, which data.columns names"),
-        ({"0.json": json.dumps(value_of(0)).encode(), "0.mp4": b""}, {}, "videos and sounds in a tar are not supported"),
+        ({"0.json": json.dumps(value_of(0)).encode(), "0.wav": b""}, {}, "sounds are not supported"),
+        ({"0.json": json.dumps(value_of(0)).encode(), "0.mp4": b""}, {}, "it shows a video, and this checkpoint takes none"),
         (
             {"0.json": json.dumps({**value_of(0), "images": ["a", "b"]}).encode(), "0.png": png(0)},
             {},

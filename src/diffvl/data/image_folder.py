@@ -62,26 +62,31 @@ class ImageFolder:
 
     def find_video(self, video: Video) -> Video:
         """Gives the name that a video is opened by, or the names of its frames. Raises DataError as `find`."""
-        if self._zip is not None or self.folder is None:
-            raise DataError(
-                "videos are read from files only: unpack them, and set data.image_folder to their folder", VIDEO_MISSING
-            )
+        if isinstance(video, Reference):
+            return video
         if not isinstance(video, str):
             return tuple(self.find(frame) for frame in video)
-        path = os.path.join(self.folder, video)
+        if self._zip is not None and not os.path.isabs(video):
+            return self._in_zip(self._zip, video, "video")
+        if self.folder is None and not os.path.isabs(video):
+            message = f"where is video {video}? The records are read from a URL: set data.image_folder for their videos"
+            raise DataError(message, VIDEO_MISSING)
+        path = os.path.join(self.folder or "", video)
         if path not in self._files and not os.path.isdir(path):
             raise missing_video(path, self._is_set)
         return path
 
-    def _in_zip(self, archive: ZipIndex, image: str) -> Reference:
-        name = posixpath.normpath(posixpath.join(self._inside, image))
+    def _in_zip(self, archive: ZipIndex, path: str, what: str = "image") -> Reference:
+        missing = IMAGE_MISSING if what == "image" else VIDEO_MISSING
+        name = posixpath.normpath(posixpath.join(self._inside, path))
         if name.startswith("../"):
-            raise DataError(f"image {image} is outside of {archive.file}, in which images are looked for", IMAGE_MISSING)
+            raise DataError(f"{what} {path} is outside of {archive.file}, in which {what}s are looked for", missing)
         if name not in archive:
+            folders = "" if what == "image" else "; of a folder of frames in a zip, list the frames"
             raise DataError(
-                f"image not found: {name} in {archive.file} (relative paths start at data.image_folder, which may lead into a "
-                "folder of the zip)",
-                IMAGE_MISSING,
+                f"{what} not found: {name} in {archive.file} (relative paths start at data.image_folder, which may lead into a "
+                f"folder of the zip{folders})",
+                missing,
             )
         return refer("zip", archive.file, name)
 

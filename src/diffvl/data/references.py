@@ -1,8 +1,10 @@
-"""Images that are no files of their own -> their bytes: a member of a zip, a cell of a table, a `data:` URL in a line of JSON.
+"""Images and videos that are no files of their own -> their bytes: a member of a zip or a tar, a cell of a table, a `data:` URL
+in a line of JSON.
 
 A record names such an image by a reference, `KIND://[FILE, PLACE, STEP, ...]` (the bracket is JSON): the file, the place in it
-(member, row, or the byte at which a line begins), and the steps from the row to the image. So a table of records holds no image,
-and any process finds any image without having seen the others. In a stream the bytes are there already: `Held` carries them.
+(member, row, or the byte at which a line begins), and the steps from there to the image. (Of a member of a tar the first two
+steps are where its content begins and how long that is.) So a table of records holds no image, and any process finds any image
+without having seen the others. In a stream the bytes are there already: `Held` carries them.
 """
 
 import base64
@@ -17,12 +19,13 @@ from typing import Any, Literal
 
 from diffvl.data.cells import Stamp, arrow_cell, parquet_cell, stamp_of
 from diffvl.data.problems import IMAGE_MISSING, UNREADABLE
+from diffvl.data.tarfiles import read_content
 from diffvl.data.zipfiles import read_member
 from diffvl.errors import DataError
 
-Kind = Literal["zip", "parquet", "arrow", "jsonl"]
+Kind = Literal["zip", "tar", "parquet", "arrow", "jsonl"]
 DATA_URL = "data:"
-_REFERENCE = re.compile(r"(zip|parquet|arrow|jsonl)://(\[.*\])", re.DOTALL)
+_REFERENCE = re.compile(r"(zip|tar|parquet|arrow|jsonl)://(\[.*\])", re.DOTALL)
 _MOST_SHOWN = 60  # characters of a `data:` URL in a message
 
 
@@ -75,7 +78,7 @@ def shown(name: str) -> str:
             else f"{name[:_MOST_SHOWN]}... ({len(name)} characters)"
         )
     kind, file, place, steps = parts
-    if kind == "zip":
+    if kind in ("zip", "tar"):
         return f"{place} in {file}"
     where = " ".join(str(step) for step in steps)
     return f"{where} in {file}" if kind == "jsonl" else f"{where} of row {place + 1} in {file}"
@@ -87,7 +90,9 @@ def portable(name: str, images_below: str) -> str:
     if parts is None:
         return name.removeprefix(images_below)
     kind, file, place, steps = parts
-    return f"{file}/{place}".removeprefix(images_below) if kind == "zip" else "/".join(map(str, steps))
+    if kind == "zip":
+        return f"{file}/{place}".removeprefix(images_below)
+    return "/".join(map(str, [place, *steps[2:]] if kind == "tar" else steps))
 
 
 def is_there(name: str) -> bool:
@@ -96,21 +101,35 @@ def is_there(name: str) -> bool:
     return parts is not None and os.path.isfile(parts[1])
 
 
+class _Content(io.BytesIO):
+    """Bytes, with the name that messages call them by."""
+
+    def __init__(self, data: bytes, name: str) -> None:
+        super().__init__(data)
+        self.name = name
+
+
 def file_of(name: str) -> str | io.BytesIO:
-    """Gives what an image's bytes can be read from.
+    """Gives what the bytes of an image or a video can be read from.
 
     Raises:
         DataError: without the record's place, if a reference leads nowhere. OSError: as `open`.
     """
     if isinstance(name, Held):
-        return io.BytesIO(name.data)
+        return _Content(name.data, shown(name))
     parts = parts_of(name)
     if parts is None:
         return name
-    kind, file, place, steps = parts
+    return _Content(_bytes_at(*parts), shown(name))
+
+
+def _bytes_at(kind: Kind, file: str, place: Any, steps: list[Any]) -> bytes:
     if kind == "zip":
-        return io.BytesIO(read_member(file, place))
-    return io.BytesIO(bytes_of(_step_to(_ROWS[kind](file, place, steps[0]), steps[1:])))
+        return read_member(file, place)
+    if kind == "tar":
+        content = read_content(file, place, *steps[:2])
+        return bytes_of(_step_to(json.loads(content), steps[2:])) if steps[2:] else content
+    return bytes_of(_step_to(_ROWS[kind](file, place, steps[0]), steps[1:]))
 
 
 # --- a row -> the image in it --------------------------------------------------------------------------------------------

@@ -112,15 +112,11 @@ def find_source(settings: DataSource, streaming: bool = False) -> Source:
         DataError: there is no such set, it has no part of that name, or it is of a kind that cannot be read so.
     """
     source = _found(settings, streaming)
-    if source.kind == TAR and not streaming:
-        raise DataError(
-            f"{source.path}: a tar is read from front to back: set data.streaming=true (and steps in place of epochs), or unpack "
-            "it",
-            KIND,
-        )
     if not streaming and any(is_remote(file) for file in source.files):
         raise DataError(
-            f"{source.path}: is no file of this machine: set data.streaming=true, or fetch it and give its path", KIND
+            f"{source.path}: is no file of this machine: fetch it and give its path, or, for data to train on, set "
+            "data.streaming=true",
+            KIND,
         )
     return source
 

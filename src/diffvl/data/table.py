@@ -23,7 +23,7 @@ from diffvl.data.cachefolder import cache_error, cache_folder
 from diffvl.data.cells import open_arrow, open_parquet
 from diffvl.data.image_folder import ExistingImages
 from diffvl.data.problems import Problem, require_usable
-from diffvl.data.reading import ARROW, JSON
+from diffvl.data.reading import ARROW, JSON, TAR
 from diffvl.data.records import Record, Turn
 from diffvl.data.references import portable
 from diffvl.data.source_records import parse_source, source_at
@@ -174,10 +174,10 @@ class RecordTables:
 @dataclass(frozen=True)
 class _Content:
     """digest: of the bytes, of large tables of what they say of themselves. stamp: what the table is known by beside it.
-    records: as many as can be told without parsing, in JSON by the keys that each has once."""
+    records: as many as can be told without parsing, in JSON by the keys that each has once; None where nothing tells."""
 
     digest: str
-    records: int
+    records: int | None
     stamp: tuple[int, ...] = ()
 
 
@@ -190,7 +190,9 @@ def _content_of(source: Source) -> _Content:
     if len(parts) == 1:
         return parts[0]
     joined = hashlib.blake2b("".join(part.digest for part in parts).encode(), digest_size=16).hexdigest()
-    return _Content(joined, sum(part.records for part in parts), tuple(number for part in parts for number in part.stamp))
+    counts = [part.records for part in parts if part.records is not None]
+    records = sum(counts) if len(counts) == len(parts) else None
+    return _Content(joined, records, tuple(number for part in parts for number in part.stamp))
 
 
 def _content_of_json(file: str) -> _Content:
@@ -211,8 +213,13 @@ def _content_of_table(kind: str, file: str) -> _Content:
     with open(file, "rb") as opened:
         opened.seek(max(0, facts.st_size - _TAIL))
         hashed = hashlib.blake2b(opened.read() + str(facts.st_size).encode(), digest_size=16)
-    records = len(open_arrow(file)) if kind == ARROW else open_parquet(file)[0].metadata.num_rows
-    return _Content(hashed.hexdigest(), records, (facts.st_mtime_ns,))
+    return _Content(hashed.hexdigest(), _records_in(kind, file), (facts.st_mtime_ns,))
+
+
+def _records_in(kind: str, file: str) -> int | None:
+    if kind == TAR:
+        return None
+    return len(open_arrow(file)) if kind == ARROW else open_parquet(file)[0].metadata.num_rows
 
 
 def content_digest(source: Source) -> str:
@@ -233,17 +240,18 @@ def _cache_path(source: Source, content: _Content, data: Data) -> Path:
 # --- building the table ----------------------------------------------------------------------------------------------------
 
 
-def _build_table(source: Source, table: Path, data: Data, console: Console, expected: int) -> None:
+def _build_table(source: Source, table: Path, data: Data, console: Console, expected: int | None) -> None:
     """Writes the whole table or none."""
     try:
         table.parent.mkdir(parents=True, exist_ok=True)
         with replacing(table, shared=True) as beside:
-            _write_table(source, beside, data, console if expected >= _BAR_FROM else _QUIET, expected)
+            shows = expected is None or expected >= _BAR_FROM
+            _write_table(source, beside, data, console if shows else _QUIET, expected)
     except OSError as error:  # of the cache only: reading the data file tells its own as DataError
         raise cache_error(source.path, error) from error
 
 
-def _write_table(source: Source, table: Path, data: Data, console: Console, expected: int) -> None:
+def _write_table(source: Source, table: Path, data: Data, console: Console, expected: int | None) -> None:
     images_below = (source.images().folder or "") + os.sep
     columns: tuple[list[Any], ...] = ([], [], [], [], [])
     with pa.OSFile(str(table), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
@@ -271,7 +279,7 @@ def _record_entry(record: Record, images_below: str) -> tuple[str, tuple[str, ..
     # Name and place of a record are not seen by training, and a set may be moved.
     seen = {key: value for key, value in fields.items() if key not in ("id", "source")}
     named = [portable(image, images_below) for image in images]
-    named += [path.removeprefix(images_below) for video in videos for path in video]
+    named += [portable(path, images_below) for video in videos for path in video]
     facts = json.dumps([seen, named], ensure_ascii=False).encode("utf-8", "surrogateescape")
     return text, images, videos, None, int.from_bytes(hashlib.blake2b(facts, digest_size=8).digest(), "little") or 1
 

@@ -10,10 +10,11 @@ from typing import Any
 from diffvl.data.content import kind_of, text_of
 from diffvl.data.images import UNREADABLE, require_path
 from diffvl.data.keys import is_absent
+from diffvl.data.references import Reference, file_of, shown
 from diffvl.errors import DataError
 from diffvl.hub.clips_diffvl import IMAGE_ENDINGS, Clip, ClipSize, Sampler, VideoError, clip_size, open_clip
 
-Video = str | tuple[str, ...]  # a file or a folder, or frames
+Video = str | tuple[str, ...]  # a file or a folder, or frames; of a zip or a tar their references
 
 VIDEO_MISSING = "video missing"
 NO_VIDEOS = "the checkpoint takes no videos"
@@ -50,7 +51,8 @@ def _named(one: Any, what: str) -> Video:
         if not isinstance(frame, str) or not frame.strip():
             got = "an empty string" if isinstance(frame, str) else kind_of(frame)
             raise DataError(f"{what} must be a path, a list of paths of frames, or a list of these, got {got}", _KIND)
-        require_path(frame, "a video" if frame is one else "a frame")
+        if not isinstance(frame, Reference):
+            require_path(frame, "a video" if frame is one else "a frame")
     if not frames:
         raise DataError(f"{what} has an empty list of frames", _KIND)
     paths = [text_of(frame, what) for frame in frames]
@@ -85,7 +87,12 @@ def open_video(video: Video, source: str, sampler: Sampler | None, size: ClipSiz
 def _look(video: Video, source: str, sampler: Sampler | None, look: Any) -> Any:
     if sampler is None:
         raise DataError(f"{source}: it shows a video, and this checkpoint takes none: leave such records out", NO_VIDEOS)
+    name = video if isinstance(video, str) else video[0]
     try:
-        return look(video if isinstance(video, str) else list(video), sampler)
+        return look(file_of(video) if isinstance(video, str) else [file_of(frame) for frame in video], sampler)
+    except DataError as error:
+        raise DataError(f"{source}: video {shown(name)}: {error}", error.kind) from error
+    except FileNotFoundError as error:
+        raise DataError(f"{source}: video {shown(name)} does not exist", VIDEO_MISSING) from error
     except VideoError as error:
         raise DataError(f"{source}: {error}", UNREADABLE) from error

@@ -1,8 +1,8 @@
 """What a video is: the frames of it that are shown, RGB, as a player shows them. And their size and number, from the file's head.
 
-A video is a file, which PyAV decodes, or frames that stand on their own: a folder, or a list of paths, images or arrays. Of a
-file the frames are sampled that a video processor of transformers names; frames on their own have been sampled already, at the
-rate at which it would sample, and all of them are shown unless it takes fewer.
+A video is a file, which PyAV decodes, or frames that stand on their own: a folder, or a list of paths, images or arrays. A file is
+a path, or what is open for reading bytes. Of a file the frames are sampled that a video processor of transformers names; frames on
+their own have been sampled already, at the rate at which it would sample, and all of them are shown unless it takes fewer.
 
 Shapes: T frames, H height and W width in pixels.
 """
@@ -137,6 +137,8 @@ def frames_of(video: Any) -> Sequence[Any] | None:
     Raises:
         VideoError: for what is no video.
     """
+    if _is_open(video):
+        return None
     if isinstance(video, str | PathLike):
         path = fspath(video)
         if "://" in path or path.startswith("data:"):
@@ -179,7 +181,7 @@ def _by_numbers(name: str) -> list[tuple[int, str]]:
 
 
 def _frame_size(frame: Any) -> tuple[int, int]:
-    if not isinstance(frame, str | PathLike):
+    if not _is_file(frame):
         return size_of(images_as_seen(frame))
     with _reading(f"the frame {_short(frame)}"), Image.open(frame) as image:
         return size_as_seen(image)
@@ -187,7 +189,7 @@ def _frame_size(frame: Any) -> tuple[int, int]:
 
 def _frame(frame: Any) -> torch.Tensor:
     """One frame as uint8 [H, W, 3]."""
-    if isinstance(frame, str | PathLike):
+    if _is_file(frame):
         with _reading(f"the frame {_short(frame)}"), Image.open(frame) as image:
             return _values(as_seen(image))
     if isinstance(frame, Image.Image):
@@ -213,13 +215,24 @@ def _reading(what: str) -> Iterator[None]:
         raise error if isinstance(error, VideoError) else VideoError(f"{what} cannot be read ({error})") from error
 
 
+def _is_file(one: Any) -> bool:
+    return isinstance(one, str | PathLike) or _is_open(one)
+
+
+def _is_open(one: Any) -> bool:
+    """Whether it is a file that is open for reading."""
+    return hasattr(one, "read") and hasattr(one, "seek")
+
+
 @contextmanager
-def _stream(path: str | PathLike[str]) -> Iterator[tuple[Any, Any]]:
+def _stream(path: Any) -> Iterator[tuple[Any, Any]]:
     """A file's container and its first video stream."""
     if not is_av_available():
         raise VideoError(f"the video {_short(path)} needs PyAV to be decoded: pip install av; or give a folder of its frames")
     av = importlib.import_module("av")  # an extra; named so that loading a checkpoint does not ask for it
-    with _reading(f"the video {_short(path)}"), av.open(fspath(path)) as container:
+    if _is_open(path):
+        path.seek(0)
+    with _reading(f"the video {_short(path)}"), av.open(path if _is_open(path) else fspath(path)) as container:
         if not container.streams.video:
             raise VideoError(f"{_short(path)} has no pictures in it: expected a video")
         stream = container.streams.video[0]
@@ -278,6 +291,8 @@ def _turned(frame: Any) -> torch.Tensor:
 
 
 def _short(path: Any) -> str:
+    if _is_open(path):
+        path = getattr(path, "name", "an open file")
     if not isinstance(path, str | PathLike):
         return "a list of frames"
     text = fspath(path)
