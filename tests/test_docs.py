@@ -39,9 +39,9 @@ def defined_in(file: Path) -> set[str]:
 
 
 def explained_in(file: Path) -> str:
-    """What a file tells its reader: of Python its comments and docstrings, of anything else all."""
+    """What a file tells its reader: of Python its comments and docstrings, of anything else, and of what cites nothing, all."""
     text = file.read_text(encoding="utf-8")
-    if file.suffix != ".py":
+    if file.suffix != ".py" or not OUTSIDE.search(text):
         return text
     comments = [token.string for token in tokenize.generate_tokens(StringIO(text).readline) if token.type == tokenize.COMMENT]
     documented = (ast.Module, ast.FunctionDef, ast.ClassDef)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from executed_masks import executed
-from helpers import CONTEXTS, GRIDS, batch, objective, sample
+from helpers import CONTEXTS, GRIDS, alternating, batch, objective, pairwise, sample
 from shared_fixtures import Loaded
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
@@ -112,19 +112,21 @@ def long_rows(context: str, block_size: int) -> Layout:
     return pack(layout, torch.tensor([0, 0, 1])).layout
 
 
-@pytest.mark.parametrize("window", [None, 150])
-@pytest.mark.parametrize("rows_taken", [[0], [0, 1]])
-@pytest.mark.parametrize(("context", "block_size"), [("block", 4), ("block", 8), ("block", 40), ("block", 100), ("causal", 8)])
-def test_clean_streams_go_through_the_causal_kernel(context: str, block_size: int, rows_taken: list[int], window: int | None):
+@pytest.mark.parametrize(
+    ("blocks", "rows_taken", "window"),
+    pairwise([("block", 4), ("block", 8), ("block", 40), ("block", 100), ("causal", 8)], [(0,), (0, 1)], [None, 150]),
+)
+def test_clean_streams_go_through_the_causal_kernel(blocks: tuple[str, int], rows_taken: tuple[int, ...], window: int | None):
     """Packed, cut by turns, beside other rows, in blocks that the band holds and in too wide ones, and under a window: values and
     gradients of dense SDPA; and the causal kernel is used where it can be."""
+    context, block_size = blocks
     whole = long_rows(context, block_size)
-    layout = whole.with_rows({name: row[rows_taken] for name, row in whole.rows.items()})
+    layout = whole.with_rows({name: row[list(rows_taken)] for name, row in whole.rows.items()})
     mask = block_mask(layout, 64, window)
     plan = cpu.plan_of(mask)
     causal = [part for group in plan for part in group.parts if isinstance(part, cpu.Slab) and part.causal]
     bands = [part for group in plan for part in group.parts if isinstance(part, cpu.Band)]
-    assert bool(causal) == (window is None and block_size <= 64 and rows_taken == [0])
+    assert bool(causal) == (window is None and block_size <= 64 and rows_taken == (0,))
     assert bool(bands) == (bool(causal) and context == "block")
     covered = sorted(index for group in plan for index in range(group.queries.start, group.queries.stop))
     assert covered == list(range(layout.position.shape[1]))
@@ -156,8 +158,10 @@ def test_flex_attention_understands_the_mask(compiled: bool):
     torch.testing.assert_close(ours, dense, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize("model_type", [model_type for model_type in TRUNKS if model_type != "gemma2"])
+@pytest.mark.parametrize(
+    ("model_type", "context"),
+    alternating(("llama", "mistral", "gpt2", "llama"), CONTEXTS, [model_type for model_type in TRUNKS if model_type != "gemma2"]),
+)
 def test_the_loss_does_not_depend_on_the_implementation(model_type: str, context: str, loaded: Callable[[str], Loaded]):
     """Loss and gradients of a packed batch with images, complementary masks and an AR term, dense and in cpu."""
     model, _ = loaded(model_type)

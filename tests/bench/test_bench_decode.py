@@ -247,7 +247,7 @@ def checkpoint(prepared: Callable[[str], Path], tmp_path_factory: pytest.TempPat
     return block_checkpoint(prepared("qwen2"), tmp_path_factory.mktemp("bench") / "qwen2", grid="response")
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("context", ["causal", pytest.param("block", marks=pytest.mark.slow)])
 def test_a_quick_run_prints_one_json_object_and_nothing_else(context: str):
     done = succeed("bench", "decode", "--quick", "--json", "--device", "cpu", "--repeats", 2, "--context", context)
     report = json.loads(done.out)

@@ -3,9 +3,9 @@
 import dataclasses
 import inspect
 import json
+import resource
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -135,6 +135,12 @@ def test_help_has_an_example(verb: str, run_cli):
     assert f"Example:  diffvl {verb}" in out if verb else all(verb.split()[0] in out for verb in VERBS)
 
 
+def children_seconds() -> float:
+    """CPU time of the processes that have ended: what other work on the machine does not change much."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_and_version_load_neither_torch_nor_transformers_and_answer_at_once():
     program = (
         "import sys\n"
@@ -146,9 +152,9 @@ def test_help_and_version_load_neither_torch_nor_transformers_and_answer_at_once
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'PIL'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    start = time.perf_counter()
+    start = children_seconds()
     done = subprocess.run([sys.executable, "-c", program, *VERBS], capture_output=True, text=True, check=False, env=ENVIRONMENT)
-    seconds = time.perf_counter() - start
+    seconds = children_seconds() - start
     assert done.returncode == 0, done.stderr
     assert f"diffvl {config.VERSION}\n" in done.stdout
     assert seconds < 1 * (2 + len(VERBS)), "less than a second each"

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_runs
 import torch
 import yaml
-from tiny_runs import Workshop, copy, cut, refused, the_message, tree
+from forks import Forks
+from processes import on_processes
+from tiny_runs import Run, Workshop, copy, cut, refused, succeed, the_message, tree
 from transformers import AutoConfig, AutoModelForCausalLM, ResNetConfig, ResNetModel, SwinConfig, SwinModel
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 
@@ -38,9 +39,11 @@ def test_a_hub_checkpoint_that_cannot_be_fetched(name: str, convert: Workshop):
     convert.refuses(model=name, says=says)
 
 
-def test_no_hub_in_a_process_of_its_own(tmp_path: Path):
-    """The environment variable as a user sets it; no line but the message, and nothing is left where the command ran."""
-    ended = tiny_runs.process("convert", "smollm2-135m", "--out", tmp_path / "out", HF_HUB_OFFLINE="1")
+def test_no_hub_in_a_process_of_its_own(forks: Forks, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory):
+    """The environment variable as a user sets it, which the tests' own environment has; no line but the message, and nothing is
+    left where the command ran."""
+    told = tmp_path_factory.mktemp("told")
+    (ended,) = on_processes(forks, told, "diffvl", ["convert", "smollm2-135m", "--out", tmp_path / "out"], 1)
     assert (ended.code, ended.out) == (2, "")
     assert ended.err == f"error: {the_message(ended.err)}"
     assert the_message(ended.err).startswith("HuggingFaceTB/SmolLM2-135M-Instruct: no such directory here, and it could not be")
@@ -97,7 +100,7 @@ def test_a_vision_language_model_needs_no_align_stage(source: Callable[[str], Pa
     refused("convert", source("llava"), "--out", tmp_path / "out", "--stage", "align", says=says)
 
 
-def test_a_diffvl_directory_as_model(run: tiny_runs.Run, convert: Workshop):
+def test_a_diffvl_directory_as_model(run: Run, convert: Workshop):
     says = [f"{run.align} is a DiffVL directory already; to go on from it: diffvl convert --from {run.align} --stage diffuse"]
     convert.refuses(model=run.align, says=says)
 
@@ -310,20 +313,20 @@ def test_attention_that_the_architecture_cannot_take(convert: Workshop, tmp_path
     says = ["diffuse: attention: gpt_neo cannot take tiled: its attention is not pluggable"]
     convert.refuses("--set", "stages.diffuse.attention=tiled", model=tmp_path / "neo", says=says)
     words = ("convert", tmp_path / "neo", "--recipe", convert.recipe, "--out", convert.out, "--dry-run")
-    tiny_runs.succeed(*words)
-    tiny_runs.succeed(*words, "--set", "stages.diffuse.attention=eager")
+    succeed(*words)
+    succeed(*words, "--set", "stages.diffuse.attention=eager")
 
 
 # --- the words of the command ----------------------------------------------------------------------------------------------
 
 
-def test_words_that_exclude_each_other(run: tiny_runs.Run, convert: Workshop):
+def test_words_that_exclude_each_other(run: Run, convert: Workshop):
     convert.refuses("--from", run.align, says=["MODEL and --from exclude each other"])
     convert.refuses("--stage", "align", "--lora", says=["--lora has no effect: the diffuse stage is not run"])
 
 
 @pytest.mark.parametrize("setting", ["prepare.image_size=64", "prepare={image_size: 64}"])
-def test_prepare_settings_for_what_is_prepared(setting: str, run: tiny_runs.Run, convert: Workshop, tmp_path: Path):
+def test_prepare_settings_for_what_is_prepared(setting: str, run: Run, convert: Workshop, tmp_path: Path):
     """Also when the aligned run is found by MODEL and --out."""
     says = [f"--set prepare.* has no effect: {run.align} is prepared already"]
     refused("convert", "--from", run.align, "--out", tmp_path / "out", "--set", setting, says=says)
@@ -342,14 +345,14 @@ def test_diffuse_with_nothing_to_start_from(convert: Workshop, tmp_path: Path):
     refused("convert", says=["name a MODEL (see `diffvl models`), or a DiffVL directory with --from"])
 
 
-def test_a_run_of_another_model_is_not_gone_on_from(run: tiny_runs.Run, source: Callable[[str], Path]):
+def test_a_run_of_another_model_is_not_gone_on_from(run: Run, source: Callable[[str], Path]):
     before = tree(run.root)
     says = [f"{run.align} was made from {source('llama')}, not from {source('qwen2')}: choose another --out"]
     refused("convert", source("qwen2"), "--stage", "diffuse", "--out", run.root, says=says)
     assert tree(run.root) == before
 
 
-def test_a_start_that_is_none(convert: Workshop, run: tiny_runs.Run, tmp_path: Path):
+def test_a_start_that_is_none(convert: Workshop, run: Run, tmp_path: Path):
     (tmp_path / "empty").mkdir()
     for start, says in (
         (tmp_path / "nowhere", "nowhere: no such directory"),
@@ -365,7 +368,7 @@ def test_a_start_that_is_none(convert: Workshop, run: tiny_runs.Run, tmp_path: P
 # --- the output directory ---------------------------------------------------------------------------------------------------
 
 
-def test_an_output_directory_that_is_taken(run: tiny_runs.Run, convert: Workshop, tmp_path: Path):
+def test_an_output_directory_that_is_taken(run: Run, convert: Workshop, tmp_path: Path):
     before = tree(run.root)
     words = ("convert", convert.trunk, "--recipe", run.recipe, "--out")
     refused(

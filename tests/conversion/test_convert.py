@@ -334,7 +334,13 @@ def test_a_sample_may_fill_the_context(source: Callable[[str], Path], tower: Pat
 # --- recipes ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", recipe_names())
+# Both stages, one bidirectional, adapters, a vision-language model. The tests of what is refused read every recipe.
+RECIPES = ("llava", "dllm", "lora", "vlm")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in RECIPES else pytest.mark.slow) for name in recipe_names()]
+)
 def test_every_recipe_trains(name: str, run: tiny_runs.Run, source: Callable[[str], Path], tower: Path, tmp_path: Path):
     """Two steps of every stage, with the recipe's own objective, parts, optimiser, precision and checkpointing."""
     stages = read_yaml(find_recipe(name))["stages"]

@@ -46,7 +46,7 @@ def runs(
     return make
 
 
-ROUTES = ["llada", "Dream", "sdar", pytest.param("sdar_moe", marks=pytest.mark.slow)]
+ROUTES = ["Dream", "sdar", *(pytest.param(one, marks=pytest.mark.slow) for one in ("llada", "sdar_moe"))]
 
 
 @pytest.mark.parametrize("model_type", ROUTES)
@@ -70,7 +70,7 @@ def test_prepare_align_diffuse_generate(model_type: str, runs: Callable[[str], R
 
 
 def test_align_trains_the_connector_alone(runs: Callable[[str], Run]):
-    run = runs("llada")
+    run = runs("Dream")
     before, after = weights_of(run.root / "prepared"), weights_of(run.align)
     moved = {name.partition(".")[0] for name, tensor in after.items() if not tensor.equal(before[name])}
     assert moved == {"connector"}
@@ -138,7 +138,7 @@ def test_the_next_token_loss_is_refused(
 
 
 def test_it_is_refused_later_too(runs: Callable[[str], Run], shapes: dict[str, Path], tmp_path: Path):
-    words = ("convert", "--from", runs("llada").align, "--stage", "diffuse", "--recipe", "ar-control", "--data", shapes["train"])
+    words = ("convert", "--from", runs("Dream").align, "--stage", "diffuse", "--recipe", "ar-control", "--data", shapes["train"])
     refused(*words, "--out", tmp_path / "out", says=[NO_MEANING])
 
 

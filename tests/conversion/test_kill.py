@@ -147,7 +147,7 @@ NOT_FINITE: dict[str, tuple[int, Callable[[torch.Tensor], torch.Tensor], str]] =
 }
 
 
-@pytest.mark.parametrize("fault", NOT_FINITE)
+@pytest.mark.parametrize("fault", ["nan loss", pytest.param("infinite loss", marks=pytest.mark.slow), "nan gradient"])
 def test_what_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(
     fault: str, runs: Runs, monkeypatch: pytest.MonkeyPatch
 ):
@@ -313,6 +313,7 @@ def courses(killer: Killer, prepared: Callable[[str], Path], tower: Path, tmp_pa
     return make
 
 
+@pytest.mark.slow
 def test_kills_at_three_random_moments(courses: Callable[..., Courses]):
     killed = courses(steps=7).through_random(seed=12, kills=3)
     assert any(story.saving for story in killed)

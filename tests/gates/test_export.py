@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import trunks
 from PIL import Image
 from safetensors.torch import load_file
 from shared_fixtures import TILED
@@ -26,6 +25,10 @@ from diffvl.hub.processing_diffvl import pixels_in
 from diffvl.store.checkpoint import HUB_FILES, load_checkpoint, write_checkpoint
 
 BLOCK = 4
+EXPORTED = [
+    *(pytest.param(one, marks=() if one in ("llama", "gemma2") else pytest.mark.slow) for one in TRUNKS),
+    TILED,
+]
 CLIENT = Path(__file__).parents[1] / "support" / "foreign_client.py"
 CHAT = [
     {
@@ -68,7 +71,7 @@ def visited(
     return dict(zip(exported, zip(facts, logits, strict=True), strict=True))
 
 
-@pytest.mark.parametrize("model_type", [*trunks(), TILED])
+@pytest.mark.parametrize("model_type", EXPORTED)
 def test_loads_and_answers_without_diffvl(
     model_type: str, visited: dict[str, tuple[dict[str, Any], torch.Tensor]], exported: dict[str, Path]
 ):
@@ -83,7 +86,7 @@ def test_loads_and_answers_without_diffvl(
     assert facts["text"] and facts["mask_token"] and facts["mask_token"] not in facts["text"]
 
 
-@pytest.mark.parametrize("model_type", [*trunks(), TILED])
+@pytest.mark.parametrize("model_type", EXPORTED)
 def test_the_calling_sequence_answers_as_generate_does(model_type: str, visited: dict[str, tuple[dict[str, Any], torch.Tensor]]):
     """SDAR-VL's three strategies with an image and without, at the ends of prompts and blocks, token for token."""
     facts, _ = visited[model_type]
@@ -94,7 +97,7 @@ def test_the_calling_sequence_answers_as_generate_does(model_type: str, visited:
     assert len({tuple(found["ours"]) for found in facts["answers"]}) > 4, "answers that do not differ prove little"
 
 
-@pytest.mark.parametrize("model_type", [*trunks(), TILED])
+@pytest.mark.parametrize("model_type", EXPORTED)
 def test_what_that_caller_may_leave_out_and_load(model_type: str, visited: dict[str, tuple[dict[str, Any], torch.Tensor]]):
     facts, _ = visited[model_type]
     assert facts["refusals"] == [
@@ -109,7 +112,7 @@ def test_what_that_caller_may_leave_out_and_load(model_type: str, visited: dict[
         assert dtype == f"torch.{name}" and distance <= most and len(tokens) % BLOCK == 0, (name, facts["half"][name])
 
 
-@pytest.mark.parametrize("model_type", [*trunks(), TILED])
+@pytest.mark.parametrize("model_type", EXPORTED)
 @torch.no_grad()
 def test_the_calling_sequence_gives_our_decoders_logits(
     model_type: str, visited: dict[str, tuple[dict[str, Any], torch.Tensor]], exported: dict[str, Path]

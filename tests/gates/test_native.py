@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import QUIET, metrics, random_image, stage_recipe, weights_of
+from helpers import CONTEXTS, GRIDS, QUIET, alternating, crossed, metrics, random_image, stage_recipe, weights_of
 from leaks import require_no_leak
 from PIL import Image
 from shared_fixtures import Loaded
@@ -68,7 +68,7 @@ def natives(*different: str) -> list[Any]:
     return [pytest.param(one, marks=() if one in chosen else pytest.mark.slow) for one in NATIVE]
 
 
-@pytest.mark.parametrize("model_type", NATIVE)
+@pytest.mark.parametrize("model_type", natives())
 @torch.no_grad()
 def test_parity(model_type: str, source: Callable[[str], Path], loaded: Callable[[str], Loaded]):
     """With no image, one and several, under explicit masks and without: the logits of the source, to the bit."""
@@ -104,10 +104,9 @@ def test_a_rule_that_fails_beyond_the_window_is_no_rule(loaded: Callable[[str], 
         native.find_image_attention(model, prompts, known)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["alone", "packed"])
-@pytest.mark.parametrize("grid", ["response", "absolute"])
-@pytest.mark.parametrize("context", ["block", "causal"])
-@pytest.mark.parametrize("model_type", natives())
+@pytest.mark.parametrize(
+    ("model_type", "context", "grid", "packed"), crossed(CONTEXTS, GRIDS, [False, True], types=NATIVE, default=DIFFERENT)
+)
 def test_training_logits_are_decoding_logits(
     model_type: str, context: str, grid: str, packed: bool, loaded: Callable[[str], Loaded]
 ):
@@ -155,7 +154,7 @@ def test_a_conversation_goes_on_from_its_prefix(model_type: str, loaded: Callabl
     assert torch.equal(fresh.sequences, continued.sequences) and continued.reused > 20
 
 
-@pytest.mark.parametrize("model_type", natives("llava", "gemma3", "qwen2_5_vl"))
+@pytest.mark.parametrize("model_type", natives("gemma3", "qwen3_vl"))
 @torch.no_grad()
 def test_a_callers_own_block_mask_is_enough(model_type: str, loaded: Callable[[str], Loaded]):
     """SDAR-VL's calling sequence, which knows neither spans nor several rotary axes: whole blocks of the prompt, then the first
@@ -179,8 +178,7 @@ def test_a_callers_own_block_mask_is_enough(model_type: str, loaded: Callable[[s
     torch.testing.assert_close(theirs, decoder.block_logits()[0, length - begin :], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("context", ["block", "causal"])
-@pytest.mark.parametrize("model_type", natives())
+@pytest.mark.parametrize(("model_type", "context"), alternating(DIFFERENT, CONTEXTS, NATIVE))
 def test_no_leak_and_the_bug_is_caught(
     model_type: str, context: str, loaded: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch
 ):
@@ -234,19 +232,13 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "data.json"
 
 
-@pytest.mark.parametrize(("context", "lora", "row_length"), [("block", False, None), ("causal", True, 1024)])
-@pytest.mark.parametrize("model_type", natives(*(one for one in NATIVE if one != "idefics2")))
+@pytest.mark.parametrize(("model_type", "way"), alternating(DIFFERENT, [("block", False, None), ("causal", True, 1024)], NATIVE))
 def test_diffuse_and_generate(
-    model_type: str,
-    context: str,
-    lora: bool,
-    row_length: int | None,
-    prepared: Callable[[str], Path],
-    records: Path,
-    tmp_path: Path,
+    model_type: str, way: tuple[str, bool, int | None], prepared: Callable[[str], Path], records: Path, tmp_path: Path
 ):
     """Full and with adapters, one sample a row and packed: the vision part stays as it was to the bit, the text part and the mask
     row move, and the checkpoint answers."""
+    context, lora, row_length = way
     settings: dict[str, Any] = {"trainable": {"trunk": 1e-3, "mask_row": 1e-3}, "steps": 2}
     settings["objective"] = {**BETA, "context": context, "grid": "response"}
     if lora:
@@ -274,7 +266,7 @@ def test_diffuse_and_generate(
     assert 1 <= answer.shape[1] - inputs["input_ids"].shape[1] <= 5
 
 
-@pytest.mark.parametrize("model_type", natives("qwen2_5_vl", "gemma3", "llava_next"))
+@pytest.mark.parametrize("model_type", natives("qwen3_vl", "gemma3"))
 def test_a_bf16_source(model_type: str, source: Callable[[str], Path], records: Path, tmp_path: Path):
     """Sources are published in bf16: one is prepared with the logits that it has, trained as such, and what answers in memory
     after a stage is what was written."""

@@ -15,7 +15,7 @@ from diffvl.demo.standin_vlms import VLMS
 from diffvl.hub.images_diffvl import token_types
 from diffvl.hub.processing_diffvl import pixels_in
 
-DIFFERENT = ("qwen3_vl", "llava_next", "gemma3", "idefics3", "paligemma")
+DIFFERENT = ("qwen3_vl", "gemma3", "paligemma")
 NATIVE = [pytest.param(one, marks=() if one in DIFFERENT else pytest.mark.slow) for one in VLMS if one in PROCESSORS]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CONTEXTS, GRIDS, ORDINARY, TARGETS, batch, objective, sample, tiled_sample
+from helpers import CONTEXTS, GRIDS, ORDINARY, TARGETS, batch, crossed, objective, pairwise, sample, tiled_sample
 from shared_fixtures import TILED, Loaded
 from transformers import AutoModelForCausalLM
 
@@ -59,8 +59,7 @@ def test_ar_parity(model_type: str, source: Callable[[str], Path], loaded: Calla
         )
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("model_type", TRUNKS)
+@pytest.mark.parametrize(("model_type", "side"), crossed(["left", "right"]))
 @torch.no_grad()
 def test_ar_parity_with_padding(model_type: str, side: str, source: Callable[[str], Path], loaded: Callable[[str], Loaded]):
     model, _ = loaded(model_type)
@@ -151,18 +150,14 @@ def leak(two: Streams) -> float:
     return float(moved[own].max())
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize("model_type", TRUNKS)
+@pytest.mark.parametrize(("model_type", "context", "grid"), pairwise(TRUNKS, CONTEXTS, GRIDS))
 def test_no_leak_and_the_bug_is_caught(model_type: str, context: str, grid: str, loaded: Callable[[str], Loaded]):
     model, _ = loaded(model_type)
     assert leak(streams(model, context, grid)) == 0.0
     assert leak(streams(model, context, grid, LeakyLayout)) > 0.1
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize("model_type", TRUNKS)
+@pytest.mark.parametrize(("model_type", "context", "grid"), crossed(CONTEXTS, GRIDS))
 def test_who_sees_whom(model_type: str, context: str, grid: str, loaded: Callable[[str], Loaded]):
     """A noisy block sees earlier clean blocks and itself both ways, no other noisy block; clean tokens see no noisy one."""
     two = streams(loaded(model_type)[0], context, grid)
@@ -186,8 +181,7 @@ def test_who_sees_whom(model_type: str, context: str, grid: str, loaded: Callabl
             assert (moved[:2, two.rows_of(other, noisy=True)] == 0.0).all(), "a noisy block sees another noisy block"
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize("model_type", TRUNKS)
+@pytest.mark.parametrize(("model_type", "context"), crossed(CONTEXTS))
 def test_clean_tokens_see_their_context(model_type: str, context: str, loaded: Callable[[str], Loaded]):
     """`causal`: nothing later. `block`: the rest of the own block, and nothing behind it."""
     two = streams(loaded(model_type)[0], context, "absolute")
@@ -199,8 +193,7 @@ def test_clean_tokens_see_their_context(model_type: str, context: str, loaded: C
     assert (moved[1, :8] == 0.0).all()
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize("model_type", TRUNKS)
+@pytest.mark.parametrize(("model_type", "context"), crossed(CONTEXTS))
 def test_packed_documents_are_isolated(model_type: str, context: str, loaded: Callable[[str], Loaded]):
     """Two samples in one row give the logits that each gives alone, and neither moves with the other."""
     one = streams(loaded(model_type)[0], context, "absolute")
@@ -344,10 +337,7 @@ def drawn_for(row: int, stream: NoisyStream, corruption: Corruption) -> dict[tup
     return dict(zip(keys, values, strict=True))
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize("model_type", TRUNKS)
+@pytest.mark.parametrize(("model_type", "context", "grid", "target"), pairwise(TRUNKS, CONTEXTS, GRIDS, TARGETS))
 def test_layout_equivalence(model_type: str, context: str, grid: str, target: str, loaded: Callable[[str], Loaded]):
     """Loss and gradients of the short layout (L + R) are those of the full two-stream form (2L), summed over the samples; of two
     complementary copies, they are the mean of two such forms."""
@@ -365,9 +355,7 @@ def test_layout_equivalence_with_tiles(context: str, grid: str, target: str, loa
     require_equal_forms(model, [tiled, tiled_sample(model.config, (40, 7), [(33, 32), (9, 90)], index=9)], context, grid, target)
 
 
-@pytest.mark.parametrize("untrained", [1, 2])
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize(("context", "grid", "untrained"), pairwise(CONTEXTS, GRIDS, [1, 2]))
 def test_layout_equivalence_where_an_answer_is_not_trained_on(
     context: str, grid: str, untrained: int, loaded: Callable[[str], Loaded]
 ):

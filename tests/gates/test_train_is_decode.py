@@ -10,24 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CONTEXTS, TARGETS, trunks
+from helpers import CONTEXTS, GRIDS, TARGETS, crossed, pairwise, trunks
 from shared_fixtures import Loaded
-from train_and_decode import CHAT, OTHER, SETTINGS, compare
+from train_and_decode import CHAT, OTHER, compare
 
 from diffvl.hub.decoder_diffvl import BlockDecoder
 from diffvl.hub.processing_diffvl import pixels_in
 
 
-@pytest.mark.parametrize(("context", "grid", "target"), SETTINGS)
-@pytest.mark.parametrize("model_type", trunks())
+@pytest.mark.parametrize(("model_type", "context", "grid", "target"), crossed(CONTEXTS, GRIDS, TARGETS))
 def test_training_logits_are_decoding_logits(
     model_type: str, context: str, grid: str, target: str, loaded: Callable[[str], Loaded]
 ):
     compare(loaded(model_type), 4, context, grid, target)
 
 
-@pytest.mark.parametrize("trained", [(1,), (2,)])
-@pytest.mark.parametrize(("context", "grid", "target"), SETTINGS)
+@pytest.mark.parametrize(("context", "grid", "target", "trained"), pairwise(CONTEXTS, GRIDS, TARGETS, [(1,), (2,)]))
 def test_and_where_one_answer_is_not_trained_on(
     context: str, grid: str, target: str, trained: tuple[int, ...], loaded: Callable[[str], Loaded]
 ):
@@ -35,10 +33,7 @@ def test_and_where_one_answer_is_not_trained_on(
     compare(loaded("llama"), 4, context, grid, target, trained)
 
 
-@pytest.mark.parametrize("block_size", [24, 48])
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize("model_type", trunks())
+@pytest.mark.parametrize(("model_type", "context", "target", "block_size"), crossed(CONTEXTS, TARGETS, [24, 48]))
 def test_and_with_an_image_inside_the_first_block(
     model_type: str, context: str, target: str, block_size: int, loaded: Callable[[str], Loaded]
 ):
@@ -72,8 +67,7 @@ def run_blocks(loaded: Loaded, prompts: list[list[dict[str, Any]]], fill: torch.
     return logits
 
 
-@pytest.mark.parametrize(("context", "grid", "target"), [SETTINGS[0], SETTINGS[3], SETTINGS[5], SETTINGS[6]])
-@pytest.mark.parametrize("model_type", trunks())
+@pytest.mark.parametrize(("model_type", "context", "grid", "target"), crossed(CONTEXTS, GRIDS, TARGETS))
 @torch.no_grad()
 def test_a_batch_is_each_prompt_alone(model_type: str, context: str, grid: str, target: str, loaded: Callable[[str], Loaded]):
     model, processor = loaded(model_type)

@@ -1,13 +1,12 @@
 """Decoding of real tiny models: what a mode, a neighbour or a stop may and may not change."""
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from decode_chats import CHATS, answers, generated
-from helpers import CONTEXTS, GRIDS, TARGETS, pairwise, random_image, trunks
+from helpers import CONTEXTS, GRIDS, TARGETS, alternating, crossed, pairwise, random_image
 from shared_fixtures import Loaded
 from transformers import TextIteratorStreamer
 
@@ -27,8 +26,7 @@ REMASKING: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("rule", REMASKING, ids=lambda rule: rule.get("remasking", "static"))
-@pytest.mark.parametrize("model_type", trunks())
+@pytest.mark.parametrize(("model_type", "rule"), alternating(("llama", "gemma2", "gpt2", "llama"), REMASKING))
 def test_neighbours_change_nothing(model_type: str, rule: dict[str, Any], loaded: Callable[[str], Loaded]):
     """Every prompt alone and in a batch with images and earlier turns, ended by stops at different times."""
     model, _ = loaded(model_type)
@@ -104,8 +102,7 @@ def test_finished_samples_leave_the_batch(loaded: Callable[[str], Loaded]):
 # --- the fused commit -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("context", "grid", "target"), list(itertools.product(CONTEXTS, GRIDS, TARGETS)))
-@pytest.mark.parametrize("model_type", trunks())
+@pytest.mark.parametrize(("model_type", "context", "grid", "target"), crossed(CONTEXTS, GRIDS, TARGETS))
 def test_a_fused_commit_decodes_what_a_commit_of_its_own_does(
     model_type: str, context: str, grid: str, target: str, loaded: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch
 ):
@@ -132,8 +129,7 @@ def test_a_fused_commit_decodes_what_a_commit_of_its_own_does(
 # --- the prefix of a conversation -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("context", "grid", "target"), pairwise(CONTEXTS, GRIDS, TARGETS))
-@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+@pytest.mark.parametrize(("model_type", "context", "grid", "target"), pairwise(["llama", "gemma2"], CONTEXTS, GRIDS, TARGETS))
 def test_a_conversation_goes_on_from_its_prefix(
     model_type: str, context: str, grid: str, target: str, loaded: Callable[[str], Loaded]
 ):
@@ -154,7 +150,7 @@ def test_a_conversation_goes_on_from_its_prefix(
     assert reused[0] == 0 and 0 < reused[1] < reused[2]
 
 
-@pytest.mark.parametrize(("context", "grid", "target"), list(itertools.product(CONTEXTS, GRIDS, TARGETS)))
+@pytest.mark.parametrize(("context", "grid", "target"), pairwise(CONTEXTS, GRIDS, TARGETS))
 def test_the_same_prompt_again(context: str, grid: str, target: str, loaded: Callable[[str], Loaded]):
     """A retry: everything of the prompt may be in the cache already."""
     model, _ = loaded("llama")
@@ -189,8 +185,7 @@ def test_a_prefix_is_used_once(loaded: Callable[[str], Loaded]):
 # --- speculation and the AR baseline --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("grid", "target", "steps"), pairwise(GRIDS, TARGETS, [None, 2]))
-@pytest.mark.parametrize("model_type", trunks())
+@pytest.mark.parametrize(("model_type", "grid", "target", "steps"), crossed(GRIDS, TARGETS, [None, 2]))
 def test_speculation_gives_the_ar_answer(
     model_type: str, grid: str, target: str, steps: int | None, loaded: Callable[[str], Loaded]
 ):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from decode_chats import CHATS, generated
-from helpers import CONTEXTS, GRIDS, TARGETS, pairwise, trunks
+from helpers import CONTEXTS, GRIDS, TARGETS, crossed, pairwise
 from shared_fixtures import Loaded
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig
@@ -35,8 +35,7 @@ def same(found: BlockGenerationOutput, expected: BlockGenerationOutput) -> bool:
 # --- the static cache ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("context", "grid", "target"), pairwise(CONTEXTS, GRIDS, TARGETS))
-@pytest.mark.parametrize("model_type", trunks())
+@pytest.mark.parametrize(("model_type", "context", "grid", "target"), crossed(CONTEXTS, GRIDS, TARGETS))
 def test_a_static_cache_gives_the_same_answers(
     model_type: str, context: str, grid: str, target: str, loaded: Callable[[str], Loaded]
 ):
@@ -195,6 +194,7 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "size", "target"), [("ar", 4, "same"), ("blocks", 1, "shift")])
 def test_token_by_token_is_compiled_too(mode: str, size: int, target: str, loaded: Callable[[str], Loaded], fresh_compiler: None):
     """transformers' own `generate`, and blocks of one token, which is how an aligned checkpoint decodes."""
@@ -212,7 +212,7 @@ def test_token_by_token_is_compiled_too(mode: str, size: int, target: str, loade
 
 @pytest.mark.parametrize(("model_type", "context", "target"), [
     ("llama", "causal", "same"),
-    ("gemma2", "block", "shift"),
+    pytest.param("gemma2", "block", "shift", marks=pytest.mark.slow),
     pytest.param("llama", "block", "same", marks=pytest.mark.slow),
     pytest.param("qwen2", "causal", "shift", marks=pytest.mark.slow),
     pytest.param("qwen3", "causal", "same", marks=pytest.mark.slow),

@@ -5,7 +5,7 @@ Shapes: B batch, L clean length, S side of an image in pixels.
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +121,9 @@ def weights_of(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "model.safetensors")
 
 
-# A plain trunk and those that differ where it matters here: windows and soft caps (gemma2), experts (qwen3_moe), learnt positions
-# and dropout (gpt2). The others repeat these; their turn is `make test-slow`.
-_DIFFERENT = ("llama", "gemma2", "qwen3_moe", "gpt2")
+# A plain trunk and those that differ where it matters here: windows and soft caps (gemma2), learnt positions and dropout (gpt2).
+# The others repeat these, or cost more (experts): their turn is `make test-slow`, and in the gates of one forward.
+_DIFFERENT = ("llama", "gemma2", "gpt2")
 
 
 def trunks(*left_out: str) -> list[Any]:
@@ -138,6 +138,30 @@ def trunks(*left_out: str) -> list[Any]:
 def pairwise(*axes: Sequence[Any]) -> list[Any]:
     """All combinations as parameters of a test; by default as few as let every two values meet, the others among the slow
     tests."""
+    return _with_slow(itertools.product(*axes), _fewest(*axes))
+
+
+def crossed(*axes: Sequence[Any], types: Sequence[str] = standins.TRUNKS, default: Sequence[str] = _DIFFERENT) -> list[Any]:
+    """Model types with all combinations of the other axes, as `pairwise`; by default of a few types only."""
+    return _with_slow(itertools.product(types, *axes), _fewest(default, *axes))
+
+
+def alternating(default: Sequence[str], values: Sequence[Any], types: Sequence[str] = standins.TRUNKS) -> list[Any]:
+    """Model types with each of some values; by default the first type with the first value, the second with the second, and so
+    on, so that each type and each value is there; the others among the slow tests."""
+    pairs = {(default[n % len(default)], n % len(values)) for n in range(max(len(default), len(values)))}
+    return [
+        pytest.param(model_type, value, marks=() if (model_type, number) in pairs else pytest.mark.slow)
+        for model_type in types
+        for number, value in enumerate(values)
+    ]
+
+
+def _with_slow(every: Iterable[tuple[Any, ...]], chosen: set[tuple[Any, ...]]) -> list[Any]:
+    return [pytest.param(*one, marks=() if one in chosen else pytest.mark.slow) for one in every]
+
+
+def _fewest(*axes: Sequence[Any]) -> set[tuple[Any, ...]]:
     every = list(itertools.product(*axes))
     pairs = {one: set(itertools.combinations(enumerate(one), 2)) for one in every}
     missing, chosen = set().union(*pairs.values()), set()
@@ -145,4 +169,4 @@ def pairwise(*axes: Sequence[Any]) -> list[Any]:
         best = max(every, key=lambda one: len(pairs[one] & missing))
         chosen.add(best)
         missing -= pairs[best]
-    return [pytest.param(*one, marks=() if one in chosen else pytest.mark.slow) for one in every]
+    return chosen

@@ -15,6 +15,7 @@ def main() -> None:
     import torch  # noqa: PLC0415
     from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: PLC0415
 
+    torch.set_num_threads(1)  # tiny models: more threads only wait for each other
     image, video, *directories = sys.argv[1:]
     for directory in directories:
         model: Any = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True).eval()

@@ -3,9 +3,7 @@
 import contextlib
 import io
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -43,14 +41,6 @@ def command(*words: object) -> Ended:
     code = stop.value.code
     assert isinstance(code, int)
     return Ended(code, out.getvalue(), err.getvalue())
-
-
-def process(*words: object, **environment: str) -> Ended:
-    """Runs `diffvl WORDS` in a process of its own."""
-    program = [sys.executable, "-c", "from diffvl.cli.main import main; main()", *map(str, words)]
-    variables = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2]), "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(program, capture_output=True, text=True, check=False, env=variables)
-    return Ended(done.returncode, done.stdout, done.stderr)
 
 
 def succeed(*words: object) -> Ended:

@@ -249,8 +249,7 @@ def test_a_reader_that_goes_away_is_no_fault():
     assert [line for line in done.stdout.decode().splitlines() if line.isdigit()] == ["141", "141"]
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("words", ["models", "--version", "--help"])
+@pytest.mark.parametrize(("words", "unbuffered"), [("models", ""), ("--version", "1"), ("--help", "")])
 def test_a_full_disk_is_one_message(words: str, unbuffered: str):
     done = shell(f"diffvl {words} > /dev/full", PYTHONUNBUFFERED=unbuffered)
     says = (

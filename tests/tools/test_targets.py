@@ -128,7 +128,7 @@ def test_it_ends_with_1_if_a_target_is_not_met(tmp_path: Path, capsys: pytest.Ca
     assert "NOT met" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("decoder_runs", [True, False])
+@pytest.mark.parametrize("decoder_runs", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_reports_of_a_real_run_are_read(decoder_runs: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """At tiny sizes the figures mean nothing, but the number of forwards is what it must be."""
     words = ("decode", "--batch", "1", "--steps", "4") if decoder_runs else ("train", "--no-scaling")
