@@ -183,8 +183,8 @@ def captions(folder: Path) -> DataSource:
     return DataSource(path=str(folder / "captions.tar.gz"), columns={"image": "jpg;png", "answer": "txt"})
 
 
-NUMBERED = (files, zipped, data_urls, openai_parts, parquet, plain_bytes, lists, saved, saved_parts, hub_folder, shards)
-STREAMED = (tars, captions)
+NUMBERED = (files, zipped, tars, data_urls, openai_parts, parquet, plain_bytes, lists, saved, saved_parts, hub_folder, shards)
+STREAMED = (captions,)
 
 
 def check(record: Record | Problem, number: int, asked: str | None = None) -> None:

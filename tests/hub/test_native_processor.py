@@ -28,7 +28,11 @@ from diffvl.store.checkpoint import HUB, HUB_FILES, PROCESSOR_MAP
 SIZES = ((56, 56), (64, 64), (60, 100), (200, 60), (333, 500), (20, 31), (112, 112), (57, 113))
 
 
-@pytest.fixture(params=PROCESSORS)
+# Packed patches with M-RoPE, tiles with newlines, spans, nested pixels, and one that takes questions alone.
+DIFFERENT = ("qwen3_vl", "llava_next", "gemma3", "idefics3", "paligemma")
+
+
+@pytest.fixture(params=[pytest.param(one, marks=() if one in DIFFERENT else pytest.mark.slow) for one in PROCESSORS])
 def one(request: pytest.FixtureRequest) -> Native:
     return native(request.param)
 

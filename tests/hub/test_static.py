@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from decode_chats import CHATS, generated
-from helpers import CONTEXTS, GRIDS, TARGETS, crossed, pairwise
+from helpers import CONTEXTS, GRIDS, TARGETS, alternating, crossed, pairwise
 from shared_fixtures import Loaded
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig
@@ -85,8 +85,16 @@ def test_the_buffers_stay_with_the_model(loaded: Callable[[str], Loaded]):
         assert found.tolist() == wide.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8).tolist()
 
 
-@pytest.mark.parametrize(("model_type", "context", "length"), pairwise(["llama", "mistral", "gemma2"], CONTEXTS, [1, 3, 4, 5]))
-def test_short_prompts_on_fresh_buffers(model_type: str, context: str, length: int, loaded: Callable[[str], Loaded]):
+# Contexts and lengths of a prompt. The first four are the default ones.
+SHORT = [("block", 1), ("causal", 3), ("block", 4), ("causal", 5), ("causal", 1), ("block", 3), ("causal", 4), ("block", 5)]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "prompt"),
+    alternating(("llama", "mistral", "gemma2", "llama"), SHORT, ["llama", "mistral", "gemma2"]),
+)
+def test_short_prompts_on_fresh_buffers(model_type: str, prompt: tuple[str, int], loaded: Callable[[str], Loaded]):
+    context, length = prompt
     model: Any = loaded(model_type)[0]
     ids = torch.arange(20, 20 + length)[None]
     for grid, size, target in itertools.product(GRIDS, (1, 5), TARGETS):

@@ -147,9 +147,9 @@ def crossed(*axes: Sequence[Any], types: Sequence[str] = standins.TRUNKS, defaul
 
 
 def alternating(default: Sequence[str], values: Sequence[Any], types: Sequence[str] = standins.TRUNKS) -> list[Any]:
-    """Model types with each of some values; by default the first type with the first value, the second with the second, and so
-    on, so that each type and each value is there; the others among the slow tests."""
-    pairs = {(default[n % len(default)], n % len(values)) for n in range(max(len(default), len(values)))}
+    """Model types with each of some values; by default the first of `default` with the first value, the second with the second,
+    and so on; the others among the slow tests."""
+    pairs = {(model_type, number % len(values)) for number, model_type in enumerate(default)}
     return [
         pytest.param(model_type, value, marks=() if (model_type, number) in pairs else pytest.mark.slow)
         for model_type in types
