@@ -136,6 +136,7 @@ def main() -> None:
     first = time.perf_counter()
     loaders = [child.pid or 0 for child in multiprocessing.active_children()] or [os.getpid()]
     used = sum(map(cpu_of, loaders))
+    begun = memory_of(os.getpid()), [memory_of(process) for process in loaders]
     for _ in range(arguments.samples // batch_size):
         if problems := next(batches).get(PROBLEMS):
             raise SystemExit(str(problems[0]))
@@ -154,6 +155,8 @@ def main() -> None:
                 "samples_per_cpu_second": round(arguments.samples // batch_size * batch_size / used, 1),
                 "loader_processes": arguments.workers,
                 "before": before,
+                "main_at_first_batch": begun[0],
+                "loaders_at_first_batch": begun[1],
                 "main": memory_of(os.getpid()),
                 "loaders": [memory_of(process) for process in loaders],
                 "threads": torch.get_num_threads(),

@@ -1,6 +1,7 @@
 """Wrong tables, zips, tars and streams through the command's own entry point: one message with file and row, exit code 2, nothing
 lost."""
 
+import gzip
 import json
 import shutil
 import zipfile
@@ -77,9 +78,10 @@ def test_bad_zips(convert: Workshop, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"train": "{tars}"}, "a tar is read from front to back: set data.streaming=true"),
+        ({"train": "{packed}"}, "{packed}: a packed tar is read from front to back only: unpack it (gunzip), or, for data to"),
+        ({"eval": "{packed}"}, "{packed}: a packed tar is read from front to back only: unpack it (gunzip), or, for data to"),
         ({"train": "{tars}", "streaming": "true", "holdout": 2}, "holdout needs all records of the set"),
-        ({"train": "https://example.org/a.parquet"}, "is no file of this machine: set data.streaming=true"),
+        ({"train": "https://example.org/a.parquet"}, "is no file of this machine: fetch it and give its path, or, for data"),
         ({"train": "{tars}", "streaming": "true", "split": "train"}, "data.split has no effect on {tars}"),
         ({"train": "[{path: a.json, wait: 3}]"}, "stages.diffuse.data.train.0.wait: unknown key"),
         ({"train": "{folder}", "split": "test"}, "{folder}: no split 'test'; set data.split to one of: train"),
@@ -89,9 +91,15 @@ def test_bad_zips(convert: Workshop, tmp_path: Path) -> None:
 def test_settings_that_do_not_fit(settings: dict[str, Any], says: str, convert: Workshop, tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     parquet(tmp_path / "set" / "train.parquet")
-    names = {"tars": str(tmp_path / "*.tar"), "folder": str(tmp_path / "set")}
+    names = {"{tars}": tmp_path / "*.tar", "{folder}": tmp_path / "set", "{packed}": tmp_path / "a.tar.gz"}
     write_tars(tmp_path, 1, 1)
-    fill = lambda text: str(text).replace("{tars}", names["tars"]).replace("{folder}", names["folder"])  # noqa: E731
+    names["{packed}"].write_bytes(gzip.compress((tmp_path / "000.tar").read_bytes()))
+
+    def fill(text: Any) -> str:
+        for name, path in names.items():
+            text = str(text).replace(name, str(path))
+        return text
+
     changes = [word for key, value in settings.items() for word in ("--set", f"stages.diffuse.data.{key}={fill(value)}")]
     convert.refuses(*changes, says=[fill(says)])
 

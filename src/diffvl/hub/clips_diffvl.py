@@ -1,8 +1,9 @@
 """What a video is: the frames of it that are shown, RGB, as a player shows them. And their size and number, from the file's head.
 
 A video is a file, which PyAV decodes, or frames that stand on their own: a folder, or a list of paths, images or arrays. A file
-is a path, or what is open for reading bytes. Of a file the frames are sampled that a video processor of transformers names; frames
-on their own have been sampled already, at the rate at which it would sample, and all of them are shown unless it takes fewer.
+is a path, or what is open for reading bytes. Of a file the frames are sampled that a video processor of transformers names;
+frames on their own have been sampled already, at the rate at which it would sample, and all of them are shown unless it takes
+fewer.
 
 Shapes: T frames, H height and W width in pixels.
 """

@@ -160,7 +160,7 @@ def _frame(video: str | list[str]) -> str:
     """Inlines the frame in the middle of a video."""
     middle = Sampler(lambda facts: [facts.total_num_frames // 2], 1.0, 1)
     clip_name: Video = video if isinstance(video, str) else tuple(video)
-    name = Path(video if isinstance(video, str) else video[0])
+    name = Path(shown(video if isinstance(video, str) else video[0]))
     try:
         clip = open_video(clip_name, "report", middle)
     except DataError as error:
