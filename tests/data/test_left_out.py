@@ -83,7 +83,7 @@ def test_the_others_are_learnt_as_if_nothing_were_missing(whole: Path, prepared:
         assert steps[step] == [number for number in samples if number not in (*IMAGES, LONG)]
 
 
-@pytest.mark.parametrize("cut", [1, 2])
+@pytest.mark.parametrize("cut", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_how_a_step_is_cut_changes_nothing(cut: int, whole: Path, prepared: Callable[[str], Path], tmp_path: Path):
     """With one sample a micro-batch, some of them are empty."""
     ours = run(prepared("llama"), recipe_of(data_file(tmp_path), cut, 8 // cut), tmp_path / "run")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from block_checkpoints import block_checkpoint
-from helpers import random_image
+from helpers import pairwise, random_image
 from tiny_runs import stage, write_recipe
 
 from diffvl.cli import main as cli
@@ -67,14 +67,15 @@ def lossy(text: str, encoding: str) -> str:
     return text.encode(encoding, "replace").decode(encoding)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
-@pytest.mark.parametrize("is_terminal", [True, False])
-@pytest.mark.parametrize("ways", [[], ["--stream"], ["--json"]], ids=str)
-def test_generate(ways: list[str], is_terminal: bool, encoding: str, checkpoint: Path):
+@pytest.mark.parametrize(
+    ("way", "is_terminal", "encoding"), pairwise(["", "--stream", "--json"], [True, False], ["utf-8", "ascii", "latin-1"])
+)
+def test_generate(way: str, is_terminal: bool, encoding: str, checkpoint: Path):
+    words = ("--prompt", "x", "--max-new-tokens", 4, *([way] if way else []))
     with answering(NASTY):
-        code, out, err = ended(encoding, is_terminal, "", "generate", checkpoint, "--prompt", "x", "--max-new-tokens", 4, *ways)
+        code, out, err = ended(encoding, is_terminal, "", "generate", checkpoint, *words)
     assert (code, err) == (0, "")
-    if ways == ["--json"]:
+    if way == "--json":
         assert json.loads(out)["text"] == NASTY and visible(out) == out
     else:
         assert out == lossy(visible(NASTY) if is_terminal else NASTY, encoding) + "\n"
@@ -115,7 +116,7 @@ def test_messages_name_the_image(checkpoint: Path, tmp_path: Path):
     assert code == 2 and err.startswith(f"error: --image: image {tmp_path}/it's [x]") and "cannot be read" in err
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("utf-8", marks=pytest.mark.slow)])
 def test_convert_and_evaluate(encoding: str, source: Callable[[str], Path], tower: Path, tmp_path: Path):
     """Both stages in folders whose names are markup; questions and answers that act on a terminal; a terminal without é."""
     folder = tmp_path / "[bold]data [x] é :cat:"

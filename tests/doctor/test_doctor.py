@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from broken_checkpoints import REMOTE, REMOTE_NAMES, broken, config
+from helpers import trunks
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
 
@@ -45,7 +46,7 @@ def failed(verdict: Verdict) -> set[str]:
 # --- what is supported ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", standins.TRUNKS)
+@pytest.mark.parametrize("model_type", trunks())
 def test_every_stand_in_passes(model_type: str, source: Callable[[str], Path]):
     verdict = examine(str(source(model_type)))
     assert (verdict.answer, verdict.model_type, verdict.kind, verdict.reason) == ("supported", model_type, "", "")
@@ -77,7 +78,7 @@ def test_the_chat_template_is_looked_at(source: Callable[[str], Path], tmp_path:
     assert verdict.answer == "supported" and verdict.template.startswith("no tokenizer beside it")
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_a_mixture_of_experts_passes(model_type: str):
     verdict = verdict_on(model_type)
     assert verdict.answer == "supported" and "8 experts" in verdict.copy

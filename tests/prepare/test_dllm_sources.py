@@ -33,6 +33,8 @@ RECIPE = resolve(read_yaml(find_recipe("dllm")), [], "dllm")
 RAISES = "raise AssertionError('code of the checkpoint was run')\n"
 CODE = ("configuration_own.py", "modeling_own.py", "tokenization_own.py")
 
+KINDS = [pytest.param(one, marks=pytest.mark.slow if one == "sdar_moe" else ()) for one in DLLMS]
+
 
 @pytest.fixture(scope="module")
 def ready(dllm: Callable[[str], Path], tower: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
@@ -47,7 +49,7 @@ def ready(dllm: Callable[[str], Path], tower: Path, tmp_path_factory: pytest.Tem
     return make
 
 
-@pytest.mark.parametrize("model_type", DLLMS)
+@pytest.mark.parametrize("model_type", KINDS)
 def test_what_is_proven_has_the_name_of_what_was_compared(model_type: str, ready: Callable[[str], Path]):
     state = read_state(ready(model_type))
     name = "block_parity" if model_type.startswith("sdar") else "bidirectional_parity"
@@ -56,7 +58,7 @@ def test_what_is_proven_has_the_name_of_what_was_compared(model_type: str, ready
     assert state["parity_with"].endswith("its own code was not run")
 
 
-@pytest.mark.parametrize("model_type", DLLMS)
+@pytest.mark.parametrize("model_type", KINDS)
 def test_decoding_is_recorded_as_the_source_was_trained(model_type: str, ready: Callable[[str], Path]):
     config = load_checkpoint(ready(model_type))[0].config
     blocks = model_type.startswith("sdar")
@@ -67,7 +69,7 @@ def test_decoding_is_recorded_as_the_source_was_trained(model_type: str, ready: 
     assert source is not None and source.model_type == model_type and source.mask_token_id == config.mask_token_id
 
 
-@pytest.mark.parametrize("model_type", DLLMS)
+@pytest.mark.parametrize("model_type", KINDS)
 def test_the_mask_token_is_its_own_and_its_row_is_untouched(
     model_type: str, dllm: Callable[[str], Path], ready: Callable[[str], Path]
 ):
@@ -85,7 +87,7 @@ def test_the_mask_token_is_its_own_and_its_row_is_untouched(
         assert mask in kept and torch.equal(after[kept], before[kept])
 
 
-@pytest.mark.parametrize("model_type", DLLMS)
+@pytest.mark.parametrize("model_type", KINDS)
 def test_what_is_written_names_no_code_but_ours(model_type: str, ready: Callable[[str], Path]):
     """The published tokenizers name classes of their own, which do not lie beside our checkpoint."""
     for file in ready(model_type).glob("*.json"):
@@ -200,7 +202,7 @@ def test_a_mask_row_beyond_the_tokenizer_gets_its_name(dllm: Callable[[str], Pat
 # --- doctor ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", DLLMS)
+@pytest.mark.parametrize("model_type", KINDS)
 def test_the_doctor_judges_it(model_type: str, dllm: Callable[[str], Path]):
     verdict = examine(str(dllm(model_type)))
     assert (verdict.answer, verdict.model_type) == ("supported", model_type) and verdict.worst_error is not None

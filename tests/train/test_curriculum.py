@@ -108,7 +108,7 @@ def stop_before(step: int, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(loop, "loss_of", stop)
 
 
-@pytest.mark.parametrize("stopped", [4, 5])
+@pytest.mark.parametrize("stopped", [4, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_resumed_run_goes_on_where_its_curricula_stood(
     stopped: int, whole: Whole, prepared: Callable[[str], Path], shapes: dict[str, Path], tmp_path: Path
 ):

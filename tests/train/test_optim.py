@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ORDINARY, stage_recipe
+from helpers import ORDINARY, stage_recipe, trunks
 
 from diffvl.config.recipe import Stage
-from diffvl.demo.standins import TRUNKS
 from diffvl.store.checkpoint import load_checkpoint
 from diffvl.train.parts import attach_mask_row, fold_mask_row, freeze_others, parameter_groups, parts_of, upcast
 
@@ -18,7 +17,7 @@ def stage(**settings: Any) -> Stage:
     return stage_recipe(Path("none.json"), **settings).stages["diffuse"]
 
 
-@pytest.mark.parametrize("model_type", TRUNKS)
+@pytest.mark.parametrize("model_type", trunks())
 @torch.no_grad()
 def test_the_mask_row_stands_for_its_row_of_the_table(model_type: str, prepared: Callable[[str], Path]):
     """Attached, it changes nothing; trained, it moves the logits as the folded table does (gemma scales its embeddings)."""
