@@ -139,7 +139,7 @@ def test_the_next_token_loss_is_refused(
 
 def test_it_is_refused_later_too(runs: Callable[[str], Run], shapes: dict[str, Path], tmp_path: Path):
     words = ("convert", "--from", runs("Dream").align, "--stage", "diffuse", "--recipe", "ar-control", "--data", shapes["train"])
-    refused(*words, "--out", tmp_path / "out", says=[NO_MEANING])
+    refused(*words, "--out", tmp_path / "out", says=[NO_MEANING.replace("llada", "Dream")])
 
 
 def test_another_recipe_later_is_filled_too(runs: Callable[[str], Run], shapes: dict[str, Path], tmp_path: Path):
