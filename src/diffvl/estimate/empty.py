@@ -41,11 +41,11 @@ def empty_model(
             model.set_tiling(stage.tiling.settings)
         fit_to_stage(model, stage, seed, device)
     frozen = own_dtype if keeps_dtype(stage, own_dtype) else torch.float32
-    _without_numbers(model, frozen, torch.bfloat16 if stage.sharding == "full_bf16" else torch.float32)
+    without_numbers(model, frozen, torch.bfloat16 if stage.sharding == "full_bf16" else torch.float32)
     return model.train()
 
 
-def _without_numbers(model: nn.Module, frozen: torch.dtype, trained: torch.dtype) -> None:
+def without_numbers(model: nn.Module, frozen: torch.dtype, trained: torch.dtype) -> None:
     """Puts fake tensors in the place of all parameters and buffers, in place. What is shared stays shared."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # with the old one, whose id must not be given away

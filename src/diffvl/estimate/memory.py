@@ -130,7 +130,7 @@ def _packed_weights(model: DiffVLForConditionalGeneration) -> list[torch.nn.Para
     """The weights that `train.four_bits` packs: those of the linear layers inside the decoder's layers, adapters apart."""
     modules = (module for layer in decoder_layers(model) for module in layer.modules())
     linears = [module for module in modules if isinstance(module, torch.nn.Linear)]
-    return [linear.weight for linear in linears if not linear.weight.requires_grad]
+    return [linear.get_parameter("weight") for linear in linears if not linear.weight.requires_grad]
 
 
 def _saved_by_packing(model: DiffVLForConditionalGeneration, stage: Stage) -> int:

@@ -102,7 +102,7 @@ def train(
         data = replace(data, train=data.train.packed(stage.data.row_length, recipe.seed))
     attention = str(model.config.text_config._attn_implementation)
     fit_to_stage(model, stage, recipe.seed)
-    _place(model, stage, own_dtype, sharded)
+    place(model, stage, own_dtype, sharded)
     last = agreed(lambda: checkpoints.newest(work)) if resume else None
     accelerator = make_accelerator(stage, recipe.trackers, work)
     left_out = LeftOut(work / LEFT_OUT_FILE, stage.data, data.parts(), accelerator.is_main_process)
@@ -133,7 +133,7 @@ def _itself(model: DiffVLForConditionalGeneration) -> DiffVLForConditionalGenera
     return model
 
 
-def _place(model: DiffVLForConditionalGeneration, stage: Stage, own_dtype: torch.dtype, sharded: bool) -> None:
+def place(model: DiffVLForConditionalGeneration, stage: Stage, own_dtype: torch.dtype, sharded: bool) -> None:
     """Puts what trains in fp32: of a model in parts unit by unit, as they are cut."""
     if sharded:
         shard(model, stage, everything=not keeps_dtype(stage, own_dtype))
