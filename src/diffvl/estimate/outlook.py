@@ -150,7 +150,8 @@ class _Lookout:
             self.batch if stage.batch_size == len(set(self.batch["row"].tolist())) else first_rows(self.batch, stage.batch_size)
         )
         model = _model(self.start, stage, self.machine)
-        count = count_step(model, stage, batch, stage.precision == "bf16")
+        predicted = count_tokens(model, stage, batch).predicted
+        count = count_step(model, stage, batch, stage.precision == "bf16", predicted)
         self.flops = self.flops or count.flops
         return memory_of(model, stage, count, variant.processes)
 

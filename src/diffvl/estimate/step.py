@@ -7,6 +7,8 @@ of processes that share the gradients (`sharded`).
 
 import weakref
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +20,11 @@ from torch.utils.flop_counter import flop_registry
 
 from diffvl.config.recipe import Stage
 from diffvl.estimate.empty import fake_inputs, stand_in_attention
+from diffvl.hub import head_diffvl
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.objective.losses import Draw, loss_of
 
+CHUNKS = 4  # of logits that are counted one by one
 ACTIVATIONS, LOGITS, CASTS = "activations", "logits", "bf16 copies of weights"
 
 
@@ -44,8 +48,10 @@ class StepCount:
 class _Alive(TorchDispatchMode):
     """Counts the bytes of fake tensors made in the block that are still held by someone."""
 
-    def __init__(self, model: DiffVLForConditionalGeneration) -> None:
+    def __init__(self, model: DiffVLForConditionalGeneration, joined_chunks: int) -> None:
+        """joined_chunks: of logits, of which one alone stands in memory."""
         super().__init__()
+        self.joined_chunks = joined_chunks
         self.vocabulary = model.config.text_config.vocab_size
         self.weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         self.weights |= {buffer.untyped_storage()._cdata for buffer in model.buffers()}
@@ -73,7 +79,7 @@ class _Alive(TorchDispatchMode):
             return
         kind = ACTIVATIONS
         if tensor.shape[-1:] == (self.vocabulary,) and tensor.is_floating_point():
-            kind = LOGITS
+            kind, size = LOGITS, size // self.joined_chunks
         elif func is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self.weights:
             kind = CASTS
         self.kinds[key] = (kind, size)
@@ -106,16 +112,20 @@ class _Alive(TorchDispatchMode):
         self.worst = (self.total, dict(self.now))
 
 
-def count_step(model: DiffVLForConditionalGeneration, stage: Stage, batch: dict[str, Any], bf16: bool) -> StepCount:
+def count_step(
+    model: DiffVLForConditionalGeneration, stage: Stage, batch: dict[str, Any], bf16: bool, predicted: float
+) -> StepCount:
     """Takes a micro-step of a model without numbers.
 
     Args:
         batch: as the collator gives it, with real numbers. bf16: whether training would run under autocast.
+        predicted: tokens that the head is asked for.
     Raises:
         UncountableError: the architecture asks for numbers on the way.
     """
     sharded = stage.sharding in ("full", "full_bf16")
-    alive = _Alive(model)
+    joined = max(int(predicted * model.config.text_config.vocab_size / head_diffvl.CHUNK_LOGITS / CHUNKS), 1)
+    alive = _Alive(model, joined)
     hooks = [
         parameter.register_post_accumulate_grad_hook(lambda parameter, name=name: alive.is_gradient(name, parameter.grad))
         for name, parameter in model.named_parameters()
@@ -123,7 +133,7 @@ def count_step(model: DiffVLForConditionalGeneration, stage: Stage, batch: dict[
     ]
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16 and stage.sharding != "full_bf16", cache_enabled=not sharded)
     try:
-        with stand_in_attention(), alive:
+        with stand_in_attention(), _larger_chunks(joined), alive:
             with autocast:
                 loss = loss_of(model, model.config, fake_inputs(model, batch), stage.objective, Draw(0, 0, 1.0)).loss  # type: ignore[arg-type]
             loss.backward()
@@ -135,6 +145,17 @@ def count_step(model: DiffVLForConditionalGeneration, stage: Stage, batch: dict[
             hook.remove()
         model.zero_grad(set_to_none=True)
     return StepCount(alive.stretches, alive.flops)
+
+
+@contextmanager
+def _larger_chunks(factor: int) -> Iterator[None]:
+    """In the block, the head computes so many chunks of logits as one: hundreds of them, all alike, would take minutes."""
+    before = head_diffvl.CHUNK_LOGITS
+    head_diffvl.CHUNK_LOGITS = before * factor
+    try:
+        yield
+    finally:
+        head_diffvl.CHUNK_LOGITS = before
 
 
 class UncountableError(Exception):
