@@ -3,7 +3,8 @@
 Such a model takes a real training step, by the code that trains (`objective.losses`), in the time of its Python alone, whatever
 its size. Token ids, layouts and positions are real small tensors, so that whatever depends on them is what it is in training.
 
-What cannot run without numbers has a stand-in: the attention kernels, of which only what they hold is imitated.
+What cannot run without numbers has a stand-in: the attention kernels, of which only what they hold is imitated, and the product
+of experts.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from transformers import AttentionInterface
+from transformers.integrations import moe
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -117,14 +119,18 @@ def _stand_in(repeats_keys: bool) -> Any:
 
 
 @contextmanager
-def stand_in_attention() -> Iterator[None]:
-    """In the block, our two training kernels and torch's own one only hold what they hold."""
+def stand_ins() -> Iterator[None]:
+    """In the block, our two training kernels and torch's own one only hold what they hold, and the matrices of experts are
+    multiplied by an operation that transformers describes for tensors without numbers; torch's own one is described for bf16
+    alone."""
     before = {name: ALL_ATTENTION_FUNCTIONS[name] for name in (TILED, FLEX, "sdpa")}
     for name in before:
         # FlexAttention and the fused kernels of a GPU read grouped keys as they are.
         AttentionInterface.register(name, _stand_in(repeats_keys=name == TILED))
+    can_use, moe._can_use_grouped_mm = moe._can_use_grouped_mm, lambda *_: False
     try:
         yield
     finally:
+        moe._can_use_grouped_mm = can_use
         for name, function in before.items():
             AttentionInterface.register(name, function)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from diffvl.config.recipe import Stage
-from diffvl.estimate.empty import fake_inputs, stand_in_attention
+from diffvl.estimate.empty import fake_inputs, stand_ins
 from diffvl.hub import head_diffvl
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.objective.losses import Draw, loss_of
@@ -133,7 +133,7 @@ def count_step(
     ]
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16 and stage.sharding != "full_bf16", cache_enabled=not sharded)
     try:
-        with stand_in_attention(), _larger_chunks(joined), alive:
+        with stand_ins(), _larger_chunks(joined), alive:
             with autocast:
                 loss = loss_of(model, model.config, fake_inputs(model, batch), stage.objective, Draw(0, 0, 1.0)).loss  # type: ignore[arg-type]
             loss.backward()

@@ -128,7 +128,8 @@ def tell_trial(name: str, trial: Trial, console: Console) -> None:
     say(
         console,
         (name, "bold"),
-        f" measured: {each} seconds a step; {duration(trial.whole)} for {trial.steps:,} steps, evaluations and checkpoints apart{peak}",
+        f" measured: {each} seconds a step; {duration(trial.whole)} for {trial.steps:,} steps, evaluations and checkpoints apart",
+        peak,
     )
 
 
