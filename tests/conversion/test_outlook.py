@@ -18,7 +18,8 @@ def test_a_plan_says_what_each_stage_takes(
     settings = [f"prepare.vision_tower={tower}"]
     for stage in ("align", "diffuse"):
         settings += [
-            f"stages.{stage}.{one}" for one in ("batch_size=2", "accumulation=1", "precision=fp32", "data.max_length=256", "data.workers=0")
+            f"stages.{stage}.{one}"
+            for one in ("batch_size=2", "accumulation=1", "precision=fp32", "data.max_length=256", "data.workers=0")
         ]
     changed = [word for setting in settings for word in ("--set", setting)]
     code, out, err = run_cli("convert", str(source("qwen2")), *words, *changed, "--dry-run", "--measure")

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import stage_recipe
+from helpers import stage_recipe, trained_on
 from tiny_runs import record, write_data
 
 from diffvl.config.families import all_families
 from diffvl.config.recipe import Recipe, Stage
 from diffvl.config.resolve import resolve
 from diffvl.data.loader import load_data
-from diffvl.data.samples import collate
+from diffvl.data.samples import Sample, collate
 from diffvl.errors import UsageError
 from diffvl.estimate.batches import count_tokens, longest, made_up
 from diffvl.estimate.describe import config_by_sizes, described_by_sizes
@@ -55,8 +55,8 @@ def test_steps_and_tokens_are_those_of_training(model_type: str, prepared: Calla
     start = start_of(prepared(model_type))
     stage = stage_recipe(data).stages["diffuse"]
     assert start.processor is not None
-    rows = load_data(stage.data, start.processor, None).train
-    lengths = [len(rows[place][0].ids) for place in range(len(rows))]
+    rows = trained_on(load_data(stage.data, start.processor, None))
+    lengths = [len(sample.ids) in range(len(rows)) for sample in rows[place] if isinstance(sample, Sample)]
     told = (outlook.tokens.clean + outlook.tokens.image) / outlook.rows_per_step
     assert told == pytest.approx(sum(lengths) / len(lengths), rel=0.35)  # the rows looked at are not all of them, equally often
     assert outlook.tokens.noisy > 0 and outlook.tokens.image > 0 and outlook.flops > 0
