@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import measured_process
 import sharded_process
 import train_process
 from forks import Forks
@@ -30,6 +31,7 @@ PROGRAMS: dict[str, Any] = {
     "sharded": sharded_process.main,
     "killed": sharded_process.killed,
     "gather": sharded_process.gather,
+    "measured": measured_process.main,
 }
 PATIENCE = 400  # seconds
 
