@@ -56,7 +56,7 @@ def test_steps_and_tokens_are_those_of_training(model_type: str, prepared: Calla
     stage = stage_recipe(data).stages["diffuse"]
     assert start.processor is not None
     rows = trained_on(load_data(stage.data, start.processor, None))
-    lengths = [len(sample.ids) in range(len(rows)) for sample in rows[place] if isinstance(sample, Sample)]
+    lengths = [len(one.ids) for place in range(len(rows)) for one in rows[place] if isinstance(one, Sample)]
     told = (outlook.tokens.clean + outlook.tokens.image) / outlook.rows_per_step
     assert told == pytest.approx(sum(lengths) / len(lengths), rel=0.35)  # the rows looked at are not all of them, equally often
     assert outlook.tokens.noisy > 0 and outlook.tokens.image > 0 and outlook.flops > 0
