@@ -6,7 +6,6 @@ SHELL := bash
 
 PYTHON ?= python3
 VENV ?= .venv
-RUNS ?= runs
 MODELS ?= models
 SCALE ?= full
 CLIENTS ?= clients
@@ -58,7 +57,7 @@ check: lint types test ## everything that CI runs: lint, types, tests
 
 # --- the demo: SmolLM2-135M learns to see coloured shapes --------------------------------------------------------------------
 
-# The recipe names runs/demo-data, so these two do not move with RUNS.
+# The recipe names runs/demo-data.
 DEMO := runs/demo
 DEMO_DATA := runs/demo-data
 SMOLLM := $(MODELS)/smollm2-135m-instruct

@@ -100,7 +100,7 @@ def _fetch(hub_set: HubSet, root: Path) -> None:
     files = snapshot_download(hub_set.repo, repo_type="dataset", local_dir=root, allow_patterns=patterns, dry_run=True)
     for pattern in hub_set.patterns:
         if not any(fnmatch(file.filename, pattern) for file in files):
-            raise DataError(f"{hub_set.repo}: no file {pattern} there; the set has changed since this was written", KIND)
+            raise DataError(f"{hub_set.repo}: no file {pattern} there: it is no longer as it was published", KIND)
     _require_room(root, sum(file.file_size or 0 for file in files if file.will_download))
     print_line(f"{root}: {len(files)} files, {sum(file.file_size or 0 for file in files) / GB:.3g} GB")
     asked: dict[str, Any] = {"repo_type": "dataset", "revision": files[0].commit_hash, "local_dir": root}

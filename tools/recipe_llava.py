@@ -23,6 +23,7 @@ from diffvl.config.recipe import Recipe, Stage
 from diffvl.config.resolve import find_recipe, presets, read_yaml, resolve
 from diffvl.demo import standins
 from diffvl.errors import ConfigError, DiffvlError, UsageError
+from diffvl.terminal.bars import quiet_libraries
 from diffvl.terminal.console import shell_line
 from tools import llava_data
 
@@ -60,9 +61,8 @@ def settings_of(choice: Choice) -> list[str]:
     sources = {"align": llava_data.pretraining(choice.data), "diffuse": llava_data.instructions(choice.data)[0]}
     settings = []
     for name, stage in recipe.stages.items():
-        given = {"data.train": json.dumps(sources[name]), **dealt(name, stage, choice.processes)}
-        if choice.smoke:
-            given |= small(stage, choice.processes)
+        sizes = small(stage, choice.processes) if choice.smoke else dealt(name, stage, choice.processes)
+        given = {"data.train": json.dumps(sources[name]), **sizes}
         settings += [f"stages.{name}.{key}={value}" for key, value in given.items()]
     return settings
 
@@ -76,7 +76,8 @@ def dealt(name: str, stage: Stage, processes: int) -> dict[str, int]:
             f"GPUS={processes}: a step of {name} has {ROWS[name]} samples, which {processes} processes cannot share evenly in "
             f"parts of up to {stage.batch_size}: take 1, 2, 4, 8, ... of them"
         )
-    return {"batch_size": size, "accumulation": rows // size}
+    given = {"batch_size": size, "accumulation": rows // size}
+    return {key: value for key, value in given.items() if value != getattr(stage, key)}
 
 
 def small(stage: Stage, processes: int) -> dict[str, Any]:
@@ -89,7 +90,9 @@ def small(stage: Stage, processes: int) -> dict[str, Any]:
         "precision": "fp32",
         "log_every": 1,
     }
-    given |= {"data.max_length": 512, "data.workers": 0, "sharding": "full" if processes > 1 else "auto"}
+    given |= {"data.max_length": 512, "data.workers": 0}
+    if processes > 1:
+        given["sharding"] = "full"
     if stage.lora is not None and stage.lora.bits is not None:
         given["lora.bits"] = "null"  # these need a GPU
     return given
@@ -189,7 +192,7 @@ def _number(value: Any) -> str:
 
 def parser() -> argparse.ArgumentParser:
     words = argparse.ArgumentParser(description="DiffusionVL's two stages: data, plan, question, training, evaluation.")
-    words.add_argument("--recipe", default="llava", help="a recipe with the stages align and diffuse")
+    words.add_argument("--recipe", default="llava", help="with the stages align and diffuse; a step gets the published samples")
     words.add_argument("--model", default=MODEL, help="the language model")
     words.add_argument("--data", type=Path, default=Path("data"), help="folder of the data, about 120 GB")
     words.add_argument("--out", type=Path, help="where the run is written")
@@ -216,6 +219,8 @@ def chosen(given: argparse.Namespace) -> Choice:
             raise UsageError("FOR has an effect on a plan alone: add DRY_RUN=1, or say with GPUS=N how many train")
         if given.gpus is not None:
             raise UsageError("FOR says how many GPUS there are: leave one of them out")
+    if given.gpus is not None and given.gpus < 1:
+        raise UsageError(f"GPUS={given.gpus}: expected 1 or more")
     smoke = given.scale == "smoke"
     processes = int(machine[1]) if machine else given.gpus or (1 if smoke else max(1, torch.cuda.device_count()))
     root = Path("runs") / "smoke"
@@ -237,6 +242,7 @@ def provide(choice: Choice) -> None:
         for hub_set in (llava_data.PRETRAIN, llava_data.INSTRUCT):
             llava_data.fetch(hub_set, choice.data)
         return
+    quiet_libraries()
     standins.make_trunk(Path(choice.model), TRUNK)
     standins.make_tower(Path(choice.model).with_name(f"tower-{TOWER}"), TOWER)
     llava_data.draw(choice.data)

@@ -16,9 +16,8 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """sets: name -> folder of its files. cut: file -> bytes after which each answer with its content breaks off. asked: the
-    files whose content was asked for, with the first byte wanted. stated: file -> content whose sums the hub tells in its place.
-    """
+    """sets: name -> folder of its files. cut: file -> bytes after which the first answer with its content breaks off. asked: the
+    files whose content was asked for, with the first byte wanted. stated: file -> content whose sum is told in its place."""
 
     sets: Mapping[str, Path]
     cut: dict[str, int] = field(default_factory=dict)
@@ -98,7 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if body:
             self.hub.asked.append((name, first))
-            self.wfile.write(content[first : min(last + 1, first + self.hub.cut.get(name, len(content)))])
+            self.wfile.write(content[first : min(last + 1, first + self.hub.cut.pop(name, len(content)))])
 
     def _json(self, value: Any, status: int = 200) -> None:
         content = json.dumps(value).encode()
