@@ -296,3 +296,20 @@ def test_complementary_weights_must_have_a_variance(noise: dict[str, Any], bound
         else:
             with pytest.raises(ValueError, match="complementary with weight 1/t needs noise that stays below t = 1"):
                 BlockDiffusionObjective.model_validate(settings)
+
+
+def test_a_setting_of_a_stage_that_is_not_there_names_those_that_are():
+    with pytest.raises(ConfigError, match=r"^--set stages\.difuse: my\.yaml has no stage 'difuse', only align, diffuse$"):
+        resolve(TREE, ["stages.difuse.steps=3"], "my.yaml")
+
+
+def test_what_yaml_names_once_and_uses_twice_is_two_sections(tmp_path: Path):
+    file = tmp_path / "recipe.yaml"
+    text = "stages: {one: &s {objective: {kind: ar}, trainable: {connector: 0.1}, steps: 1}, two: *s, three: {<<: *s, steps: 2}}"
+    file.write_text(text, encoding="utf-8")
+    stages = resolve(read_yaml(file), ["stages.two.trainable.connector=0.2"], "x").stages
+    assert list(stages) == ["one", "two", "three"]
+    assert [stage.trainable["connector"] for stage in stages.values()] == [0.1, 0.2, 0.1]
+    file.write_text("stages: &s {one: *s}", encoding="utf-8")
+    with pytest.raises(ConfigError, match="a section of the recipe stands in itself"):
+        resolve(read_yaml(file), [], "x")
