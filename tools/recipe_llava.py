@@ -172,7 +172,7 @@ def evaluated(choice: Choice, directory: Path) -> dict[str, Any]:
     held_out = llava_data.instructions(choice.data)[1]
     if held_out is None:
         raise ConfigError(f"{choice.data}: no file is held out of the instruction data, of which there must be two or more")
-    limit = "4" if choice.smoke else str(NUM_HELD_OUT)
+    limit = "2" if choice.smoke else str(NUM_HELD_OUT)
     return json.loads(run(DIFFVL, ["evaluate", str(directory), "--data", str(held_out), "--limit", limit, "--json"], quiet=True))
 
 
