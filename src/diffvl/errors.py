@@ -41,6 +41,10 @@ class CheckpointError(DiffvlError):
     """A model directory is missing, incomplete or not of the kind asked for."""
 
 
+class UnreachableError(CheckpointError):
+    """Neither a directory here nor a checkpoint that could be fetched now."""
+
+
 class UnsupportedModelError(DiffvlError):
     """The model cannot be converted: its architecture cannot take block diffusion through masks, or its weights no training.
 

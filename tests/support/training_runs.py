@@ -27,7 +27,7 @@ def run(start: Path, recipe: Recipe, directory: Path, resume: bool = False) -> P
 
 def crash(start: Path, recipe: Recipe, directory: Path, step: int, resume: bool, patch: pytest.MonkeyPatch) -> None:
     """A run that dies right after an optimiser step, before that step can be saved."""
-    whole = loop.Loop._train_step
+    whole = loop.Loop.train_step
 
     def train_step(self: Any, *arguments: Any) -> float:
         norm = whole(self, *arguments)
@@ -36,7 +36,7 @@ def crash(start: Path, recipe: Recipe, directory: Path, step: int, resume: bool,
         return norm
 
     with patch.context() as inner, pytest.raises(Crash):
-        inner.setattr(loop.Loop, "_train_step", train_step)
+        inner.setattr(loop.Loop, "train_step", train_step)
         run(start, recipe, directory, resume)
 
 

@@ -20,8 +20,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from diffvl.bench.decoders import Case, Decoded, Prompts
 from diffvl.bench.machine import synchronize
-from diffvl.bench.memory import MemoryMeter
 from diffvl.bench.training_forms import FORMS, Step, TrainingSample, choose_attention
+from diffvl.estimate.meter import MemoryMeter
 from diffvl.objective.losses import Draw
 from diffvl.terminal.bars import track
 

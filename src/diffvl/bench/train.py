@@ -12,13 +12,13 @@ from rich.console import Console
 from diffvl.bench.comparison import Comparison, TrainRow
 from diffvl.bench.equality import prove_same_training
 from diffvl.bench.machine import describe_run, load_average, matmul_peak, pick_device
-from diffvl.bench.memory import memory_meter, release
 from diffvl.bench.random_model import QUICK_SCALE, SCALES, TrunkSize, build_model, resize
 from diffvl.bench.scaling import FULL_PLAN, QUICK_PLAN, measure_scaling
 from diffvl.bench.timing import Timer, spread, time_forms, top_kernels
 from diffvl.bench.training_forms import FLOPS_FORMULA, FORMS, Shape, make_sample, parse_shapes, step_flops
 from diffvl.config.objectives import BlockDiffusionObjective
 from diffvl.config.resolve import parse
+from diffvl.estimate.meter import memory_meter, release
 from diffvl.terminal.bars import spinner_or_line
 
 DEFAULT_SHAPES = "L3000-R300,L1000-R600,L512-R400"  # LLaVA-like, document, text

@@ -78,7 +78,14 @@ def convert(
     accept_changed_data: Annotated[
         bool, typer.Option("--accept-changed-data", help="With --resume: go on although the data has changed.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check everything, and say what would be done and what it takes: steps, memory, disk."),
+    ] = False,
+    machine: Annotated[
+        str | None, typer.Option("--for", help="With --dry-run: plan for other GPUs than there are here.", metavar="8x80GB")
+    ] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="With --dry-run: time a few real steps of each stage.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Convert MODEL: connect a vision tower, align it, train block diffusion, write a checkpoint."""
@@ -106,6 +113,8 @@ def convert(
         resume=resume,
         accept_changed_data=accept_changed_data,
         dry_run=dry_run,
+        machine=machine,
+        measure=measure,
         trust_remote_code=trust_remote_code,
     )
     run_convert(request)

@@ -20,6 +20,18 @@ from diffvl.config.section import Section
 from diffvl.errors import ConfigError, UsageError
 
 SIGLIP2 = "google/siglip2-so400m-patch14-384"  # the vision tower of the papers
+# What a plan must know of a tower that cannot be fetched now, by hub id: settings of its config.json.
+TOWER_SIZES: dict[str, dict[str, Any]] = {
+    SIGLIP2: {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "image_size": 384,
+        "patch_size": 14,
+    }
+}
 ALL_LINEAR = "all-linear"  # peft's own word for every linear layer but the head
 
 
@@ -38,6 +50,9 @@ class NamedCheckpoint(Section):
     repo: str = Field(min_length=1, description="hub id")
     revision: str = "main"
     parameters: float | None = Field(default=None, gt=0, description="in billions, vision part included where it has one")
+    sizes: dict[str, Any] = Field(
+        default={}, description="settings of its config.json, for a plan while it cannot be fetched; empty: no such plan"
+    )
     vision_tower: str = SIGLIP2
     recipe: str | None = Field(default=None, description="the recipe used when --recipe is not given; default: the family's")
 

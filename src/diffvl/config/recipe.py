@@ -162,6 +162,9 @@ class Data(Section):
     train: Sources | None = Field(
         default=None, description="file, folder, pattern, hub id or URL, or a list of sources to mix; `--data` sets it"
     )
+    records: int | None = Field(
+        default=None, ge=1, description="that `train` is said to have: what `--dry-run` counts with while the data is not here"
+    )
     split: str | None = Field(default=None, description=f"{SPLIT}. Of `train`")
     subset: str | None = Field(default=None, description=f"{SUBSET}. Of `train`")
     columns: Columns | None = Field(default=None, description=f"{COLUMNS}. Of sources that have none of their own")

@@ -11,12 +11,14 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from diffvl.attention.choose import choose
-from diffvl.config.recipe import Stage, StageName
+from diffvl.config.recipe import Data, Stage, StageName
+from diffvl.config.sources import DataSource
 from diffvl.config.supported import is_vlm
 from diffvl.conversion.plan import Plan
 from diffvl.conversion.resume import is_finished
 from diffvl.data.fingerprint import require_same_data
 from diffvl.data.loader import StageData, check_images, load_data
+from diffvl.data.sources import own_settings
 from diffvl.data.table import RecordTables
 from diffvl.errors import ConfigError
 from diffvl.hub.configuration_diffvl import DiffVLConfig
@@ -30,6 +32,8 @@ from diffvl.train.launch import process_state
 from diffvl.train.parts import require_parts
 from diffvl.train.stage import longest_trainable
 
+_NOWHERE = DataSource(path="data that no recipe names")
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -39,32 +43,48 @@ class Inputs:
     data: dict[StageName, StageData]
 
 
-def open_inputs(plan: Plan, accept_changed_data: bool, console: Console) -> Inputs:
+def open_inputs(plan: Plan, accept_changed_data: bool, console: Console, only_to_plan: bool = False) -> Inputs:
     """Opens and checks all that the plan's work reads; what is finished needs nothing.
 
+    Args:
+        only_to_plan: data that is not here yet may be missing where the recipe says how many records it has.
     Raises:
         CheckpointError, UnsupportedModelError, ConfigError, DataError.
     """
+    if plan.is_remembered:
+        return Inputs(None, {})
     parts = None
     if plan.source is not None and not is_finished(plan.start):
         parts = read_parts(plan.source, plan.recipe, plan.source_config)
-    to_come: list[StageName] = [name for name in plan.stages if not is_finished(plan.root / name)]
+    to_come = stages_to_come(plan)
     if not to_come:
         return Inputs(parts, {})
     if parts is not None:
         stock, processor = parts.config, parts.processor
     else:
-        config, processor = checkpoint.load_description(_start_of(plan, to_come[0]))
+        config, processor = checkpoint.load_description(start_of(plan, to_come[0]))
         stock = config.source_config or config.text_config
     tables = RecordTables(console, look=process_state().is_local_main_process)
     data: dict[StageName, StageData] = {}
     for name in to_come:
+        if only_to_plan and is_to_fetch(plan.recipe.stages[name].data):
+            continue
         data[name] = _open_stage(plan, name, stock, processor, tables, accept_changed_data, console)
         processor = data[name].train.processor  # a stage goes on with the tiling of the one before
     return Inputs(parts, data)
 
 
-def _start_of(plan: Plan, stage: StageName) -> Path:
+def stages_to_come(plan: Plan) -> list[StageName]:
+    """Gives the stages that are not finished."""
+    return [name for name in plan.stages if not is_finished(plan.root / name)]
+
+
+def is_to_fetch(data: Data) -> bool:
+    """Tells whether a recipe says how many records its data has, and that is not on this machine."""
+    return data.records is not None and not all(Path(one.path).exists() for one in own_settings(data) or [_NOWHERE])
+
+
+def start_of(plan: Plan, stage: StageName) -> Path:
     """Gives the directory that a stage goes on from."""
     place = plan.stages.index(stage)
     return plan.root / plan.stages[place - 1] if place else plan.start

@@ -15,7 +15,15 @@ import yaml
 from rich.console import Console
 from transformers import PretrainedConfig
 
-from diffvl.config.families import diffusion_source, family_of, family_of_trunk, named_checkpoint, recipe_of_name, require_known
+from diffvl.config.families import (
+    NamedCheckpoint,
+    diffusion_source,
+    family_of,
+    family_of_trunk,
+    named_checkpoint,
+    recipe_of_name,
+    require_known,
+)
 from diffvl.config.recipe import PREPARED, Data, Lora, Recipe, Stage, StageName
 from diffvl.config.resolve import dump, find_recipe, read_yaml, resolve
 from diffvl.config.supported import check_supported, is_vlm, is_vlm_type
@@ -25,7 +33,8 @@ from diffvl.conversion.stages import newest_before, stage_before, stage_names, s
 from diffvl.conversion.vlm import VLM_RECIPE, check_settings
 from diffvl.data.problems import told
 from diffvl.data.sources import own_settings
-from diffvl.errors import ConfigError, UsageError
+from diffvl.errors import ConfigError, UnreachableError, UsageError
+from diffvl.estimate.describe import config_by_sizes
 from diffvl.prepare.released import is_released, is_whole
 from diffvl.prepare.source import Source
 from diffvl.store import checkpoint
@@ -39,7 +48,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ConvertRequest:
-    """The arguments of the command. `start` is --from; `assignments` are the --set strings."""
+    """The arguments of the command. `start` is --from; `assignments` are the --set strings; `machine` is --for."""
 
     model: str | None = None
     stage: StageName | None = None
@@ -52,13 +61,16 @@ class ConvertRequest:
     resume: bool = False
     accept_changed_data: bool = False
     dry_run: bool = False
+    machine: str | None = None
+    measure: bool = False
     trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
     """What will happen. source: the AR checkpoint to prepare, or None when `start` is a DiffVL directory already.
-    source_config: the configuration that was read from it."""
+    source_config: the configuration that was read from it; or made of the sizes in its family's file, where the checkpoint could
+    not be fetched (`is_remembered`)."""
 
     start: Path
     root: Path
@@ -66,6 +78,7 @@ class Plan:
     recipe: Recipe
     source: Source | None = None
     source_config: PretrainedConfig | None = None
+    is_remembered: bool = False
 
 
 def make_plan(request: ConvertRequest, console: Console) -> Plan:
@@ -156,7 +169,7 @@ def _plan_model(request: ConvertRequest, model: str) -> Plan:
     if named is not None:
         repo, revision, tower = named[1].repo, named[1].revision, tower or named[1].vision_tower
     require_known(model)
-    config = load_config(repo, request.trust_remote_code, revision)
+    config, is_remembered = _config_of(request, repo, revision, named)
     check_supported(config)
     if own := diffusion_source(config):
         recipe = _resolve(request, filled(tree, own), stages)
@@ -169,7 +182,20 @@ def _plan_model(request: ConvertRequest, model: str) -> Plan:
     else:
         tower = tower or family_of_trunk(config).vision_tower
     source = Source(repo, revision, tower, request.trust_remote_code)
-    return Plan(root / PREPARED, root, stages, recipe, source, config)
+    return Plan(root / PREPARED, root, stages, recipe, source, config, is_remembered)
+
+
+def _config_of(
+    request: ConvertRequest, repo: str, revision: str | None, named: tuple[str, NamedCheckpoint] | None
+) -> tuple[PretrainedConfig, bool]:
+    """Reads the source's configuration; in a dry run without a connection that of a named checkpoint is made of known sizes."""
+    try:
+        return load_config(repo, request.trust_remote_code, revision), False
+    except UnreachableError as error:
+        if not request.dry_run or named is None or not named[1].sizes:
+            raise
+        log.warning("%s; planning by the sizes that diffvl knows of it", error)
+        return config_by_sizes(*named), True
 
 
 def _recipe_of_family(request: ConvertRequest, path: Path) -> str:
@@ -223,7 +249,9 @@ def _resolve(request: ConvertRequest, tree: dict[str, Any], stages: tuple[StageN
         raise ConfigError("--set model=... has no effect: name the checkpoint as MODEL")
     assignments = []
     if request.data is not None:
-        assignments += [f"stages.{name}.data.train={json.dumps(told(request.data), ensure_ascii=False)}" for name in stages]
+        for name in stages:
+            assignments.append(f"stages.{name}.data.train={json.dumps(told(request.data), ensure_ascii=False)}")
+            assignments.append(f"stages.{name}.data.records=null")  # those of other data
     where = f"recipe {request.recipe}" if request.recipe else "recipe"
     recipe = resolve(tree, [*assignments, *request.assignments], where)
     if not request.lora:

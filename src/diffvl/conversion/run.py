@@ -16,6 +16,7 @@ from rich.console import Console
 
 from diffvl.config.recipe import Data, Recipe, StageName
 from diffvl.conversion.inputs import open_inputs
+from diffvl.conversion.outlook import measure_steps, tell_outlook
 from diffvl.conversion.plan import ConvertRequest, Plan, check_targets, describe, make_plan
 from diffvl.conversion.resume import BEFORE_FILE
 from diffvl.conversion.stages import stages_after
@@ -88,14 +89,16 @@ def convert(request: ConvertRequest) -> Path:
 
 def _convert(request: ConvertRequest, console: Console) -> Path:
     process = process_state()
-    if request.accept_changed_data and not request.resume:
-        raise UsageError("--accept-changed-data has no effect without --resume")
+    _check_flags(request)
     plan = agreed(lambda: make_plan(request, console))
     describe(plan, console)
     agreed(lambda: check_targets(plan, request.resume))
     agreed(lambda: require_trackers(plan.recipe.trackers))
-    inputs = main_first(lambda: open_inputs(plan, request.accept_changed_data, console))
+    inputs = main_first(lambda: open_inputs(plan, request.accept_changed_data, console, only_to_plan=request.dry_run))
     if request.dry_run:
+        main_only(lambda: tell_outlook(plan, inputs, request.machine, console))
+        if request.measure:
+            measure_steps(plan, inputs, console)
         say(console, "dry run: nothing was written")
         return plan.root
     for name in inputs.data:
@@ -115,6 +118,17 @@ def _convert(request: ConvertRequest, console: Console) -> Path:
     if process.is_main_process:
         _say_next(start, plan, console)
     return start
+
+
+def _check_flags(request: ConvertRequest) -> None:
+    """Raises UsageError for a flag without effect."""
+    if request.accept_changed_data and not request.resume:
+        raise UsageError("--accept-changed-data has no effect without --resume")
+    for flag, given in (("--for", request.machine is not None), ("--measure", request.measure)):
+        if given and not request.dry_run:
+            raise UsageError(f"{flag} has no effect without --dry-run")
+    if request.machine is not None and request.measure:
+        raise UsageError("--measure takes steps on this machine, and --for plans for another one: leave one of them out")
 
 
 def _run_stage(

@@ -208,7 +208,7 @@ def block_diffusion(model: Any, config: DiffVLConfig, batch: Batch, objective: B
     sums = {
         "predicted": counted.sum(),
         "correct": (correct[: len(weights)].bool() & counted).sum(),
-        "cross_entropy": masked_entropy.detach()[counted].sum(),
+        "cross_entropy": masked_entropy.detach()[counted.nonzero(as_tuple=True)].sum(),
         "eligible": (stream.eligible & ~stream.padding_stop).sum() * len(copies),
     }
     return LossOutput(loss, int(layout.valid.sum()), sums)

@@ -213,25 +213,10 @@ def square_processor(processor: Any, tower: PretrainedConfig, settings: Prepare)
 def assemble(trunk: Any, tower: Any, parts: OwnParts, recipe: Recipe) -> DiffVLForConditionalGeneration:
     """Joins the parts into one model in the trunk's dtype. The trunk's table grows in place."""
     processor = parts.processor
-    own = diffusion_source(parts.config)
-    fresh_ids = [parts.image_id] if own is not None else [parts.mask_id, parts.image_id]  # a mask row that was trained stays
+    is_diffusion = diffusion_source(parts.config) is not None
+    fresh_ids = [parts.image_id] if is_diffusion else [parts.mask_id, parts.image_id]  # a mask row that was trained stays
     grow_table(trunk, parts.known, len(processor.tokenizer), fresh_ids)
-    config = DiffVLConfig(
-        text_config=trunk.config,
-        vision_config=tower.config,
-        connector=recipe.prepare.connector.kind,
-        shuffle_factor=shuffle_factor(recipe.prepare),
-        vision_layer=recipe.prepare.vision_layer,
-        image_size=parts.image_size,
-        tiling=processor.tiling,
-        image_token_id=parts.image_id,
-        mask_token_id=parts.mask_id,
-        vocabulary_size=len(processor.tokenizer),
-        stop_token_ids=stop_ids(trunk, processor.tokenizer, processor.stop_token),
-    )
-    assert config.image_tokens == processor.image_tokens and config.tiles == processor.tiles
-    if own is not None:
-        config.set_decoding("blocks", own.block_size or BLOCK_SIZE, "block", own.grid, own.target)
+    config = own_config(trunk.config, tower.config, parts, recipe, stop_ids(trunk, processor.tokenizer, processor.stop_token))
     with torch.device("meta"):
         model = DiffVLForConditionalGeneration(config)
     model.language_model, model.vision_tower = trunk, tower
@@ -248,6 +233,30 @@ def assemble(trunk: Any, tower: Any, parts: OwnParts, recipe: Recipe) -> DiffVLF
     model.connector = fresh
     checkpoint.cast_weights(model, trunk.dtype)
     return model
+
+
+def own_config(
+    trunk: PretrainedConfig, tower: PretrainedConfig, parts: OwnParts, recipe: Recipe, stops: list[int]
+) -> DiffVLConfig:
+    """Describes the model that the parts make, of which the trunk's table has grown. stops: see `stop_ids`."""
+    processor, own = parts.processor, diffusion_source(parts.config)
+    config = DiffVLConfig(
+        text_config=trunk,
+        vision_config=tower,
+        connector=recipe.prepare.connector.kind,
+        shuffle_factor=shuffle_factor(recipe.prepare),
+        vision_layer=recipe.prepare.vision_layer,
+        image_size=parts.image_size,
+        tiling=processor.tiling,
+        image_token_id=parts.image_id,
+        mask_token_id=parts.mask_id,
+        vocabulary_size=len(processor.tokenizer),
+        stop_token_ids=stops,
+    )
+    assert config.image_tokens == processor.image_tokens and config.tiles == processor.tiles
+    if own is not None:
+        config.set_decoding("blocks", own.block_size or BLOCK_SIZE, "block", own.grid, own.target)
+    return config
 
 
 def stop_ids(trunk: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: str) -> list[int]:

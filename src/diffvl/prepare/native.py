@@ -176,12 +176,22 @@ def assemble_native(source: Any, parts: NativeParts) -> DiffVLForConditionalGene
                 f"{parts.config.model_type}: the mask token would be row {parts.mask_id} of its tables, but one of them has only "
                 f"{table.weight.shape[0]} and does not grow; a tokenizer with a free id below would do"
             )
-    config = DiffVLConfig(
+    config = native_config(source, parts, stop_ids(source, tokenizer, parts.processor.stop_token))
+    with torch.device("meta"):
+        model = DiffVLForConditionalGeneration(config)
+    model.set_source(source)
+    return model
+
+
+def native_config(source: Any, parts: NativeParts, stops: list[int]) -> DiffVLConfig:
+    """Describes the model that a stock one becomes; it runs, to show what its configuration does not say. stops: see
+    `assemble.stop_ids`."""
+    return DiffVLConfig(
         source_config=source.config,
         image_token_id=parts.image_id,
         mask_token_id=parts.mask_id,
-        vocabulary_size=len(tokenizer),
-        stop_token_ids=stop_ids(source, tokenizer, parts.processor.stop_token),
+        vocabulary_size=len(parts.processor.tokenizer),
+        stop_token_ids=stops,
         image_inputs=list(parts.image_inputs),
         token_types=parts.token_types,
         **source_traits(source),
@@ -189,10 +199,6 @@ def assemble_native(source: Any, parts: NativeParts) -> DiffVLForConditionalGene
         video_inputs=list(parts.video_inputs),
         placeholder_ids=[id for name in PLACEHOLDERS if (id := getattr(parts.config, name, None)) is not None],
     )
-    with torch.device("meta"):
-        model = DiffVLForConditionalGeneration(config)
-    model.set_source(source)
-    return model
 
 
 # --- proof ---------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.utils.hub import cached_file
 
 from diffvl.config.supported import OWN_CODE, is_remote, own_code
-from diffvl.errors import CheckpointError, UnsupportedModelError, first_line
+from diffvl.errors import CheckpointError, UnreachableError, UnsupportedModelError, first_line
 from diffvl.store.files import read_json
 from diffvl.store.renamed import diffusion_family, refuse_released, translated
 from diffvl.store.sdar_vl import is_sdar_vl, text_settings
@@ -212,7 +212,7 @@ def explain_failures(name: str, load: Callable[[], T]) -> T:
             ) from error
         if Path(name).exists():
             raise CheckpointError(f"{name}: not a whole checkpoint ({reason}); copy or fetch it again") from error
-        raise CheckpointError(
+        raise UnreachableError(
             f"{name}: no such directory here, and it could not be fetched from the model hub ({reason}). Check the name and the "
             "connection, or give the directory of a downloaded checkpoint"
         ) from error

@@ -107,7 +107,7 @@ class Loop:
             self._log_evaluation()
         batches = self.feed.batches(self.step, self.steps)
         while self.step < self.steps:
-            norm = self._train_step([next(batches) for _ in range(self.stage.accumulation)])
+            norm = self.train_step([next(batches) for _ in range(self.stage.accumulation)])
             self.step += 1
             is_last = self.step == self.steps
             saves = is_last or self.step % self.stage.save_every == 0
@@ -124,7 +124,7 @@ class Loop:
 
     # --- one step --------------------------------------------------------------------------------------------------------
 
-    def _train_step(self, batches: list[dict[str, Any]]) -> float:
+    def train_step(self, batches: list[dict[str, Any]]) -> float:
         """One optimiser step on this process's micro-batches; returns the norm of the gradient before clipping."""
         divided_by = self._agree_on(batches)
         draw = Draw(self.seed, self.step, self.step / self.steps)

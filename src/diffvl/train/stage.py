@@ -102,7 +102,7 @@ def train(
         data = replace(data, train=data.train.packed(stage.data.row_length, recipe.seed))
     attention = str(model.config.text_config._attn_implementation)
     fit_to_stage(model, stage, recipe.seed)
-    _place(model, stage, own_dtype, sharded)
+    place(model, stage, own_dtype, sharded)
     last = agreed(lambda: checkpoints.newest(work)) if resume else None
     accelerator = make_accelerator(stage, recipe.trackers, work)
     left_out = LeftOut(work / LEFT_OUT_FILE, stage.data, data.parts(), accelerator.is_main_process)
@@ -133,7 +133,7 @@ def _itself(model: DiffVLForConditionalGeneration) -> DiffVLForConditionalGenera
     return model
 
 
-def _place(model: DiffVLForConditionalGeneration, stage: Stage, own_dtype: torch.dtype, sharded: bool) -> None:
+def place(model: DiffVLForConditionalGeneration, stage: Stage, own_dtype: torch.dtype, sharded: bool) -> None:
     """Puts what trains in fp32: of a model in parts unit by unit, as they are cut."""
     if sharded:
         shard(model, stage, everything=not keeps_dtype(stage, own_dtype))
@@ -264,12 +264,13 @@ def _tell_left_out(stage_name: StageName, left_out: dict[str, int], directory: P
 # --- fitting a model to a stage and back ---------------------------------------------------------------------------------
 
 
-def fit_to_stage(model: DiffVLForConditionalGeneration, stage: Stage, seed: int) -> None:
+def fit_to_stage(model: DiffVLForConditionalGeneration, stage: Stage, seed: int, device: torch.device | None = None) -> None:
     """Records the objective in the configuration, chooses the attention implementation, wraps adapters, attaches the mask row,
     freezes the rest. In place.
 
     Args:
         seed: of fresh adapters, which must be the same in every process and in every run of a recipe.
+        device: that it will train on; default: this machine's GPU, or its CPU where there is none.
     """
     objective = stage.objective
     if objective.kind == "ar":
@@ -278,7 +279,7 @@ def fit_to_stage(model: DiffVLForConditionalGeneration, stage: Stage, seed: int)
         model.config.set_decoding("blocks", objective.block_size, "block", "response", objective.target)
     else:
         model.config.set_decoding("blocks", objective.block_size, objective.context, objective.grid, objective.target)
-    choose(model.trunk, stage.attention, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    choose(model.trunk, stage.attention, device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if stage.lora is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
