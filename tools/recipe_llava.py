@@ -8,6 +8,7 @@ SCALE=smoke runs the same recipe files on random stand-ins, with sizes and steps
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -136,10 +137,15 @@ class Failed(Exception):
         self.code = code
 
 
-def run(program: list[str], words: list[str], quiet: bool = False) -> str:
-    """Runs a command, shown as it can be typed; returns what it printed, if that is not shown. Raises Failed."""
+def run(program: list[str], words: list[str], quiet: bool = False, offline: bool = False) -> str:
+    """Runs a command, shown as it can be typed; returns what it printed, if it is to be quiet. Raises Failed.
+
+    Args:
+        offline: the hub is not asked; what has been fetched from it is found.
+    """
     print_line(f"\n$ {shell_line(*_typed(program), *words)}", "bold")
-    done = subprocess.run([*program, *words], check=False, text=True, stdout=subprocess.PIPE if quiet else None)
+    variables = {**os.environ, "HF_HUB_OFFLINE": "1"} if offline else None
+    done = subprocess.run([*program, *words], check=False, text=True, stdout=subprocess.PIPE if quiet else None, env=variables)
     if done.returncode:
         raise Failed(done.returncode)
     return done.stdout or ""
@@ -255,7 +261,7 @@ def follow(choice: Choice, given: argparse.Namespace) -> None:
     if choice.smoke or not given.dry_run:
         provide(choice)
     plan = [] if choice.machine is None else ["--for", choice.machine]
-    run(DIFFVL, [*convert_words(choice), "--dry-run", "--resume", *plan])
+    run(DIFFVL, [*convert_words(choice), "--dry-run", "--resume", *plan], offline=given.dry_run)
     if given.dry_run:
         return
     if not (given.yes or agrees()):

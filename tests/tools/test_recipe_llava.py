@@ -151,10 +151,9 @@ def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     monkeypatch.setattr(llava_data, "fetch", lambda hub_set, folder: steps.append(hub_set.name))
     monkeypatch.setattr(llava_data, "instructions", lambda folder: ({"path": "d"}, Path("held-out")))
 
-    def run(program: list[str], words: list[str], quiet: bool = False) -> str:
-        steps.append(
-            " ".join(word for word in words[:3] if not word.startswith("{")) + (" --dry-run" if "--dry-run" in words else "")
-        )
+    def run(program: list[str], words: list[str], quiet: bool = False, offline: bool = False) -> str:
+        flags = [flag for flag, given in (("--dry-run", "--dry-run" in words), ("offline", offline)) if given]
+        steps.append(" ".join([*words[:3], *flags]))
         return '{"exact_match": 0.5, "edit_similarity": 0.75, "answers": 4}'
 
     monkeypatch.setattr(recipe_llava, "run", run)
@@ -178,7 +177,7 @@ def test_data_plan_training_figures_and_the_control(ran: list[Any], capsys: pyte
 def test_a_dry_run_fetches_nothing(ran: list[Any]):
     words = given("--dry-run", "--for", "8x80GB")
     follow(chosen(words), words)
-    assert ran == [PLAN]
+    assert ran == [f"{PLAN} offline"]
 
 
 @pytest.mark.parametrize(("answer", "trains"), [("y", True), ("Yes ", True), ("", False), ("no", False)])
@@ -195,7 +194,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """The commands are run, in this process; gives what they print on stderr."""
     told: list[str] = []
 
-    def run(program: list[str], words: list[str], quiet: bool = False) -> str:
+    def run(program: list[str], words: list[str], quiet: bool = False, offline: bool = False) -> str:
         assert program == [sys.executable, "-m", "diffvl.cli"]
         ended = tiny_runs.command(*words)
         told.append(ended.err)
