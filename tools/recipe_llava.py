@@ -30,6 +30,7 @@ from tools import llava_data
 
 ROWS = {"align": 128, "diffuse": 256}  # samples of a step, as published
 MODEL, TRUNK, TOWER = "qwen2.5-7b", "qwen2", "siglip"
+INTERRUPTED = 130  # 128 + SIGINT
 NUM_HELD_OUT = 200  # records that are answered
 FIGURES = ("exact_match", "edit_similarity", "answers")
 
@@ -170,7 +171,10 @@ def launcher(choice: Choice) -> list[str]:
 def agrees() -> bool:
     """Asks whether to go on."""
     sys.stdout.flush()
-    return input("\nTrain this now? [y/N] ").strip().lower() in ("y", "yes")
+    try:
+        return input("\nTrain this now? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
 
 
 def evaluated(choice: Choice, directory: Path) -> dict[str, Any]:
@@ -234,7 +238,8 @@ def chosen(given: argparse.Namespace) -> Choice:
         recipe=given.recipe,
         model=str(root / "models" / f"trunk-{TRUNK}") if smoke else given.model,
         data=root / "data" if smoke else given.data,
-        out=given.out or (root / given.recipe if smoke else Path("runs") / f"{given.model}-{given.recipe}"),
+        out=given.out
+        or (root / Path(given.recipe).stem if smoke else Path("runs") / f"{Path(given.model).name}-{Path(given.recipe).stem}"),
         processes=processes,
         machine=given.machine,
         smoke=smoke,
@@ -288,6 +293,9 @@ def main() -> None:
         sys.exit(error.exit_code)
     except Failed as error:
         sys.exit(error.code)
+    except KeyboardInterrupt:
+        print("interrupted. To continue, type the same again", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

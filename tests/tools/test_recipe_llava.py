@@ -74,6 +74,12 @@ def test_the_control_is_the_same_stage_from_the_same_start_with_next_token_loss(
     assert other == one.model_copy(update={"objective": other.objective, "trainable": rates})
 
 
+def test_a_run_is_named_by_its_model_and_its_recipe():
+    assert choice("--model", "/models/own/", "--recipe", str(find_recipe("lora"))).out == Path("runs/own-lora")
+    assert choice("--scale", "smoke", "--recipe", str(find_recipe("lora"))).out == Path("runs/smoke/lora")
+    assert choice("--out", "o").out == Path("o")
+
+
 def test_several_processes_are_launched_by_accelerate():
     files = [str(ROOT / "recipes" / "accelerate" / f"gpus-{count}.yaml") for count in (2, 8)]
     tail = ["-m", "diffvl.cli"]
@@ -180,9 +186,16 @@ def test_a_dry_run_fetches_nothing(ran: list[Any]):
     assert ran == [f"{PLAN} offline"]
 
 
-@pytest.mark.parametrize(("answer", "trains"), [("y", True), ("Yes ", True), ("", False), ("no", False)])
-def test_it_asks(answer: str, trains: bool, ran: list[Any], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("builtins.input", lambda question: answer)
+@pytest.mark.parametrize(("answer", "trains"), [("y", True), ("Yes ", True), ("", False), ("no", False), (None, False)])
+def test_it_asks(answer: str | None, trains: bool, ran: list[Any], monkeypatch: pytest.MonkeyPatch):
+    """And takes the end of input (None) for a no."""
+
+    def say(question: str) -> str:
+        if answer is None:
+            raise EOFError
+        return answer
+
+    monkeypatch.setattr("builtins.input", say)
     monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
     words = given("--gpus", "1")
     follow(chosen(words), words)
