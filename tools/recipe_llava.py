@@ -8,6 +8,7 @@ SCALE=smoke runs the same recipe files on random stand-ins, with sizes and steps
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -29,6 +30,7 @@ from tools import llava_data
 
 ROWS = {"align": 128, "diffuse": 256}  # samples of a step, as published
 MODEL, TRUNK, TOWER = "qwen2.5-7b", "qwen2", "siglip"
+INTERRUPTED = 130  # 128 + SIGINT
 NUM_HELD_OUT = 200  # records that are answered
 FIGURES = ("exact_match", "edit_similarity", "answers")
 
@@ -62,7 +64,11 @@ def settings_of(choice: Choice) -> list[str]:
     settings = []
     for name, stage in recipe.stages.items():
         sizes = small(stage, choice.processes) if choice.smoke else dealt(name, stage, choice.processes)
-        given = {"data.train": json.dumps(sources[name]), **sizes}
+        there = choice.smoke or llava_data.is_fetched(
+            llava_data.PRETRAIN if name == "align" else llava_data.INSTRUCT, choice.data
+        )
+        counted = {"data.records": "null"} if there else {}  # what is here is counted, not believed
+        given = {"data.train": json.dumps(sources[name]), **counted, **sizes}
         settings += [f"stages.{name}.{key}={value}" for key, value in given.items()]
     return settings
 
@@ -136,10 +142,15 @@ class Failed(Exception):
         self.code = code
 
 
-def run(program: list[str], words: list[str], quiet: bool = False) -> str:
-    """Runs a command, shown as it can be typed; returns what it printed, if that is not shown. Raises Failed."""
+def run(program: list[str], words: list[str], quiet: bool = False, offline: bool = False) -> str:
+    """Runs a command, shown as it can be typed; returns what it printed, if it is to be quiet. Raises Failed.
+
+    Args:
+        offline: the hub is not asked; what has been fetched from it is found.
+    """
     print_line(f"\n$ {shell_line(*_typed(program), *words)}", "bold")
-    done = subprocess.run([*program, *words], check=False, text=True, stdout=subprocess.PIPE if quiet else None)
+    variables = {**os.environ, "HF_HUB_OFFLINE": "1"} if offline else None
+    done = subprocess.run([*program, *words], check=False, text=True, stdout=subprocess.PIPE if quiet else None, env=variables)
     if done.returncode:
         raise Failed(done.returncode)
     return done.stdout or ""
@@ -164,7 +175,10 @@ def launcher(choice: Choice) -> list[str]:
 def agrees() -> bool:
     """Asks whether to go on."""
     sys.stdout.flush()
-    return input("\nTrain this now? [y/N] ").strip().lower() in ("y", "yes")
+    try:
+        return input("\nTrain this now? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
 
 
 def evaluated(choice: Choice, directory: Path) -> dict[str, Any]:
@@ -228,7 +242,8 @@ def chosen(given: argparse.Namespace) -> Choice:
         recipe=given.recipe,
         model=str(root / "models" / f"trunk-{TRUNK}") if smoke else given.model,
         data=root / "data" if smoke else given.data,
-        out=given.out or (root / given.recipe if smoke else Path("runs") / f"{given.model}-{given.recipe}"),
+        out=given.out
+        or (root / Path(given.recipe).stem if smoke else Path("runs") / f"{Path(given.model).name}-{Path(given.recipe).stem}"),
         processes=processes,
         machine=given.machine,
         smoke=smoke,
@@ -255,7 +270,7 @@ def follow(choice: Choice, given: argparse.Namespace) -> None:
     if choice.smoke or not given.dry_run:
         provide(choice)
     plan = [] if choice.machine is None else ["--for", choice.machine]
-    run(DIFFVL, [*convert_words(choice), "--dry-run", "--resume", *plan])
+    run(DIFFVL, [*convert_words(choice), "--dry-run", "--resume", *plan], offline=given.dry_run)
     if given.dry_run:
         return
     if not (given.yes or agrees()):
@@ -282,6 +297,9 @@ def main() -> None:
         sys.exit(error.exit_code)
     except Failed as error:
         sys.exit(error.code)
+    except KeyboardInterrupt:
+        print("interrupted. To continue, type the same again", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def test_what_a_killed_fetch_left_is_removed_and_what_runs_is_left_alone(tmp_pat
 
 
 def read(settings: dict[str, str]) -> list[Record]:
-    records = list(parse_source(find_source(DataSource(**settings))))
+    records = list(parse_source(find_source(DataSource.model_validate(settings))))
     assert all(isinstance(record, Record) for record in records)
     return records  # type: ignore[return-value]
 
@@ -133,4 +133,4 @@ def test_the_last_file_is_held_out(files: int, read_ones: list[str] | None, tmp_
         assert (settings, held_out) == ({"path": str(folder / "train-*.parquet")}, None)
         return
     assert held_out == folder / f"train-{files - 1:05d}-of-{files:05d}.parquet"
-    assert [file.split("-")[-3] for file in find_source(DataSource(**settings)).files] == read_ones
+    assert [file.split("-")[-3] for file in find_source(DataSource.model_validate(settings)).files] == read_ones

@@ -74,6 +74,12 @@ def test_the_control_is_the_same_stage_from_the_same_start_with_next_token_loss(
     assert other == one.model_copy(update={"objective": other.objective, "trainable": rates})
 
 
+def test_a_run_is_named_by_its_model_and_its_recipe():
+    assert choice("--model", "/models/own/", "--recipe", str(find_recipe("lora"))).out == Path("runs/own-lora")
+    assert choice("--scale", "smoke", "--recipe", str(find_recipe("lora"))).out == Path("runs/smoke/lora")
+    assert choice("--out", "o").out == Path("o")
+
+
 def test_several_processes_are_launched_by_accelerate():
     files = [str(ROOT / "recipes" / "accelerate" / f"gpus-{count}.yaml") for count in (2, 8)]
     tail = ["-m", "diffvl.cli"]
@@ -151,10 +157,9 @@ def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     monkeypatch.setattr(llava_data, "fetch", lambda hub_set, folder: steps.append(hub_set.name))
     monkeypatch.setattr(llava_data, "instructions", lambda folder: ({"path": "d"}, Path("held-out")))
 
-    def run(program: list[str], words: list[str], quiet: bool = False) -> str:
-        steps.append(
-            " ".join(word for word in words[:3] if not word.startswith("{")) + (" --dry-run" if "--dry-run" in words else "")
-        )
+    def run(program: list[str], words: list[str], quiet: bool = False, offline: bool = False) -> str:
+        flags = [flag for flag, given in (("--dry-run", "--dry-run" in words), ("offline", offline)) if given]
+        steps.append(" ".join([*words[:3], *flags]))
         return '{"exact_match": 0.5, "edit_similarity": 0.75, "answers": 4}'
 
     monkeypatch.setattr(recipe_llava, "run", run)
@@ -178,12 +183,19 @@ def test_data_plan_training_figures_and_the_control(ran: list[Any], capsys: pyte
 def test_a_dry_run_fetches_nothing(ran: list[Any]):
     words = given("--dry-run", "--for", "8x80GB")
     follow(chosen(words), words)
-    assert ran == [PLAN]
+    assert ran == [f"{PLAN} offline"]
 
 
-@pytest.mark.parametrize(("answer", "trains"), [("y", True), ("Yes ", True), ("", False), ("no", False)])
-def test_it_asks(answer: str, trains: bool, ran: list[Any], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("builtins.input", lambda question: answer)
+@pytest.mark.parametrize(("answer", "trains"), [("y", True), ("Yes ", True), ("", False), ("no", False), (None, False)])
+def test_it_asks(answer: str | None, trains: bool, ran: list[Any], monkeypatch: pytest.MonkeyPatch):
+    """And takes the end of input (None) for a no."""
+
+    def say(question: str) -> str:
+        if answer is None:
+            raise EOFError
+        return answer
+
+    monkeypatch.setattr("builtins.input", say)
     monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
     words = given("--gpus", "1")
     follow(chosen(words), words)
@@ -195,7 +207,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """The commands are run, in this process; gives what they print on stderr."""
     told: list[str] = []
 
-    def run(program: list[str], words: list[str], quiet: bool = False) -> str:
+    def run(program: list[str], words: list[str], quiet: bool = False, offline: bool = False) -> str:
         assert program == [sys.executable, "-m", "diffvl.cli"]
         ended = tiny_runs.command(*words)
         told.append(ended.err)
