@@ -6,7 +6,6 @@ SHELL := bash
 
 PYTHON ?= python3
 VENV ?= .venv
-RUNS ?= runs
 MODELS ?= models
 SCALE ?= full
 CLIENTS ?= clients
@@ -58,7 +57,7 @@ check: lint types test ## everything that CI runs: lint, types, tests
 
 # --- the demo: SmolLM2-135M learns to see coloured shapes --------------------------------------------------------------------
 
-# The recipe names runs/demo-data, so these two do not move with RUNS.
+# The recipe names runs/demo-data.
 DEMO := runs/demo
 DEMO_DATA := runs/demo-data
 SMOLLM := $(MODELS)/smollm2-135m-instruct
@@ -78,33 +77,14 @@ demo: demo-models ## the whole way on this machine's CPU; again: goes on from wh
 
 # --- the paper's recipe ------------------------------------------------------------------------------------------------------
 
-LLAVA_MODEL := qwen2.5-7b
-# One process for each GPU.
-LAUNCH = $(BIN)/accelerate launch -m diffvl.cli
-LLAVA_OUT := $(RUNS)/$(LLAVA_MODEL)
-ifeq ($(SCALE),smoke)
-# The same recipe file on random stand-ins, with sizes and steps that a CPU does in seconds.
-SMOKE := $(RUNS)/smoke
-LAUNCH = $(DIFFVL)
-LLAVA_MODEL := $(SMOKE)/models/trunk-qwen2
-LLAVA_OUT := $(SMOKE)/llava
-ALIGN_DATA := $(SMOKE)/data/align.json
-DIFFUSE_DATA := $(SMOKE)/data/train.json
-LLAVA_SETTINGS := prepare.vision_tower=$(SMOKE)/models/tower-siglip \
-  $(foreach stage,stages.align stages.diffuse,$(addprefix $(stage).,epochs=null steps=2 batch_size=2 accumulation=2 \
-    precision=fp32 log_every=1 data.max_length=512 data.workers=0))
-endif
+# What is set is handed on; a 0 is a no.
+yes = $(if $(filter-out 0,$($(1))),$(2))
+RECIPE_WORDS = --scale '$(SCALE)' $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(MODEL),--model '$(MODEL)') \
+  $(if $(DATA),--data '$(DATA)') $(if $(OUT),--out '$(OUT)') $(if $(GPUS),--gpus '$(GPUS)') $(if $(FOR),--for '$(FOR)') \
+  $(if $(LAUNCH),--launch '$(LAUNCH)') $(call yes,DRY_RUN,--dry-run) $(call yes,YES,--yes) $(call yes,CONTROL,--control)
 
-recipe-llava: $(STAMP) ## DiffusionVL's two stages: ALIGN_DATA=a.json DIFFUSE_DATA=b.json, or SCALE=smoke
-ifeq ($(SCALE),smoke)
-	$(BIN)/python -m diffvl.demo.standins $(SMOKE)/models
-	$(DIFFVL) shapes $(SMOKE)/data --align 8 --train 8 --test 4
-	rm -rf $(LLAVA_OUT)
-else
-	@[ -n "$(ALIGN_DATA)" ] && [ -n "$(DIFFUSE_DATA)" ] || { echo "name the data: make recipe-llava ALIGN_DATA=blip_laion_cc_sbu_558k.json DIFFUSE_DATA=llava_next.json, or try it small: make recipe-llava SCALE=smoke" >&2; exit 2; }
-endif
-	$(LAUNCH) convert $(LLAVA_MODEL) --recipe llava --out $(LLAVA_OUT) $(addprefix --set ,$(LLAVA_SETTINGS) \
-	  stages.align.data.train=$(ALIGN_DATA) stages.diffuse.data.train=$(DIFFUSE_DATA))
+recipe-llava: $(STAMP) ## DiffusionVL's two stages: data, plan, training, figures (docs/scale.md); SCALE=smoke YES=1: in a minute
+	@$(BIN)/python -m tools.recipe_llava $(RECIPE_WORDS)
 
 clean: ## remove .venv and caches; runs and models stay
 	rm -rf .venv dist .pytest_cache .ruff_cache .import_linter_cache

@@ -125,7 +125,6 @@ def test_the_flags_of_decoding_are_its_settings():
             assert not about["choices"] or get_args(kind) == about["choices"]
             assert option.max == about["most"] or name == "seed"
             assert option.min == about["least"] or name in ("denoising_steps", "temperature", "top_k", "seed")
-    assert get_args(config.StageName) == config.STAGES
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS])
@@ -168,7 +167,6 @@ def test_help_and_version_load_neither_torch_nor_transformers_and_answer_at_once
     [
         ["nonsense"],
         ["convert", "--lr", "1"],
-        ["convert", "--stage", "pretrain"],
         ["generate", "--prompt", "x"],
         ["generate", "dir", "--prompt", "x", "--strategy", "random"],
         ["generate", "dir", "--prompt", "x", "--mode", "beam"],

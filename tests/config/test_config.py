@@ -63,7 +63,9 @@ def test_a_recipe_resolves_to_its_values_and_the_defaults():
         ("prepare.connector.width", 1, "prepare.connector.width: unknown key"),
         ("stages.align.objective.block_size", 4, "stages.align.objective.block_size: unknown key"),
         ("stages.diffuse.objective.noise.mean_start", 0.5, "stages.diffuse.objective.noise.mean_start: unknown key"),
-        ("stages.algn", {}, "stages.algn: Input should be 'align' or 'diffuse' (got 'algn')"),
+        ("stages.algn", {}, "stages.algn.objective: Field required"),
+        ("stages.prepared", {}, "stages.prepared: a stage has the name of its directory: small letters, digits, - and _"),
+        ("stages.Second one", {}, "stages.Second one: a stage has the name of its directory"),
         ("stages.diffuse.trainable.towr", 1e-6, "stages.diffuse.trainable.towr: Input should be 'tower', 'connector'"),
         ("seed", -1, "seed: Input should be greater than or equal to 0 (got -1)"),
         (
@@ -79,7 +81,7 @@ def test_a_recipe_resolves_to_its_values_and_the_defaults():
         ),
         ("stages.align.objective.kind", ..., "stages.align.objective.kind: missing, it says which kind of objective this is"),
         ("stages.align.objective", ..., "stages.align.objective: Field required"),
-        ("stages", {}, "a recipe needs at least one of the stages align, diffuse"),
+        ("stages", {}, "a recipe needs at least one stage, as align or diffuse"),
         ("stages.align.epochs", 1, "stages.align: give exactly one of steps and epochs"),
         ("stages.align.trainable", {}, "stages.align: trainable is empty"),
         ("stages.align.lora", {"rank": 4}, "stages.align: lora has no effect unless trunk is in trainable"),
@@ -96,6 +98,11 @@ def test_a_recipe_resolves_to_its_values_and_the_defaults():
             "stages.diffuse.objective.noise: t_min (0.1) must not be above t_max (0.05)",
         ),
         ("stages.diffuse.objective.ar_weight", 0.1, "stages.diffuse.objective: ar_weight needs context: causal"),
+        (
+            "stages.diffuse.objective",
+            {"kind": "block_diffusion", "context": "causal", "ar_weight": 0.1, "normaliser": "samples"},
+            "stages.diffuse.objective: ar_weight needs normaliser: tokens",
+        ),
         ("prepare.tiling", {"kind": "none", "max_tiles": 4}, "prepare.tiling.max_tiles: unknown key"),
         ("prepare.tiling", {"max_tiles": 4}, "prepare.tiling.kind: missing, it says which kind of tiling this is"),
         ("prepare.tiling", {"kind": "pad"}, "prepare.tiling.kind: expected one of 'none', 'anyres' (got 'pad')"),
@@ -289,3 +296,20 @@ def test_complementary_weights_must_have_a_variance(noise: dict[str, Any], bound
         else:
             with pytest.raises(ValueError, match="complementary with weight 1/t needs noise that stays below t = 1"):
                 BlockDiffusionObjective.model_validate(settings)
+
+
+def test_a_setting_of_a_stage_that_is_not_there_names_those_that_are():
+    with pytest.raises(ConfigError, match=r"^--set stages\.difuse: my\.yaml has no stage 'difuse', only align, diffuse$"):
+        resolve(TREE, ["stages.difuse.steps=3"], "my.yaml")
+
+
+def test_what_yaml_names_once_and_uses_twice_is_two_sections(tmp_path: Path):
+    file = tmp_path / "recipe.yaml"
+    text = "stages: {one: &s {objective: {kind: ar}, trainable: {connector: 0.1}, steps: 1}, two: *s, three: {<<: *s, steps: 2}}"
+    file.write_text(text, encoding="utf-8")
+    stages = resolve(read_yaml(file), ["stages.two.trainable.connector=0.2"], "x").stages
+    assert list(stages) == ["one", "two", "three"]
+    assert [stage.trainable["connector"] for stage in stages.values()] == [0.1, 0.2, 0.1]
+    file.write_text("stages: &s {one: *s}", encoding="utf-8")
+    with pytest.raises(ConfigError, match="a section of the recipe stands in itself"):
+        resolve(read_yaml(file), [], "x")

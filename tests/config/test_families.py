@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 from diffvl.config.families import ALL_LINEAR, Family, all_families, family_of, named_checkpoint, recipe_of_name, suggest
-from diffvl.config.objectives import BetaNoise, BlockDiffusionObjective
+from diffvl.config.objectives import BlockDiffusionObjective
 from diffvl.config.recipe import Recipe
 from diffvl.config.resolve import find_recipe, parse, presets, read_yaml, recipe_names, resolve
 from diffvl.config.supported import check_supported
@@ -176,7 +176,8 @@ def test_a_recipe_names_no_data(name: str):
 
 
 def test_recipe_names_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    known = ["ar-control", "demo", "dllm", "emoji", "llava", "lora", "sdar", "sdar-vl", "vlm", "vlm-demo", "vlm-lora"]
+    known = ["ar-control", "demo", "dllm", "emoji", "fast", "llava", "llava-parity", "lora"]
+    known += ["sdar", "sdar-vl", "vlm", "vlm-demo", "vlm-lora"]
     assert recipe_names() == known
     own = tmp_path / "own.yaml"
     own.write_text("stages: {}\n", encoding="utf-8")
@@ -184,37 +185,10 @@ def test_recipe_names_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert find_recipe("own.yaml") == Path("own.yaml")
     assert find_recipe("demo").name == "demo.yaml"
     with pytest.raises(
-        ConfigError, match=r"--recipe 'dmo': neither a file nor a known recipe\. Known: ar-control, demo, dllm, emoji, llava"
+        ConfigError,
+        match=r"--recipe 'dmo': neither a file nor a known recipe\. Known: ar-control, demo, dllm, emoji, fast, llava",
     ):
         find_recipe("dmo")
-
-
-def test_llava_is_the_published_recipe():
-    stages = recipe("llava").stages
-    align, diffuse, objective = stages["align"], stages["diffuse"], diffusion("llava")
-    assert list(stages) == ["align", "diffuse"]
-    assert (align.objective.kind, align.trainable, align.epochs) == ("ar", {"connector": 1e-3}, 1)
-    assert diffuse.trainable == {"trunk": 1e-5, "connector": 1e-5, "mask_row": 1e-5, "tower": 2e-6}
-    assert [stage.batch_size * stage.accumulation * 8 for stage in (align, diffuse)] == [128, 256], "on one node of 8 GPUs"
-    for stage in (align, diffuse):
-        assert (stage.optim.schedule, stage.optim.warmup_ratio, stage.optim.max_grad_norm) == ("cosine", 0.03, 1.0)
-    assert (objective.block_size, objective.context, objective.grid, objective.target) == (8, "block", "absolute", "same")
-    assert objective.weight == "1/t"
-    assert objective.noise.model_dump() == {"schedule": "uniform", "t_min": 1e-3, "t_max": 1.0, "draws": "independent"}
-
-
-def test_sdar_vl_has_the_curriculum_and_the_effective_weight():
-    objective = diffusion("sdar-vl")
-    assert (objective.block_size, objective.weight) == (4, "effective")
-    noise = objective.noise
-    assert isinstance(noise, BetaNoise)
-    assert (noise.mean_start, noise.mean_end, noise.concentration_start, noise.concentration_end) == (0.5, 0.7, 4, 25)
-
-
-def test_lora_is_llava_with_adapters_and_causal_context():
-    stage, objective = recipe("lora").stages["diffuse"], diffusion("lora")
-    assert stage.lora is not None and "mask_row" in stage.trainable and "connector" in stage.trainable
-    assert objective == diffusion("llava").model_copy(update={"context": "causal"})
 
 
 def test_the_ar_control_differs_from_the_emoji_recipe_by_its_objective_alone():

@@ -322,7 +322,7 @@ def test_attention_that_the_architecture_cannot_take(convert: Workshop, tmp_path
 
 def test_words_that_exclude_each_other(run: Run, convert: Workshop):
     convert.refuses("--from", run.align, says=["MODEL and --from exclude each other"])
-    convert.refuses("--stage", "align", "--lora", says=["--lora has no effect: the diffuse stage is not run"])
+    convert.refuses("--stage", "align", "--lora", says=["--lora has no effect: no stage that is run trains the trunk"])
 
 
 @pytest.mark.parametrize("setting", ["prepare.image_size=64", "prepare={image_size: 64}"])
@@ -340,8 +340,9 @@ def test_diffuse_with_nothing_to_start_from(convert: Workshop, tmp_path: Path):
     says = ["there is none under runs/. Type: diffvl convert MODEL --stage align"]
     refused("convert", "--stage", "diffuse", "--recipe", convert.recipe, says=says)
     assert not (tmp_path / "runs").exists()
-    says = [f"--stage diffuse needs an aligned model, and {convert.out}/align is not there. Type: diffvl convert"]
+    says = [f"--stage diffuse goes on from align, and {convert.out}/align is not there. Type: diffvl convert"]
     convert.refuses("--stage", "diffuse", says=says)
+    convert.refuses("--stage", "pretrain", says=["--stage pretrain: the recipe has no such stage, only align, diffuse"])
     refused("convert", says=["name a MODEL (see `diffvl models`), or a DiffVL directory with --from"])
 
 

@@ -334,27 +334,52 @@ def test_a_sample_may_fill_the_context(source: Callable[[str], Path], tower: Pat
 # --- recipes ---------------------------------------------------------------------------------------------------------------
 
 
-# Both stages, one bidirectional, adapters, a vision-language model. The tests of what is refused read every recipe.
+@pytest.fixture
+def small(run: tiny_runs.Run, source: Callable[[str], Path], tower: Path, tmp_path: Path) -> "Words":
+    """Gives the words that run a recipe with two steps of every stage, and its stages. It keeps its objective, parts, optimiser,
+    precision and checkpointing."""
+
+    def make(name: str) -> tuple[list[object], list[str]]:
+        tree = read_yaml(find_recipe(name))
+        settings = [f"prepare.vision_tower={tower}", "prepare.vision_layer=-2", "prepare.image_size=32"]
+        start: list[object] = [source("qwen2")]
+        if "prepare" not in tree and "align" not in tree["stages"]:
+            settings, start = [], [source("qwen2_vl")] if name.startswith("vlm") else ["--from", run.align]
+        data = short_records(tmp_path, 10)
+        for kind, given in tree["stages"].items():
+            sizes = {"epochs": "null", "steps": 2, "batch_size": 2, "accumulation": 1, "eval_every": "null"}
+            sizes["data"] = f"{{train: {data}, max_length: 400}}"
+            if (given.get("lora") or {}).get("bits"):
+                sizes["lora.bits"] = "null"  # these need a GPU
+            settings += [f"stages.{kind}.{key}={value}" for key, value in sizes.items()]
+        words = [word for setting in settings for word in ("--set", setting)]
+        return ["convert", *start, "--recipe", name, "--out", tmp_path / "out", *words], list(tree["stages"])
+
+    return make
+
+
+Words = Callable[[str], tuple[list[object], list[str]]]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_can_be_planned(name: str, small: Words, tmp_path: Path):
+    """All of its stages, in its order, and nothing is written."""
+    words, stages = small(name)
+    lines = succeed(*words, "--dry-run").out.splitlines()
+    assert [line.partition(" ")[0] for line in lines if f"-> {tmp_path}/out/" in line and line[:7] != "prepare"] == stages
+    assert lines[-1] == "dry run: nothing was written" and not (tmp_path / "out").exists()
+
+
+# Both stages, one bidirectional, adapters, a vision-language model. All of them are planned above.
 RECIPES = ("llava", "dllm", "lora", "vlm")
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in RECIPES else pytest.mark.slow) for name in recipe_names()]
 )
-def test_every_recipe_trains(name: str, run: tiny_runs.Run, source: Callable[[str], Path], tower: Path, tmp_path: Path):
-    """Two steps of every stage, with the recipe's own objective, parts, optimiser, precision and checkpointing."""
-    stages = read_yaml(find_recipe(name))["stages"]
-    settings = [f"prepare.vision_tower={tower}", "prepare.vision_layer=-2", "prepare.image_size=32"]
-    start: tuple[object, ...] = (source("qwen2"),)
-    if "prepare" not in read_yaml(find_recipe(name)) and "align" not in stages:
-        settings, start = [], (source("qwen2_vl"),) if name.startswith("vlm") else ("--from", run.align)
-    for kind, given in stages.items():
-        small = {"epochs": "null", "steps": 2, "batch_size": 2, "accumulation": 1, "eval_every": "null"}
-        small["data"] = f"{{train: {short_records(tmp_path, 10)}, max_length: 400}}"
-        settings += [f"stages.{kind}.{key}={value}" for key, value in small.items()]
-        assert given["objective"]["kind"] in ("ar", "block_diffusion", "full_diffusion")
-    words = [word for setting in settings for word in ("--set", setting)]
-    succeed("convert", *start, "--recipe", name, "--out", tmp_path / "out", *words)
+def test_every_recipe_trains(name: str, small: Words, tmp_path: Path):
+    words, stages = small(name)
+    succeed(*words)
     for kind in stages:
         losses = {line["step"]: line["loss"] for line in metrics(tmp_path / "out" / kind) if "loss" in line}
         assert max(losses) == 2 and all(math.isfinite(loss) and loss > 0 for loss in losses.values())

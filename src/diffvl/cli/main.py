@@ -16,7 +16,7 @@ from diffvl.cli.bench import bench
 from diffvl.cli.decode import chat, generate
 from diffvl.cli.export import export, push
 from diffvl.cli.output import print_json, print_line, print_table
-from diffvl.config.recipe import VERSION, StageName
+from diffvl.config.recipe import VERSION
 from diffvl.errors import EXIT_CODE, DiffvlError, UsageError
 from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.store.files import Writing
@@ -65,7 +65,9 @@ def _root(
 )
 def convert(
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = None,
-    stage: Annotated[StageName | None, typer.Option(help="Only this stage. Default: all stages of the recipe in order.")] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="Only this stage of the recipe. Default: all in order.", metavar="NAME")
+    ] = None,
     recipe: Annotated[str | None, typer.Option(help="A name from `diffvl recipes` or a file.", metavar="NAME|FILE")] = None,
     data: Annotated[Path | None, typer.Option(help="LLaVA-format .json or .jsonl to train on.", metavar="FILE")] = None,
     start: Annotated[Path | None, typer.Option("--from", help="The run that the stage starts from.", metavar="DIR")] = None,
@@ -87,7 +89,14 @@ def convert(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Convert MODEL: connect a vision tower, align it, train block diffusion, write a checkpoint."""
-    for flag, name in {"MODEL": model, "--recipe": recipe, "--data": data, "--from": start, "--out": out}.items():
+    for flag, name in {
+        "MODEL": model,
+        "--stage": stage,
+        "--recipe": recipe,
+        "--data": data,
+        "--from": start,
+        "--out": out,
+    }.items():
         _check_name(flag, str(name or ""))
     from diffvl.conversion.run import ConvertRequest
     from diffvl.conversion.run import convert as run_convert

@@ -119,6 +119,9 @@ class BlockDiffusionObjective(Section):
     target: Literal["same", "shift"] = Field(default="same", description="position i predicts token i, or i-1 predicts i")
     weight: Literal["1/t", "effective", "none"] = "1/t"
     pad_weight: float = Field(default=1.0, ge=0, description="loss weight of the stop tokens that fill an answer's last block")
+    normaliser: Literal["tokens", "samples"] = Field(
+        default="tokens", description="what counts alike in a step: every answer token, or every sample, to reproduce a reference"
+    )
     ar_weight: float = Field(default=0.0, ge=0, description="weight of a next-token loss on the clean stream")
     position_bias: float = Field(
         default=0.0, ge=-8, le=8, description="log-odds by which the last token of a block is masked more than the first"
@@ -168,6 +171,8 @@ class BlockDiffusionObjective(Section):
     def _ar_needs_causal(self) -> "BlockDiffusionObjective":
         if self.ar_weight > 0 and self.context != "causal":
             raise ValueError("ar_weight needs context: causal (a block-causal clean stream sees the tokens it would predict)")
+        if self.ar_weight > 0 and self.normaliser != "tokens":
+            raise ValueError("ar_weight needs normaliser: tokens (no reference that counts by samples has a next-token loss)")
         return self
 
     @model_validator(mode="after")

@@ -4,9 +4,10 @@ Unknown keys are errors at every level. Settings that only make sense together l
 objective, a connector), so that a setting without effect is an unknown key, never silently ignored.
 """
 
+import re
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from diffvl.config.objectives import Objective
 from diffvl.config.section import Section
@@ -26,10 +27,18 @@ from diffvl.config.tiling import NoTiling, Tiling
 
 VERSION = "0.1.0"  # of diffvl; pyproject.toml reads it here
 
+
+def _as_folder(name: str) -> str:
+    """Raises ValueError for a stage's name that cannot be its directory's."""
+    if re.fullmatch(r"[a-z][a-z0-9_-]{0,39}", name) is None or name == PREPARED:
+        raise ValueError(f"a stage has the name of its directory: small letters, digits, - and _, but not {PREPARED}")
+    return name
+
+
 Part = Literal["tower", "connector", "trunk", "mask_row"]
-StageName = Literal["align", "diffuse"]
+PREPARED = "prepared"  # the directory that the first stage of a run starts from
+StageName = Annotated[str, AfterValidator(_as_folder)]
 Tracker = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
-STAGES: tuple[StageName, ...] = ("align", "diffuse")
 MAX_SKIPPED = 0.01  # of a file's records, where data.on_error is skip
 CHECK_IMAGES = 5000  # records up to which every image is looked at before training
 WINDOW = 512  # records of a stream that are permuted at a time
@@ -312,10 +321,10 @@ class Recipe(Section):
         default=None, description="where figures go besides metrics.jsonl; default: tensorboard if it is installed"
     )
     prepare: Prepare = Prepare()
-    stages: dict[StageName, Stage]
+    stages: dict[StageName, Stage] = Field(description="by name, in the order in which they run")
 
     @model_validator(mode="after")
     def _has_stage(self) -> "Recipe":
         if not self.stages:
-            raise ValueError("a recipe needs at least one of the stages align, diffuse")
+            raise ValueError("a recipe needs at least one stage, as align or diffuse")
         return self

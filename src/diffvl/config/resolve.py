@@ -55,6 +55,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+def _unshared(node: Any, around: tuple[int, ...] = ()) -> Any:
+    """Copies a tree of settings. What YAML names once (`&a`) and uses twice (`*a`) becomes two copies, so that a change of one
+    does not reach the other. Raises ConfigError for a section that stands in itself."""
+    if not isinstance(node, dict | list):
+        return node
+    if id(node) in around:
+        raise ConfigError("a section of the recipe stands in itself: an alias (*name) inside of what its anchor (&name) names")
+    around = (*around, id(node))
+    if isinstance(node, list):
+        return [_unshared(one, around) for one in node]
+    return {key: _unshared(value, around) for key, value in node.items()}
+
+
 def resolve(tree: dict[str, Any], assignments: list[str], where: str) -> Recipe:
     """Turns a recipe into a `Recipe`; nothing else does.
 
@@ -65,10 +78,19 @@ def resolve(tree: dict[str, Any], assignments: list[str], where: str) -> Recipe:
     Raises:
         ConfigError: with every problem at once, each with its key path.
     """
-    tree = yaml.safe_load(yaml.safe_dump(tree))
+    tree = _unshared(tree)
+    known = _stages_of(tree)
     for assignment in assignments:
         _assign(tree, assignment)
+    for name, stage in _stages_of(tree).items():
+        if name not in known and not (isinstance(stage, dict) and "objective" in stage):
+            raise ConfigError(f"--set stages.{name}: {where} has no stage {name!r}, only {', '.join(known) or 'none'}")
     return parse(Recipe, tree, where)
+
+
+def _stages_of(tree: dict[str, Any]) -> dict[str, Any]:
+    stages = tree.get("stages")
+    return dict(stages) if isinstance(stages, dict) else {}
 
 
 def parse(kind: type[SectionT], tree: dict[str, Any], where: str) -> SectionT:

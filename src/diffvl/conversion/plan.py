@@ -6,6 +6,7 @@ Nothing is opened here but small files: recipes, `diffvl.json` and the source's 
 import json
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ from diffvl.config.families import (
     recipe_of_name,
     require_known,
 )
-from diffvl.config.recipe import STAGES, Data, Lora, Recipe, Stage, StageName
+from diffvl.config.recipe import PREPARED, Data, Lora, Recipe, Stage, StageName
 from diffvl.config.resolve import dump, find_recipe, read_yaml, resolve
 from diffvl.config.supported import check_supported, is_vlm, is_vlm_type
 from diffvl.conversion.diffusion import check_objectives, filled
 from diffvl.conversion.resume import is_finished, one_spelling, require_same_source, require_same_stage
+from diffvl.conversion.stages import newest_before, stage_before, stage_names, stages_after, stages_of_aligned, stages_to_run
 from diffvl.conversion.vlm import VLM_RECIPE, check_settings
 from diffvl.data.problems import told
 from diffvl.data.sources import own_settings
@@ -42,8 +44,6 @@ from diffvl.terminal.console import say, shell_line
 from diffvl.train.launch import precision
 
 log = logging.getLogger(__name__)
-
-PREPARED = "prepared"
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def make_plan(request: ConvertRequest, console: Console) -> Plan:
         )
     if request.model is not None:
         return _plan_model(request, request.model)
-    return _plan_start(request, request.start or _newest_align(request, console))
+    return _plan_start(request, request.start or _newest_start(request, console))
 
 
 def _plan_start(request: ConvertRequest, start: Path) -> Plan:
@@ -105,14 +105,14 @@ def _plan_start(request: ConvertRequest, start: Path) -> Plan:
     asked = tree.get("prepare")
     tree["prepare"] = earlier.prepare.model_dump(mode="json")
     tree["model"] = earlier.model
-    stages: tuple[StageName, ...] = _stages_to_run(request, tree)
-    if request.stage is None and state["kind"] in STAGES:
-        stages = tuple(name for name in STAGES[STAGES.index(state["kind"]) + 1 :] if name in stages)
-        if not stages:
+    stages = stages_to_run(request.stage, tree)
+    if request.stage is None:
+        stages = stages_after(state["kind"], stages)
+        if not stages and state["kind"] != PREPARED:
             raise UsageError(
                 f"{start} is a finished {state['kind']} run and the recipe has no later stage: name one with --stage"
             )
-    root = request.out or (start.parent if start.name in (PREPARED, *STAGES) else Path("runs") / start.name)
+    root = request.out or (start.parent if start.name == state["kind"] else Path("runs") / start.name)
     config = read_json(start / "config.json")
     source = diffusion_source(config.get("text_config") or {})
     recipe = _resolve(request, filled(tree, source) if source else tree, stages)
@@ -142,13 +142,13 @@ def _tell_other_tiling(asked: Any, config: dict[str, Any], stage: Stage, start: 
 
 
 def _plan_model(request: ConvertRequest, model: str) -> Plan:
-    """Plans to start from an AR checkpoint; with --stage diffuse from its finished align run."""
+    """Plans to start from an AR checkpoint; with a later stage from the finished run of the one before it."""
     named = named_checkpoint(model)
     path = Path(model)
     name = path.stem if path.suffix == ".gguf" else path.resolve().name if path.exists() else path.name
     root = request.out or Path("runs") / name
-    if request.stage == "diffuse" and is_finished(root / "align"):
-        plan = _plan_start(request, root / "align")
+    if start := _start_before(request, [root]):
+        plan = _plan_start(request, start)
         if one_spelling(plan.recipe.model or "") != one_spelling(model):
             raise UsageError(f"{plan.start} was made from {plan.recipe.model}, not from {model}: choose another --out")
         return plan
@@ -157,11 +157,12 @@ def _plan_model(request: ConvertRequest, model: str) -> Plan:
     whole = is_whole(model)
     if whole:
         _refuse_prepare(request, model)
-    stages: tuple[StageName, ...] = ("diffuse",) if whole and request.stage is None else _stages_to_run(request, tree)
+    stages = stages_of_aligned(tree) if whole and request.stage is None else stages_to_run(request.stage, tree)
     recipe = _resolve(request, tree, stages)
-    if request.stage == "diffuse" and "align" in recipe.stages and not whole:
-        aligned, command = root / "align", shell_line("diffvl", "convert", path, "--stage", "align")
-        raise UsageError(f"--stage diffuse needs an aligned model, and {aligned} is not there. Type: {command}")
+    before = None if whole or request.stage is None else stage_before(request.stage, list(recipe.stages))
+    if before is not None:
+        command = shell_line("diffvl", "convert", path, "--stage", before)
+        raise UsageError(f"--stage {request.stage} goes on from {before}, and {root / before} is not there. Type: {command}")
     if path.exists() and (path / "config.json").is_file():
         _refuse_diffvl(path)
     repo, revision, tower = model, None, recipe.prepare.vision_tower
@@ -219,35 +220,27 @@ def _refuse_diffvl(path: Path) -> None:
         raise UsageError(f"{path} is a DiffVL directory already; to go on from it: {command}")
 
 
-def _newest_align(request: ConvertRequest, console: Console) -> Path:
-    if request.stage != "diffuse":
+def _start_before(request: ConvertRequest, roots: Iterable[Path]) -> Path | None:
+    """Finds the finished directory that --stage goes on from."""
+    if request.stage is None:
+        return None
+    names = stage_names(read_yaml(find_recipe(request.recipe))) if request.recipe else []
+    return newest_before(request.stage, names, roots)
+
+
+def _newest_start(request: ConvertRequest, console: Console) -> Path:
+    if request.stage is None:
         raise UsageError(
             "name a MODEL (see `diffvl models`), or a DiffVL directory with --from. Example: diffvl convert smollm2-135m"
         )
-    runs = Path("runs")
-    found = checkpoint.newest_finished(runs, "align")
+    found = _start_before(request, Path("runs").glob("*/"))
     if found is None:
         raise UsageError(
-            "--stage diffuse without MODEL goes on from the newest finished align run, and there is none under runs/. "
-            "Type: diffvl convert MODEL --stage align"
+            f"--stage {request.stage} without MODEL goes on from the newest finished run of the stage before it, and there is "
+            "none under runs/. Type: diffvl convert MODEL --stage align"
         )
-    say(console, "going on from the newest align run: ", (str(found), "bold"))
+    say(console, f"going on from the newest {found.name} run: ", (str(found), "bold"))
     return found
-
-
-def _stages_to_run(request: ConvertRequest, tree: dict[str, Any]) -> tuple[StageName, ...]:
-    known = tree.get("stages")
-    known = known if isinstance(known, dict) else {}
-    if request.stage is None:
-        return tuple(name for name in STAGES if name in known)
-    if request.stage == "align" and "align" not in known and tree.get("stages"):
-        raise UsageError(
-            f"--stage align: the recipe has no such stage, only {', '.join(known)}. (A vision-language model has an aligned "
-            "connector and goes to diffuse directly; name a recipe with an align stage to train a part of it first)"
-        )
-    if request.stage not in known:
-        raise UsageError(f"--stage {request.stage}: the recipe has no such stage, only {', '.join(known) or 'none'}")
-    return (request.stage,)
 
 
 def _resolve(request: ConvertRequest, tree: dict[str, Any], stages: tuple[StageName, ...]) -> Recipe:
@@ -259,14 +252,15 @@ def _resolve(request: ConvertRequest, tree: dict[str, Any], stages: tuple[StageN
         for name in stages:
             assignments.append(f"stages.{name}.data.train={json.dumps(told(request.data), ensure_ascii=False)}")
             assignments.append(f"stages.{name}.data.records=null")  # those of other data
-    if request.lora:
-        if "diffuse" not in stages:
-            raise UsageError("--lora has no effect: the diffuse stage is not run")
-        section = tree["stages"]["diffuse"]
-        if not isinstance(section, dict) or section.get("lora") is None:
-            assignments.append(f"stages.diffuse.lora={Lora().model_dump_json()}")
     where = f"recipe {request.recipe}" if request.recipe else "recipe"
-    return resolve(tree, [*assignments, *request.assignments], where)
+    recipe = resolve(tree, [*assignments, *request.assignments], where)
+    if not request.lora:
+        return recipe
+    adapted = [name for name in stages if "trunk" in recipe.stages[name].trainable]
+    if not adapted:
+        raise UsageError("--lora has no effect: no stage that is run trains the trunk")
+    fresh = [f"stages.{name}.lora={Lora().model_dump_json()}" for name in adapted if recipe.stages[name].lora is None]
+    return resolve(tree, [*assignments, *request.assignments, *fresh], where)
 
 
 # --- directories -----------------------------------------------------------------------------------------------------------
@@ -274,7 +268,7 @@ def _resolve(request: ConvertRequest, tree: dict[str, Any], stages: tuple[StageN
 
 def check_targets(plan: Plan, resume: bool) -> None:
     """Refuses to touch what is there: finished directories, foreign ones, interrupted runs with other settings."""
-    _check_root(plan.root)
+    _check_root(plan)
     if plan.source is not None:
         if resume and is_finished(plan.start):
             require_same_source(plan.source.model, plan.source.vision_tower, plan.recipe, plan.start)
@@ -294,19 +288,21 @@ def check_targets(plan: Plan, resume: bool) -> None:
         start = directory
 
 
-def _check_root(root: Path) -> None:
+def _check_root(plan: Plan) -> None:
     """Raises UsageError unless the run's directory can be written and holds nothing but a run."""
+    root = plan.root
     there = next(path for path in (root, *root.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         kind = "not a directory" if not there.is_dir() else "not writable"
         raise UsageError(f"{root} cannot be made: {there} is {kind}. Choose another --out")
-    if root.is_dir() and any(root.iterdir()) and not any(_is_run(path) for path in root.iterdir()):
+    names = {PREPARED, *plan.recipe.stages}
+    if root.is_dir() and any(root.iterdir()) and not any(_is_run(path, names) for path in root.iterdir()):
         raise UsageError(f"{root} is not empty and holds no diffvl run; nothing was written. Choose another --out")
 
 
-def _is_run(path: Path) -> bool:
-    """Tells whether a directory has the name of one that a run writes, finished or not."""
-    return path.name.removesuffix(PARTIAL) in (PREPARED, *STAGES)
+def _is_run(path: Path, names: set[str]) -> bool:
+    """Tells whether a directory is one that a run writes: finished by its file, unfinished by its name."""
+    return is_finished(path) or path.name.removesuffix(PARTIAL) in names
 
 
 # --- the plan in words -----------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from diffvl.conversion.inputs import open_inputs
 from diffvl.conversion.outlook import measure_steps, tell_outlook
 from diffvl.conversion.plan import ConvertRequest, Plan, check_targets, describe, make_plan
 from diffvl.conversion.resume import BEFORE_FILE
+from diffvl.conversion.stages import stages_after
 from diffvl.data.fingerprint import DATA_FILE, DIGESTS_FILE
 from diffvl.data.loader import StageData
 from diffvl.data.mixture import Mixture
@@ -156,8 +157,8 @@ def _tidy(directory: Path) -> None:
 def _say_next(directory: Path, plan: Plan, console: Console) -> None:
     """Prints what was written, and commands to go on with."""
     say(console, "\nwrote ", (str(directory), "bold"), " (a checkpoint that loads without diffvl, and report.html)")
-    if plan.stages[-1:] == ("align",) and "diffuse" in plan.recipe.stages:
-        say(console, "next: ", shell_line("diffvl", "convert", "--from", directory, "--stage", "diffuse", "--data", "FILE"))
+    for name in stages_after(plan.stages[-1], tuple(plan.recipe.stages))[:1]:
+        say(console, "next: ", shell_line("diffvl", "convert", "--from", directory, "--stage", name, "--data", "FILE"))
     samples = read_json_lines(directory / "samples.jsonl")
     shown = [(kind, line[kind], line["question"]) for line in samples for kind in ("image", "video") if line.get(kind)]
     files = (one for one in shown if isinstance(one[1], str) and Path(one[1]).exists())  # an image in a table has no path

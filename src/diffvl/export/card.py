@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from diffvl.config.families import family_of_trunk
-from diffvl.config.recipe import VERSION
+from diffvl.config.recipe import PREPARED, VERSION
 from diffvl.config.supported import is_vlm
 from diffvl.errors import CheckpointError
 from diffvl.export.sdar import launches
@@ -80,7 +80,7 @@ def lineage(run: Run) -> list[Step]:
         kind = str(state.get("kind"))
         steps.insert(0, Step(kind, state, dict(recipe.stages).get(kind)))  # type: ignore[arg-type]
         directory = Path(str((state.get("parents") or [""])[0]))
-        if kind == "prepared" or not (directory / checkpoint.STATE_FILE).is_file():
+        if kind == PREPARED or not (directory / checkpoint.STATE_FILE).is_file():
             return steps
         state, recipe = checkpoint.read_state(directory), checkpoint.recipe_of(directory)
 

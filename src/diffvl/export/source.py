@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffvl.config.recipe import STAGES, Recipe
+from diffvl.config.recipe import PREPARED, Recipe
 from diffvl.errors import CheckpointError, UsageError
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.processing_diffvl import DiffVLProcessor
@@ -64,9 +64,10 @@ def _require_finished(directory: Path) -> None:
             "that then has its name"
         )
     if directory.is_dir() and not (directory / "config.json").exists():
-        finished = [directory / name for name in ("prepared", *STAGES) if (directory / name / checkpoint.STATE_FILE).is_file()]
+        finished = list(directory.glob(f"*/{checkpoint.STATE_FILE}"))
         if finished:
+            newest = max(finished, key=lambda file: (file.parent.name != PREPARED, file.stat().st_mtime)).parent
             raise UsageError(
                 f"{directory} holds a run's directories and is none itself; name the one to export, as in "
-                f"{shell_line('diffvl', 'export', finished[-1])}"
+                f"{shell_line('diffvl', 'export', newest)}"
             )

@@ -28,6 +28,7 @@ from diffvl.hub.images_diffvl import Shown, is_visual, placed_images
 from diffvl.hub.layout_diffvl import Layout, NoisyStream, Rope, block_index, clean_layout, noisy_layout, noisy_stream
 from diffvl.hub.spans_diffvl import answer_cells, span_ids
 from diffvl.objective.noise import mask_probabilities, mask_ratios, masked_tokens, noise_state
+from diffvl.objective.normaliser import shares
 from diffvl.objective.packing import Packed, pack
 from diffvl.seeding import sample_generator
 
@@ -69,7 +70,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """loss: summed over tokens, with its graph; divide by the answer tokens of the whole optimiser step.
+    """loss: summed over tokens, with its graph; divide by the normaliser of the whole optimiser step.
 
     sums: counts and sums without a graph, over answer tokens and their first stop only (padding stops left out):
     `predicted`, `correct`, `cross_entropy`, and under block diffusion `eligible`.
@@ -196,7 +197,8 @@ def block_diffusion(model: Any, config: DiffVLConfig, batch: Batch, objective: B
         torch.cat(targets),
     )
     # 5. Weighted cross-entropy of the masked tokens, averaged over the copies.
-    weights = torch.cat([_weights(objective, stream, copy)[copy.masked] for copy in copies]) / len(copies)
+    share = shares(objective, answer)
+    weights = torch.cat([(share * _weights(objective, stream, copy))[copy.masked] for copy in copies]) / len(copies)
     masked_entropy = entropy[: len(weights)]
     loss = (weights.to(entropy.dtype) * masked_entropy).sum()
     if objective.ar_weight > 0:

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from transformers import PretrainedConfig
 
-from diffvl.config.recipe import Recipe
+from diffvl.config.recipe import PREPARED, Recipe
 from diffvl.config.supported import check_supported, is_vlm
 from diffvl.prepare.assemble import OwnParts, read_own_parts
 from diffvl.prepare.native import NativeParts, read_native_parts
@@ -58,7 +58,7 @@ def prepare(source: Source, recipe: Recipe, directory: Path, console: Console, p
         del model
         with spinner_or_line(console, "proving parity on the written files"):
             proofs, told = parts.prove(partial, reference)  # type: ignore[arg-type]
-        state = {"kind": "prepared", "parents": parts.parents, "proofs": proofs, **parts.facts}
+        state = {"kind": PREPARED, "parents": parts.parents, "proofs": proofs, **parts.facts}
         checkpoint.write_state(partial, recipe, state)
     say(console, told)
     return directory

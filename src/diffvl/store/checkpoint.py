@@ -7,7 +7,7 @@ for byte), which load in a process without diffvl.
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, GenerationConfig
 
 from diffvl import machine
-from diffvl.config.recipe import Recipe, StageName
+from diffvl.config.recipe import PREPARED, Recipe
 from diffvl.config.resolve import dump, read_yaml, resolve
 from diffvl.errors import CheckpointError, UsageError, first_line
 from diffvl.hub import configuration_diffvl
@@ -241,10 +241,11 @@ def read_state(directory: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def newest_finished(runs: Path, stage: StageName) -> Path | None:
-    """Finds the stage directory under `runs/*/` that was finished last, or None."""
-    finished = [path.parent for path in runs.glob(f"*/{stage}/{STATE_FILE}")]
-    return max(finished, key=lambda path: read_state(path)["created"], default=None)
+def finished_stages(roots: Iterable[Path]) -> list[Path]:
+    """Finds the finished stage directories of runs, in the order in which they were finished."""
+    found = [(read_state(file.parent), file.parent) for root in roots for file in root.glob(f"*/{STATE_FILE}")]
+    stages = [(state["created"], path) for state, path in found if state.get("kind") == path.name != PREPARED]
+    return [path for _, path in sorted(stages)]
 
 
 def recipe_of(directory: Path) -> Recipe:

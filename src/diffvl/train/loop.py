@@ -26,9 +26,10 @@ from diffvl.data.loader import StageData
 from diffvl.data.mixture import Mixture
 from diffvl.data.problems import Problem
 from diffvl.data.sample_dataset import SampleDataset
-from diffvl.data.samples import IGNORED, NO_SAMPLE, PROBLEMS, is_filler, on_device
+from diffvl.data.samples import NO_SAMPLE, PROBLEMS, is_filler, on_device
 from diffvl.errors import CheckpointError, TrainingError
 from diffvl.objective.losses import Draw, LossOutput, curriculum_state, loss_of, measure, measured_sums, rates, scores
+from diffvl.objective.normaliser import divisor
 from diffvl.seeding import seed_dropout
 from diffvl.store.weights import not_finite
 from diffvl.train import checkpoints
@@ -125,7 +126,7 @@ class Loop:
 
     def train_step(self, batches: list[dict[str, Any]]) -> float:
         """One optimiser step on this process's micro-batches; returns the norm of the gradient before clipping."""
-        answer_tokens = self._agree_on(batches)
+        divided_by = self._agree_on(batches)
         draw = Draw(self.seed, self.step, self.step / self.steps)
         seed_dropout(self.seed, self.step, self.accelerator.process_index)
         self.wrapped.train()
@@ -141,7 +142,7 @@ class Loop:
                 if is_filler(inputs):
                     loss = 0.0 * output.loss
                 else:
-                    loss = output.loss * self.accelerator.num_processes / answer_tokens
+                    loss = output.loss * self.accelerator.num_processes / divided_by
                     self.counted.add(output)
                 self.accelerator.backward(loss)
             losses.append(loss.detach())
@@ -157,17 +158,17 @@ class Loop:
         return float(norm)
 
     def _agree_on(self, batches: list[dict[str, Any]]) -> torch.Tensor:
-        """The answer tokens of the step in all processes, by which its loss is normalised; records that could not be used are
-        noted, by all of them alike."""
+        """What the loss of the step is divided by, over all processes; records that could not be used are noted, by all of them
+        alike."""
         problems = [problem for batch in batches for problem in batch.pop(PROBLEMS, ())]
         used = sum(not is_filler(batch) for batch in batches)
-        tokens = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+        share = sum(divisor(self.stage.objective, batch["labels"]) for batch in batches)
         met = len(problems) + sum(len(batch["sample"]) for batch in batches if not is_filler(batch))
-        all_tokens, all_problems, all_used, all_met = self._summed([tokens, len(problems), used, met])
+        total, all_problems, all_used, all_met = self._summed([share, len(problems), used, met])
         self.left_out.count(int(all_met))
         if all_problems:
             self.left_out.add(gathered(problems), int(all_used), self.step + 1)
-        return torch.tensor(all_tokens, dtype=torch.float32, device=self.accelerator.device)
+        return torch.tensor(total, dtype=torch.float32, device=self.accelerator.device)
 
     def _on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         return on_device(batch, self.accelerator.device, non_blocking=True)
