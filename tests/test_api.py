@@ -97,7 +97,8 @@ def test_convert_takes_every_word_of_the_command(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(conversion, "convert", lambda request: seen.append(request) or Path("done"))
     words: dict[str, Any] = {
         **{"model": Path("dir"), "stage": "align", "recipe": "llava", "data": "a.json", "start": "s", "out": "o"},
-        **dict.fromkeys(("lora", "resume", "accept_changed_data", "dry_run", "trust_remote_code"), True),
+        **dict.fromkeys(("lora", "resume", "accept_changed_data", "dry_run", "measure", "trust_remote_code"), True),
+        "machine": "8x80GB",
     }
     given = {"seed": 1, "stages.align.data.eval": Path("held out.json"), "stages.align.trainable": {"connector": 1e-5}}
     assert diffvl.convert(**words, settings=given) == Path("done")

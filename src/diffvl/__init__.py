@@ -35,6 +35,8 @@ def convert(
     resume: bool = False,
     accept_changed_data: bool = False,
     dry_run: bool = False,
+    machine: str | None = None,
+    measure: bool = False,
     trust_remote_code: bool = False,
 ) -> Path:
     """Converts a model, as `diffvl convert` does: prepares it, trains the stages, writes a checkpoint after each.
@@ -50,6 +52,7 @@ def convert(
         settings: recipe settings by key path, such as `{"stages.diffuse.steps": 100}`.
         resume: True continues an interrupted run; accept_changed_data: although its data has changed.
         dry_run: True checks everything, prints the plan and writes nothing.
+        machine: with `dry_run`, the GPUs to plan for, such as "8x80GB"; measure: True takes a few real steps of each stage.
         trust_remote_code: True runs the Python code that the checkpoint brings along.
     Returns:
         the last directory written (with `dry_run`: the folder of the run).
@@ -72,6 +75,8 @@ def convert(
         resume=resume,
         accept_changed_data=accept_changed_data,
         dry_run=dry_run,
+        machine=machine,
+        measure=measure,
         trust_remote_code=trust_remote_code,
     )
     with Writing():

@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers import QUIET
 
-from diffvl.bench import equality, memory, training_forms
+from diffvl.bench import equality, training_forms
 from diffvl.bench.comparison import TrainRow
 from diffvl.bench.equality import CHECKED_TRUNK, prove_same_training
 from diffvl.bench.random_model import TrunkSize, build_model, resize
@@ -34,6 +34,7 @@ from diffvl.bench.training_forms import (
 )
 from diffvl.config.objectives import BlockDiffusionObjective
 from diffvl.errors import ConfigError, DiffvlError, TrainingError, UsageError
+from diffvl.estimate import meter as meters
 from diffvl.hub.layout_diffvl import Layout, block_index
 from diffvl.objective.losses import Draw
 
@@ -113,7 +114,7 @@ def test_the_trunk_keeps_its_weights_whichever_form_runs():
     model = build_model(TINY, CPU, torch.float32, seed=0)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     sample = make_sample(Shape(24, 10), objective(), TINY.vocabulary, CPU, seed=0)
-    timer = Timer(2, 0, memory.MemoryMeter(CPU, "none", works=False), QUIET)
+    timer = Timer(2, 0, meters.MemoryMeter(CPU, "none", works=False), QUIET)
     measured = time_forms(model, sample, list(FORMS), timer, "test")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -196,8 +197,8 @@ def test_a_known_line_is_recovered_and_a_curve_is_told_from_one():
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="the high-water mark can be set back on Linux alone")
 def test_the_peak_of_one_step_is_not_that_of_an_earlier_one():
-    meter = memory.memory_meter(CPU)
-    assert (meter.works, meter.method) == (True, memory.LINUX_METHOD)
+    meter = meters.memory_meter(CPU)
+    assert (meter.works, meter.method) == (True, meters.LINUX_METHOD)
     size = 200_000_000
 
     def rise(count: int) -> int:
@@ -211,11 +212,11 @@ def test_the_peak_of_one_step_is_not_that_of_an_earlier_one():
     assert rise(size // 4) < 0.5 * size
 
 
-@pytest.mark.skipif(not memory.has_glibc(), reason="other allocators are left as they are")
+@pytest.mark.skipif(not meters.has_glibc(), reason="other allocators are left as they are")
 def test_freed_blocks_do_not_leave_holes_that_count():
     """Half of 100 MB is freed in pieces of 2 MB, which no block of 3 MB fits into."""
-    memory.set_mapping_limit(memory.MAPPED_USUALLY)
-    meter = memory.memory_meter(CPU)
+    meters.set_mapping_limit(meters.MAPPED_USUALLY)
+    meter = meters.memory_meter(CPU)
     start = meter.start()
     blocks = [torch.ones(2_000_000, dtype=torch.uint8) for _ in range(50)]
     blocks = blocks[::2]
@@ -227,12 +228,12 @@ def test_freed_blocks_do_not_leave_holes_that_count():
 
 def test_where_the_peak_cannot_be_set_back_it_is_not_measured_and_said_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(platform, "system", lambda: "Linux")
-    monkeypatch.setattr(memory, "CLEAR_REFS", tmp_path / "missing" / "clear_refs")
-    meter = memory.memory_meter(CPU)
+    monkeypatch.setattr(meters, "CLEAR_REFS", tmp_path / "missing" / "clear_refs")
+    meter = meters.memory_meter(CPU)
     assert meter.method.startswith("not measured: ") and "No such file" in meter.method
     assert (meter.start(), meter.peak()) == (None, None)
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
-    assert memory.memory_meter(CPU).method == "not measured: Darwin has no peak of memory that can be set back"
+    assert meters.memory_meter(CPU).method == "not measured: Darwin has no peak of memory that can be set back"
 
 
 # --- arguments -----------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ FLAGS = {
     "": {"--version"},
     "convert": {
         *("MODEL", "--stage", "--recipe", "--data", "--from", "--out", "--lora", "--set", "--resume", "--dry-run"),
-        *("--accept-changed-data", "--trust-remote-code"),
+        *("--accept-changed-data", "--trust-remote-code", "--for", "--measure"),
     },
     "generate": {"DIR", "--image", "--video", "--prompt", "--batch", "--batch-size", "--stream", "--watch", "--json", *DECODING},
     "chat": {"DIR", *DECODING},
@@ -302,7 +302,7 @@ def test_convert_passes_every_flag_on(run_cli, monkeypatch: pytest.MonkeyPatch):
         "--accept-changed-data --trust-remote-code"
     )
     assert run_cli("convert", "m", *words.split()) == (0, "", "")
-    assert run_cli("convert", "--dry-run") == (0, "", "")
+    assert run_cli("convert", "--dry-run", "--for", "24GB", "--measure") == (0, "", "")
     assert seen[0] == {
         "model": "m",
         "stage": "align",
@@ -315,11 +315,18 @@ def test_convert_passes_every_flag_on(run_cli, monkeypatch: pytest.MonkeyPatch):
         "resume": True,
         "accept_changed_data": True,
         "dry_run": False,
+        "machine": None,
+        "measure": False,
         "trust_remote_code": True,
     }
     nothing = dict.fromkeys(("model", "stage", "recipe", "data", "start", "out"))
     no_flags = dict.fromkeys(("lora", "resume", "accept_changed_data", "trust_remote_code"), False)
-    assert seen[1] == nothing | no_flags | {"assignments": (), "dry_run": True}
+    assert seen[1] == nothing | no_flags | {
+        "assignments": (),
+        "dry_run": True,
+        "machine": "24GB",
+        "measure": True,
+    }
 
 
 def test_evaluate_prints_a_table_or_json(run_cli, monkeypatch: pytest.MonkeyPatch):

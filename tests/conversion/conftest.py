@@ -23,6 +23,18 @@ def convert(source: Callable[[str], Path], tower: Path, shapes: dict[str, Path],
 
 
 @pytest.fixture
+def whole_plans() -> None:
+    """A dry run tells memory too, which takes it seconds."""
+
+
+@pytest.fixture(autouse=True)
+def quick_plans(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dry run says what each stage does, and leaves out what it takes; but see `whole_plans`."""
+    if "whole_plans" not in request.fixturenames:
+        monkeypatch.setattr("diffvl.conversion.run.tell_outlook", lambda *_: None)
+
+
+@pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The hub is not asked (its library has read the environment already), and no run of the checkout is found."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

@@ -344,7 +344,8 @@ def small(run: tiny_runs.Run, source: Callable[[str], Path], tower: Path, tmp_pa
         settings = [f"prepare.vision_tower={tower}", "prepare.vision_layer=-2", "prepare.image_size=32"]
         start: list[object] = [source("qwen2")]
         if "prepare" not in tree and "align" not in tree["stages"]:
-            settings, start = [], [source("qwen2_vl")] if name.startswith("vlm") else ["--from", run.align]
+            settings = []
+            start = [source("qwen2_vl")] if name.startswith("vlm") else ["--from", run.align]
         data = short_records(tmp_path, 10)
         for kind, given in tree["stages"].items():
             sizes = {"epochs": "null", "steps": 2, "batch_size": 2, "accumulation": 1, "eval_every": "null"}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 RunCli = Callable[..., tuple[int, str, str]]
-pytestmark = pytest.mark.usefixtures("offline")
+pytestmark = pytest.mark.usefixtures("offline", "whole_plans")
 
 
 def test_a_plan_says_what_each_stage_takes(

@@ -29,8 +29,8 @@ def resized(start: Path, sizes: dict[str, Any]) -> tuple[DiffVLConfig, DiffVLPro
 
 
 def main() -> None:
-    """START RECIPE SIZES (JSON) FILE. FILE.RANK.json gets the peak, in bytes over what the process had before the model, and after a
-    tiny one: what libraries take when they are first used is no part of it."""
+    """START RECIPE SIZES (JSON) FILE. FILE.RANK.json gets the peak, in bytes over what the process had before the model and after
+    a tiny one: what libraries take when they are first used is no part of it."""
     start, recipe, sizes, file = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4]
     stage: Stage = resolve(read_yaml(recipe), [], "test").stages["diffuse"]
     config, processor = resized(start, sizes)
