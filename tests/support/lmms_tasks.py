@@ -14,7 +14,7 @@ UNTIL = "\n\n"
 COLOURS = ("red", "lime", "blue", "white", "yellow", "black")
 QUESTION = "What colour is it?"
 
-MODULE = '''
+MODULE = """
 from io import BytesIO
 
 from PIL import Image
@@ -54,7 +54,7 @@ def scored(doc, results):
 def compared(doc, results):
     best = max(range(len(results)), key=lambda place: results[place][0])
     return {"acc": float(best == doc["choice"])}
-'''
+"""
 
 GENERATING = """
 task: {task}

@@ -131,7 +131,10 @@ def evaluate(
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
-    """Measure a checkpoint on held-out answers: masked-token loss and accuracy, and the answers it generates. Or on benchmarks."""
+    """Measure a checkpoint on held-out answers: masked-token loss and accuracy, and the answers it generates.
+
+    With --tasks on benchmarks of lmms-eval, whose results land in evaluation.json beside it.
+    """
     settings = settings_of(context)
     if tasks is not None or data is None:
         evaluate_tasks(context, directory, as_json)

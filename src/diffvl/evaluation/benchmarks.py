@@ -11,10 +11,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import datasets
+from datasets.exceptions import DatasetsError
 from lmms_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]  (extra `eval`)
 from lmms_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 from rich.console import Console
+from tenacity import RetryError  # pyright: ignore[reportMissingImports]  (comes with lmms-eval)
 
 from diffvl.decode.answer import load_for_decoding
 from diffvl.errors import DataError, UsageError, first_line
@@ -66,8 +67,11 @@ def run_benchmarks(directory: Path, request: Benchmarks, console: Console) -> li
             results = simple_evaluate(
                 model=model, tasks=[name], task_manager=manager, limit=request.limit, log_samples=False, verbosity="ERROR"
             )
-        except (datasets.exceptions.DatasetsError, ConnectionError, FileNotFoundError) as error:
-            raise DataError(f"task {name}: its data cannot be loaded ({first_line(error)})") from error
+        except (RetryError, DatasetsError, ConnectionError, FileNotFoundError) as error:
+            cause = error.__cause__ if isinstance(error, RetryError) else error  # what it tried several times
+            raise DataError(f"task {name}: lmms-eval could not load its data ({first_line(cause or error)})") from error
+        except ModuleNotFoundError as error:
+            raise UsageError(f"task {name} needs the package {error.name}, which is not installed here: install it") from error
         fresh = results_of(results, model.answering.figures, decoder.model.config, time.monotonic() - start)
         merge_results(directory, fresh)
         found += fresh

@@ -98,7 +98,7 @@ class DiffVLChat(lmms):
             return Choice(Question(task, f"task {task}", lambda: chat_of_text(text, (), f"task {task}"), {}), answer)
         visuals, number, task, split = more
         question = self._shown(text, visuals, number, task, split, {})
-        return Choice(question, answer(self.task_dict[task][split][number]) if callable(answer) else answer)
+        return Choice(question, str(answer(self.task_dict[task][split][number]) if callable(answer) else answer))
 
     def _shown(self, text: str, visuals: Any, number: int, task: str, split: str, asked: dict[str, Any]) -> Question:
         """A question of a text and its images."""
