@@ -57,7 +57,7 @@ FLAGS = {
     "push": {"DIR", "REPO", "--yes", "--private"},
     "bench decode": {
         *("DIR", "--data", "--sweep", "--limit", "--steps", "--batch", "--max-new-tokens", "--repeats", "--device", "--layers"),
-        *("--hidden", "--block-size", "--context", "--seed", "--quick", "--compile", "--no-compile", "--json"),
+        *("--hidden", "--block-size", "--context", "--seed", "--quick", "--compile", "--no-compile", "--compile-batch", "--json"),
     },
     "bench modes": {"DIR", "--data", "--limit", "--max-new-tokens", "--device", "--json"},
     "bench train": {

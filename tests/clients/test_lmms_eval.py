@@ -1,5 +1,5 @@
-"""lmms-eval itself, by its own command line and by `diffvl evaluate --tasks`, on local tasks: its scores are those that are counted
-by hand of the answers that the checkpoint gives in memory. `CLIENTS` names the folder with the environment `lmms-eval`, as
+"""lmms-eval itself, by its own command line and by `diffvl evaluate --tasks`, on local tasks: its scores are those counted by
+hand from the answers that the checkpoint gives in memory. `CLIENTS` names the folder with the environment `lmms-eval`, as
 docs/benchmarks.md makes it.
 """
 
@@ -99,7 +99,7 @@ def test_lmms_eval_s_own_command(bench: Bench, tmp_path: Path):
         assert scores[task]["exact,none"] == pytest.approx(bench.scores[task])
         (file,) = (tmp_path / "out").rglob(f"*_samples_{task}.jsonl")
         samples = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        assert [sample["filtered_resps"][0] for sample in sorted(samples, key=lambda one: one["doc_id"])] == bench.texts[task]
+        assert [sample["filtered_resps"] for sample in sorted(samples, key=lambda one: one["doc_id"])] == bench.texts[task]
     assert 0 < bench.scores["scenes_one"] < 1, "or the score would tell nothing"
 
 

@@ -169,7 +169,7 @@ def test_both_interfaces_give_the_answers_of_generate(calls: Calls, directory: P
 def test_settings_of_the_model_hold_against_those_of_a_task(calls: Calls, decoder: Decoder):
     from diffvl.evaluation.lmms import DiffVLChat  # noqa: PLC0415
 
-    settings = {"denoising_steps": 1, "max_new_tokens": 9}
+    settings: dict[str, Any] = {"denoising_steps": 1, "max_new_tokens": 9}
     model: Any = DiffVLChat(decoder, 2, **settings)
     model.task_dict["scenes"] = {"test": DOCUMENTS}
     found = model.generate_until([chat_request(model, number) for number in (0, 1)])
