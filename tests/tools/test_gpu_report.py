@@ -39,9 +39,17 @@ class Machine:
         self.now += min(self.takes, limit)
         return self.ends.get(words[0], Ended(0, f'some line\n{{"name": "{words[0]}"}}\n', ""))
 
-    def run(self, folder: Path, parts: list[Part], budget: float = 100.0, quick: bool = False) -> dict[str, Outcome]:
-        request = Request(parts, folder, budget, quick)
-        return {one.name: one for one in run_parts(request, self.said.append, self.launch, lambda: self.now)}
+    def run(self, parts: list[Part], budget: float = 100.0, quick: bool = False, before: Any = ()) -> dict[str, Outcome]:
+        request = Request(parts, budget, quick, list(before))
+        saved: list[list[str]] = []
+
+        def save(outcomes: list[Outcome]) -> None:
+            saved.append([one.name for one in outcomes])
+
+        found = run_parts(request, self.said.append, save, self.launch, lambda: self.now)
+        others = [one.name for one in found[len(parts) :]]
+        assert saved == [[one.name for one in parts[: count + 1]] + others for count in range(len(parts))]
+        return {one.name: one for one in found}
 
 
 # --- what is run -------------------------------------------------------------------------------------------------------------
@@ -59,39 +67,48 @@ def test_parts_are_chosen_by_name_or_by_how_their_names_begin():
         chosen(["tests"], ["tests"])
 
 
-def test_a_part_that_would_not_fit_is_skipped_and_said_and_later_ones_are_looked_at(tmp_path: Path):
-    machine = Machine()
-    found = machine.run(tmp_path, [part("a"), part("long", 200), part("b"), part("c", missing="no torch here")])
+def test_a_part_that_would_not_fit_is_skipped_and_said_and_later_ones_are_looked_at():
+    there = Machine()
+    found = there.run([part("a"), part("long", 200), part("b"), part("c", missing="no torch here")])
     assert [(name, one.state) for name, one in found.items()] == [
         *(("a", "done"), ("long", "skipped"), ("b", "done"), ("c", "skipped")),
     ]
     assert found["long"].why == "would not fit: about 200 s, of the budget 90 s are left" and found["c"].why == "no torch here"
-    assert any("long: skipped: would not fit" in line for line in machine.said)
-    assert machine.launched == [("a", 20), ("b", 20)], "a part may take twice its estimate, and no more than is left"
+    assert any("long: skipped: would not fit" in line for line in there.said)
+    assert there.launched == [("a", 20), ("b", 20)], "a part may take twice its estimate, and no more than is left"
     assert found["a"].figures == {"name": "a"} and found["a"].seconds == 10.0
 
 
-def test_what_is_done_is_not_done_again_and_the_rest_is(tmp_path: Path):
+def test_what_is_done_is_not_done_again_and_the_rest_is():
     parts = [part("a"), part("failed"), part("stopped"), part("late", 50)]
     ends = {"failed": Ended(1, "", "line 1\nthe reason"), "stopped": Ended(None, "", "")}
-    found = Machine(ends=ends).run(tmp_path, parts, budget=60)
+    found = Machine(ends=ends).run(parts, budget=60)
     assert {name: one.state for name, one in found.items()} == dict(a="done", failed="failed", stopped="stopped", late="skipped")
     assert found["failed"].why == "line 1\nthe reason" and found["stopped"].why == "ran out of time"
     again = Machine()
-    found = again.run(tmp_path, parts)
+    last = again.run(parts, before=found.values())
     assert [name for name, _ in again.launched] == ["failed", "stopped", "late"] and "a: done before" in again.said
-    assert all(one.state == "done" for one in found.values()) and found["a"].figures == {"name": "a"}
+    assert all(one.state == "done" for one in last.values()) and last["a"].figures == {"name": "a"}
     tiny = Machine()
-    tiny.run(tmp_path, parts[:1], quick=True)
+    tiny.run(parts[:1], quick=True, before=found.values())
     assert [name for name, _ in tiny.launched] == ["a"], "another command is another measurement"
-    (tmp_path / "late.json").write_text("{", encoding="utf-8")
-    torn = Machine()
-    torn.run(tmp_path, parts[3:])
-    assert [name for name, _ in torn.launched] == ["late"]
+    one = Machine().run(parts[3:], before=found.values())
+    assert list(one) == ["late", "a", "failed", "stopped"], "parts that were not asked for stay"
 
 
-def test_a_part_without_figures_has_failed(tmp_path: Path):
-    found = Machine(ends={"a": Ended(0, "no figures", ""), "b": Ended(3, "", "")}).run(tmp_path, [part("a"), part("b")])
+def test_a_report_that_is_torn_is_made_anew(tmp_path: Path):
+    assert program.read_before(tmp_path / "report.json") == []
+    for text in ("{", "[]", '{"parts": [{"name": "a"}]}'):
+        (tmp_path / "report.json").write_text(text, encoding="utf-8")
+        assert program.read_before(tmp_path / "report.json") == []
+    done = Outcome("a", "done", ["a"], 1.0, figures={"x": 1})
+    program.write_report(tmp_path, "command", False, [done])
+    assert program.read_before(tmp_path / "report.json") == [done]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
+
+
+def test_a_part_without_figures_has_failed():
+    found = Machine(ends={"a": Ended(0, "no figures", ""), "b": Ended(3, "", "")}).run([part("a"), part("b")])
     assert found["a"].state == "failed" and "no JSON" in str(found["a"].why) and found["b"].why == "exit code 3"
 
 

@@ -1,7 +1,7 @@
 """Everything that waits for a GPU, in one run: `make gpu-report`, or `python -m tools.gpu_report`.
 
 Parts are run in the order of worth, as long as the budget lasts; a later run goes on with what is not done. The folder gets
-`report.json`, `report.md` (the tables for docs/) and a file for each part. `--needs` says what is to be installed beforehand.
+`report.json` and `report.md`, the tables for docs/. `--needs` says what is to be installed beforehand.
 """
 
 import argparse
@@ -10,18 +10,24 @@ import importlib.util
 import json
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from tools.gpu_report.needs import tell_needs
 from tools.gpu_report.parts import PARTS, chosen
-from tools.gpu_report.run import Launch, Request, launch, run_parts
+from tools.gpu_report.run import Launch, Outcome, Request, launch, run_parts
 from tools.gpu_report.tables import machine_of, page
 
 BUDGET = 480  # seconds
+REPORT, PAGE = "report.json", "report.md"
 
 
-def main(arguments: list[str] | None = None, launch: Launch = launch) -> int:
-    """Runs the report. Returns 0, or 1 if a part failed or a test did."""
+def main(arguments: list[str] | None = None, run: Launch | None = None) -> int:
+    """Runs the report. Returns 0, or 1 if a part failed or a test did.
+
+    Args:
+        run: what starts a part's program; default: `launch`.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m tools.gpu_report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -46,21 +52,39 @@ def main(arguments: list[str] | None = None, launch: Launch = launch) -> int:
         parser.error(f"--budget {given.budget:g}: expected seconds above 0")
     if not given.quick and not _has_gpu():
         parser.error("torch sees no CUDA device here: run it where there is one, or see that it runs with --quick")
-    request = Request(parts, given.out, given.budget, given.quick)
-    outcomes = run_parts(request, lambda line: print(line, file=sys.stderr, flush=True), launch)
-    words = sys.argv[1:] if arguments is None else arguments
+    given.out.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["python -m tools.gpu_report", *(sys.argv[1:] if arguments is None else arguments)])
+    request = Request(parts, given.budget, given.quick, read_before(given.out / REPORT))
+    save = partial(write_report, given.out, command, given.quick)
+    outcomes = run_parts(
+        request, lambda line: print(line, file=sys.stderr, flush=True), save, run or partial(launch, on_cpu=given.quick)
+    )
+    print(given.out / PAGE)
+    failed = [one for one in outcomes if one.state == "failed" or (one.figures or {}).get("failed")]
+    return 1 if failed else 0
+
+
+def read_before(file: Path) -> list[Outcome]:
+    """What an earlier run left in this folder; nothing where it left no whole report."""
+    try:
+        return [Outcome(**one) for one in json.loads(file.read_text(encoding="utf-8"))["parts"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def write_report(folder: Path, command: str, quick: bool, outcomes: list[Outcome]) -> None:
+    """Writes both files, each whole or not at all."""
     report = {
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python -m tools.gpu_report", *words]),
-        "quick": given.quick,
+        "command": command,
+        "quick": quick,
         "machine": machine_of(outcomes),
         "parts": [asdict(outcome) for outcome in outcomes],
     }
-    (given.out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (given.out / "report.md").write_text(page(report, outcomes), encoding="utf-8")
-    print(given.out / "report.md")
-    failed = [one for one in outcomes if one.state == "failed" or (one.figures or {}).get("failed")]
-    return 1 if failed else 0
+    for name, text in ((REPORT, json.dumps(report, indent=2) + "\n"), (PAGE, page(report, outcomes))):
+        beside = folder / f"{name}.partial"
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(folder / name)
 
 
 def _has_gpu() -> bool:

@@ -1,7 +1,7 @@
 """Runs the parts of a report: within a budget, each once, and what is done is kept.
 
-Invariant: after every part the folder holds a whole report. A part that was done with the same command is not done again; one
-that would not fit into what is left of the budget is not begun; one that is begun is ended at the budget's end.
+Invariant: every part is saved as soon as it has ended. A part that was done with the same command is not done again; one that
+would not fit into what is left of the budget is not begun; one that is begun is ended at the budget's end.
 """
 
 import json
@@ -11,8 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from tools.gpu_report.parts import ROOT, Part
@@ -48,18 +47,25 @@ class Outcome:
     figures: dict[str, Any] | None = None
 
 
+Save = Callable[[list[Outcome]], None]
+
+
 @dataclass(frozen=True)
 class Request:
-    """parts: in order. budget: seconds of this run. folder: of the report."""
+    """parts: in order. budget: seconds of this run. before: what an earlier run found."""
 
     parts: Sequence[Part]
-    folder: Path
     budget: float
     quick: bool = False
+    before: Sequence[Outcome] = ()
 
 
-def launch(words: list[str], limit: float) -> Ended:
-    """Runs `python WORDS` from the repository's root; one that does not end in `limit` seconds is ended, with its children."""
+def launch(words: list[str], limit: float, on_cpu: bool = False) -> Ended:
+    """Runs `python WORDS` from the repository's root; one that does not end in `limit` seconds is ended, with its children.
+
+    Args:
+        on_cpu: True hides the GPUs that are there.
+    """
     folders = [str(ROOT / "src"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
         [sys.executable, *words],
@@ -67,7 +73,7 @@ def launch(words: list[str], limit: float) -> Ended:
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders), **({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {})},
         start_new_session=True,
     )
     try:
@@ -83,38 +89,28 @@ def launch(words: list[str], limit: float) -> Ended:
     return Ended(process.returncode, out, said)
 
 
-def run_parts(request: Request, say: Say, launch: Launch = launch, clock: Callable[[], float] = time.monotonic) -> list[Outcome]:
-    """Runs what is to be done and gives what became of each part.
+def run_parts(
+    request: Request, say: Say, save: Save, launch: Launch = launch, clock: Callable[[], float] = time.monotonic
+) -> list[Outcome]:
+    """Runs what is to be done and gives what became of each part, those of an earlier run that were not asked for at the end.
 
     Args:
-        say: gets a line about each part.
+        say: gets a line about each part. save: gets all that is known, after each part.
     """
     begun = clock()
-    request.folder.mkdir(parents=True, exist_ok=True)
-    outcomes = []
+    others = [one for one in request.before if one.name not in {part.name for part in request.parts}]
+    outcomes: list[Outcome] = []
     for part in request.parts:
         words = part.words(request.quick)
-        outcome = _kept(request.folder, part, words)
+        outcome = next((one for one in request.before if (one.name, one.state, one.words) == (part.name, "done", words)), None)
         if outcome is not None:
             say(f"{part.name}: done before")
         else:
             left = request.budget - (clock() - begun)
             outcome = _run(part, words, left, request.quick, say, launch, clock)
-            _write(request.folder / f"{part.name}.json", asdict(outcome))
         outcomes.append(outcome)
-    return outcomes
-
-
-def _kept(folder: Path, part: Part, words: list[str]) -> Outcome | None:
-    """What an earlier run found with the same command."""
-    file = folder / f"{part.name}.json"
-    if not file.is_file():
-        return None
-    try:
-        outcome = Outcome(**json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        return None
-    return outcome if outcome.state == "done" and outcome.words == words else None
+        save([*outcomes, *others])
+    return [*outcomes, *others]
 
 
 def _run(part: Part, words: list[str], left: float, quick: bool, say: Say, launch: Launch, clock: Callable[[], float]) -> Outcome:
@@ -144,10 +140,3 @@ def _judged(part: Part, words: list[str], ended: Ended, seconds: float) -> Outco
         except (ValueError, IndexError):
             said = f"its last line is no JSON: {ended.out[-200:]!r}"
     return Outcome(part.name, "failed", words, seconds, said or f"exit code {ended.code}")
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    """A whole file or none."""
-    beside = file.with_suffix(".partial")
-    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    beside.replace(file)

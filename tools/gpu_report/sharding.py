@@ -4,6 +4,7 @@ itself costs.
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -75,6 +76,7 @@ def steps_of(device: torch.device, quick: bool, stage: Stage, in_parts: bool) ->
     scale = QUICK_SCALE if quick else SCALES[device.type]
     size = scale.trunk if quick else resize(scale.trunk, LAYERS, None)
     on_cuda = device.type == "cuda"
+    gc.collect()  # what the model before this one left
     if on_cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
