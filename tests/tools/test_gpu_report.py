@@ -97,13 +97,14 @@ def test_what_is_done_is_not_done_again_and_the_rest_is():
 
 
 def test_a_report_that_is_torn_is_made_anew(tmp_path: Path):
-    assert program.read_before(tmp_path / "report.json") == []
+    assert program.read_before(tmp_path / "report.json", False) == []
     for text in ("{", "[]", '{"parts": [{"name": "a"}]}'):
         (tmp_path / "report.json").write_text(text, encoding="utf-8")
-        assert program.read_before(tmp_path / "report.json") == []
+        assert program.read_before(tmp_path / "report.json", False) == []
     done = Outcome("a", "done", ["a"], 1.0, figures={"x": 1})
     program.write_report(tmp_path, "command", False, [done])
-    assert program.read_before(tmp_path / "report.json") == [done]
+    assert program.read_before(tmp_path / "report.json", False) == [done]
+    assert program.read_before(tmp_path / "report.json", True) == [], "tiny figures and real ones are never in one report"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
 
 
@@ -156,7 +157,12 @@ def test_a_quick_report_on_a_cpu(in_this_process: Any, tmp_path: Path, monkeypat
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     states = {one["name"]: one["state"] for one in report["parts"]}
     assert states == {"decode-1": "done", "tests": "skipped", "train-L512-R400": "done", "sharding": "done"}
-    assert report["quick"] and report["machine"]["device"] == "cpu" and str(tmp_path) in report["command"]
+    assert (
+        report["quick"]
+        and len(report["machines"]) == 1
+        and "torch" in report["machines"][0]
+        and str(tmp_path) in report["command"]
+    )
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     for heading in ("Parts", "Decoding", "The weight-streaming floor", "A training step", "FSDP2 in one process"):
         assert f"## {heading}\n" in text
@@ -179,7 +185,7 @@ def test_sharding_that_computes_something_else_is_told(monkeypatch: pytest.Monke
     monkeypatch.setattr(sharding, "steps_of", other)
     figures = sharding.compared(sharding.torch.device("cpu"), quick=True)
     assert not figures["agrees"] and figures["largest_difference"] > 1e-4
-    report = {"date": "2026-11-29", "command": "x", "quick": True, "machine": None}
+    report = {"date": "2026-11-29", "command": "x", "quick": True, "machines": []}
     assert "DO NOT AGREE" in page(report, [Outcome("sharding", "done", [], 1.0, figures=figures)])
 
 
@@ -189,7 +195,7 @@ def test_failed_tests_are_figures_and_the_report_says_so(tmp_path: Path):
     figures = gpu_tests.figures(ElementTree.fromstring(xml))
     assert figures == {"passed": 1, "failed": {"b": "no | so"}, "skipped": 1, "seconds": 2.2}
     done = Outcome("tests", "done", [], 3.0, figures=figures)
-    text = page({"date": "2026-11-29", "command": "x", "quick": False, "machine": None}, [done])
+    text = page({"date": "2026-11-29", "command": "x", "quick": False, "machines": []}, [done])
     assert "1 passed, 1 failed, 1 skipped" in text and "| b | no / so |" in text
 
 

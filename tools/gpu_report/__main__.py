@@ -16,7 +16,7 @@ from pathlib import Path
 from tools.gpu_report.needs import tell_needs
 from tools.gpu_report.parts import PARTS, chosen
 from tools.gpu_report.run import Launch, Outcome, Request, launch, run_parts
-from tools.gpu_report.tables import machine_of, page
+from tools.gpu_report.tables import machines_of, page
 
 BUDGET = 480  # seconds
 REPORT, PAGE = "report.json", "report.md"
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None, run: Launch | None = None) -> int:
         parser.error("torch sees no CUDA device here: run it where there is one, or see that it runs with --quick")
     given.out.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python -m tools.gpu_report", *(sys.argv[1:] if arguments is None else arguments)])
-    request = Request(parts, given.budget, given.quick, read_before(given.out / REPORT))
+    request = Request(parts, given.budget, given.quick, read_before(given.out / REPORT, given.quick))
     save = partial(write_report, given.out, command, given.quick)
     outcomes = run_parts(
         request, lambda line: print(line, file=sys.stderr, flush=True), save, run or partial(launch, on_cpu=given.quick)
@@ -64,10 +64,11 @@ def main(arguments: list[str] | None = None, run: Launch | None = None) -> int:
     return 1 if failed else 0
 
 
-def read_before(file: Path) -> list[Outcome]:
-    """What an earlier run left in this folder; nothing where it left no whole report."""
+def read_before(file: Path, quick: bool) -> list[Outcome]:
+    """What an earlier run left in this folder; nothing where it left no whole report, or one of the other kind (`--quick`)."""
     try:
-        return [Outcome(**one) for one in json.loads(file.read_text(encoding="utf-8"))["parts"]]
+        report = json.loads(file.read_text(encoding="utf-8"))
+        return [Outcome(**one) for one in report["parts"]] if report["quick"] == quick else []
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
@@ -78,7 +79,7 @@ def write_report(folder: Path, command: str, quick: bool, outcomes: list[Outcome
         "date": datetime.date.today().isoformat(),
         "command": command,
         "quick": quick,
-        "machine": machine_of(outcomes),
+        "machines": machines_of(outcomes),
         "parts": [asdict(outcome) for outcome in outcomes],
     }
     for name, text in ((REPORT, json.dumps(report, indent=2) + "\n"), (PAGE, page(report, outcomes))):

@@ -25,7 +25,7 @@ def figures(root: ElementTree.Element) -> dict[str, object]:
     """Counts the cases of a JUnit report; {"passed", "failed": {name: message}, "skipped", "seconds"}."""
     cases = list(root.iter("testcase"))
     failed = {
-        case.get("name", "?"): (problem.get("message") or "").splitlines()[0][:300]
+        case.get("name", "?"): (problem.get("message") or "?").splitlines()[0][:300]
         for case in cases
         for problem in (*case.findall("failure"), *case.findall("error"))
     }

@@ -25,9 +25,15 @@ def page(report: Figures, outcomes: Sequence[Outcome]) -> str:
     return "\n".join(sections)
 
 
-def machine_of(outcomes: Iterable[Outcome]) -> Figures | None:
-    """What the first part that says it says of the machine."""
-    return next((one.figures["machine"] for one in outcomes if one.figures is not None and "machine" in one.figures), None)
+def machines_of(outcomes: Iterable[Outcome]) -> list[str]:
+    """What the parts say of the machine that they ran on: one line, unless a report was gone on with elsewhere."""
+    found = []
+    for outcome in outcomes:
+        machine = (outcome.figures or {}).get("machine")
+        if machine is not None:
+            where = f"{machine['accelerator']}, {machine['dtype']}" if machine["device"] == "cuda" else machine["cpu"]
+            found.append(f"{where}, torch {machine['torch']}, transformers {machine['transformers']}")
+    return list(dict.fromkeys(found))
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -37,15 +43,9 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def _head(report: Figures) -> str:
-    machine = report["machine"]
-    words = "not measured"
-    if machine is not None:
-        words = (
-            f"{machine['accelerator'] or machine['cpu']}, torch {machine['torch']}, transformers {machine['transformers']}, "
-            f"{machine['dtype']}; load before {machine['load_before']}"
-        )
+    machines = "; and ".join(report["machines"]) or "nothing was measured"
     quick = "\nTiny sizes (`--quick`): these figures mean nothing.\n" if report["quick"] else ""
-    return f"# GPU report, {report['date']}\n\nMachine: {words}. Command: `{report['command']}`.\n{quick}"
+    return f"# GPU report, {report['date']}\n\nMachine: {machines}. Command: `{report['command']}`.\n{quick}"
 
 
 def _parts(outcomes: Sequence[Outcome]) -> str:
