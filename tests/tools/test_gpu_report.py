@@ -117,13 +117,13 @@ def test_a_program_is_ended_with_its_children(tmp_path: Path):
     ended = launch(["-c", "import sys; print('{}'); print('said', file=sys.stderr); sys.exit(4)"], 60)
     assert ended == Ended(4, "{}\n", "said\n")
     mark = tmp_path / "mark"
-    child = f"import time, pathlib; time.sleep(1.5); pathlib.Path({str(mark)!r}).touch()"
+    child = f"import time, pathlib; time.sleep(1.2); pathlib.Path({str(mark)!r}).touch()"
     parent = (
         f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); print(1, flush=True); time.sleep(60)"
     )
     start = time.monotonic()
-    assert launch(["-c", parent], 0.8).code is None and time.monotonic() - start < 20
-    time.sleep(max(0.0, start + 3 - time.monotonic()))
+    assert launch(["-c", parent], 0.6).code is None and time.monotonic() - start < 20
+    time.sleep(max(0.0, start + 2.2 - time.monotonic()))
     assert not mark.exists()
 
 
@@ -150,6 +150,7 @@ def test_a_quick_report_on_a_cpu(in_this_process: Any, tmp_path: Path, monkeypat
     """One part of each kind, by their own commands; the page and the JSON."""
     monkeypatch.setitem(machine.MATRIX_SIDE, "cpu", 128)  # what the machine reaches is not asked for here
     monkeypatch.setitem(machine.BUFFER_BYTES, "cpu", 2**20)
+    monkeypatch.setattr(sharding, "STEPS", 5)
     parts = ["decode-1", "train-L512-R400", "sharding", "tests", "memory"]
     words = ["--quick", "--out", str(tmp_path), *(word for name in parts for word in ("--only", name))]
     words += ["--skip", "memory"]
@@ -167,7 +168,7 @@ def test_a_quick_report_on_a_cpu(in_this_process: Any, tmp_path: Path, monkeypat
     for heading in ("Parts", "Decoding", "The weight-streaming floor", "A training step", "FSDP2 in one process"):
         assert f"## {heading}\n" in text
     assert "| 1 | ours | 4 | 0.500 |" in text and "| L40-R32 | ours | tiled |" in text and "these figures mean nothing" in text
-    assert "| tests | skipped | - | the tests need a GPU |" in text and "Losses of 12 steps agree" in text
+    assert "| tests | skipped | - | the tests need a GPU |" in text and "Losses of 5 steps agree" in text
     widths = [{line.count("|") for line in block.splitlines()} for block in text.split("\n\n") if block.startswith("|")]
     assert widths and all(len(width) == 1 for width in widths), "every row of a table has its cells"
 
@@ -183,6 +184,7 @@ def test_sharding_that_computes_something_else_is_told(monkeypatch: pytest.Monke
             return real(device, quick, stage, in_parts=False)
 
     monkeypatch.setattr(sharding, "steps_of", other)
+    monkeypatch.setattr(sharding, "STEPS", 5)
     figures = sharding.compared(sharding.torch.device("cpu"), quick=True)
     assert not figures["agrees"] and figures["largest_difference"] > 1e-4
     report = {"date": "2026-11-29", "command": "x", "quick": True, "machines": []}

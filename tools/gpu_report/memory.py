@@ -17,6 +17,7 @@ from tools.gpu_report.parts import ROOT
 
 # About 0.4 B parameters: enough for weights, gradients and the optimiser to outweigh what any process holds.
 WIDTHS = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+MAX_LENGTH = 512  # tokens: the context of the stand-in
 STAGES = {"align": "align", "diffuse": "train"}  # stage -> split of the built-in images
 
 
@@ -31,7 +32,8 @@ def main(arguments: list[str] | None = None) -> None:
         trunk = make_trunk(folder / "trunk", quick)
         settings = [f"prepare.vision_tower={standins.make_tower(folder / 'tower')}"]
         for stage, split in STAGES.items():
-            values = {"data.train": data[split], "epochs": "null", "steps": 2, "batch_size": 2, "data.workers": 0}
+            values = {"data.train": data[split], "epochs": "null", "steps": 2, "batch_size": 2 if quick else 8}
+            values |= {"accumulation": 1, "data.workers": 0, "data.max_length": MAX_LENGTH}
             settings += [f"stages.{stage}.{key}={value}" for key, value in values.items()]
         words = ["convert", trunk, "--recipe", "llava", "--out", folder / "out", "--dry-run", "--measure"]
         program = [sys.executable, "-m", "diffvl.cli", *words, *(word for one in settings for word in ("--set", one))]
