@@ -27,7 +27,7 @@ from diffvl.store.evaluation import EVALUATION_FILE, Result, merge_results, read
 from diffvl.terminal.bars import spinner_or_line
 from diffvl.terminal.console import say
 
-GIVEN_CHOICES = ("loglikelihood", "multiple_choice")  # kinds of tasks that lmms-eval runs through its simple interface only
+GIVEN_CHOICES = {"loglikelihood", "multiple_choice"}  # kinds of tasks that lmms-eval runs through its simple interface only
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def run_benchmarks(directory: Path, request: Benchmarks, console: Console) -> li
     decoder = load_for_decoding(directory)
     found: list[Result] = []
     for name in request.tasks:
-        kind = DiffVLSimple if _kind_of(name, manager) in GIVEN_CHOICES else DiffVLChat
+        kind = DiffVLSimple if _kinds_of(name, manager) & GIVEN_CHOICES else DiffVLChat
         model = kind(decoder, request.batch_size, **request.settings)
         start = time.monotonic()
         try:
@@ -90,9 +90,16 @@ def _require_known(tasks: Sequence[str], manager: Any, include_path: Path | None
         )
 
 
-def _kind_of(name: str, manager: Any) -> str | None:
-    """The output type of a task, as its file says it; None for a group."""
-    return manager._get_config(name).get("output_type") if manager._name_is_task(name) else None
+def _kinds_of(name: str, manager: Any) -> set[str]:
+    """The output types of a task, or of all tasks of a group or tag, as their files say it."""
+    if not (manager._name_is_group(name) or manager._name_is_tag(name)):
+        return {str(manager._get_config(name).get("output_type"))}
+    listed = manager._get_tasklist(name)
+    members = manager._get_config(name).get("task", []) if listed == -1 else listed
+    found: set[str] = set()
+    for member in [members] if isinstance(members, str) else members:
+        found |= _kinds_of(member, manager) if isinstance(member, str) else {str(member.get("output_type"))}
+    return found
 
 
 def results_of(results: Any, figures: Mapping[str, TaskFigures], config: Any, seconds: float) -> list[Result]:
