@@ -9,13 +9,15 @@ VENV ?= .venv
 MODELS ?= models
 SCALE ?= full
 CLIENTS ?= clients
+GPU_OUT ?= gpu-report
+GPU_PYTHON ?= $(VENV)/bin/python
 
 BIN := $(VENV)/bin
 DIFFVL := $(BIN)/diffvl
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: help install test test-clients test-gpu test-slow lint types check demo demo-models recipe-llava clean
+.PHONY: help install test test-clients test-gpu gpu-report test-slow lint types check demo demo-models recipe-llava clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | while IFS=$$'\t' read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
@@ -38,6 +40,10 @@ test: $(STAMP) ## the tests: CPU, offline, a process for each core
 
 test-gpu: $(STAMP) ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
+
+# Without a network GPU_PYTHON is an environment that was carried along (docs/speed.md), and .venv is not made.
+gpu-report: $(if $(filter $(VENV)/bin/python,$(GPU_PYTHON)),$(STAMP)) ## all that waits for a GPU, in eight minutes, into gpu-report/; GPU_ARGS="--only decode"
+	$(GPU_PYTHON) -m tools.gpu_report --out $(GPU_OUT) $(GPU_ARGS)
 
 test-clients: $(STAMP) ## exports in other people's programs; CLIENTS is the folder with them (docs/interop.md)
 	CLIENTS=$(CLIENTS) $(BIN)/python -m pytest -m client tests/clients -rs

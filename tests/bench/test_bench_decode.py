@@ -22,13 +22,22 @@ from diffvl.bench import decode, published_decoder
 from diffvl.bench.answers import THRESHOLDS, ScoredAnswer
 from diffvl.bench.answers import make_row as answers_row
 from diffvl.bench.comparison import DecodeRow
-from diffvl.bench.decode import DecodeBench, decode_cases, equal_share, make_row, parse_numbers, streamed_bytes, with_ratios
+from diffvl.bench.decode import (
+    DecodeBench,
+    compiled_batches,
+    decode_cases,
+    equal_share,
+    make_row,
+    parse_numbers,
+    streamed_bytes,
+    with_ratios,
+)
 from diffvl.bench.decoders import DECODERS, NEVER, Case, Decoded, Prompts, ar_generate, blocks_and_steps, ours
 from diffvl.bench.equality import in_fp32, prove_same_tokens
 from diffvl.bench.random_model import build_model
 from diffvl.bench.timing import DecodeTiming, time_first
 from diffvl.decode.answer import Answer
-from diffvl.errors import TrainingError
+from diffvl.errors import TrainingError, UsageError
 
 KEYS = {
     *("decoder", "steps", "compiled", "block_size", "batch", "forwards_per_token", "tokens_per_second", "first_token_seconds"),
@@ -200,7 +209,35 @@ def test_what_is_compiled():
     chosen = decode_cases((4, 2), 1, True)
     assert [case.name for case in chosen if case.compiled] == ["ar_generate 1 compiled", "ours 4 compiled", "ours 2 compiled"]
     assert [case for case in chosen if not case.compiled] == decode_cases((4, 2), 1, False)
-    assert not any(case.compiled for case in decode_cases((4, 2), 8, True))
+    assert [case.name for case in decode_cases((4,), 8, True) if case.compiled] == ["ar_generate 1 compiled", "ours 4 compiled"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "device", "expected"),
+    [
+        (DecodeBench(), "cpu", ()),
+        (DecodeBench(), "cuda", (1,)),
+        (DecodeBench(compile=False), "cuda", ()),
+        (DecodeBench(compile=True), "cpu", (1,)),
+        (DecodeBench(compile_batch="1,8"), "cpu", (1, 8)),
+    ],
+)
+def test_at_which_batch_sizes_is_compiled(request_: DecodeBench, device: str, expected: tuple[int, ...]):
+    assert compiled_batches(request_, (1, 8, 32), torch.device(device)) == expected
+
+
+@pytest.mark.parametrize(
+    ("request_", "says"),
+    [
+        (DecodeBench(compile=False, compile_batch="1"), "--compile-batch has no effect with --no-compile"),
+        (DecodeBench(compile_batch="4"), "--compile-batch 4 is not among the batch sizes 1, 8"),
+        (DecodeBench(compile_batch="x"), "--compile-batch 'x': expected whole numbers"),
+    ],
+)
+def test_compiled_batch_sizes_must_be_measured(request_: DecodeBench, says: str):
+    with pytest.raises(UsageError) as error:
+        compiled_batches(request_, (1, 8), torch.device("cpu"))
+    assert says in str(error.value)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from typing import Any, get_args
 import pytest
 import typer.main
 
+from diffvl.cli import benchmarks as cli_benchmarks
 from diffvl.cli import decode as cli_decode
 from diffvl.cli import main as cli
 from diffvl.config import recipe as config
@@ -51,12 +52,12 @@ FLAGS = {
     },
     "generate": {"DIR", "--image", "--video", "--prompt", "--batch", "--batch-size", "--stream", "--watch", "--json", *DECODING},
     "chat": {"DIR", *DECODING},
-    "evaluate": {"DIR", "--data", "--limit", "--json"},
+    "evaluate": {"DIR", "--data", "--tasks", "--include-path", "--batch-size", "--limit", "--json", *DECODING},
     "export": {"DIR", "--out", "-o", "--layout", "--keep-adapters", "--license"},
     "push": {"DIR", "REPO", "--yes", "--private"},
     "bench decode": {
         *("DIR", "--data", "--sweep", "--limit", "--steps", "--batch", "--max-new-tokens", "--repeats", "--device", "--layers"),
-        *("--hidden", "--block-size", "--context", "--seed", "--quick", "--compile", "--no-compile", "--json"),
+        *("--hidden", "--block-size", "--context", "--seed", "--quick", "--compile", "--no-compile", "--compile-batch", "--json"),
     },
     "bench modes": {"DIR", "--data", "--limit", "--max-new-tokens", "--device", "--json"},
     "bench train": {
@@ -344,6 +345,54 @@ def test_evaluate_prints_a_table_or_json(run_cli, monkeypatch: pytest.MonkeyPatc
     assert code == 0 and all(word in out for word in ("masked_accuracy", "0.2500", "records", "3"))
     assert json.loads(run_cli("evaluate", "dir", "--data", "d.json", "--limit", "3", "--json")[1]) == figures
     assert seen == [(Path("dir"), Path("d.json"), None, DecodeSettings()), (Path("dir"), Path("d.json"), 3, DecodeSettings())]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("", "give --data FILE with held-out records, or --tasks NAME,... of lmms-eval: one of them is needed"),
+        ("--data d.json --tasks mmstar", "or --tasks NAME,... of lmms-eval: not both"),
+        ("--data d.json --batch-size 4", "--batch-size has no effect without --tasks"),
+        ("--data d.json --include-path .", "--include-path has no effect without --tasks"),
+        ("--tasks mmstar,mmstar", "expected names with commas between them, each once"),
+        ("--tasks , ", "expected names with commas between them, each once"),
+        ("--tasks mmstar --threshold 0.9", "add --strategy low_confidence_dynamic"),
+        ("--tasks mmstar", "pip install 'diffvl[eval]'"),
+    ],
+)
+def test_benchmarks_are_refused_in_one_message(words: str, says: str, run_cli, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cli_benchmarks, "find_spec", lambda name: None)
+    code, out, err = run_cli("evaluate", "dir", *words.split())
+    assert (code, out) == (2, "") and says in err and err.count("error:") == 1 and "Traceback" not in err
+
+
+def test_benchmarks_get_what_was_typed_and_print_a_table_or_json(run_cli, monkeypatch: pytest.MonkeyPatch):
+    """Settings that were typed are named, also where they are the defaults: they hold against what a task asks for."""
+    seen: list[Any] = []
+    metrics = [{"metric": "acc", "filter": "none", "value": 0.25, "stderr": 0.125}, {"metric": "f1", "filter": "x", "value": 1.0}]
+    found = [{"task": "mmstar", "metrics": metrics, "n": 12, "seconds": 3.25}]
+
+    def run_benchmarks(directory: Path, request: Any, console: Any) -> list[dict[str, Any]]:
+        seen.append((directory, request))
+        return found
+
+    monkeypatch.setattr(cli_benchmarks, "find_spec", lambda name: object())
+    monkeypatch.setenv("LOGURU_LEVEL", "WARNING")
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    pretend(monkeypatch, "diffvl.evaluation.benchmarks", run_benchmarks=run_benchmarks, Benchmarks=lambda *given: given)
+    words = ["evaluate", "dir", "--tasks", "mmstar,mmmu_val"]
+    code, out, _ = run_cli(*words)
+    assert code == 0 and all(word in out for word in ("mmstar", "acc", "0.2500", "0.1250", "12", "3.2", "f1 (x)"))
+    more = "--steps 2 --strategy low_confidence_static --stop END --compile --batch-size 3 --limit 5 --include-path here --json"
+    assert json.loads(run_cli(*words, *more.split())[1]) == {"results": found}
+    named = {
+        "denoising_steps": 2,
+        "remasking": "low_confidence_static",
+        "stop_strings": ("END",),
+        "cache_implementation": "static",
+    }
+    names = ["mmstar", "mmmu_val"]
+    assert seen == [(Path("dir"), (names, {}, 8, None, None)), (Path("dir"), (names, named, 3, 5, Path("here")))]
 
 
 # --- lists ---------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from tiny_runs import command, finished_run, refused
 from diffvl.export.card import CARD, card, front_matter, source_licence
 from diffvl.export.sdar import launches
 from diffvl.export.source import Run, read_run
+from diffvl.store.evaluation import merge_results
 
 FIGURES = {"prefill": 2e-7, "denoised": 1e-7}
 
@@ -42,6 +43,16 @@ def test_a_card_tells_no_folder_of_this_machine(whole: WholeRun):
     text = card(read_run(whole.diffuse), "native", False, True, FIGURES, None)
     assert str(whole.root.parent) not in text and "/tmp" not in text and "PeftModel" in text
     assert "license:" not in text and "licence of the source: not known here" in text
+
+
+def test_a_card_shows_the_benchmarks_that_were_run(whole: WholeRun, tmp_path: Path):
+    assert "### Benchmarks" not in card(read_run(whole.diffuse), "native", False, False, FIGURES, None)
+    run = replace(read_run(whole.diffuse), directory=tmp_path)
+    result = {"task": "mmstar", "metrics": [{"metric": "acc", "filter": "none", "value": 0.3125}], "n": 16, "date": "2026-11-29"}
+    result |= {"decoding": {"mode": "blocks", "denoising_steps": 4, "seed": 0}, "versions": {"lmms_eval": "0.7.3"}}
+    merge_results(tmp_path, [result])
+    text = card(run, "native", False, False, FIGURES, None)
+    assert "| mmstar | acc | 0.3125 | 16 | mode blocks, denoising_steps 4 | lmms-eval 0.7.3, 2026-11-29 |" in text
 
 
 def test_the_text_part_s_card_has_every_engine_s_launch(run: Run):

@@ -78,7 +78,7 @@ def sweep_request(request: DecodeBench, sweep: bool, limit: int | None) -> Answe
         raise UsageError("--sweep measures answers against true ones: give DIR and --data FILE")
     refuse_idle_arguments(request)
     idle = {"--steps": request.steps, "--batch": request.batch, "--repeats": request.repeats, "--seed": request.seed or None}
-    idle |= {"--compile": request.compile}
+    idle |= {"--compile": request.compile, "--compile-batch": request.compile_batch}
     for flag, value in idle.items():
         if value is not None:
             raise UsageError(f"{flag} has no effect with --sweep, which answers every question once at each threshold")

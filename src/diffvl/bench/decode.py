@@ -26,6 +26,7 @@ from diffvl.hub.images_diffvl import vision_parameters
 from diffvl.terminal.bars import spinner_or_line
 
 BATCHES, QUICK_BATCHES = (1, 8, 32), (1, 2)
+COMPILED_BATCHES = (1,)
 NEW_TOKENS, QUICK_TOKENS = 64, 16
 CPU_LAYERS = 10  # of SmolLM2-135M's 30: what two cores do in the time
 # Largest batch -> timed rounds, for random weights; a CPU has no time for more at large batches.
@@ -40,7 +41,8 @@ class DecodeBench:
     """What the command line asks for; None takes the default.
 
     directory: a checkpoint instead of random weights. data: its questions. quick: tiny sizes, to see that it runs.
-    compile: also the compiled forms of ours and of AR, at batch 1; default: on CUDA.
+    compile: also the compiled forms of ours and of AR; default: on CUDA. compile_batch: at which batch sizes; default: 1, because
+        every batch size is compiled anew.
     """
 
     directory: Path | None = None
@@ -57,6 +59,7 @@ class DecodeBench:
     seed: int = 0
     quick: bool = False
     compile: bool | None = None
+    compile_batch: str | None = None
 
 
 def compare_decoders(request: DecodeBench, console: Console) -> Comparison[DecodeRow]:
@@ -69,6 +72,7 @@ def compare_decoders(request: DecodeBench, console: Console) -> Comparison[Decod
     refuse_idle_arguments(request)
     device = pick_device(request.device)
     batches = parse_numbers("--batch", request.batch, QUICK_BATCHES if request.quick else BATCHES)
+    compiled = compiled_batches(request, batches, device)
     load_before = load_average()
     with spinner_or_line(console, "building the model and its prompts"):
         workload = make_workload(request, device, max(batches))
@@ -100,9 +104,9 @@ def compare_decoders(request: DecodeBench, console: Console) -> Comparison[Decod
         "floor_seconds": weights / bandwidth,
     }
     rows: list[DecodeRow] = []
-    compiled = device.type == "cuda" if request.compile is None else request.compile
     for batch in batches:
-        timings = time_cases(model, groups[batch], decode_cases(steps, batch, compiled), repeats[batch], device, console)
+        cases = decode_cases(steps, batch, batch in compiled)
+        timings = time_cases(model, groups[batch], cases, repeats[batch], device, console)
         rows += [make_row(case, groups[batch], timings, config) for case in timings]
     return Comparison(run, with_ratios(rows))
 
@@ -161,11 +165,24 @@ def num_rounds(request: DecodeBench, device: torch.device, batch: int) -> int:
     return next((rounds for largest, rounds in REPEATS[device.type].items() if batch <= largest), FEWEST)
 
 
+def compiled_batches(request: DecodeBench, batches: Sequence[int], device: torch.device) -> tuple[int, ...]:
+    """Lists the batch sizes at which the compiled forms run too. Raises UsageError for one that is not measured at all."""
+    if request.compile_batch is None:
+        wanted = device.type == "cuda" if request.compile is None else request.compile
+        return COMPILED_BATCHES if wanted else ()
+    if request.compile is False:
+        raise UsageError("--compile-batch has no effect with --no-compile: leave one of them out")
+    chosen = parse_numbers("--compile-batch", request.compile_batch, ())
+    if absent := [batch for batch in chosen if batch not in batches]:
+        raise UsageError(f"--compile-batch {absent[0]} is not among the batch sizes {', '.join(map(str, batches))}: see --batch")
+    return chosen
+
+
 def decode_cases(steps: Sequence[int], batch: int, compiled: bool) -> list[Case]:
-    """Lists what runs at a batch size: the published loop takes one sample, and every batch size would be compiled anew."""
+    """Lists what runs at a batch size: the published loop takes one sample."""
     decoders = ["published", "ours"] if batch == 1 else ["ours"]
     plain = [Case("ar_generate", 1), *(Case(decoder, count) for decoder in decoders for count in steps)]
-    if not compiled or batch > 1:
+    if not compiled:
         return plain
     return [*plain, Case("ar_generate", 1, compiled=True), *(Case("ours", count, compiled=True) for count in steps)]
 

@@ -84,6 +84,7 @@ def bench_decode(
     compile: Annotated[
         bool | None, typer.Option(help="Also the compiled forms of ours and AR, at batch 1. Default: on CUDA.")
     ] = None,
+    compile_batch: Annotated[str | None, typer.Option(help="Compiled forms at these batch sizes.", metavar="N,...")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare decoding with transformers' AR generate and with the block loop as published."""
@@ -108,6 +109,7 @@ def bench_decode(
         seed=seed,
         quick=quick,
         compile=compile,
+        compile_batch=compile_batch,
     )
     if sweep or limit is not None:
         swept = sweep_thresholds(sweep_request(request, sweep, limit), console(stderr=True))

@@ -8,17 +8,18 @@ import contextlib
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from diffvl.cli.bench import bench
+from diffvl.cli.benchmarks import BatchSize, IncludePath, Tasks, evaluate_tasks, exclude_tasks_flags
 from diffvl.cli.decode import chat, generate
 from diffvl.cli.export import export, push
 from diffvl.cli.output import print_json, print_line, print_table
+from diffvl.cli.settings import settings_of, with_settings
 from diffvl.config.recipe import VERSION
 from diffvl.errors import EXIT_CODE, DiffvlError, UsageError
-from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.store.files import Writing
 from diffvl.terminal import console as terminal
 
@@ -132,19 +133,36 @@ app.command(epilog='Example:  diffvl generate runs/qwen2.5-7b/diffuse --image ca
 app.command(epilog="Example:  diffvl chat runs/qwen2.5-7b/diffuse, then  /image cat.jpg  and  What is on the mat?")(chat)
 
 
-@app.command(epilog="Example:  diffvl evaluate runs/qwen2.5-7b/diffuse --data held_out.json --limit 200")
+@app.command(
+    epilog="Example:  diffvl evaluate runs/qwen2.5-7b/diffuse --data held_out.json --limit 200, or with --tasks mmmu_val,mmstar"
+)
+@with_settings
 def evaluate(
+    context: typer.Context,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint that `diffvl convert` wrote.")],
-    data: Annotated[Path, typer.Option(help="Held-out records in LLaVA format.", metavar="FILE")],
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N records.", metavar="N")] = None,
+    data: Annotated[Path | None, typer.Option(help="Held-out records in LLaVA format.", metavar="FILE")] = None,
+    tasks: Tasks = None,
+    include_path: IncludePath = None,
+    batch_size: BatchSize = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N records, or of each task.", metavar="N")] = None,
+    *,
     as_json: AsJson = False,
+    **flags: Any,
 ) -> None:
-    """Measure a checkpoint on held-out answers: masked-token loss and accuracy, and the answers it generates."""
+    """Measure a checkpoint on held-out answers: masked-token loss and accuracy, and the answers it generates.
+
+    With --tasks on benchmarks of lmms-eval, whose results land in evaluation.json beside it.
+    """
+    settings = settings_of(context)
+    if tasks is not None or data is None:
+        evaluate_tasks(context, directory, as_json)
+        return
+    exclude_tasks_flags(context)
     from diffvl.evaluation.evaluate import evaluate_directory
     from diffvl.terminal.bars import quiet_libraries
 
     quiet_libraries()
-    figures = evaluate_directory(directory, data, limit, DecodeSettings())
+    figures = evaluate_directory(directory, data, limit, settings)
     if as_json:
         print_json(figures)
     else:

@@ -18,6 +18,7 @@ from diffvl.errors import CheckpointError
 from diffvl.export.sdar import launches
 from diffvl.export.source import Run
 from diffvl.store import checkpoint
+from diffvl.store.evaluation import read_results
 from diffvl.store.metrics import METRICS_FILE, measures_of, read_json_lines
 
 CARD = "README.md"
@@ -129,6 +130,7 @@ def card(run: Run, layout: str, text_only: bool, adapters: bool, figures: Mappin
         _source(run, source, licence),
         _stages(run),
         _results(run, figures),
+        *_benchmarks(run),
         "## Loading\n" + (LOADS_TEXT if text_only else LOADS_VLM) + (LOADS_ADAPTER if adapters else ""),
         *([_engines(run)] if text_only else []),
         _with_diffvl(layout),
@@ -193,6 +195,24 @@ def _results(run: Run, figures: Mapping[str, float]) -> str:
     worst = max(figures.values())
     proof = f"Loaded in a process of its own, it gives the logits of the model in memory: largest difference {worst:.1e} std."
     return "\n".join(["## Results\n", *measured, "", proof, ""])
+
+
+def _benchmarks(run: Run) -> list[str]:
+    """What benchmarks said of the run, as `diffvl evaluate --tasks` left it; nothing where none was run."""
+    rows = [
+        f"| {result['task']} | {one['metric']} | {one['value']:.4f} | {result['n']} | {_decoding(result['decoding'])} "
+        f"| lmms-eval {result['versions']['lmms_eval']}, {result['date']} |"
+        for result in read_results(run.directory)
+        for one in result["metrics"]
+    ]
+    heads = ["| benchmark | metric | value | n | decoding | measured with |", "|---|---|---|---|---|---|"]
+    return ["\n".join(["### Benchmarks\n", *heads, *rows, ""])] if rows else []
+
+
+def _decoding(settings: Mapping[str, Any]) -> str:
+    """The settings that decide what an answer is, in a few words."""
+    shown = ("mode", "denoising_steps", "remasking", "threshold", "entropy_budget", "temperature", "max_new_tokens")
+    return ", ".join(f"{name} {settings[name]}" for name in shown if name in settings)
 
 
 def _engines(run: Run) -> str:

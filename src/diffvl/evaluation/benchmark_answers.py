@@ -1,0 +1,178 @@
+"""Questions of benchmarks -> answers, in batches, and what they took.
+
+Place in the flow: between lmms-eval's model class and the decoder; nothing here knows lmms-eval. All questions are looked at
+before the first is answered, so that one that cannot be answered does not end a run of hours.
+"""
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+from rich.console import Console
+
+from diffvl.decode.answer import Answer, Decoder, Message, answer_chats, context_length
+from diffvl.errors import DiffvlError, UsageError, first_few
+from diffvl.evaluation.likelihood import is_exact, likelihoods
+from diffvl.evaluation.task_settings import TaskSettings, cut, settings_for_task
+from diffvl.hub.settings_diffvl import DecodeSettings
+from diffvl.terminal.bars import track
+from diffvl.terminal.console import say
+
+NUM_SHOWN = 5  # of questions that cannot be answered
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question. task: of which benchmark. place: task and document, for messages. chat: makes its messages, with the images
+    opened. asked: how the task wants it answered, its `generation_kwargs`."""
+
+    task: str
+    place: str
+    chat: Callable[[], list[Message]]
+    asked: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A question with one of its possible answers."""
+
+    question: Question
+    answer: str
+
+
+@dataclass
+class TaskFigures:
+    """What a task took. how: how its questions were decoded. seconds: images' processing is in them; tokens: up to and including
+    the stops; forwards: of the trunk, over all batches."""
+
+    how: TaskSettings
+    answers: int = 0
+    tokens: int = 0
+    forwards: int = 0
+    seconds: float = 0.0
+
+    def add(self, batch: Sequence[Answer]) -> None:
+        """Counts a batch in, whose forwards and seconds are those of each of its answers."""
+        self.answers += len(batch)
+        self.tokens += sum(one.tokens for one in batch)
+        self.forwards += batch[0].forwards
+        self.seconds += batch[0].seconds
+
+
+@dataclass(frozen=True)
+class _Due:
+    """A question with its place among all, its tokens, and how it is decoded."""
+
+    number: int
+    question: Question
+    length: int
+    how: TaskSettings
+
+
+class Answering:
+    """Answers questions with a checkpoint.
+
+    Args:
+        settings: those of the caller, of which `named` were named and hold against what a task asks for.
+    Attributes:
+        figures: task -> what it took so far.
+    """
+
+    def __init__(self, decoder: Decoder, settings: DecodeSettings, named: Collection[str], batch_size: int, console: Console):
+        self.decoder, self.settings, self.named, self.batch_size = decoder, settings, frozenset(named), batch_size
+        self.console = console
+        self.figures: dict[str, TaskFigures] = {}
+        self._told: set[str] = set()
+
+    def answers(self, questions: Sequence[Question]) -> list[tuple[str, int]]:
+        """Answers all questions, those with most tokens first.
+
+        Returns:
+            for each question, in their order, the text up to what ends it, and the number of its tokens.
+        Raises:
+            UsageError: naming the questions that cannot be answered, before any is.
+        """
+        due = self._looked_at(questions)
+        given: dict[int, tuple[str, int]] = {}
+        batches = list(self._batches(due))
+        for batch in track(self.console, batches, len(batches), "answering in batches"):
+            how = batch[0].how
+            answers = answer_chats(self.decoder, [one.question.chat() for one in batch], how.settings)
+            self.figures[batch[0].question.task].add(answers)
+            given |= {
+                one.number: (cut(answer.text, how.until), answer.tokens) for one, answer in zip(batch, answers, strict=True)
+            }
+        return [given[number] for number in range(len(questions))]
+
+    def likelihoods(self, choices: Sequence[Choice]) -> list[tuple[float, bool]]:
+        """The log-likelihood of each answer, and whether greedy decoding would write it.
+
+        Raises:
+            UsageError: if the checkpoint, as it is to be decoded, has none that can be computed.
+        """
+        if choices and not is_exact(self.decoder, self.settings.mode):
+            raise UsageError(
+                f"task {choices[0].question.task} compares likelihoods, of which block diffusion has a bound only: add mode=ar "
+                "(the same weights token by token, which have exact ones), or take a task that generates its answers"
+            )
+        found: list[tuple[float, bool]] = []
+        batches = [
+            alike[start : start + self.batch_size]
+            for _, group in groupby(choices, lambda one: one.question.task)
+            for alike in [list(group)]
+            for start in range(0, len(alike), self.batch_size)
+        ]
+        for batch in track(self.console, batches, len(batches), "comparing answers"):
+            figures = self.figures.setdefault(batch[0].question.task, TaskFigures(TaskSettings(self.settings)))
+            start = time.monotonic()
+            try:
+                found += likelihoods(self.decoder, [one.question.chat() for one in batch], [one.answer for one in batch])
+            except ValueError as error:
+                raise UsageError(f"{batch[0].question.place}: {error}") from error
+            figures.answers, figures.seconds = figures.answers + len(batch), figures.seconds + time.monotonic() - start
+        return found
+
+    def _looked_at(self, questions: Sequence[Question]) -> list[_Due]:
+        """Raises UsageError with all questions that the checkpoint does not take."""
+        due, problems, limit = [], [], context_length(self.decoder)
+        for number, question in enumerate(track(self.console, questions, len(questions), "looking at the questions")):
+            how = self._how(question)
+            try:
+                length = len(self.decoder.processor.encode_chat(question.chat(), add_generation_prompt=True).ids)
+            except (DiffvlError, ValueError) as error:
+                problems.append(str(error) if question.place in str(error) else f"{question.place}: {error}")
+                continue
+            room = how.settings.max_new_tokens if limit is None else min(how.settings.max_new_tokens, limit - length)
+            if room < 1:
+                problems.append(f"{question.place}: {length} tokens do not fit the context of {limit}")
+                continue
+            # An answer ends where the context ends; by its own length, not by that of its neighbours.
+            due.append(_Due(number, question, length, replace(how, settings=replace(how.settings, max_new_tokens=room))))
+        if problems:
+            lines = "\n  ".join(first_few(problems, NUM_SHOWN))
+            raise UsageError(f"{len(problems)} of {len(questions)} questions cannot be answered; nothing was\n  {lines}")
+        return due
+
+    def _how(self, question: Question) -> TaskSettings:
+        """How a question is decoded; what its task asks for in vain is said once."""
+        how = settings_for_task(self.settings, self.named, question.asked, question.task)
+        self.figures.setdefault(question.task, TaskFigures(how))
+        for word in how.unused:
+            if word not in self._told:
+                self._told.add(word)
+                say(self.console, f"task {question.task} asks for {word}, which block decoding does not know: not used")
+        return how
+
+    def _batches(self, due: Sequence[_Due]) -> Iterator[list[_Due]]:
+        """Questions of one task with one way of decoding, the longest first: a batch that does not fit is met at once, and
+        neighbours are nearly as long."""
+
+        def group(one: _Due) -> tuple[str, str]:
+            return one.question.task, repr(one.how)
+
+        for _, found in groupby(sorted(due, key=lambda one: (group(one), -one.length, one.number)), group):
+            alike = list(found)
+            for start in range(0, len(alike), self.batch_size):
+                yield alike[start : start + self.batch_size]

@@ -1,0 +1,142 @@
+"""Runs the parts of a report: within a budget, each once, and what is done is kept.
+
+Invariant: every part is saved as soon as it has ended. A part that was done with the same command is not done again; one that
+would not fit into what is left of the budget is not begun; one that is begun is ended at the budget's end.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tools.gpu_report.parts import ROOT, Part
+
+LONGER = 2  # a part may take this many times its estimate before it is ended
+LAST_LINES = 8  # of what a failed part said
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a program ended: its code, None where it was stopped for its time; what it printed and said."""
+
+    code: int | None
+    out: str
+    said: str
+
+
+Launch = Callable[[list[str], float], Ended]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a part. state: done, skipped, stopped (out of time) or failed. seconds: that it took, None where it was not
+    begun. why: for all but done. figures: what it printed. words: its command."""
+
+    name: str
+    state: str
+    words: list[str]
+    seconds: float | None = None
+    why: str | None = None
+    figures: dict[str, Any] | None = None
+
+
+Save = Callable[[list[Outcome]], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """parts: in order. budget: seconds of this run. before: what an earlier run found."""
+
+    parts: Sequence[Part]
+    budget: float
+    quick: bool = False
+    before: Sequence[Outcome] = ()
+
+
+def launch(words: list[str], limit: float, on_cpu: bool = False) -> Ended:
+    """Runs `python WORDS` from the repository's root; one that does not end in `limit` seconds is ended, with its children.
+
+    Args:
+        on_cpu: True hides the GPUs that are there.
+    """
+    folders = [str(ROOT / "src"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    process = subprocess.Popen(
+        [sys.executable, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders), **({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {})},
+        start_new_session=True,
+    )
+    try:
+        out, said = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, said = process.communicate()
+        return Ended(None, out, said)
+    except BaseException:  # Ctrl-C: nothing is left running on the GPU
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    return Ended(process.returncode, out, said)
+
+
+def run_parts(
+    request: Request, say: Say, save: Save, launch: Launch = launch, clock: Callable[[], float] = time.monotonic
+) -> list[Outcome]:
+    """Runs what is to be done and gives what became of each part, those of an earlier run that were not asked for at the end.
+
+    Args:
+        say: gets a line about each part. save: gets all that is known, after each part.
+    """
+    begun = clock()
+    others = [one for one in request.before if one.name not in {part.name for part in request.parts}]
+    outcomes: list[Outcome] = []
+    for part in request.parts:
+        words = part.words(request.quick)
+        outcome = next((one for one in request.before if (one.name, one.state, one.words) == (part.name, "done", words)), None)
+        if outcome is not None:
+            say(f"{part.name}: done before")
+        else:
+            left = request.budget - (clock() - begun)
+            outcome = _run(part, words, left, request.quick, say, launch, clock)
+        outcomes.append(outcome)
+        save([*outcomes, *others])
+    return [*outcomes, *others]
+
+
+def _run(part: Part, words: list[str], left: float, quick: bool, say: Say, launch: Launch, clock: Callable[[], float]) -> Outcome:
+    why = part.missing(quick)
+    if why is None and not quick and part.seconds > left:
+        why = f"would not fit: about {part.seconds} s, of the budget {max(left, 0):.0f} s are left"
+    if why is None and left <= 0:
+        why = "the budget is used up"
+    if why is not None:
+        say(f"{part.name}: skipped: {why}")
+        return Outcome(part.name, "skipped", words, why=why)
+    say(f"{part.name}: {part.about} ...")
+    start = clock()
+    ended = launch(words, left if quick else min(left, LONGER * part.seconds))
+    outcome = _judged(part, words, ended, round(clock() - start, 1))
+    say(f"{part.name}: {outcome.state} in {outcome.seconds:.0f} s" + (f": {outcome.why}" if outcome.why else ""))
+    return outcome
+
+
+def _judged(part: Part, words: list[str], ended: Ended, seconds: float) -> Outcome:
+    said = "\n".join(ended.said.strip().splitlines()[-LAST_LINES:])
+    if ended.code is None:
+        return Outcome(part.name, "stopped", words, seconds, "ran out of time" + (f"\n{said}" if said else ""))
+    if ended.code == 0:
+        try:
+            return Outcome(part.name, "done", words, seconds, figures=json.loads(ended.out.strip().splitlines()[-1]))
+        except (ValueError, IndexError):
+            said = f"its last line is no JSON: {ended.out[-200:]!r}"
+    return Outcome(part.name, "failed", words, seconds, said or f"exit code {ended.code}")
