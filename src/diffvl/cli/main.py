@@ -16,6 +16,7 @@ from diffvl.cli.bench import bench
 from diffvl.cli.decode import chat, generate
 from diffvl.cli.export import export, push
 from diffvl.cli.output import print_json, print_line, print_table
+from diffvl.cli.serve import serve
 from diffvl.config.recipe import VERSION, StageName
 from diffvl.errors import EXIT_CODE, DiffvlError, UsageError
 from diffvl.hub.settings_diffvl import DecodeSettings
@@ -112,6 +113,7 @@ def _check_name(flag: str, name: str) -> None:
 
 app.command(epilog='Example:  diffvl generate runs/qwen2.5-7b/diffuse --image cat.jpg --prompt "What is on the mat?"')(generate)
 app.command(epilog="Example:  diffvl chat runs/qwen2.5-7b/diffuse, then  /image cat.jpg  and  What is on the mat?")(chat)
+app.command(epilog="Example:  diffvl serve runs/qwen2.5-7b/diffuse --port 8000, then open http://127.0.0.1:8000")(serve)
 
 
 @app.command(epilog="Example:  diffvl evaluate runs/qwen2.5-7b/diffuse --data held_out.json --limit 200")

@@ -6,15 +6,17 @@ anyway (`n: 1`, `tools: []`): clients send such values unasked.
 
 import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from diffvl.data.content import kind_of
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.serve.limits import MOST_STOPS, Limits
 from diffvl.serve.messages import Conversation, conversation_of
-from diffvl.serve.refusals import Refusal, wrong
+from diffvl.serve.refusals import Refusal, short, wrong
 
 # Keys of OpenAI's that we do not do: what may stand there all the same, and why nothing else may.
 NOT_DONE: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -99,8 +101,8 @@ def _object_in(body: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
-            raise ValueError(f"the key {twice!r} stands there twice")
+            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise ValueError(f"the key {short(twice)!r} stands there twice")
         return found
 
     if not body:
@@ -122,7 +124,9 @@ def _refuse_unknown(given: Mapping[str, Any]) -> None:
     for key, value in given.items():
         if key not in KNOWN:
             near = difflib.get_close_matches(key, KNOWN, 1)
-            raise wrong(short(key), f"{short(key)!r} is not known here" + (f"; {near[0]!r} is" if near else ""), "unknown_parameter")
+            raise wrong(
+                short(key), f"{short(key)!r} is not known here" + (f"; {near[0]!r} is" if near else ""), "unknown_parameter"
+            )
         if key in NOT_DONE:
             neutral, why = NOT_DONE[key]
             if not any(same(value, one) for one in neutral):
@@ -187,7 +191,7 @@ def _stops(stop: Any) -> tuple[str, ...]:
         raise wrong("stop", f"stop has {len(stops)} strings, at most {MOST_STOPS} are taken")
     if any(len(one) > 256 for one in stops):
         raise wrong("stop", "stop has a string of more than 256 letters")
-    if not all(one.isprintable() or one.strip("\ud800") == one for one in stops) or any("\ud800" <= sign <= "\udfff" for one in stops for sign in one):
+    if any("\ud800" <= sign <= "\udfff" for one in stops for sign in one):
         raise wrong("stop", "stop holds half of a surrogate pair, which no answer has")
     return tuple(stops)
 
@@ -243,20 +247,5 @@ def same(value: Any, other: Any) -> bool:
     return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
-def kind_of(value: Any) -> str:
-    """What a JSON value is, in words."""
-    names: Iterable[tuple[type, str]] = (
-        (bool, json.dumps(value) if isinstance(value, bool) else ""),
-        *((int, "a number"), (float, "a number"), (str, "a string"), (list, "a list"), (dict, "an object")),
-    )
-    return next((name for kind, name in names if isinstance(value, kind)), "null")
-
-
 def _of_kind(key: str, value: Any, expected: str) -> Refusal:
     return wrong(key, f"{key} is {kind_of(value)}: expected {expected}")
-
-
-def short(value: Any) -> str:
-    """A value of a request as a message shows it: whoever sends megabytes need not get them back."""
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -53,7 +53,9 @@ def _ropes(first: Rope, second: Rope) -> Rope:
 def _layouts(first: Layout, second: Layout) -> Layout:
     """Layouts on top of each other; what fills them up is not valid."""
     if (first.span is None) != (second.span is None):
-        first, second = (one if one.span is not None else replace(one, span=torch.zeros_like(one.block)) for one in (first, second))
+        first, second = (
+            one if one.span is not None else replace(one, span=torch.zeros_like(one.block)) for one in (first, second)
+        )
     return first.with_rows({name: _stacked(row, second.rows[name]) for name, row in first.rows.items()})
 
 
@@ -80,9 +82,7 @@ def _spans(first: torch.Tensor | None, second: torch.Tensor | None, like: tuple[
 
 def _prompts(first: Prompt, second: Prompt) -> Prompt:
     span = _spans(first.span, second.span, (first.ids, second.ids))
-    return replace(
-        first, **_fields(first, second, {"image_index": -1}), span=span, rope=_ropes(first.rope, second.rope)
-    )
+    return replace(first, **_fields(first, second, {"image_index": -1}), span=span, rope=_ropes(first.rope, second.rope))
 
 
 def _blocks(first: OpenBlock, second: OpenBlock) -> OpenBlock:
@@ -101,7 +101,10 @@ def _logits(first: torch.Tensor | None, second: torch.Tensor | None, samples: tu
     known = first if first is not None else second
     if known is None:
         return None
-    rows = [known.new_zeros(count, known.shape[1]) if one is None else one for one, count in zip((first, second), samples, strict=True)]
+    rows = [
+        known.new_zeros(count, known.shape[1]) if one is None else one
+        for one, count in zip((first, second), samples, strict=True)
+    ]
     return torch.cat(rows)
 
 
@@ -114,7 +117,9 @@ def _prefixes(first: Prefix, second: Prefix) -> Prefix:
     kept = [_without_padding(one) for one in (first, second)]
     ids = [one.ids if index is None else one.ids.gather(1, index) for one, index in zip((first, second), kept, strict=True)]
     layouts = [
-        one.layout if index is None else one.layout.with_rows({name: row.gather(1, index) for name, row in one.layout.rows.items()})
+        one.layout
+        if index is None
+        else one.layout.with_rows({name: row.gather(1, index) for name, row in one.layout.rows.items()})
         for one, index in zip((first, second), kept, strict=True)
     ]
     layout = _layouts(layouts[0], layouts[1])
@@ -132,9 +137,7 @@ def _without_padding(prefix: Prefix) -> torch.Tensor | None:
     return torch.argsort((~valid).to(torch.int8), dim=1, stable=True)[:, :longest]
 
 
-def _caches(
-    caches: tuple[Any, Any], kept: list[torch.Tensor | None], samples: tuple[int, int], length: int
-) -> BlockCache:
+def _caches(caches: tuple[Any, Any], kept: list[torch.Tensor | None], samples: tuple[int, int], length: int) -> BlockCache:
     """One cache of `length` tokens for both batches; one that holds nothing yet has no layers. Layer by layer, so that no more than
     one stands in memory twice."""
     joined = BlockCache()
@@ -144,7 +147,13 @@ def _caches(
         fresh.keys, fresh.values = (
             torch.cat(
                 [
-                    _states(None if layer is None else getattr(layer, name), index, (count, *getattr(known, name).shape[1:]), length, known)
+                    _states(
+                        None if layer is None else getattr(layer, name),
+                        index,
+                        (count, *getattr(known, name).shape[1:]),
+                        length,
+                        known,
+                    )
                     for layer, index, count in zip(layers, kept, samples, strict=True)
                 ]
             )

@@ -37,3 +37,9 @@ def wrong(param: str | None, message: str, code: str | None = None) -> Refusal:
 def json_bytes(value: Any) -> bytes:
     """JSON of any text: half a surrogate pair, which UTF-8 has no bytes for, is spelled out as JSON spells it."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
+
+
+def short(value: Any) -> str:
+    """A value of a request as a message shows it: whoever sends megabytes need not get them back."""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
