@@ -75,7 +75,7 @@ def arrivals_of(samples: list[Sample]) -> list[list[Sample]]:
     [
         ("llama", 4, "block", "absolute", "same"),
         ("llama", 4, "causal", "response", "shift"),
-        ("llama", 24, "block", "absolute", "shift"),
+        pytest.param("llama", 24, "block", "absolute", "shift", marks=pytest.mark.slow),
         pytest.param("gemma2", 8, "causal", "absolute", "same", marks=pytest.mark.slow),
         pytest.param(TILED, 8, "block", "absolute", "same", marks=pytest.mark.slow),
         ("qwen2_5_vl", 4, "block", "absolute", "same"),

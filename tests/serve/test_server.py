@@ -98,7 +98,7 @@ def test_32_at_once_answer_as_one_by_one(server: Live, decoder: Decoder):
     """With and without images, streamed and whole, with different limits: the same words, and never more than what fits."""
     requests = []
     for number in range(32):
-        more = {"max_tokens": 4 + number % 9, "denoising_steps": 1 + number % 4}
+        more = {"max_tokens": 4 + number % 5, "denoising_steps": 1 + number % 3}
         text = QUESTIONS[number % 4]
         requests.append(image_chat(text, url_of(number), **more) if number % 3 == 0 else text_chat(text, **more))
     one_by_one = [server.ask(request).text for request in requests]

@@ -5,10 +5,12 @@ name, which could mean another one a moment later. A redirect is a new address, 
 cookie kept, nothing but the image's bytes comes back to the caller.
 """
 
+import contextlib
 import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -81,6 +83,10 @@ class RemoteImages:
         assert parts.hostname is not None
         port = parts.port or PORTS[parts.scheme]
         connection = _Connection(parts.hostname, port, self._checked(parts.hostname, port), parts.scheme == "https", end)
+        # A server that sends a byte now and then would never let a wait run out.
+        stop = threading.Timer(_left(end), connection.cut)
+        stop.daemon = True
+        stop.start()
         try:
             path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             connection.request("GET", path, headers={"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "diffvl"})
@@ -89,18 +95,19 @@ class RemoteImages:
                 return urljoin(url, response.headers.get("Location") or "")
             if response.status != 200:
                 raise ValueError(f"it answers {response.status}")
-            return self._read(response, connection, end)
+            return self._read(response, end)
         finally:
+            stop.cancel()
             connection.close()
 
-    def _read(self, response: http.client.HTTPResponse, connection: "_Connection", end: float) -> bytes:
+    def _read(self, response: http.client.HTTPResponse, end: float) -> bytes:
         pieces, size = [], 0
         while piece := response.read1(PIECE):
             size += len(piece)
             if size > self.most_bytes:
                 raise ValueError(f"it has more than {self.most_bytes} bytes")
             pieces.append(piece)
-            connection.wait_until(end)
+        _left(end)  # what was cut off looks like an end
         return b"".join(pieces)
 
     def _parts(self, url: str) -> SplitResult:
@@ -136,16 +143,16 @@ class _Connection(http.client.HTTPConnection):
 
     def connect(self) -> None:
         plain = socket.create_connection((self._address, self.port), timeout=_left(self._end))
+        plain.settimeout(_left(self._end))
         self.sock: Any = plain
         if self._is_secure:
             self.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=self.host)
-        self.wait_until(self._end)
 
-    def wait_until(self, end: float) -> None:
-        """Lets the next wait on the connection last no longer."""
-        left = _left(end)
+    def cut(self) -> None:
+        """Ends whatever waits on the connection."""
         if self.sock is not None:
-            self.sock.settimeout(left)
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)
 
 
 def _left(end: float) -> float:
