@@ -32,10 +32,19 @@ def imported(folder: Path) -> set[str]:
     return names - set(sys.stdlib_module_names)
 
 
-def test_every_import_is_declared_and_every_declaration_is_imported():
+def needed(folder: Path) -> set[str]:
+    """The distributions that the files of a folder import."""
     providers = packages_distributions()
-    needed = {normal(name) for module in imported(ROOT / "src") - {"diffvl"} for name in providers[module]}
-    assert needed == declared(PROJECT["dependencies"])
+    return {normal(name) for module in imported(folder) - {"diffvl"} for name in providers[module]}
+
+
+def test_every_import_is_declared_and_every_declaration_is_imported():
+    """What the server alone imports is an extra."""
+    always, server = declared(PROJECT["dependencies"]), declared(PROJECT["optional-dependencies"]["serve"])
+    assert needed(ROOT / "src") == always | server and not always & server
+    assert server <= needed(ROOT / "src" / "diffvl" / "serve")
+    rooms = [room for room in (ROOT / "src" / "diffvl").iterdir() if room.is_dir() and room.name != "serve"]
+    assert not server & {name for room in rooms for name in needed(room)}
 
 
 def test_the_pins_hold_every_dependency():

@@ -270,7 +270,15 @@ def _of_http() -> Iterator[Mistake]:
     yield Mistake("compressed", "compressed", body, headers=packed, statuses=(415,))
     for method in ("GET", "PUT", "DELETE", "PATCH", "OPTIONS"):
         yield Mistake(f"{method} completions", method, b"", method, statuses=(405,))
-    for path in ("/v1/completions", "/v1/embeddings", "/v2/chat/completions", PATH + "/", "/docs", "/openapi.json", "/../etc/passwd"):
+    for path in (
+        "/v1/completions",
+        "/v1/embeddings",
+        "/v2/chat/completions",
+        PATH + "/",
+        "/docs",
+        "/openapi.json",
+        "/../etc/passwd",
+    ):
         yield Mistake(f"POST {path}", path, body, path=path, statuses=(404,))
     yield Mistake("another model", "gpt-4o", b"", "GET", "/v1/models/gpt-4o", statuses=(404,))
     yield Mistake("POST models", "POST", body, path="/v1/models", statuses=(405,))

@@ -141,7 +141,9 @@ def test_a_batch_that_is_never_empty_does_not_grow(llama: Loaded):
     model, processor = llama
     batch, widths = Batch(model, processor.pad_token_id), []
     for number in range(40):
-        decoder, going_on = batch.take_in([sample(llama, CHATS[0], DecodeSettings(max_new_tokens=6 + number % 5, denoising_steps=1))])
+        decoder, going_on = batch.take_in(
+            [sample(llama, CHATS[0], DecodeSettings(max_new_tokens=6 + number % 5, denoising_steps=1))]
+        )
         batch.add(decoder, going_on)
         batch.decode_block()
         assert batch.samples and batch._decoder is not None

@@ -7,13 +7,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-from tools.serve_mistakes import png
 
 from diffvl.serve.images import open_images
 from diffvl.serve.limits import Limits
 from diffvl.serve.messages import ImageSource
 from diffvl.serve.refusals import Refusal
 from diffvl.serve.remote import Address, RemoteImages, addresses_of, is_public
+from tools.serve_mistakes import png
 
 HOME = ipaddress.ip_address("127.0.0.1")
 
@@ -50,7 +50,9 @@ def test_however_an_address_of_this_machine_is_written_it_is_not_asked(url: str)
         RemoteImages(1000, 2.0)(url)
 
 
-@pytest.mark.parametrize("url", ["http:///a.png", "http://exa mple/", "http://a:b/", "http://a:99999/", "http://a/\r\nX: y", "http://ü/"])
+@pytest.mark.parametrize(
+    "url", ["http:///a.png", "http://exa mple/", "http://a:b/", "http://a:99999/", "http://a/\r\nX: y", "http://ü/"]
+)
 def test_what_is_no_address_is_told(url: str):
     with pytest.raises(ValueError, match="address"):
         RemoteImages(1000, 2.0, look_up=lambda *_: [HOME])(url)
@@ -101,7 +103,7 @@ def port() -> Iterator[int]:
 
 
 def fetching(port: int, **names: list[str]) -> RemoteImages:
-    """What fetches, with a directory of its own in which this machine counts as one of the net. names: what they mean, in turn."""
+    """What fetches, for which this machine is one of the net. names: what they mean, in turn."""
     left = {name: list(meanings) for name, meanings in names.items()}
 
     def look_up(host: str, _: int) -> list[Address]:
@@ -122,7 +124,13 @@ def test_an_image_is_fetched_from_the_address_that_was_checked(port: int):
 def test_a_redirect_is_checked_like_the_first_address(port: int):
     fetch = fetching(port, pictures=["127.0.0.1"] * 9)
     assert fetch(f"http://pictures:{port}/to//again") == png()
-    for target in ("http://10.0.0.1/", "http://[::1]/", "http://169.254.169.254/latest/", "file:///etc/passwd", "//10.0.0.9/a.png"):
+    for target in (
+        "http://10.0.0.1/",
+        "http://[::1]/",
+        "http://169.254.169.254/latest/",
+        "file:///etc/passwd",
+        "//10.0.0.9/a.png",
+    ):
         with pytest.raises(ValueError, match="not an address of the net at large|no address with http"):
             fetching(port, pictures=["127.0.0.1"])(f"http://pictures:{port}/to/{target}")
     with pytest.raises(ValueError, match="more than 3 times"):

@@ -13,12 +13,12 @@ import torch
 from helpers import random_image
 from live_server import JSON, Live, Reply, image_chat, live, text_chat
 from shared_fixtures import Loaded
-from tools.serve_mistakes import PATH, Mistake, data_url, mistakes
 
 from diffvl.decode.answer import Decoder, answer_chats, user_message
 from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.serve.batch import Batch
 from diffvl.serve.limits import Limits
+from tools.serve_mistakes import PATH, Mistake, data_url, mistakes
 
 QUESTIONS = ("Hi", "What is it?", "Name every colour that you see, from left to right, and count the shapes.", "Why?")
 
@@ -38,7 +38,9 @@ def decoder(loaded: Callable[[str], Loaded]) -> Decoder:
 
 @pytest.fixture(scope="module")
 def server(decoder: Decoder) -> Iterator[Live]:
-    with live(decoder, Limits(samples=32, waiting=8, images=2, prompt_tokens=600, answer_tokens=400, pixels=1_000_000)) as started:
+    with live(
+        decoder, Limits(samples=32, waiting=8, images=2, prompt_tokens=600, answer_tokens=400, pixels=1_000_000)
+    ) as started:
         yield started
         started.wait_until(started.is_empty)
 
@@ -183,7 +185,9 @@ def test_a_key_is_asked_for_where_there_is_one(decoder: Decoder):
         request = text_chat("Hi", max_tokens=4)
         for given in ({}, {"Authorization": "Bearer "}, {"Authorization": "Bearer first"}, {"Authorization": "first-key"}):
             reply = server.ask(request, **given)
-            assert reply.status == 401 and reply.error["code"] == "invalid_api_key" and reply.error["type"] == "authentication_error"
+            assert (
+                reply.status == 401 and reply.error["code"] == "invalid_api_key" and reply.error["type"] == "authentication_error"
+            )
             assert reply.headers["www-authenticate"] == "Bearer" and "first-key" not in reply.error["message"]
             assert server.get("/v1/models", **given).status == server.get("/metrics", **given).status == 401
         for key in ("first-key", "second"):
@@ -355,6 +359,8 @@ def test_models_health_and_metrics(server: Live):
 def test_the_page_loads_nothing_from_elsewhere(server: Live):
     reply = server.get("/")
     page, policy = reply.body.decode(), reply.headers["content-security-policy"]
-    assert reply.headers["content-type"] == "text/html; charset=utf-8" and policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert reply.headers["content-type"] == "text/html; charset=utf-8" and policy.startswith(
+        "default-src 'none'; script-src 'sha256-"
+    )
     assert not any(word in page for word in ("http:", "https:", "//cdn", "@import", "innerHTML", "eval(", " onclick=", " style="))
     assert "unsafe" not in policy and policy.count("sha256-") == 2

@@ -19,6 +19,7 @@ from diffvl.serve.service import Service
 
 COMPLETIONS = "/v1/chat/completions"
 JSON = {"Content-Type": "application/json"}
+USUAL = Limits()
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Live:
 
 
 @contextmanager
-def live(decoder: Decoder, limits: Limits = Limits(), keys: Sequence[str] = (), name: str = "tiny") -> Iterator[Live]:
+def live(decoder: Decoder, limits: Limits = USUAL, keys: Sequence[str] = (), name: str = "tiny") -> Iterator[Live]:
     """A server in the block; when it has ended nothing is left of it."""
     service = Service(decoder, name, limits)
     config = uvicorn.Config(make_app(service, keys), log_config=None, access_log=False, ws="none", lifespan="on")

@@ -15,7 +15,11 @@ def serve(
     api_key: Annotated[
         list[str] | None,
         typer.Option(
-            "--api-key", envvar="DIFFVL_API_KEY", show_envvar=True, metavar="KEY", help="A key that requests must name; repeatable."
+            "--api-key",
+            envvar="DIFFVL_API_KEY",
+            show_envvar=True,
+            metavar="KEY",
+            help="A key that requests must name; repeatable.",
         ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="The model's name in the API. Default: DIR's.", metavar="NAME")] = None,

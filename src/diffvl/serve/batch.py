@@ -29,8 +29,9 @@ class Sample:
     """One prompt on its way to an answer.
 
     inputs: what the processor gave for it, alone. settings: checked and filled in for the checkpoint, with the tokenizer.
-    on_step: is shown every denoising step, in the model's thread; None for nobody.
-    draw: what makes tokens of logits where the sample draws, with its own generator. answer: its tokens so far. ended: why it has ended, "stop" or "length"; None while it goes on. blocks, forwards: so far.
+    on_step: is shown every denoising step, in the model's thread; None for nobody. draw: what makes tokens of logits where the
+    sample draws, with a generator of its own.
+    answer: its tokens so far. ended: why it has ended, "stop" or "length"; None while it goes on. blocks, forwards: so far.
     """
 
     inputs: BatchFeature

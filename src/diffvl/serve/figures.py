@@ -14,8 +14,8 @@ class Figures:
     """Counters of requests; what the engine knows by itself is asked of it.
 
     Attributes:
-        requests: by HTTP status. prompt_tokens: of requests that were answered or begun. seconds: of whole requests; waited: until
-        they joined the batch; first: until the first block of the answer was there.
+        requests: by HTTP status. prompt_tokens: of requests that were answered or begun.
+        seconds: of whole requests; waited: until they joined the batch; first: until the first block of the answer was there.
     """
 
     def __init__(self, engine: Engine) -> None:

@@ -53,9 +53,9 @@ def _ropes(first: Rope, second: Rope) -> Rope:
 def _layouts(first: Layout, second: Layout) -> Layout:
     """Layouts on top of each other; what fills them up is not valid."""
     if (first.span is None) != (second.span is None):
-        first, second = (
-            one if one.span is not None else replace(one, span=torch.zeros_like(one.block)) for one in (first, second)
-        )
+        without = {one.span is None: one for one in (first, second)}[True]
+        filled = replace(without, span=torch.zeros_like(without.block))
+        first, second = (filled if one is without else one for one in (first, second))
     return first.with_rows({name: _stacked(row, second.rows[name]) for name, row in first.rows.items()})
 
 
@@ -101,11 +101,8 @@ def _logits(first: torch.Tensor | None, second: torch.Tensor | None, samples: tu
     known = first if first is not None else second
     if known is None:
         return None
-    rows = [
-        known.new_zeros(count, known.shape[1]) if one is None else one
-        for one, count in zip((first, second), samples, strict=True)
-    ]
-    return torch.cat(rows)
+    both = zip((first, second), samples, strict=True)
+    return torch.cat([known.new_zeros(count, known.shape[1]) if one is None else one for one, count in both])
 
 
 # --- what is committed ------------------------------------------------------------------------------------------------------
@@ -114,65 +111,51 @@ def _logits(first: torch.Tensor | None, second: torch.Tensor | None, samples: tu
 def _prefixes(first: Prefix, second: Prefix) -> Prefix:
     """Both prefixes, with the tokens of each sample first and padding only behind them. The images are dropped: every token that
     showed one is in the cache."""
-    kept = [_without_padding(one) for one in (first, second)]
-    ids = [one.ids if index is None else one.ids.gather(1, index) for one, index in zip((first, second), kept, strict=True)]
-    layouts = [
-        one.layout
-        if index is None
-        else one.layout.with_rows({name: row.gather(1, index) for name, row in one.layout.rows.items()})
-        for one, index in zip((first, second), kept, strict=True)
-    ]
+    kept = _valid_first(first), _valid_first(second)
+    ids, layouts = zip(*(_tokens_at(one, index) for one, index in zip((first, second), kept, strict=True)), strict=True)
     layout = _layouts(layouts[0], layouts[1])
-    cache = _caches((first.cache, second.cache), kept, (len(first.ids), len(second.ids)), layout.valid.shape[1])
-    has_gaps = not bool(layout.valid.all())
-    return Prefix(_stacked(ids[0], ids[1]), layout, cache, {}, None, has_gaps)
+    length = layout.valid.shape[1]
+    cache = BlockCache()
+    # Layer by layer, so that no more than one of them stands in memory twice. A cache that holds nothing yet has no layers.
+    for above, below in zip_longest(first.cache.layers, second.cache.layers):
+        known = above if above is not None else below
+        states = [
+            _layer_at(layer, index, known, len(one.ids), length)
+            for layer, index, one in zip((above, below), kept, (first, second), strict=True)
+        ]
+        fresh = BufferLayer(cache)
+        fresh.keys, fresh.values = (torch.cat(both) for both in zip(*states, strict=True))
+        fresh.dtype, fresh.device, fresh.is_initialized = known.dtype, known.device, True
+        cache.layers.append(fresh)
+        for layer in (above, below):
+            if layer is not None:
+                layer.keys = layer.values = layer.room = None
+    return Prefix(_stacked(ids[0], ids[1]), layout, cache, {}, None, has_gaps=not bool(layout.valid.all()))
 
 
-def _without_padding(prefix: Prefix) -> torch.Tensor | None:
-    """Which cached tokens stay, in which order: [B, C'], the valid ones of each sample first; None for all as they are."""
+def _valid_first(prefix: Prefix) -> torch.Tensor | None:
+    """Which cached tokens stay, in which order, [B, C]: the valid ones of each sample first, as many as the longest has. None for
+    all as they are."""
     if not prefix.has_gaps:
         return None
     valid = prefix.layout.valid
-    longest = int(valid.sum(1).max()) if valid.numel() else 0
+    longest = int(valid.sum(1).max())
     return torch.argsort((~valid).to(torch.int8), dim=1, stable=True)[:, :longest]
 
 
-def _caches(caches: tuple[Any, Any], kept: list[torch.Tensor | None], samples: tuple[int, int], length: int) -> BlockCache:
-    """One cache of `length` tokens for both batches; one that holds nothing yet has no layers. Layer by layer, so that no more than
-    one stands in memory twice."""
-    joined = BlockCache()
-    for layers in zip_longest(*(cache.layers for cache in caches)):
-        known = next(layer for layer in layers if layer is not None)
-        fresh = BufferLayer(joined)
-        fresh.keys, fresh.values = (
-            torch.cat(
-                [
-                    _states(
-                        None if layer is None else getattr(layer, name),
-                        index,
-                        (count, *getattr(known, name).shape[1:]),
-                        length,
-                        known,
-                    )
-                    for layer, index, count in zip(layers, kept, samples, strict=True)
-                ]
-            )
-            for name in ("keys", "values")
-        )
-        fresh.dtype, fresh.device, fresh.is_initialized = known.dtype, known.device, True
-        joined.layers.append(fresh)
-        for layer in layers:
-            if layer is not None:
-                layer.keys = layer.values = layer.room = None
-    return joined
+def _tokens_at(prefix: Prefix, index: torch.Tensor | None) -> tuple[torch.Tensor, Layout]:
+    if index is None:
+        return prefix.ids, prefix.layout
+    rows = {name: row.gather(1, index) for name, row in prefix.layout.rows.items()}
+    return prefix.ids.gather(1, index), prefix.layout.with_rows(rows)
 
 
-def _states(
-    states: torch.Tensor | None, index: torch.Tensor | None, shape: tuple[int, ...], length: int, like: Any
-) -> torch.Tensor:
-    """Keys or values [B, H, C, head] -> those at `index`, filled up to `length`."""
-    if states is None:
-        return torch.zeros(shape[0], shape[1], length, shape[3], dtype=like.dtype, device=like.device)
+def _layer_at(layer: Any, index: torch.Tensor | None, known: Any, samples: int, length: int) -> list[torch.Tensor]:
+    """Keys and values [B, H, length, head] of a layer's tokens at `index`, filled up with zeros. A layer that holds nothing yet
+    (None) is all zeros, in the form of one that is known."""
+    if layer is None:
+        return [one.new_zeros(samples, one.shape[1], length, one.shape[3]) for one in (known.keys, known.values)]
+    found = [layer.keys, layer.values]
     if index is not None:
-        states = states.gather(2, index[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
-    return pad(states, (0, 0, 0, length - states.shape[2]))
+        found = [one.gather(2, index[:, None, :, None].expand(-1, one.shape[1], -1, one.shape[3])) for one in found]
+    return [pad(one, (0, 0, 0, length - one.shape[2])) for one in found]

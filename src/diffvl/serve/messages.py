@@ -1,11 +1,12 @@
 """The messages of a request -> turns of texts and image sources, checked message by message.
 
-Images of a question stand where its parts say. Those that stand all before or all after its text are put before it, each on a line
-of its own, as `diffvl generate` does and as LLaVA's records have it: clients write them on either side.
+Images of a question stand where its parts say. Those that stand all before or all after its text are put before it, each on a
+line of its own, as `diffvl generate` does and as LLaVA's records have it: clients write them on either side.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from diffvl.data.content import kind_of
@@ -14,8 +15,6 @@ from diffvl.serve.refusals import short, wrong
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 TEXTS = ("text", "input_text")
-# What a client may send back of an answer, and what else says nothing.
-NEUTRAL_DETAIL = ("auto", "")
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def _image(given: Any, where: str) -> ImageSource:
     url, detail = given.get("url"), given.get("detail")
     if not isinstance(url, str) or not url:
         raise wrong(f"{where}.url", f"{where}.url is {kind_of(url)}: expected a data URL, data:image/png;base64,...")
-    if detail is not None and detail not in NEUTRAL_DETAIL:
+    if detail is not None and detail != "auto":
         raise wrong(
             f"{where}.detail", f"{where}.detail is not supported: images are seen as in training; leave it out, or send auto"
         )
@@ -140,17 +139,12 @@ def _refuse_others(given: Mapping[str, Any], where: str, known: tuple[str, ...])
 
 def _laid_out(parts: list[Part]) -> tuple[Part, ...]:
     """See the module."""
-    shown = [isinstance(part, ImageSource) for part in parts]
-    first, last = (
-        next((place for place, is_image in enumerate(shown) if is_image), -1),
-        len(parts) - 1 - shown[::-1].index(True) if any(shown) else -1,
-    )
-    is_run = first >= 0 and all(shown[first : last + 1])
-    if not is_run or (first > 0 and last < len(parts) - 1):
+    kinds = [kind for kind, _ in groupby(isinstance(part, ImageSource) for part in parts)]
+    if sorted(kinds) != [False, True]:  # texts alone, images alone, or both in turn
         return tuple(parts)
-    images = [part for part in parts if isinstance(part, ImageSource)]
     texts = "".join(part for part in parts if isinstance(part, str))
-    laid: list[Part] = []
-    for image in images:
-        laid += [image, "\n"]
-    return (*laid[:-1], f"\n{texts}") if texts else tuple(laid[:-1])
+    lines: list[Part] = []
+    for part in parts:
+        if isinstance(part, ImageSource):
+            lines += [part, "\n"]
+    return (*lines, texts)

@@ -53,8 +53,8 @@ def addresses_of(host: str, port: int) -> list[Address]:
 class RemoteImages:
     """Gets the bytes of images.
 
-    most_bytes: of an image. seconds: for all of it, redirects included. look_up, is_allowed: what a name means, and which addresses
-    may be asked.
+    most_bytes: of an image. seconds: for all of it, redirects included.
+    look_up, is_allowed: what a name means, and which addresses may be asked.
     """
 
     most_bytes: int
