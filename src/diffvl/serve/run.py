@@ -51,12 +51,15 @@ def serve(directory: Path, host: str, port: int, keys: Sequence[str], name: str 
 
 def _bound(host: str, port: int) -> socket.socket:
     """A socket with the address, on which nothing listens yet."""
+    taken: socket.socket | None = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         taken = socket.socket(family, kind, protocol)
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(address)
     except (OSError, UnicodeError) as error:
+        if taken is not None:
+            taken.close()
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"{host}:{port} cannot be had ({reason}): choose another --port or --host") from error
     return taken
