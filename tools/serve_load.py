@@ -237,11 +237,11 @@ class Memory:
     def __exit__(self, *exception: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._client.close()
 
     def _read(self) -> None:
         while True:
             lines = self._client.send("GET", "/metrics").read().decode().splitlines()
+            self._client.close()
             found = next(line for line in lines if line.startswith("process_resident_memory_bytes "))
             self.megabytes.append(round(float(found.split()[1]) / 1e6, 1))
             if self._stop.wait(self._every):

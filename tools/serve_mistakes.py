@@ -242,6 +242,9 @@ def _of_messages() -> Iterator[Mistake]:
         message = {"role": "user", "content": [part]}
         about = f"part {json.dumps(part)[:40]}"
         yield _changed(about, named, lambda request, message=message: request.update(messages=[message]))
+    parts = [{"role": "user", "content": [{"type": "text", "text": "x"}] * 1000}]
+    yield _changed("1000 parts", "messages[0].content", lambda request: request.update(messages=parts))
+    yield _changed("a long key", "not known", lambda request: request.update({"k" * 1_000_000: 1}))
     many = {"role": "user", "content": good()["messages"][0]["content"] * 40}
     yield _changed("40 images", "images", lambda request: request.update(messages=[many]))
     long = {"role": "user", "content": "word " * 400_000}

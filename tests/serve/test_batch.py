@@ -108,7 +108,7 @@ def test_an_image_in_the_first_open_block_is_decoded_before_its_sample_joins(lla
     one, short = (sample(llama, CHATS[3], replace(SETTINGS[0], max_new_tokens=limit)) for limit in (20, 1))
     decoder, going_on = Batch(llama[0], llama[1].pad_token_id).take_in([one, short])
     assert going_on == [one] and one.answer and len(short.answer) == 1 and short.ended == "length"
-    assert decoder.committed.rows is not None and not decoder.block.shows_image
+    assert decoder.committed.rows is None and not decoder.block.shows_image
 
 
 def test_who_leaves_early_changes_nothing(llama: Loaded):

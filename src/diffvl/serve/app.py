@@ -68,7 +68,7 @@ def make_app(service: Service, keys: Sequence[str]) -> FastAPI:
     @app.get("/health", response_class=Response)
     async def health() -> Response:
         engine = service.engine
-        state = {"status": "ok" if engine.is_alive else "stopped", "running": len(engine.running), "inside": service.inside}
+        state = {"status": "ok" if engine.is_alive else "stopped", "running": len(engine.running), "requests": service.inside}
         return _json(state, 200 if engine.is_alive else 503)
 
     @app.get("/metrics", dependencies=locked, response_class=Response)
@@ -172,6 +172,7 @@ async def _complete(request: Request, service: Service) -> Response:
             body = await _body(request, service.limits)
             response = await _until_gone(request.receive, _begun(service, visit, service.read(body)))
             handed_over = isinstance(response, EventStream)
+            visit.status = 200
             return response
     except TimeoutError as error:
         visit.status = 504

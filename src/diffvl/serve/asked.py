@@ -123,7 +123,7 @@ def _object_in(body: bytes) -> dict[str, Any]:
 def _refuse_unknown(given: Mapping[str, Any]) -> None:
     for key, value in given.items():
         if key not in KNOWN:
-            near = difflib.get_close_matches(key, KNOWN, 1)
+            near = difflib.get_close_matches(short(key), KNOWN, 1)
             raise wrong(
                 short(key), f"{short(key)!r} is not known here" + (f"; {near[0]!r} is" if near else ""), "unknown_parameter"
             )

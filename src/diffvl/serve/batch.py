@@ -28,9 +28,9 @@ from diffvl.serve.joining import join
 class Sample:
     """One prompt on its way to an answer.
 
-    inputs: what the processor gave for it, alone. settings: checked and filled in for the checkpoint, with the tokenizer.
-    on_step: is shown every denoising step, in the model's thread; None for nobody. draw: what makes tokens of logits where the
-    sample draws, with a generator of its own.
+    inputs: what the processor gave for it, alone; nothing any more once the prompt is taken in.
+    settings: checked and filled in for the checkpoint, with the tokenizer. on_step: is shown every denoising step, in the model's
+    thread; None for nobody. draw: what makes tokens of logits where the sample draws, with a generator of its own.
     answer: its tokens so far. ended: why it has ended, "stop" or "length"; None while it goes on. blocks, forwards: so far.
     """
 
@@ -42,10 +42,10 @@ class Sample:
     ended: str | None = None
     blocks: int = 0
     forwards: int = 0
+    prompt_tokens: int = field(init=False)
 
-    @property
-    def prompt_tokens(self) -> int:
-        return self.inputs["input_ids"].shape[1]
+    def __post_init__(self) -> None:
+        self.prompt_tokens = self.inputs["input_ids"].shape[1]
 
     def extend(self, tokens: list[int]) -> None:
         """Adds the tokens of a finished block, up to where the answer ends."""
@@ -101,6 +101,9 @@ class Batch:
                 if going_on:
                     decoder.flush()
         self._count(decoder, samples, 0)
+        for sample in samples:
+            sample.inputs = BatchFeature()
+        decoder.committed.pixels, decoder.committed.rows = {}, None  # no token that is still to come shows an image
         return decoder, going_on
 
     @torch.no_grad()

@@ -67,11 +67,11 @@ class Engine:
 
     Attributes:
         waiting: jobs that have not joined, the oldest first. running: those in the batch.
-        counts: since the start. on_join: is told of every job that joins.
+        counts: since the start.
     """
 
-    def __init__(self, model: Any, pad_token_id: int, limits: Limits, on_join: Callable[[Job], None] = lambda job: None) -> None:
-        self.batch, self.limits, self.on_join = Batch(model, pad_token_id), limits, on_join
+    def __init__(self, model: Any, pad_token_id: int, limits: Limits) -> None:
+        self.batch, self.limits = Batch(model, pad_token_id), limits
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
         self.counts = Counts()
@@ -111,6 +111,7 @@ class Engine:
 
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._decode_for_ever(), name="engine")
+        self._task.add_done_callback(self._ended)
 
     async def close(self) -> None:
         """Ends after the block under way; whoever still waits is told."""
@@ -130,9 +131,15 @@ class Engine:
             await self._take_in()
             if self.running:
                 await self._decode_block()
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        """Nothing is decoded any more: whoever waits is told, however it came to that."""
+        if not task.cancelled() and (fault := task.exception()) is not None:
+            log.critical("the engine has stopped", exc_info=fault)
         self._refuse([*self.running, *self.waiting], Refusal(503, "the server is shutting down", code="shutting_down"))
-        self.running, self.batch.samples = [], []
+        self.running = []
         self.waiting.clear()
+        self.batch.clear()
 
     async def _let_go(self) -> None:
         gone = [job for job in self.running if job.is_gone]
@@ -170,7 +177,6 @@ class Engine:
             return
         for job in jobs:
             job.joined = time.monotonic()
-            self.on_join(job)
         self.running += [job for job in jobs if job.sample.ended is None]
         self._tell([job for job in jobs if job.sample.blocks])
 

@@ -7,6 +7,8 @@ says before it is decoded, so that a small file cannot become gigabytes.
 import base64
 import binascii
 import io
+import struct
+import zlib
 from collections.abc import Callable, Sequence
 from urllib.parse import unquote_to_bytes
 
@@ -19,9 +21,10 @@ from diffvl.serve.refusals import short, wrong
 
 # Formats that browsers show: the others bring programs of their own along, or archives.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "AVIF")
+# What Pillow's readers raise at damaged files.
 FAULTS = (
-    *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, OverflowError, MemoryError),
-    *(UnidentifiedImageError, Image.DecompressionBombError, Image.DecompressionBombWarning),
+    *(OSError, SyntaxError, ValueError, EOFError, LookupError, ArithmeticError, MemoryError, RuntimeError, TypeError),
+    *(AttributeError, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning),
 )
 
 Fetch = Callable[[str], bytes]

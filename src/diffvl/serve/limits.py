@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 MOST_MESSAGES = 256  # of a conversation: a chat template is asked about each of its turns
+MOST_PARTS = 256  # of a message
 MOST_STOPS = 16
 LETTERS_PER_TOKEN = 16  # a text with more letters for each token that a prompt may have is refused before it is tokenised
 BODY_SECONDS = 30.0  # in which a request must have arrived

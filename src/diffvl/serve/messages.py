@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Any
 
 from diffvl.data.content import kind_of
-from diffvl.serve.limits import LETTERS_PER_TOKEN, MOST_MESSAGES, Limits
+from diffvl.serve.limits import LETTERS_PER_TOKEN, MOST_MESSAGES, MOST_PARTS, Limits
 from diffvl.serve.refusals import short, wrong
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -83,6 +83,8 @@ def _turn(message: Any, where: str) -> tuple[str, tuple[Part, ...]]:
     content = message.get("content")
     if isinstance(content, str):
         parts: list[Part] = [_text(content, f"{where}.content")]
+    elif isinstance(content, list) and len(content) > MOST_PARTS:
+        raise wrong(f"{where}.content", f"{where}.content has {len(content)} parts, at most {MOST_PARTS} are taken")
     elif isinstance(content, list) and content:
         parts = [_content_part(part, role, f"{where}.content[{number}]") for number, part in enumerate(content)]
     else:

@@ -16,6 +16,7 @@ from diffvl.serve.service import Service
 
 log = logging.getLogger(__name__)
 
+KEEP_ALIVE = 30  # seconds that an idle connection stays
 GRACE = 10  # seconds in which answers under way may end when the server is told to stop
 
 
@@ -39,6 +40,7 @@ def serve(directory: Path, host: str, port: int, keys: Sequence[str], name: str 
             server_header=False,
             ws="none",
             lifespan="on",
+            timeout_keep_alive=KEEP_ALIVE,
             timeout_graceful_shutdown=GRACE,
         )
         _announce(service, taken, bool(keys))

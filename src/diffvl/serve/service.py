@@ -27,7 +27,8 @@ from diffvl.serve.remote import RemoteImages
 
 log = logging.getLogger(__name__)
 
-IMAGE_THREADS = 4
+IMAGE_THREADS = 2  # each may hold an image of the largest size
+FETCH_THREADS = 8  # where they mostly wait
 LONGEST_RETRY = 60  # seconds that a client is told to stay away
 
 
@@ -42,7 +43,8 @@ class Service:
         self.inside = 0
         self._usual_seconds = 1.0  # of a request
         self._ahead = asyncio.Semaphore(limits.samples)
-        self._images = ThreadPoolExecutor(IMAGE_THREADS, thread_name_prefix="images")
+        threads = FETCH_THREADS if limits.fetches_images else IMAGE_THREADS
+        self._images = ThreadPoolExecutor(threads, thread_name_prefix="images")
         self._prompts = ThreadPoolExecutor(1, thread_name_prefix="prompts")
         self._fetch: Fetch | None = RemoteImages(limits.body_bytes, FETCH_SECONDS) if limits.fetches_images else None
 
@@ -127,7 +129,7 @@ class Visit:
         self.job: Job | None = None
         self._give_back_turn: Callable[[], None] | None = None
         self._is_closed = self._has_first = False
-        self.status = 200
+        self.status = 500  # unless it comes to something else
         service.inside += 1
 
     async def submit(self, asked: Asked) -> Job:
