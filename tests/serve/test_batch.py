@@ -111,6 +111,16 @@ def test_an_image_in_the_first_open_block_is_decoded_before_its_sample_joins(lla
     assert decoder.committed.rows is None and not decoder.block.shows_image
 
 
+def test_a_checkpoint_that_was_not_trained_on_blocks_decodes_token_by_token(llama: Loaded):
+    """Its blocks have one token: what `shift` predicts stands in the cache of who joins and of who was there."""
+    llama[0].config.set_decoding("ar", 1, "causal", "absolute", "shift")
+    asked = [(chat, DecodeSettings(max_new_tokens=limit)) for chat, limit in zip(CHATS, (9, 4, 7, 5), strict=True)]
+    wanted = [alone(llama, *one) for one in asked]
+    samples = [sample(llama, *one) for one in asked]
+    staggered(llama, arrivals_of(samples))
+    assert [one.answer for one in samples] == wanted
+
+
 def test_who_leaves_early_changes_nothing(llama: Loaded):
     asked = list(zip(CHATS[:3], SETTINGS[1:4], strict=True))
     wanted = [alone(llama, *one) for one in asked]

@@ -81,6 +81,12 @@ def test_a_stream_comes_block_by_block_and_says_the_same(server: Live, settings:
     assert len({chunk["id"] for chunk in chunks}) == 1 and all("usage" not in chunk for chunk in chunks)
 
 
+def test_without_a_seed_each_answer_is_another(server: Live):
+    request = text_chat("Hi", max_tokens=12, temperature=1.0)
+    assert len({server.ask(request).text for _ in range(4)}) > 1
+    assert len({server.ask({**request, "seed": 1}).text for _ in range(3)}) == 1
+
+
 def test_a_stream_with_usage_ends_with_it(server: Live):
     *chunks, last = server.stream(text_chat("Hi", max_tokens=6, stream_options={"include_usage": True}))
     assert all(chunk["usage"] is None for chunk in chunks)
@@ -337,6 +343,18 @@ def test_a_server_that_ends_tells_those_that_wait(decoder: Decoder, held: Held):
             server.wait_until(lambda: len(server.service.engine.running) == 1)
             held.let_go()
         assert asked.result().status == 200  # what is under way may end
+
+
+def test_an_engine_that_stops_says_so(decoder: Decoder, monkeypatch: pytest.MonkeyPatch, held: Held):
+    """A fault of the engine itself, which should not be: nobody waits for ever, and whoever watches the server is told."""
+    with live(decoder, Limits(samples=1)) as server, ThreadPoolExecutor(2) as clients:
+        asked = [clients.submit(server.ask, text_chat("Hi", max_tokens=40)) for _ in range(2)]
+        server.wait_until(lambda: server.service.inside == 2 and server.service.engine.running)
+        monkeypatch.setattr(server.service.engine, "_tell", lambda _: 1 // 0)
+        held.let_go()
+        assert [one.result().status for one in asked] == [503, 503]
+        assert server.get("/health").status == 503 and server.ask(text_chat("Hi")).error["code"] == "stopped"
+        server.wait_until(server.is_empty)
 
 
 # --- what stands beside ------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ anyway (`n: 1`, `tools: []`): clients send such values unasked.
 
 import difflib
 import json
+import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ SETTINGS: dict[str, tuple[str, type | tuple[type, ...], str]] = {  # key: field 
 }
 OTHERS = ("model", "messages", "max_tokens", "max_completion_tokens", "stop", "stream", "stream_options", "show_steps")
 KNOWN = frozenset((*SETTINGS, *OTHERS, *NOT_DONE, *UNUSED))
+MOST_SEEDS = 2**63
 API_NAMES = {"max_new_tokens": "max_tokens", "stop_strings": "stop"}
 
 
@@ -158,10 +160,12 @@ def _settings(
             if not isinstance(given[key], kinds) or isinstance(given[key], bool):
                 raise _of_kind(key, given[key], described)
             values[name] = given[key]
-    if not 0 <= values.get("seed", 0) < 2**63:
-        raise wrong("seed", f"seed is {short(values['seed'])}, expected 0 to {2**63 - 1}")
+    if not 0 <= values.get("seed", 0) < MOST_SEEDS:
+        raise wrong("seed", f"seed is {short(values['seed'])}, expected 0 to {MOST_SEEDS - 1}")
     if not values.get("temperature"):
         values.pop("seed", None)  # the likeliest token is the same with every seed
+    else:
+        values.setdefault("seed", secrets.randbelow(MOST_SEEDS))
     values["stop_strings"] = _stops(given.get("stop"))
     names_limit, values["max_new_tokens"] = _limit(given, limits)
     return _checked(lambda: DecodeSettings(**values, tokenizer=tokenizer), config), names_limit

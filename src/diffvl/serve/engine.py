@@ -83,11 +83,14 @@ class Engine:
     # --- for requests ----------------------------------------------------------------------------------------------------------
 
     def submit(self, inputs: BatchFeature, settings: DecodeSettings, show_steps: bool) -> Job:
-        """Lets a prompt wait for its place."""
-        job = Job(Sample(inputs, settings))
-        if show_steps:
-            loop = asyncio.get_running_loop()
-            job.sample.on_step = lambda step: loop.call_soon_threadsafe(job.events.put_nowait, step) and None
+        """Lets a prompt wait for its place. Raises Refusal where nothing decodes any more."""
+        self.require_alive()
+        job, loop = Job(Sample(inputs, settings)), asyncio.get_running_loop()
+
+        def on_step(step: Step) -> None:
+            loop.call_soon_threadsafe(job.events.put_nowait, step)
+
+        job.sample.on_step = on_step if show_steps else None
         self.waiting.append(job)
         self._work.set()
         return job
@@ -102,6 +105,10 @@ class Engine:
     @property
     def is_alive(self) -> bool:
         return self._task is not None and not self._task.done()
+
+    def require_alive(self) -> None:
+        if not self.is_alive:
+            raise Refusal(503, "the server decodes no more: start it again", code="stopped")
 
     @property
     def forwards(self) -> int:

@@ -62,8 +62,7 @@ class Service:
         Raises:
             Refusal: 429 where all are taken, 503 where nothing decodes any more.
         """
-        if not self.engine.is_alive:
-            raise Refusal(503, "the server decodes no more: start it again", code="stopped")
+        self.engine.require_alive()
         if self.inside >= self.limits.samples + self.limits.waiting:
             rounds = self.inside / self.limits.samples
             seconds = min(max(math.ceil(self._usual_seconds * rounds / 2), 1), LONGEST_RETRY)
