@@ -1,17 +1,23 @@
 """What a sample answers does not depend on its neighbours: who they are, when they come and go, and how they choose."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from io import BytesIO
 from typing import Any
 
 import pytest
 import torch
 from helpers import random_image
+from live_server import image_chat, live
+from PIL import Image
 from shared_fixtures import TILED, Loaded
 
+from diffvl.decode.answer import Decoder, answer_chats, user_message
 from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.serve import joining
 from diffvl.serve.batch import Batch, Sample
+from tools.serve_mistakes import data_url
 
 IMAGE = random_image(seed=1)
 # Prompts of many lengths; an image last in its message stands in the first open block of a large enough grid.
@@ -109,6 +115,26 @@ def test_an_image_in_the_first_open_block_is_decoded_before_its_sample_joins(lla
     decoder, going_on = Batch(llama[0], llama[1].pad_token_id).take_in([one, short])
     assert going_on == [one] and one.answer and len(short.answer) == 1 and short.ended == "length"
     assert decoder.committed.rows is None and not decoder.block.shows_image
+
+
+def test_a_whole_vision_language_model_is_served(loaded: Callable[[str], Loaded]):
+    """Over HTTP, with images of two sizes at once; its own processor and position ids."""
+    model, processor = loaded("qwen2_5_vl")
+    model.config.set_decoding("blocks", 4, "block", "absolute", "same")
+    decoder, settings = Decoder(model, processor), DecodeSettings(max_new_tokens=8)
+    images = [random_image(1), random_image(2).resize((64, 90)), None]
+    messages = [user_message("What is it?", [] if one is None else [one]) for one in images]
+    wanted = [answer_chats(decoder, [[message]], settings)[0].text for message in messages]
+    urls = [[] if one is None else [url_of(one)] for one in images]
+    with live(decoder) as server, ThreadPoolExecutor(3) as clients:
+        asked = [clients.submit(server.ask, image_chat("What is it?", *one, max_tokens=8)) for one in urls]
+        assert [one.result().text for one in asked] == wanted and len(set(wanted)) > 1
+
+
+def url_of(image: Image.Image) -> str:
+    out = BytesIO()
+    image.save(out, "PNG")
+    return data_url(out.getvalue())
 
 
 def test_a_checkpoint_that_was_not_trained_on_blocks_decodes_token_by_token(llama: Loaded):
