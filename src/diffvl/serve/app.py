@@ -9,7 +9,7 @@ import hashlib
 import hmac
 from base64 import b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib.resources import files
 from re import DOTALL, findall
 from typing import Any, TypeVar
@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 COMPLETIONS, MODELS = "/v1/chat/completions", "/v1/models"
 ADDRESSES = f"POST {COMPLETIONS}, GET {MODELS}, GET /health, GET /metrics and GET /"
+LAST_WORDS = 5.0  # seconds in which a client must take what it is told at the end of a stream
 DRAINED = 4  # how many times the largest body is read before it is refused: a client that still sends reads no answer
 
 
@@ -254,10 +255,14 @@ class EventStream(Response):
             self._visit.close()
 
     async def _break_off(self, send: Send, refusal: Refusal) -> None:
-        """Tells what went wrong in the stream, where a status can tell it no more."""
+        """Tells what went wrong in the stream, where a status can tell it no more; to a client that still reads."""
         self._visit.status = refusal.status
-        if refusal.status != 499:
-            await send({"type": "http.response.body", "body": event(refusal.body), "more_body": False})
+        self._visit.close()
+        if refusal.status == 499:
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORDS):
+                await send({"type": "http.response.body", "body": event(refusal.body), "more_body": False})
 
     async def _send_all(self, send: Send) -> None:
         async for piece in self._pieces():
