@@ -12,6 +12,6 @@ def require_extra() -> None:
     missing = [package for module, package in PACKAGES.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise UsageError(
-            f"diffvl serve needs {' and '.join(missing)}, and cannot find it: pip install 'diffvl[serve]', or pip install "
+            f"diffvl serve needs what is not installed here, {' and '.join(missing)}: pip install 'diffvl[serve]', or pip install "
             + " ".join(missing)
         )
