@@ -11,7 +11,7 @@ def require_extra() -> None:
     """Raises UsageError unless all of it is installed."""
     missing = [package for module, package in PACKAGES.items() if importlib.util.find_spec(module) is None]
     if missing:
+        names = " ".join(missing)
         raise UsageError(
-            f"diffvl serve needs what is not installed here, {' and '.join(missing)}: pip install 'diffvl[serve]', or pip install "
-            + " ".join(missing)
+            f"diffvl serve needs packages that are not installed here: pip install 'diffvl[serve]', or {names} alone"
         )
