@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "diffvl needs Python 3.11 or newer; name one: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
-	$(PIP) -e '.[demo,dev,video]'
+	$(PIP) -e '.[demo,dev,serve,video]'
 	touch $@
 
 # --- checks ----------------------------------------------------------------------------------------------------------------

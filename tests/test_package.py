@@ -32,11 +32,21 @@ def imported(folder: Path) -> set[str]:
     return names - set(sys.stdlib_module_names)
 
 
-def test_every_import_is_declared_and_every_declaration_is_imported():
+def needed(folder: Path) -> set[str]:
+    """The distributions that the files of a folder import."""
     providers = packages_distributions()
-    needed = {normal(name) for module in imported(ROOT / "src") - {"diffvl"} for name in providers.get(module, [module])}
-    extras = declared(PROJECT["optional-dependencies"]["eval"])  # they may be absent here
-    assert needed - extras == declared(PROJECT["dependencies"]) and extras <= needed
+    return {normal(name) for module in imported(folder) - {"diffvl"} for name in providers.get(module, [module])}
+
+
+def test_every_import_is_declared_and_every_declaration_is_imported():
+    """What the server alone imports is an extra, and so is lmms-eval, which may be absent here."""
+    always, server = declared(PROJECT["dependencies"]), declared(PROJECT["optional-dependencies"]["serve"])
+    benchmarks = declared(PROJECT["optional-dependencies"]["eval"])
+    assert needed(ROOT / "src") == always | server | benchmarks and not (server | benchmarks) & always
+    assert server <= needed(ROOT / "src" / "diffvl" / "serve")
+    rooms = [room for room in (ROOT / "src" / "diffvl").iterdir() if room.is_dir()]
+    for extra, own in ((server, "serve"), (benchmarks, "evaluation")):
+        assert not extra & {name for room in rooms if room.name != own for name in needed(room)}
 
 
 def test_the_pins_hold_every_dependency():

@@ -36,6 +36,7 @@ VERBS = [
     "models",
     "push",
     "recipes",
+    "serve",
     "shapes",
 ]
 
@@ -67,6 +68,10 @@ FLAGS = {
     "doctor": {"MODEL", "--all", "--out", "--json", "--trust-remote-code"},
     "models": set(),
     "recipes": set(),
+    "serve": {
+        *("DIR", "--host", "--port", "--api-key", "--name", "--batch-size", "--queue", "--timeout", "--max-tokens"),
+        *("--max-prompt-tokens", "--max-images", "--max-pixels", "--max-body", "--fetch-images"),
+    },
     "shapes": {"OUT", "--align", "--train", "--test", "--seed"},
 }
 

@@ -17,6 +17,7 @@ from diffvl.cli.benchmarks import BatchSize, IncludePath, Tasks, evaluate_tasks,
 from diffvl.cli.decode import chat, generate
 from diffvl.cli.export import export, push
 from diffvl.cli.output import print_json, print_line, print_table
+from diffvl.cli.serve import serve
 from diffvl.cli.settings import settings_of, with_settings
 from diffvl.config.recipe import VERSION
 from diffvl.errors import EXIT_CODE, DiffvlError, UsageError
@@ -131,6 +132,7 @@ def _check_name(flag: str, name: str) -> None:
 
 app.command(epilog='Example:  diffvl generate runs/qwen2.5-7b/diffuse --image cat.jpg --prompt "What is on the mat?"')(generate)
 app.command(epilog="Example:  diffvl chat runs/qwen2.5-7b/diffuse, then  /image cat.jpg  and  What is on the mat?")(chat)
+app.command(epilog="Example:  diffvl serve runs/qwen2.5-7b/diffuse --port 8000, then open http://127.0.0.1:8000")(serve)
 
 
 @app.command(

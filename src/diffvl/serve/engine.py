@@ -1,0 +1,233 @@
+"""Requests wait, join the batch at a block border, and hear of their tokens; one thread does all that touches the model.
+
+The event loop decides who joins and who leaves; the thread takes prompts in and decodes blocks, one call at a time. A fault in a
+call is the fault of the requests that it was made for: they hear of it, the others go on, and the engine outlives them all.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from transformers import BatchFeature
+
+from diffvl.hub.settings_diffvl import DecodeSettings
+from diffvl.serve.batch import Batch, Sample
+from diffvl.serve.denoising import Step
+from diffvl.serve.limits import Limits
+from diffvl.serve.refusals import Refusal
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+TAKE_IN_TOKENS = 8192  # prompt tokens, padding included, that are taken in at one block border; one prompt always is
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What an answer has gained. tokens: since the last event. ended: as of a Sample. blocks, forwards: so far."""
+
+    tokens: list[int]
+    ended: str | None
+    blocks: int
+    forwards: int
+
+
+Event = Tokens | Step | Refusal
+
+
+@dataclass(eq=False)
+class Job:
+    """A request with its sample. events: what happens to it, in order. is_gone: nobody waits for it any more."""
+
+    sample: Sample
+    events: "asyncio.Queue[Event]" = field(default_factory=asyncio.Queue)
+    is_gone: bool = False
+    arrived: float = field(default_factory=time.monotonic)
+    joined: float | None = None
+    told: int = 0  # tokens of the answer
+
+
+@dataclass
+class Counts:
+    """What has happened since the start."""
+
+    blocks: int = 0
+    answer_tokens: int = 0
+    faults: int = 0
+
+
+class Engine:
+    """Decodes for many requests at once.
+
+    Attributes:
+        waiting: jobs that have not joined, the oldest first. running: those in the batch.
+        counts: since the start.
+    """
+
+    def __init__(self, model: Any, pad_token_id: int, limits: Limits) -> None:
+        self.batch, self.limits = Batch(model, pad_token_id), limits
+        self.waiting: deque[Job] = deque()
+        self.running: list[Job] = []
+        self.counts = Counts()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._work = asyncio.Event()
+        self._is_closing = False
+        self._task: asyncio.Task[None] | None = None
+
+    # --- for requests ----------------------------------------------------------------------------------------------------------
+
+    def submit(self, inputs: BatchFeature, settings: DecodeSettings, show_steps: bool) -> Job:
+        """Lets a prompt wait for its place. Raises Refusal where nothing decodes any more."""
+        self.require_alive()
+        job, loop = Job(Sample(inputs, settings)), asyncio.get_running_loop()
+
+        def on_step(step: Step) -> None:
+            loop.call_soon_threadsafe(job.events.put_nowait, step)
+
+        job.sample.on_step = on_step if show_steps else None
+        self.waiting.append(job)
+        self._work.set()
+        return job
+
+    def leave(self, job: Job) -> None:
+        """Nobody waits for the answer any more: its place is free at the next block border."""
+        job.is_gone = True
+        if job in self.waiting:
+            self.waiting.remove(job)
+        self._work.set()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._task is not None and not self._task.done()
+
+    def require_alive(self) -> None:
+        if not self.is_alive:
+            raise Refusal(503, "the server decodes no more: start it again", code="stopped")
+
+    @property
+    def forwards(self) -> int:
+        return self.batch.forwards
+
+    # --- its life --------------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._decode_for_ever(), name="engine")
+        self._task.add_done_callback(self._ended)
+
+    async def close(self) -> None:
+        """Ends after the block under way; whoever still waits is told."""
+        self._is_closing = True
+        self._work.set()
+        if self._task is not None:
+            await asyncio.wait([self._task])
+        self._thread.shutdown()
+
+    async def _decode_for_ever(self) -> None:
+        while not self._is_closing:
+            if not self.waiting and not self.running:
+                self._work.clear()
+                await self._work.wait()
+                continue
+            await self._let_go()
+            await self._take_in()
+            if self.running:
+                await self._decode_block()
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        """Nothing is decoded any more: whoever waits is told, however it came to that."""
+        if not task.cancelled() and (fault := task.exception()) is not None:
+            log.critical("the engine has stopped", exc_info=fault)
+        self._refuse([*self.running, *self.waiting], Refusal(503, "the server is shutting down", code="shutting_down"))
+        self.running = []
+        self.waiting.clear()
+        self.batch.clear()
+
+    async def _let_go(self) -> None:
+        gone = [job for job in self.running if job.is_gone]
+        if gone:
+            self.running = [job for job in self.running if not job.is_gone]
+            _, fault = await self._call(self.batch.drop, [job.sample for job in gone])
+            if fault is not None:
+                self._give_up(fault)
+
+    async def _take_in(self) -> None:
+        """Lets jobs join, as many as there are places for and as go in together."""
+        jobs: list[Job] = []
+        while self.waiting and len(self.running) + len(jobs) < self.limits.samples:
+            longest = max(job.sample.prompt_tokens for job in (*jobs, self.waiting[0]))
+            if jobs and longest * (len(jobs) + 1) > TAKE_IN_TOKENS:
+                break
+            jobs.append(self.waiting.popleft())
+        if jobs:
+            await self._join(jobs)
+
+    async def _join(self, jobs: Sequence[Job]) -> None:
+        """Takes the prompts of some jobs in; where that fails for several at once, for each by itself."""
+        taken, fault = await self._call(self.batch.take_in, [job.sample for job in jobs])
+        if taken is None:
+            if len(jobs) > 1 and all(not job.sample.answer for job in jobs):
+                for job in jobs:
+                    await self._join([job])
+            else:
+                self._refuse(jobs, self._fault(fault))
+            return
+        _, fault = await self._call(self.batch.add, *taken)
+        if fault is not None:
+            self._refuse(jobs, self._fault(fault))
+            self._give_up(fault)
+            return
+        for job in jobs:
+            job.joined = time.monotonic()
+        self.running += [job for job in jobs if job.sample.ended is None]
+        self._tell([job for job in jobs if job.sample.blocks])
+
+    async def _decode_block(self) -> None:
+        jobs = self.running
+        _, fault = await self._call(self.batch.decode_block)
+        if fault is not None:
+            self._give_up(fault)
+            return
+        self.counts.blocks += 1
+        self.running = [job for job in jobs if job.sample.ended is None]
+        self._tell(jobs)
+
+    async def _call(self, work: Callable[..., T], *given: Any) -> tuple[T | None, BaseException | None]:
+        """What a call in the model's thread gave, and what it raised."""
+        future = asyncio.get_running_loop().run_in_executor(self._thread, work, *given)
+        await asyncio.wait([future])
+        fault = future.exception()
+        return (future.result(), None) if fault is None else (None, fault)
+
+    # --- what jobs hear --------------------------------------------------------------------------------------------------------
+
+    def _tell(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            sample = job.sample
+            fresh = sample.answer[job.told :]
+            job.told = len(sample.answer)
+            self.counts.answer_tokens += len(fresh)
+            job.events.put_nowait(Tokens(fresh, sample.ended, sample.blocks, sample.forwards))
+
+    def _refuse(self, jobs: Sequence[Job], refusal: Refusal) -> None:
+        for job in jobs:
+            job.events.put_nowait(refusal)
+
+    def _give_up(self, fault: BaseException) -> None:
+        """The batch is lost, and all that are in it."""
+        jobs, self.running = self.running, []
+        self.batch.clear()
+        self._refuse(jobs, self._fault(fault))
+
+    def _fault(self, fault: BaseException | None) -> Refusal:
+        self.counts.faults += 1
+        log.error("a request failed", exc_info=fault)
+        if isinstance(fault, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+            return Refusal(503, "the machine has too little memory for this request at present", code="out_of_memory")
+        return Refusal(500, "the server failed at this request; its log says why", code="internal_error")

@@ -1,0 +1,125 @@
+"""The images of a request: data URLs, and addresses on the net where the server allows it -> RGB images as they are seen.
+
+Nothing of this machine is read: an image is in the request, or is fetched by `remote.py`. An image is refused by what its header
+says before it is decoded, so that a small file cannot become gigabytes.
+"""
+
+import base64
+import binascii
+import io
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from urllib.parse import unquote_to_bytes
+
+from PIL import Image, UnidentifiedImageError
+
+from diffvl.hub.seen_diffvl import as_seen
+from diffvl.serve.limits import Limits
+from diffvl.serve.messages import ImageSource
+from diffvl.serve.refusals import short, wrong
+
+# Formats that browsers show: the others bring programs of their own along, or archives.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "AVIF")
+# What Pillow's readers raise at damaged files.
+FAULTS = (
+    *(OSError, SyntaxError, ValueError, EOFError, LookupError, ArithmeticError, MemoryError, RuntimeError, TypeError),
+    *(AttributeError, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning),
+)
+
+Fetch = Callable[[str], bytes]
+
+
+def open_images(sources: Sequence[ImageSource], limits: Limits, fetch: Fetch | None) -> dict[str, Image.Image]:
+    """The images by where they stand in the request.
+
+    Args:
+        fetch: gets the bytes of an address on the net, or raises ValueError; None where that is not allowed.
+    Raises:
+        Refusal: naming the image that is wrong.
+    """
+    images, pixels = {}, 0
+    for source in sources:
+        image = _opened(source, limits.pixels - pixels, limits, fetch)
+        pixels += image.width * image.height
+        images[source.param] = image
+    return images
+
+
+def _opened(source: ImageSource, pixels_left: int, limits: Limits, fetch: Fetch | None) -> Image.Image:
+    data = _bytes_of(source, fetch)
+    Image.init()
+    try:
+        with Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+            if image.width * image.height > pixels_left:
+                raise wrong(
+                    source.param,
+                    f"{source.param} has {image.width} x {image.height} pixels; the images of a request have at most "
+                    f"{limits.pixels} together: make it smaller",
+                    "image_too_large",
+                )
+            return as_seen(image)
+    except FAULTS as error:
+        raise wrong(
+            source.param,
+            f"{source.param} is no image that can be read ({_told(error)}); expected JPEG, PNG, WebP or GIF",
+            "invalid_image",
+        ) from error
+
+
+def _told(error: BaseException) -> str:
+    """What went wrong, without the addresses of objects in this process."""
+    return (
+        "of no format that is known here"
+        if isinstance(error, UnidentifiedImageError)
+        else short(str(error) or type(error).__name__)
+    )
+
+
+def _bytes_of(source: ImageSource, fetch: Fetch | None) -> bytes:
+    scheme = source.url.partition(":")[0].lower()
+    if scheme == "data":
+        return _data_url(source)
+    if scheme not in ("http", "https"):
+        raise wrong(
+            source.param,
+            f"{source.param} is {short(source.url)!r}: expected a data URL, data:image/png;base64,...; files of this machine are "
+            "not read",
+            "invalid_image_url",
+        )
+    if fetch is None:
+        raise wrong(
+            source.param,
+            f"{source.param} is an address on the net, and this server fetches none: send the image itself as a data URL",
+            "image_url_not_allowed",
+        )
+    try:
+        return fetch(source.url)
+    except ValueError as error:
+        raise wrong(source.param, f"{source.param} cannot be fetched: {error}", "invalid_image_url") from error
+
+
+def _data_url(source: ImageSource) -> bytes:
+    head, comma, body = source.url.partition(",")
+    kind = head[len("data:") :].lower()
+    if not comma:
+        raise wrong(
+            source.param, f"{source.param} is a data URL without a comma: expected data:image/png;base64,...", "invalid_image_url"
+        )
+    if not kind.startswith("image/"):
+        raise wrong(
+            source.param,
+            f"{source.param} is a data URL of the type {short(kind)!r}: expected data:image/...",
+            "invalid_image_url",
+        )
+    if not kind.endswith(";base64"):
+        raise wrong(
+            source.param, f"{source.param} is a data URL without ;base64: expected data:image/png;base64,...", "invalid_image_url"
+        )
+    try:
+        data = base64.b64decode(unquote_to_bytes(body) if "%" in body else body, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise wrong(source.param, f"{source.param} is no base64 ({error})", "invalid_image_url") from error
+    if not data:
+        raise wrong(source.param, f"{source.param} is empty", "invalid_image_url")
+    return data

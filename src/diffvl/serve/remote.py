@@ -1,0 +1,162 @@
+"""Fetching an image of the net, for a server that may stand beside machines that nobody else may reach.
+
+Every address is looked up here, and must be a public one; the connection then goes to the address that was checked, not to the
+name, which could mean another one a moment later. A redirect is a new address, checked like the first. No proxy is asked, no
+cookie kept, nothing but the image's bytes comes back to the caller.
+"""
+
+import contextlib
+import http.client
+import ipaddress
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import SplitResult, urljoin, urlsplit
+
+from diffvl.serve.refusals import short
+
+MOST_REDIRECTS = 3
+PORTS = {"http": 80, "https": 443}
+PIECE = 1 << 16
+_EMBEDDED = ipaddress.ip_network("64:ff9b::/96")  # IPv6 addresses of IPv4 ones
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def is_public(address: Address) -> bool:
+    """Whether an address belongs to the net at large, and not to this machine, its neighbours or a group of machines. An IPv6
+    address that stands for an IPv4 one is as public as that is."""
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = address.ipv4_mapped or address.sixtofour or (address.teredo[1] if address.teredo else None)
+        if address in _EMBEDDED:
+            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if inner is not None and not is_public(inner):
+            return False
+        if address.is_site_local or address.scope_id is not None:
+            return False
+        if address.ipv4_mapped is not None:
+            return True
+    return address.is_global and not address.is_multicast and not address.is_reserved and not address.is_unspecified
+
+
+def addresses_of(host: str, port: int) -> list[Address]:
+    """What a name means now. Raises OSError where it means nothing."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [ipaddress.ip_address(entry[4][0]) for entry in found]
+
+
+@dataclass(frozen=True)
+class RemoteImages:
+    """Gets the bytes of images.
+
+    most_bytes: of an image. seconds: for all of it, redirects included.
+    look_up, is_allowed: what a name means, and which addresses may be asked.
+    """
+
+    most_bytes: int
+    seconds: float
+    look_up: Callable[[str, int], list[Address]] = addresses_of
+    is_allowed: Callable[[Address], bool] = is_public
+
+    def __call__(self, url: str) -> bytes:
+        """Raises ValueError, in words for whoever asked."""
+        end = time.monotonic() + self.seconds
+        try:
+            for _ in range(MOST_REDIRECTS + 1):
+                found = self._asked(url, end)
+                if isinstance(found, bytes):
+                    return found
+                url = found
+        except TimeoutError as error:
+            raise ValueError(f"it did not come within {self.seconds:g} seconds") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise ValueError(f"there is no answer from it ({type(error).__name__})") from error
+        raise ValueError(f"it leads on more than {MOST_REDIRECTS} times")
+
+    def _asked(self, url: str, end: float) -> bytes | str:
+        """The image, or the address that this one leads on to."""
+        parts = self._parts(url)
+        assert parts.hostname is not None
+        port = parts.port or PORTS[parts.scheme]
+        connection = _Connection(parts.hostname, port, self._checked(parts.hostname, port), parts.scheme == "https", end)
+        # A server that sends a byte now and then would never let a wait run out.
+        stop = threading.Timer(_left(end), connection.cut)
+        stop.daemon = True
+        stop.start()
+        try:
+            path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            connection.request("GET", path, headers={"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "diffvl"})
+            response = connection.getresponse()
+            if response.status in (301, 302, 303, 307, 308):
+                return urljoin(url, response.headers.get("Location") or "")
+            if response.status != 200:
+                raise ValueError(f"it answers {response.status}")
+            return self._read(response, end)
+        finally:
+            stop.cancel()
+            connection.close()
+
+    def _read(self, response: http.client.HTTPResponse, end: float) -> bytes:
+        pieces, size = [], 0
+        while piece := response.read1(PIECE):
+            size += len(piece)
+            if size > self.most_bytes:
+                raise ValueError(f"it has more than {self.most_bytes} bytes")
+            pieces.append(piece)
+        _left(end)  # what was cut off looks like an end
+        return b"".join(pieces)
+
+    def _parts(self, url: str) -> SplitResult:
+        try:
+            parts = urlsplit(url)
+            _ = parts.port
+        except ValueError as error:
+            raise ValueError(f"{short(url)!r} is no address") from error
+        if parts.scheme not in PORTS or not parts.hostname:
+            raise ValueError(f"{short(url)!r} is no address with http or https")
+        if not url.isascii() or any(sign <= " " or sign == "\x7f" for sign in url):
+            raise ValueError("the address holds white space or letters that no address has: spell them with %")
+        return parts
+
+    def _checked(self, host: str, port: int) -> Address:
+        """An address of a host, all of which must be allowed: which of them would be taken is not for its owner to choose."""
+        try:
+            found = self.look_up(host, port)
+        except (OSError, UnicodeError) as error:
+            raise ValueError(f"the name {short(host)!r} is not known") from error
+        if not found or not all(self.is_allowed(address) for address in found):
+            raise ValueError(f"{short(host)!r} is not an address of the net at large, and is not asked")
+        return found[0]
+
+
+class _Connection(http.client.HTTPConnection):
+    """A connection to an address that was checked, under the host's name."""
+
+    def __init__(self, host: str, port: int, address: Address, is_secure: bool, end: float) -> None:
+        super().__init__(host, port)
+        self._address, self._is_secure, self._end = str(address), is_secure, end
+        self.default_port = PORTS["https" if is_secure else "http"]
+
+    def connect(self) -> None:
+        plain = socket.create_connection((self._address, self.port), timeout=_left(self._end))
+        plain.settimeout(_left(self._end))
+        self.sock: Any = plain
+        if self._is_secure:
+            self.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=self.host)
+
+    def cut(self) -> None:
+        """Ends whatever waits on the connection."""
+        if self.sock is not None:
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)
+
+
+def _left(end: float) -> float:
+    left = end - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left

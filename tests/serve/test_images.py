@@ -1,0 +1,77 @@
+"""The images of a request: what is seen, and that nothing in one can do harm."""
+
+import io
+import random
+
+import pytest
+from PIL import Image, features
+
+from diffvl.serve.images import open_images
+from diffvl.serve.limits import Limits
+from diffvl.serve.messages import ImageSource, conversation_of
+from diffvl.serve.refusals import Refusal
+from tools.serve_mistakes import bomb, data_url
+
+FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", *(["AVIF"] if features.check("avif") else [])]
+
+
+def seen(*files: bytes, pixels: int = 10_000) -> list[Image.Image]:
+    sources = [ImageSource(f"image {number}", data_url(data)) for number, data in enumerate(files)]
+    return list(open_images(sources, Limits(pixels=pixels), None).values())
+
+
+def written(kind: str, mode: str = "RGB", **more: object) -> bytes:
+    out = io.BytesIO()
+    Image.linear_gradient("L").resize((40, 30)).convert(mode).save(out, kind, **more)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_damaged_image_is_refused_or_seen_and_nothing_else(kind: str):
+    drawn, ends = random.Random(0), set()
+    for _ in range(60):
+        data = bytearray(written(kind, "RGB" if kind != "GIF" else "P"))
+        for _ in range(drawn.choice([1, 3, 20])):
+            data[drawn.randrange(min(len(data), drawn.choice([60, 100_000])))] = drawn.randrange(256)
+        try:
+            ends.add(seen(bytes(data))[0].mode)
+        except Refusal as refusal:
+            assert refusal.status == 400 and refusal.param == "image 0" and len(refusal.message) < 300
+            ends.add("refused")
+    assert "refused" in ends
+
+
+def test_an_image_is_seen_as_anywhere_else():
+    """Turned as its orientation says, on white where it is transparent."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = seen(written("JPEG", exif=exif))[0]
+    assert turned.size == (30, 40) and turned.mode == "RGB"
+    out = io.BytesIO()
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(out, "PNG")
+    assert seen(out.getvalue())[0].getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_pixels_are_counted_over_a_request_before_they_are_decoded():
+    one = written("PNG")
+    assert len(seen(one, one, pixels=2400)) == 2
+    with pytest.raises(Refusal, match=r"image 1 has 40 x 30 pixels; the images of a request have at most 2399 together"):
+        seen(one, one, pixels=2399)
+    for sides in ((60_000, 60_000), (20_000, 20_000), (4000, 4000)):
+        with pytest.raises(Refusal, match="pixels|cannot be|can be read"):
+            seen(bomb(*sides))
+
+
+def layout(*parts: str) -> str:
+    """How the parts of a question are laid out: `i` an image, anything else text."""
+    image = {"type": "image_url", "image_url": {"url": "data:,"}}
+    content = [image if part == "i" else {"type": "text", "text": part} for part in parts]
+    (_, laid), *_ = conversation_of([{"role": "user", "content": content}], Limits()).turns
+    return "".join("[i]" if isinstance(part, ImageSource) else part for part in laid)
+
+
+def test_images_on_either_side_of_a_text_stand_before_it_as_in_training():
+    assert layout("What?") == "What?" and layout("i") == "[i]"
+    assert layout("i", "What?") == layout("What?", "i") == "[i]\nWhat?"
+    assert layout("i", "i", "Which ", "one?") == layout("Which ", "one?", "i", "i") == "[i]\n[i]\nWhich one?"
+    assert layout("First:", "i", "second:", "i") == "First:[i]second:[i]" and layout("i", "or", "i") == "[i]or[i]"

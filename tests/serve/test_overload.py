@@ -1,0 +1,218 @@
+"""Too many clients, slow ones, those that go away, and a model that fails: every place comes back, and everybody is told."""
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from live_server import JSON, live, text_chat
+from shared_fixtures import Loaded
+
+from diffvl.decode.answer import Decoder
+from diffvl.serve import app
+from diffvl.serve.batch import Batch
+from diffvl.serve.limits import Limits
+from diffvl.serve.service import Service
+from tools.serve_mistakes import PATH
+
+
+@pytest.fixture(scope="module")
+def decoder(loaded: Callable[[str], Loaded]) -> Decoder:
+    model, processor = loaded("llama")
+    model.config.set_decoding("blocks", 4, "block", "absolute", "same")
+    return Decoder(model, processor)
+
+
+# --- many, slow and gone -----------------------------------------------------------------------------------------------------
+
+
+class Held:
+    """Holds the model in front of every block until it is let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._free = threading.Event()
+        decode_block = Batch.decode_block
+
+        def held(batch: Batch) -> Any:
+            assert self._free.wait(30)
+            return decode_block(batch)
+
+        monkeypatch.setattr(Batch, "decode_block", held)
+
+    def let_go(self) -> None:
+        self._free.set()
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
+    found = Held(monkeypatch)
+    yield found
+    found.let_go()
+
+
+def test_more_than_there_are_places_for_is_refused_and_told_when_to_come(decoder: Decoder, held: Held):
+    with live(decoder, Limits(samples=2, waiting=1)) as server, ThreadPoolExecutor(3) as clients:
+        asked = [clients.submit(server.ask, text_chat("Hi", max_tokens=4)) for _ in range(3)]
+        server.wait_until(lambda: server.service.inside == 3)
+        for _ in range(5):
+            reply = server.ask(text_chat("Hi", max_tokens=4))
+            assert reply.status == 429 and reply.error["type"] == "rate_limit_error" and reply.error["code"] == "overloaded"
+            assert 1 <= int(reply.headers["retry-after"]) <= 60
+        assert server.get("/health").status == 200
+        held.let_go()
+        assert [one.result().status for one in asked] == [200, 200, 200]
+        server.wait_until(server.is_empty)
+        assert b'diffvl_requests_total{status="429"} 5.0' in server.get("/metrics").body
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_client_that_goes_away_frees_its_place(decoder: Decoder, streams: bool):
+    with live(decoder, Limits(samples=1, waiting=4, answer_tokens=400)) as server:
+        request = text_chat("Hi", max_tokens=400, stream=streams)
+        connection = server.connect()
+        connection.request("POST", PATH, json.dumps(request).encode(), JSON)
+        if streams:
+            connection.getresponse().read(10)
+        server.wait_until(lambda: server.service.engine.counts.blocks > 1)
+        running = server.service.engine.running[0].sample
+        connection.sock.close() if connection.sock else None
+        connection.close()
+        server.wait_until(server.is_empty)
+        assert len(running.answer) < 400 and running.ended is None
+        assert server.ask(text_chat("Hi", max_tokens=4)).status == 200
+        assert b'diffvl_requests_total{status="499"} 1.0' in server.get("/metrics").body
+
+
+def test_a_client_that_goes_away_while_it_waits_is_forgotten(decoder: Decoder, held: Held):
+    with live(decoder, Limits(samples=1, waiting=4)) as server, ThreadPoolExecutor(1) as clients:
+        first = clients.submit(server.ask, text_chat("Hi", max_tokens=4))
+        server.wait_until(lambda: len(server.service.engine.running) == 1)
+        connection = server.connect()
+        connection.request("POST", PATH, json.dumps(text_chat("Ho", max_tokens=4)).encode(), JSON)
+        server.wait_until(lambda: server.service.inside == 2)
+        connection.close()
+        server.wait_until(lambda: server.service.inside == 1)
+        held.let_go()
+        assert first.result().status == 200
+        server.wait_until(server.is_empty)
+
+
+def test_who_waits_too_long_is_told(decoder: Decoder, held: Held):
+    with live(decoder, Limits(samples=1, waiting=4, seconds=0.4)) as server:
+        reply = server.ask(text_chat("Hi", max_tokens=4))
+        assert reply.status == 504 and reply.error["code"] == "timeout" and "0.4 seconds" in reply.error["message"]
+        held.let_go()
+        server.wait_until(server.is_empty)
+
+
+def test_a_stream_that_takes_too_long_ends_with_words(decoder: Decoder, monkeypatch: pytest.MonkeyPatch):
+    decode_block = Batch.decode_block
+    monkeypatch.setattr(Batch, "decode_block", lambda batch: time.sleep(0.1) or decode_block(batch))
+    with live(decoder, Limits(samples=1, seconds=0.5)) as server:
+        with server.begun(text_chat("Hi", max_tokens=400, stream=True)) as response:
+            events = response.read().decode().split("\n\n")
+        assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "timeout"
+        server.wait_until(server.is_empty)
+
+
+def test_a_client_that_reads_no_more_holds_no_place(decoder: Decoder, monkeypatch: pytest.MonkeyPatch):
+    """What is sent to it waits for ever; its time runs out all the same."""
+    monkeypatch.setattr(app, "LAST_WORDS", 0.1)
+
+    async def asked() -> tuple[Service, list[str]]:
+        service, sent = Service(decoder, "tiny", Limits(seconds=1.0)), list[str]()
+        service.start()
+        body = json.dumps(text_chat("Hi", max_tokens=40, stream=True)).encode()
+        received = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive() -> Any:
+            return next(received, None) or await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            sent.append(message["type"])
+            if len(sent) > 3:
+                await asyncio.Event().wait()
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": PATH, "headers": headers, "query_string": b"", "client": None}
+        scope |= {
+            "http_version": "1.1",
+            "scheme": "http",
+            "server": ("127.0.0.1", 80),
+            "root_path": "",
+            "raw_path": PATH.encode(),
+        }
+        await asyncio.wait_for(app.make_app(service, ())(scope, receive, send), 20)
+        await service.close()
+        return service, sent
+
+    service, sent = asyncio.run(asked())
+    assert service.inside == 0 and not service.engine.running and len(sent) == 5
+
+
+# --- faults ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_that_the_model_fails_at_fails_alone(decoder: Decoder, monkeypatch: pytest.MonkeyPatch, held: Held):
+    """Those that came with it, and those in the batch, go on."""
+    take_in, limit = Batch.take_in, 40
+
+    def failing(batch: Batch, samples: Any) -> Any:
+        if any(sample.prompt_tokens > limit for sample in samples):
+            raise torch.OutOfMemoryError("no room")
+        return take_in(batch, samples)
+
+    monkeypatch.setattr(Batch, "take_in", failing)
+    with live(decoder, Limits(samples=8)) as server, ThreadPoolExecutor(4) as clients:
+        first = clients.submit(server.ask, text_chat("Hi", max_tokens=4))
+        server.wait_until(lambda: len(server.service.engine.running) == 1)
+        others = [clients.submit(server.ask, text_chat(text, max_tokens=4)) for text in ("Ho", "x" * limit, "Ha")]
+        server.wait_until(lambda: len(server.service.engine.waiting) == 3)
+        held.let_go()
+        assert first.result().status == 200
+        assert sorted(one.result().status for one in others) == [200, 200, 503]
+        refused = next(one.result() for one in others if one.result().status == 503)
+        assert refused.error["type"] == "server_error" and refused.error["code"] == "out_of_memory"
+        server.wait_until(server.is_empty)
+
+
+def test_a_block_that_fails_ends_its_answers_and_nothing_else(decoder: Decoder, monkeypatch: pytest.MonkeyPatch):
+    decode_block, faults = Batch.decode_block, [RuntimeError("a kernel failed")]
+
+    def failing(batch: Batch) -> Any:
+        if faults:
+            raise faults.pop()
+        return decode_block(batch)
+
+    monkeypatch.setattr(Batch, "decode_block", failing)
+    with live(decoder) as server:
+        reply = server.ask(text_chat("Hi", max_tokens=4))
+        assert reply.status == 500 and reply.error["code"] == "internal_error" and "kernel" not in reply.error["message"]
+        assert server.ask(text_chat("Hi", max_tokens=4)).status == 200
+        assert b"diffvl_faults_total 1.0" in server.get("/metrics").body
+
+
+def test_a_server_that_ends_tells_those_that_wait(decoder: Decoder, held: Held):
+    with ThreadPoolExecutor(1) as clients:
+        with live(decoder, Limits(samples=1)) as server:
+            asked = clients.submit(server.ask, text_chat("Hi", max_tokens=8))
+            server.wait_until(lambda: len(server.service.engine.running) == 1)
+            held.let_go()
+        assert asked.result().status == 200  # what is under way may end
+
+
+def test_an_engine_that_stops_says_so(decoder: Decoder, monkeypatch: pytest.MonkeyPatch, held: Held):
+    """A fault of the engine itself, which should not be: nobody waits for ever, and whoever watches the server is told."""
+    with live(decoder, Limits(samples=1)) as server, ThreadPoolExecutor(2) as clients:
+        asked = [clients.submit(server.ask, text_chat("Hi", max_tokens=40)) for _ in range(2)]
+        server.wait_until(lambda: server.service.inside == 2 and server.service.engine.running)
+        monkeypatch.setattr(server.service.engine, "_tell", lambda _: 1 // 0)
+        held.let_go()
+        assert [one.result().status for one in asked] == [503, 503]
+        assert server.get("/health").status == 503 and server.ask(text_chat("Hi")).error["code"] == "stopped"
+        server.wait_until(server.is_empty)

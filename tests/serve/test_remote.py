@@ -1,0 +1,155 @@
+"""Images of the net: which addresses are asked, and that the one that was checked is the one that is asked."""
+
+import ipaddress
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from diffvl.serve.images import open_images
+from diffvl.serve.limits import Limits
+from diffvl.serve.messages import ImageSource
+from diffvl.serve.refusals import Refusal
+from diffvl.serve.remote import Address, RemoteImages, addresses_of, is_public
+from tools.serve_mistakes import png
+
+HOME = ipaddress.ip_address("127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("127.0.0.1", "127.8.9.10", "0.0.0.0", "10.1.2.3", "172.16.0.1", "172.31.255.255", "192.168.1.1", "169.254.169.254"),
+        *("100.64.0.1", "224.0.0.1", "239.1.1.1", "240.0.0.1", "255.255.255.255", "192.0.2.1", "198.18.0.1", "203.0.113.9"),
+        *("::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1", "fd12:3456::1", "fec0::1", "ff02::1", "2001:db8::1", "100::1"),
+        *("::ffff:127.0.0.1", "::ffff:10.0.0.1", "::ffff:169.254.169.254", "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe"),
+        *("2002:7f00:1::", "2002:a00:1::1", "2001:0:7f00:1::", "2001:0:4136:e378:8000:63bf:80ff:fffe", "::127.0.0.1"),
+    ],
+)
+def test_addresses_that_are_not_of_the_net_at_large(address: str):
+    assert not is_public(ipaddress.ip_address(address))
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "93.184.216.34", "2606:4700:4700::1111", "::ffff:8.8.8.8"])
+def test_addresses_of_the_net_at_large(address: str):
+    assert is_public(ipaddress.ip_address(address))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("http://127.0.0.1/a.png", "http://localhost/a.png", "http://[::1]/a.png", "http://0x7f000001/", "http://2130706433/"),
+        *("http://127.1/", "http://017700000001/", "http://169.254.169.254/latest/meta-data/", "http://10.0.0.1:8080/"),
+        *("http://[::ffff:127.0.0.1]/", "http://user@127.0.0.1/", "http://example.com@127.0.0.1/", "http://0/"),
+    ],
+)
+def test_however_an_address_of_this_machine_is_written_it_is_not_asked(url: str):
+    with pytest.raises(ValueError, match="not an address of the net at large|not known"):
+        RemoteImages(1000, 2.0)(url)
+
+
+@pytest.mark.parametrize(
+    "url", ["http:///a.png", "http://exa mple/", "http://a:b/", "http://a:99999/", "http://a/\r\nX: y", "http://ü/"]
+)
+def test_what_is_no_address_is_told(url: str):
+    with pytest.raises(ValueError, match="address"):
+        RemoteImages(1000, 2.0, look_up=lambda *_: [HOME])(url)
+
+
+# --- a server of images ------------------------------------------------------------------------------------------------------
+
+
+class Images(BaseHTTPRequestHandler):
+    asked: list[tuple[str, str]] = []
+
+    def do_GET(self) -> None:
+        type(self).asked.append((self.path, self.headers["Host"]))
+        kind, _, rest = self.path[1:].partition("/")
+        if kind == "to":
+            self.send_response(302)
+            self.send_header("Location", rest)
+            self.end_headers()
+            return
+        self.send_response(404 if kind == "missing" else 200)
+        self.end_headers()
+        body = png()
+        if kind == "endless":
+            body = bytes(1 << 16)
+        try:
+            for _ in range(1000 if kind == "endless" else 1):
+                self.wfile.write(body)
+            if kind == "slow":
+                self.server.gate.wait(5)  # type: ignore[attr-defined]
+        except OSError:  # whoever asked has heard enough
+            pass
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Images) as server:
+        server.gate = threading.Event()  # type: ignore[attr-defined]
+        Images.asked = []
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server.server_port
+        server.gate.set()  # type: ignore[attr-defined]
+        server.shutdown()
+        thread.join()
+
+
+def fetching(port: int, **names: list[str]) -> RemoteImages:
+    """What fetches, for which this machine is one of the net. names: what they mean, in turn."""
+    left = {name: list(meanings) for name, meanings in names.items()}
+
+    def look_up(host: str, _: int) -> list[Address]:
+        if host in left:
+            return [ipaddress.ip_address(left[host].pop(0))]
+        return addresses_of(host, port)
+
+    return RemoteImages(100_000, 1.0, look_up, lambda address: address == HOME or is_public(address))
+
+
+def test_an_image_is_fetched_from_the_address_that_was_checked(port: int):
+    """The name is looked up once: a second look would give another address."""
+    fetch = fetching(port, pictures=["127.0.0.1", "10.0.0.1"])
+    assert fetch(f"http://pictures:{port}/a.png?size=1") == png()
+    assert Images.asked == [("/a.png?size=1", f"pictures:{port}")]
+
+
+def test_a_redirect_is_checked_like_the_first_address(port: int):
+    fetch = fetching(port, pictures=["127.0.0.1"] * 9)
+    assert fetch(f"http://pictures:{port}/to//again") == png()
+    for target in (
+        "http://10.0.0.1/",
+        "http://[::1]/",
+        "http://169.254.169.254/latest/",
+        "file:///etc/passwd",
+        "//10.0.0.9/a.png",
+    ):
+        with pytest.raises(ValueError, match="not an address of the net at large|no address with http"):
+            fetching(port, pictures=["127.0.0.1"])(f"http://pictures:{port}/to/{target}")
+    with pytest.raises(ValueError, match="more than 3 times"):
+        fetching(port, pictures=["127.0.0.1"] * 9)(f"http://pictures:{port}/to//to//to//to//a")
+
+
+@pytest.mark.parametrize(
+    ("path", "told"), [("missing", "answers 404"), ("endless/x", "more than 100000 bytes"), ("slow/x", "within 1 seconds")]
+)
+def test_what_does_not_come_is_told(port: int, path: str, told: str):
+    with pytest.raises(ValueError, match=told):
+        fetching(port)(f"http://127.0.0.1:{port}/{path}")
+
+
+def test_nobody_is_asked_where_it_is_not_allowed(port: int):
+    source = ImageSource("messages[0].content[0].image_url.url", f"http://127.0.0.1:{port}/a.png")
+    with pytest.raises(Refusal, match="fetches none") as refusal:
+        open_images([source], Limits(), None)
+    assert refusal.value.status == 400 and refusal.value.param == source.param and not Images.asked
+    assert open_images([source], Limits(), fetching(port))[source.param].size == (8, 8)
+    with pytest.raises(Refusal, match="not an address of the net at large"):
+        open_images([source], Limits(), RemoteImages(1000, 1.0))
