@@ -4,7 +4,7 @@ Padding stops are left out of every figure. The masked-token measure draws its n
 (`objective.measure`); generated answers are given the true history of their conversation.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,59 +16,25 @@ from rich.console import Console
 from diffvl.config.objectives import ArObjective, BlockDiffusionObjective, Objective
 from diffvl.config.recipe import Data
 from diffvl.config.sources import DataSource
-from diffvl.data.content import parts_of
-from diffvl.data.images import open_image
 from diffvl.data.loader import batches_of
 from diffvl.data.mixture import Mixture
 from diffvl.data.problems import Problem, advice_on, as_error, is_forgiven
 from diffvl.data.records import Record, Unpaired
 from diffvl.data.sample_dataset import SampleDataset
-from diffvl.data.samples import Sample, collate, messages_of, on_device, shown_by
+from diffvl.data.samples import Sample, collate, on_device
 from diffvl.data.source_records import iterate_source, source_at
 from diffvl.data.sources import eval_settings, own_settings
 from diffvl.data.table import open_records
-from diffvl.data.textscore import edit_similarity, is_exact
-from diffvl.data.videos import open_video
-from diffvl.decode.answer import Decoder, answer_chats, context_length, load_for_decoding
-from diffvl.hub.clips_diffvl import Sampler
+from diffvl.decode.answer import Decoder, answer_chats, check_settings, context_length, load_for_decoding
+from diffvl.evaluation.questions import answer_turns, asked, chat_before
+from diffvl.evaluation.scored import BATCH_SIZE, answer_records
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.settings_diffvl import DecodeSettings
-from diffvl.hub.template_diffvl import Visual, texts_of
 from diffvl.objective.losses import measure, scores
 from diffvl.store import checkpoint
 from diffvl.store.checkpoint import recipe_of
 from diffvl.terminal import console as terminal
 from diffvl.terminal.bars import track
-
-
-def questions(records: Iterable[Record]) -> Iterator[tuple[Record, int]]:
-    """Gives (record, turn) of every answer to be trained on."""
-    for record in records:
-        for turn in answer_turns(record):
-            yield record, turn
-
-
-def answer_turns(record: Record) -> Iterator[int]:
-    """Gives the turns of a record that are answers to be trained on; at least one. An answer that is not (a draft that a later
-    turn corrects, say) is no truth to be asked for."""
-    return (turn for turn, spoken in enumerate(record.turns) if spoken.role == "assistant" and spoken.trained)
-
-
-def chat_before(record: Record, turn: int, sampler: Sampler | None = None) -> list[dict[str, Any]]:
-    """Gives the conversation up to (not including) a turn, with its images, and its videos where the checkpoint has a
-    `sampler` for them."""
-    shown = iter(shown_by(record))
-    messages = messages_of(record)[:turn]
-    for message in messages:
-        if isinstance(message["content"], list):
-            for part in message["content"]:
-                if part["type"] != "text":
-                    visual, path = next(shown)
-                    is_video = visual is Visual.VIDEO
-                    part[visual.value] = (
-                        open_video(path, record.source, sampler) if is_video else open_image(str(path), record.source)
-                    )
-    return messages
 
 
 def reading_of(directory: Path, data: Path) -> Data:
@@ -91,7 +57,6 @@ def reading_of(directory: Path, data: Path) -> Data:
     return Data()
 
 
-BATCH_SIZE = 8
 NUM_SAMPLES = 12
 
 
@@ -103,6 +68,7 @@ def evaluate_directory(directory: Path, data: Path, limit: int | None, settings:
     """
     console = terminal.console(stderr=True)
     decoder = load_for_decoding(directory)
+    check_settings(settings, decoder.model.config)
     samples = _open(data, reading_of(directory, data), limit, decoder, console)
     count = len(samples)
     figures: dict[str, float | int | str] = {
@@ -111,27 +77,14 @@ def evaluate_directory(directory: Path, data: Path, limit: int | None, settings:
         "records": count,
         **measured(decoder, samples, count, console),
     }
-    exact: list[bool] = []
-    similar: list[float] = []
-    tokens = forwards = 0
-    asked = list(questions(samples.record(place) for place in range(count)))
-    chunks = [asked[start : start + BATCH_SIZE] for start in range(0, len(asked), BATCH_SIZE)]
-    for chunk in track(console, chunks, len(chunks), "answering"):
-        answers = answer_chats(
-            decoder, [chat_before(record, turn, decoder.processor.sampler) for record, turn in chunk], settings, shorten=True
-        )
-        for (record, turn), given in zip(chunk, answers, strict=True):
-            truth = record.turns[turn].text
-            exact.append(is_exact(given.text, truth))
-            similar.append(edit_similarity(given.text, truth))
-            tokens += given.tokens
-        forwards += answers[0].forwards
+    answered = answer_records(decoder, [samples.record(place) for place in range(count)], settings, console)
+    scored = answered.scored
     figures |= {
-        "answers": len(exact),
-        "exact_match": sum(exact) / len(exact),
-        "edit_similarity": sum(similar) / len(similar),
-        "answer_tokens": tokens,
-        "forwards": forwards,
+        "answers": len(scored),
+        "exact_match": sum(one.exact for one in scored) / len(scored),
+        "edit_similarity": sum(one.similarity for one in scored) / len(scored),
+        "answer_tokens": sum(one.answer.tokens for one in scored),
+        "forwards": answered.forwards,
         "decoding": decoder.model.config.decoding,
     }
     return figures
@@ -145,10 +98,15 @@ def _open(path: Path, reading: Data, limit: int | None, decoder: Decoder, consol
     else:
         records = list(islice(iterate_source(source_at(path, reading), reading.unpaired_turns), limit))
         samples = SampleDataset(records, path, numpy.arange(len(records)), decoder.processor, context_length(decoder))
+    require_fitting(samples)
+    return samples
+
+
+def require_fitting(samples: SampleDataset) -> None:
+    """Raises DataError with all records that do not fit the checkpoint."""
     problems = samples.problems()
     if problems:
-        raise as_error(problems, path, "the checkpoint takes no others: remove these records")
-    return samples
+        raise as_error(problems, samples.path, "the checkpoint takes no others: remove these records")
 
 
 def measured(decoder: Decoder, samples: SampleDataset, count: int, console: Console) -> dict[str, float]:
@@ -203,17 +161,12 @@ def held_out_answers(
                 {
                     "image": record.images[0] if record.images else None,
                     **({"video": record.videos[0]} if record.videos else {}),
-                    "question": _asked(record, turn - 1),
+                    "question": asked(record, turn),
                     "truth": record.turns[turn].text,
                     "answer": given.text,
                 }
             )
     return answered
-
-
-def _asked(record: Record, turn: int) -> str:
-    """Gives the text of a question."""
-    return "".join(texts_of(tuple(parts_of(record.turns[turn].text, bool(record.videos))))).strip()
 
 
 def _chosen(held_out: SampleDataset | Mixture, data: Data) -> list[Record]:
