@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffvl.cli.bench import bench
+from diffvl.cli.compare import compare
 from diffvl.cli.decode import chat, generate
 from diffvl.cli.export import export, push
 from diffvl.cli.output import print_json, print_line, print_table
@@ -134,6 +135,7 @@ def evaluate(
         print_table(["figure", "value"], rows)
 
 
+app.command(epilog="Example:  diffvl compare runs/demo/control runs/demo/diffuse --out compare.html")(compare)
 app.command(epilog="Example:  diffvl export runs/qwen3-4b/diffuse --layout sdar_v -o exports/qwen3-4b-sdar-vl")(export)
 app.command(epilog="Example:  diffvl push exports/qwen3-4b-sdar-vl OWNER/NAME, and the same with --yes")(push)
 

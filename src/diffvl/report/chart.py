@@ -13,6 +13,7 @@ from diffvl.terminal.console import visible
 
 Point = tuple[float, float]
 
+MARKED = ("dots", "points", "raw marked")
 HUES = ("#2563eb", "#c2570c", "#0f766e", "#7c3aed", "#be185d", "#4d7c0f", "#0369a1", "#a16207")  # on a light page
 _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 300, 64, 606, 14, 258  # SVG units, 640 wide; the last four bound the plot
 _LEGEND_LINE = 20  # SVG units of a line of the legend, in a file
@@ -30,8 +31,11 @@ def escape(text: str) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """What is drawn in one colour. style: `bold`, `raw` (thin), `dots` (dashed, each point marked) or `points` (marks alone).
-    titles: of the marks, what a reader sees who points at one."""
+    """What is drawn in one colour.
+
+    style: `bold`, `raw` (thin), `raw marked` and `dots` (dashed), which mark each point, or `points` (marks alone).
+    titles: of the marks, what a reader sees who points at one.
+    """
 
     hue: int
     style: str
@@ -41,7 +45,7 @@ class Line:
 
     @property
     def is_marked(self) -> bool:
-        return self.style in ("dots", "points") or len(self.points) == 1
+        return self.style in MARKED or len(self.points) == 1
 
 
 @dataclass(frozen=True)
@@ -110,12 +114,12 @@ def _hue(line: Line) -> str:
 
 def _swatch(line: Line) -> str:
     """Shows in a page's legend what a line looks like."""
-    mark = '<circle cx="14" cy="4" r="4"/>' if line.style == "points" else ""
+    mark = '<circle cx="14" cy="4" r="4"/>' if line.style in MARKED[1:] else ""
     return f'<svg class="{_hue(line)}" viewBox="0 0 28 8"><polyline class="{line.style}" points="0,4 28,4"/>{mark}</svg>'
 
 
 def _legend_line(line: Line, y: float) -> str:
-    mark = f'<circle cx="{_LEFT + 14}" cy="{y}" r="4"/>' if line.style in ("points", "dots") else ""
+    mark = f'<circle cx="{_LEFT + 14}" cy="{y}" r="4"/>' if line.style in MARKED else ""
     drawn = f'<polyline class="{line.style}" points="{_LEFT},{y} {_LEFT + 28},{y}"/>{mark}'
     return f'<g class="{_hue(line)}">{drawn}</g><text x="{_LEFT + 38}" y="{y + 4}">{escape(line.label)}</text>'
 
