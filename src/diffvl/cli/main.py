@@ -8,18 +8,18 @@ import contextlib
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from diffvl.cli.bench import bench
-from diffvl.cli.compare import compare
+from diffvl.cli.compare import compare, print_compared
 from diffvl.cli.decode import chat, generate
 from diffvl.cli.export import export, push
 from diffvl.cli.output import print_json, print_line, print_table
+from diffvl.cli.settings import settings_of, with_settings
 from diffvl.config.recipe import VERSION, StageName
 from diffvl.errors import EXIT_CODE, DiffvlError, UsageError
-from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.store.files import Writing
 from diffvl.terminal import console as terminal
 
@@ -79,6 +79,9 @@ def convert(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")] = False,
     trust_remote_code: TrustRemoteCode = False,
+    control: Annotated[
+        bool, typer.Option("--control", help="Train next-token finetuning beside it, and compare both on one page.")
+    ] = False,
 ) -> None:
     """Convert MODEL: connect a vision tower, align it, train block diffusion, write a checkpoint."""
     for flag, name in {"MODEL": model, "--recipe": recipe, "--data": data, "--from": start, "--out": out}.items():
@@ -99,8 +102,17 @@ def convert(
         accept_changed_data=accept_changed_data,
         dry_run=dry_run,
         trust_remote_code=trust_remote_code,
+        control=control,
     )
-    run_convert(request)
+    if not control:
+        run_convert(request)
+        return
+    from diffvl.compare.control import convert_with_control
+    from diffvl.conversion.plan import COMPARED
+
+    directory, compared = convert_with_control(request)
+    if compared is not None:
+        print_compared(compared, directory.parent / COMPARED)
 
 
 def _check_name(flag: str, name: str) -> None:
@@ -115,19 +127,24 @@ app.command(epilog='Example:  diffvl generate runs/qwen2.5-7b/diffuse --image ca
 app.command(epilog="Example:  diffvl chat runs/qwen2.5-7b/diffuse, then  /image cat.jpg  and  What is on the mat?")(chat)
 
 
-@app.command(epilog="Example:  diffvl evaluate runs/qwen2.5-7b/diffuse --data held_out.json --limit 200")
+@app.command(epilog="Example:  diffvl evaluate runs/qwen2.5-7b/diffuse --data held_out.json --limit 200 --steps 2")
+@with_settings
 def evaluate(
+    context: typer.Context,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint that `diffvl convert` wrote.")],
     data: Annotated[Path, typer.Option(help="Held-out records in LLaVA format.", metavar="FILE")],
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N records.", metavar="N")] = None,
+    *,
     as_json: AsJson = False,
+    **flags: Any,
 ) -> None:
     """Measure a checkpoint on held-out answers: masked-token loss and accuracy, and the answers it generates."""
+    settings = settings_of(context)
     from diffvl.evaluation.evaluate import evaluate_directory
     from diffvl.terminal.bars import quiet_libraries
 
     quiet_libraries()
-    figures = evaluate_directory(directory, data, limit, DecodeSettings())
+    figures = evaluate_directory(directory, data, limit, settings)
     if as_json:
         print_json(figures)
     else:

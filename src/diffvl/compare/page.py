@@ -87,12 +87,12 @@ def notes(compared: Compared) -> list[str]:
 
 
 def _page(compared: Compared) -> str:
-    title = " against ".join(one.name for one in reversed(compared.entrants))
+    title = f"{', '.join(one.name for one in compared.entrants)}: compared"
     different = list(_different(compared))
+    curves = draw_overlaid({one.name: one.measures for one in compared.entrants})
     sections: dict[str, tuple[str, list[str], str]] = {
-        "Figures": ("", [table(headings(compared), cells(compared))], " ".join(notes(compared))),
-        "Quality against speed": ("curves", [_trade(compared).figure()], ""),
-        "Curves": ("curves", draw_overlaid({one.name: one.measures for one in compared.entrants}), ""),
+        "Figures": ("", [table(headings(compared), _unbroken(cells(compared)))], " ".join(notes(compared))),
+        "Quality against speed, and curves of training": ("curves", [_trade(compared).figure(), *curves], ""),
         "Where the answers differ": (
             "samples",
             [_card(compared, number, question) for number, question in different[:PAGE_SAMPLES]],
@@ -111,6 +111,11 @@ def _page(compared: Compared) -> str:
             told = f"<p>{escape(note)}</p>" if note else ""
             parts.append(f'<h2>{heading}</h2>{told}<div class="{style}">{"".join(blocks)}</div>')
     return document(title, parts)
+
+
+def _unbroken(lines: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Keeps figures and their intervals on one line."""
+    return [tuple(cell.replace(" ", "\N{NO-BREAK SPACE}") if "[" in cell else cell for cell in line) for line in lines]
 
 
 def _tiles(compared: Compared) -> str:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from diffvl.config.recipe import Data, Recipe, StageName
+from diffvl.config.recipe import Data
+from diffvl.conversion.control import CONTROL
 from diffvl.conversion.inputs import open_inputs
-from diffvl.conversion.plan import ConvertRequest, Plan, check_targets, describe, make_plan
+from diffvl.conversion.plan import ConvertRequest, Plan, Step, check_targets, describe, make_plan
 from diffvl.conversion.resume import BEFORE_FILE
 from diffvl.data.fingerprint import DATA_FILE, DIGESTS_FILE
 from diffvl.data.loader import StageData
@@ -97,32 +98,33 @@ def _convert(request: ConvertRequest, console: Console) -> Path:
     if request.dry_run:
         say(console, "dry run: nothing was written")
         return plan.root
-    for name in inputs.data:
-        agreed(lambda stage=plan.recipe.stages[name]: require_machine(stage))
-    start, source, parts = plan.start, plan.source, inputs.parts
+    steps = plan.steps
+    for step in steps:
+        if step.name in inputs.data:
+            agreed(lambda stage=step.recipe.stages[step.stage]: require_machine(stage))
+    source, parts = plan.source, inputs.parts
     if source is not None and parts is not None:
         main_only(lambda: prepare(source, plan.recipe, plan.start, console, parts))
-    for stage in plan.stages:
-        directory = plan.root / stage
-        if stage in inputs.data:
-            _run_stage(start, plan.recipe, stage, directory, request.resume, inputs.data[stage], console)
+    for step in steps:
+        if step.name in inputs.data:
+            _run_step(step, request.resume, inputs.data[step.name], console)
         else:
-            say(console, (stage, "bold"), f": finished already, kept: {directory}")
+            say(console, (step.name, "bold"), f": finished already, kept: {step.directory}")
             if process.is_main_process:
-                _tidy(directory)
-        start = directory
+                _tidy(step.directory)
+    last = plan.root / plan.stages[-1] if plan.stages else plan.start
     if process.is_main_process:
-        _say_next(start, plan, console)
-    return start
+        _say_next(last, plan, console)
+    return last
 
 
-def _run_stage(
-    start: Path, recipe: Recipe, stage: StageName, directory: Path, resume: bool, data: StageData, console: Console
-) -> None:
-    """Runs one stage from start to report; the directory gets its name when everything in it is written."""
-    onlooker = answering(start, checkpoint.partial(directory), recipe.stages[stage].data, console)
-    train(start, recipe, stage, directory, resume, console, onlooker, data)
-    main_only(lambda: _finish(directory, console))
+def _run_step(step: Step, resume: bool, data: StageData, console: Console) -> None:
+    """Runs one training from start to report; the directory gets its name when everything in it is written."""
+    if step.name == CONTROL:
+        say(console, ("\ncontrol", "bold"), ": next-token training from the same start, on the same samples, for as many steps")
+    onlooker = answering(step.start, checkpoint.partial(step.directory), step.recipe.stages[step.stage].data, console)
+    train(step.start, step.recipe, step.stage, step.directory, resume, console, onlooker, data)
+    main_only(lambda: _finish(step.directory, console))
 
 
 def _finish(directory: Path, console: Console) -> None:

@@ -29,7 +29,7 @@ from diffvl.decode.answer import Decoder, answer_chats, check_settings, context_
 from diffvl.evaluation.questions import answer_turns, asked, chat_before
 from diffvl.evaluation.scored import BATCH_SIZE, answer_records
 from diffvl.hub.configuration_diffvl import DiffVLConfig
-from diffvl.hub.settings_diffvl import DecodeSettings
+from diffvl.hub.settings_diffvl import DecodeSettings, keyword
 from diffvl.objective.losses import measure, scores
 from diffvl.store import checkpoint
 from diffvl.store.checkpoint import recipe_of
@@ -87,7 +87,8 @@ def evaluate_directory(directory: Path, data: Path, limit: int | None, settings:
         "forwards": answered.forwards,
         "decoding": decoder.model.config.decoding,
     }
-    return figures
+    chosen = [keyword(*pair) for pair in settings.chosen().items()]
+    return figures | ({"settings": ", ".join(chosen)} if chosen else {})
 
 
 def _open(path: Path, reading: Data, limit: int | None, decoder: Decoder, console: Console) -> SampleDataset:

@@ -110,7 +110,9 @@ def _overlaid(title: str, chosen: Sequence[tuple[int, str, Measure]], held_out: 
     lines, notes = [], []
     for hue, name, measure in chosen:
         points = measure.points if held_out else smooth_line(measure)
-        told = f"{name}: {measure.key}" + ("" if held_out else f", mean of {measure.window} logged points")
+        told = f"{name}: {measure.key}" + (
+            f", mean of {measure.window} logged points" if measure.window > 1 and not held_out else ""
+        )
         lines.append(Line(hue, "dots" if held_out else "bold", told, points, [f"{name}: {with_step(point)}" for point in points]))
     if len({measure.key for _, _, measure in chosen}) > 1 or not held_out:
         notes.append("Losses of different objectives are on different scales: compare shapes, not heights." * ("loss" in title))
