@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from diffvl.config.recipe import Data
+from diffvl.config.recipe import Stage
 from diffvl.conversion.control import CONTROL
 from diffvl.conversion.inputs import open_inputs
 from diffvl.conversion.plan import ConvertRequest, Plan, Step, check_targets, describe, make_plan
@@ -25,7 +25,7 @@ from diffvl.data.mixture import Mixture
 from diffvl.data.sample_dataset import SampleDataset
 from diffvl.decode.answer import Decoder
 from diffvl.errors import UsageError
-from diffvl.evaluation.evaluate import held_out_answers
+from diffvl.evaluation.evaluate import NUM_SAMPLES, held_out_answers, held_out_scores
 from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.prepare.run import prepare
 from diffvl.report.page import write_report
@@ -43,17 +43,19 @@ from diffvl.train.stage import Onlooker, require_machine, train
 SAMPLE_SETTINGS = DecodeSettings(max_new_tokens=48)
 
 
-def answering(start: Path, work: Path, data: Data, console: Console) -> Onlooker:
-    """Makes the onlooker that answers before training and again after it, and then writes the samples. The first answers are kept
-    in the unfinished directory `work`, for a resume."""
+def answering(start: Path, work: Path, stage: Stage, console: Console) -> Onlooker:
+    """Makes the onlooker that answers before training and again after it, and then writes the samples; and in evaluations, where
+    the stage wants it. The first answers are kept in the unfinished directory `work`, for a resume."""
     before = work / BEFORE_FILE
 
-    def answer(model: Any, processor: Any, held_out: SampleDataset | Mixture | None) -> list[dict[str, Any]]:
+    def answer(
+        model: Any, processor: Any, held_out: SampleDataset | Mixture | None, count: int = NUM_SAMPLES
+    ) -> list[dict[str, Any]]:
         if held_out is None:
             return []
         device = "cuda" if torch.cuda.is_available() else "cpu"
         decoder = Decoder(torch.nn.Module.to(model.eval(), device), processor)
-        return held_out_answers(decoder, held_out, data, SAMPLE_SETTINGS, console)
+        return held_out_answers(decoder, held_out, stage.data, SAMPLE_SETTINGS, console, count)
 
     def answer_before(*loaded: Any) -> None:
         if not before.is_file():
@@ -63,7 +65,11 @@ def answering(start: Path, work: Path, data: Data, console: Console) -> Onlooker
     def answer_after(*loaded: Any) -> None:
         _write(work / SAMPLES_FILE, read_json(before)["answers"], answer(*loaded))
 
-    return Onlooker(answer_before, answer_after)
+    def answer_during(*loaded: Any) -> dict[str, float]:
+        answered = answer(*loaded, count=stage.eval_answers)
+        return held_out_scores(answered) if answered else {}
+
+    return Onlooker(answer_before, answer_after, answer_during)
 
 
 def _write(file: Path, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
@@ -122,7 +128,7 @@ def _run_step(step: Step, resume: bool, data: StageData, console: Console) -> No
     """Runs one training from start to report; the directory gets its name when everything in it is written."""
     if step.name == CONTROL:
         say(console, ("\ncontrol", "bold"), ": next-token training from the same start, on the same samples, for as many steps")
-    onlooker = answering(step.start, checkpoint.partial(step.directory), step.recipe.stages[step.stage].data, console)
+    onlooker = answering(step.start, checkpoint.partial(step.directory), step.recipe.stages[step.stage], console)
     train(step.start, step.recipe, step.stage, step.directory, resume, console, onlooker, data)
     main_only(lambda: _finish(step.directory, console))
 

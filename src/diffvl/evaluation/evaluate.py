@@ -25,6 +25,7 @@ from diffvl.data.samples import Sample, collate, on_device
 from diffvl.data.source_records import iterate_source, source_at
 from diffvl.data.sources import eval_settings, own_settings
 from diffvl.data.table import open_records
+from diffvl.data.textscore import edit_similarity, is_exact
 from diffvl.decode.answer import Decoder, answer_chats, check_settings, context_length, load_for_decoding
 from diffvl.evaluation.questions import answer_turns, asked, chat_before
 from diffvl.evaluation.scored import BATCH_SIZE, answer_records
@@ -140,9 +141,14 @@ def own_objective(config: DiffVLConfig) -> Objective:
 
 
 def held_out_answers(
-    decoder: Decoder, held_out: SampleDataset | Mixture, data: Data, settings: DecodeSettings, console: Console
+    decoder: Decoder,
+    held_out: SampleDataset | Mixture,
+    data: Data,
+    settings: DecodeSettings,
+    console: Console,
+    count: int = NUM_SAMPLES,
 ) -> list[dict[str, Any]]:
-    """Answers of a model on a few held-out records (the first question of each), for the report.
+    """Answers of a model on up to `count` held-out records from all over the set, the first question of each.
 
     Returns:
         dicts with image (path or None), question, truth and answer.
@@ -150,7 +156,7 @@ def held_out_answers(
         DataError: if one of the records cannot be used and is not to be left out.
     """
     answered: list[dict[str, Any]] = []
-    records = _chosen(held_out, data)
+    records = _chosen(held_out, data, count)
     chunks = [records[start : start + BATCH_SIZE] for start in range(0, len(records), BATCH_SIZE)]
     for chunk in track(console, chunks, len(chunks), "answering held-out questions"):
         turns = [next(answer_turns(record)) for record in chunk]
@@ -170,10 +176,18 @@ def held_out_answers(
     return answered
 
 
-def _chosen(held_out: SampleDataset | Mixture, data: Data) -> list[Record]:
-    """Gives up to NUM_SAMPLES records from all over the set; those that cannot be used are left out, by the rule of
-    `on_error`."""
-    count = min(NUM_SAMPLES, len(held_out))
+def held_out_scores(answered: list[dict[str, Any]]) -> dict[str, float]:
+    """Scores what `held_out_answers` gave."""
+    pairs = [(one["answer"], one["truth"]) for one in answered]
+    return {
+        "exact_match": sum(is_exact(*pair) for pair in pairs) / len(pairs),
+        "edit_similarity": sum(edit_similarity(*pair) for pair in pairs) / len(pairs),
+    }
+
+
+def _chosen(held_out: SampleDataset | Mixture, data: Data, count: int) -> list[Record]:
+    """Gives up to `count` records from all over the set; those that cannot be used are left out, by the rule of `on_error`."""
+    count = min(count, len(held_out))
     stride = len(held_out) / count
     chosen = []
     for place in (int(number * stride) for number in range(count)):
