@@ -10,13 +10,14 @@ RUNS ?= runs
 MODELS ?= models
 SCALE ?= full
 CLIENTS ?= clients
+STUDY ?=
 
 BIN := $(VENV)/bin
 DIFFVL := $(BIN)/diffvl
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: help install test test-clients test-gpu test-slow lint types check demo demo-models recipe-llava clean
+.PHONY: help install test test-clients test-gpu test-slow lint types check demo demo-models recipe-llava study clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | while IFS=$$'\t' read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
@@ -105,6 +106,11 @@ else
 endif
 	$(LAUNCH) convert $(LLAVA_MODEL) --recipe llava --out $(LLAVA_OUT) $(addprefix --set ,$(LLAVA_SETTINGS) \
 	  stages.align.data.train=$(ALIGN_DATA) stages.diffuse.data.train=$(DIFFUSE_DATA))
+
+# --- the published methods against their AR twin ------------------------------------------------------------------------------
+
+study: demo-models ## the fidelity study, a night on two cores; again: goes on; STUDY="--only a,b --seeds 1" does a part
+	$(BIN)/python -m tools.study --out $(RUNS)/study --models $(MODELS) --page docs $(STUDY)
 
 clean: ## remove .venv and caches; runs and models stay
 	rm -rf .venv dist .pytest_cache .ruff_cache .import_linter_cache
