@@ -19,10 +19,10 @@ from diffvl.demo import standins
 from diffvl.errors import EXIT_CODE, DiffvlError, UsageError
 from diffvl.terminal.bars import duration, quiet_libraries
 from diffvl.terminal.console import complain, console, say, streams
-from tools.study.estimate import night_seconds
 from tools.study.page import write_study_page
+from tools.study.pilot import night_seconds, run_pilot
 from tools.study.results import read_pilot, read_results, write_pilot
-from tools.study.runs import Study, run_pilot, run_study
+from tools.study.runs import Study, run_study
 from tools.study.variants import NIGHT, PILOT, QUICK, VARIANTS
 
 SEEDS = "0,1,2"
@@ -59,7 +59,7 @@ def _main(given: argparse.Namespace, out: Console) -> None:
     if given.pilot:
         pilot = run_pilot(study, out)
         write_pilot(pilot, given.out / "results")
-        say(out, f"a step takes {pilot.step:.1f} s, an answer {pilot.answer:.2f} s")
+        say(out, f"the processor's seconds: {pilot.step:.1f} a step, {pilot.answer:.2f} an answer")
     elif not given.no_runs:
         _say_time(study, out)
         run_study(study, out)

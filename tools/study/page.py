@@ -8,7 +8,7 @@ from pathlib import Path
 from diffvl.report.chart import Chart, Line, axis_note, ticks_of_shares, ticks_up_to, ticks_with_zero
 from diffvl.store.files import replace_text
 from diffvl.terminal.bars import duration, number
-from tools.study.estimate import night_seconds
+from tools.study.pilot import night_seconds
 from tools.study.results import PILOT_FILE, Curve, Pilot, Result, Sorted, by_variant, read_pilot, read_results, steps_to
 from tools.study.variants import NIGHT, TWIN, VARIANTS
 from tools.study.verdicts import CLAIMS, CLOSE, FASTER, KEPT, UNDECIDED, Verdict, judge_all, share, speedup
@@ -46,8 +46,8 @@ give wide intervals: only what all of them show clearly is decided.
 
 * converges faster: exact match on held-out questions, the mean over the evaluations after step 0, less that of the other; bound 0
 * trains more steadily: the logarithm of how many times less the gradient's norm varies; bound 0. (Gradient noise: its variance
-  over its squared mean, from the differences between neighbouring steps in the second half of a run. What the masks alone add to it
-  is measured by `tools/variance`, see `docs/objective.md`.)
+  over its squared mean, from the differences between neighbouring steps in the second half of a run. What the masks alone add to
+  it is measured by `tools/variance`, see `docs/objective.md`.)
 * ends better: exact match on the test questions, less that of the other; bound 0
 * close to AR: exact match over that of the AR twin; bound {CLOSE:g}
 * faster than AR: tokens per second over those of the twin, timed by turns, at the fastest way to decode that keeps {KEPT:g} of
@@ -118,12 +118,11 @@ def _cost(results: Sequence[Result], pilot: Pilot | None) -> Iterator[str]:
         runs = [(key, seed) for seed in SEEDS for key in VARIANTS if VARIANTS[key].skipped() is None]
         machine = pilot.machine
         yield (
-            f"**Estimate.** {len(runs)} runs of {NIGHT.steps} steps of 8, {len(SEEDS)} seeds: about "
-            f"{night_seconds(pilot, NIGHT, runs) / 3600:.1f} h. Basis: a pilot of {machine['steps']} steps of ({pilot.variant}), the "
-            f"dearest form, as which all are priced; {pilot.step:.1f} s a step, {pilot.align_step:.1f} s a step of align, "
-            f"{pilot.answer:.2f} s an answer; {machine['cores']} cores of {machine['cpu']}, torch {machine['torch']}, "
-            f"{machine['date']}. Load after the pilot: {machine['load']}. Where that is above {machine['cores']}, other work took "
-            "its part of the machine, and the estimate is too high by about so much.\n"
+            f"**Estimate.** {len(runs)} runs of {NIGHT.steps} steps of 8, {len(SEEDS)} seeds, measuring included: about "
+            f"{night_seconds(pilot, NIGHT, runs) / 3600:.1f} h on {machine['cores']} cores that do nothing else. Basis: a "
+            f"pilot of {machine['steps']} steps of ({pilot.variant}), the dearest form, as which all are priced, on "
+            f"{machine['cores']} cores of {machine['cpu']}, torch {machine['torch']}, {machine['date']}. The processor's seconds, over all cores: "
+            f"{pilot.step:.1f} a step, {pilot.align_step:.1f} a step of align, {pilot.answer:.2f} an answer in batches of 8.\n"
         )
 
 

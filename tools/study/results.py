@@ -52,7 +52,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Pilot:
-    """A run of a few steps, for what it costs. step, align_step, answer: seconds of each, the last in batches."""
+    """A run of a few steps, for what it costs. step, align_step, answer: the processor's seconds of each, the last in batches."""
 
     variant: str
     align_step: float

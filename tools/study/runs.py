@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from diffvl.bench.machine import describe_machine, load_average
+from diffvl.bench.machine import describe_machine
 from diffvl.bench.turns import Player, answer_in_turns, speed_of
 from diffvl.compare.compare import spread_out
 from diffvl.compare.settings import ways_to_decode
@@ -23,10 +23,9 @@ from diffvl.decode.answer import Decoder, load_for_decoding
 from diffvl.demo.shapes import write_shapes
 from diffvl.evaluation.questions import questions
 from diffvl.evaluation.scored import answer_records
-from diffvl.store.metrics import read_json_lines
 from diffvl.terminal.bars import duration
 from diffvl.terminal.console import say
-from tools.study.results import Decoded, Pilot, Result, curves_of, result_file, write_result
+from tools.study.results import Decoded, Result, curves_of, result_file, write_result
 from tools.study.variants import TWIN, VARIANTS, Size, Variant, write_recipe
 
 DIFFUSE, WEIGHTS = "diffuse", "*.safetensors"
@@ -167,39 +166,3 @@ def _drop_weights(directory: Path) -> None:
     """Leaves of a measured run what is small."""
     for file in directory.glob(WEIGHTS):
         file.unlink()
-
-
-# --- what it will cost -----------------------------------------------------------------------------------------------------
-
-
-def run_pilot(study: Study, console: Console) -> Pilot:
-    """Runs a few steps of the dearest variant, and times them."""
-    variant = VARIANTS["f"]
-    align_scenes, train_scenes, test_scenes = study.size.scenes
-    write_shapes(study.data, align=align_scenes, train=train_scenes, test=test_scenes)
-    directory = train(study, variant, 0, console)
-    decoder = load_for_decoding(directory)
-    records = list(iterate_records(study.data / "test.json"))[: study.size.test]
-    began = time.monotonic()
-    ways = ask(decoder, records, study.size, console)
-    answers = sum(len(way.exact) for way in ways.values())
-    machine = describe_machine() | {"steps": study.size.steps, "load": load_average()}
-    return Pilot(
-        variant=variant.key,
-        align_step=step_seconds(study.root(0) / "align"),
-        step=step_seconds(directory),
-        answer=(time.monotonic() - began) / answers,
-        ways=len(ways),
-        machine=machine,
-    )
-
-
-def step_seconds(directory: Path) -> float:
-    """Computes the mean time between the first logged step and the last, evaluations left out."""
-    lines = read_json_lines(directory / "metrics.jsonl")
-    taken, before = [], None
-    for line in lines:
-        if "loss" in line and before is not None:
-            taken.append(line["seconds"] - before)
-        before = line["seconds"]
-    return sum(taken) / len(taken)

@@ -98,7 +98,7 @@ class Size:
 
 # 300 steps of 8: twice those of `make demo`, so that curves have an end; one night on two cores holds three seeds of seven.
 NIGHT = Size(300, 45, 50, 40, 64, 200, 12, 2, 64, (1000, 2400, 200))
-PILOT = Size(4, 2, 4, 8, 8, 8, 4, 1, 64, (1000, 2400, 200))
+PILOT = Size(3, 2, 3, 2, 2, 4, 4, 1, 64, (1000, 2400, 200))
 _TINY = ("prepare.connector={kind: linear}", "prepare.vision_layer=-2", "prepare.image_size=null")
 _TINY_STAGES = tuple(
     f"stages.{stage}.{setting}"
