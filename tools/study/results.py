@@ -64,7 +64,7 @@ class Pilot:
 
 def write_result(result: Result, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    replace_text(result_file(folder, result.variant, result.seed), json.dumps(asdict(result), indent=1) + "\n")
+    replace_text(result_file(folder, result.variant, result.seed), json.dumps(asdict(result)) + "\n")
 
 
 def result_file(folder: Path, variant: str, seed: int) -> Path:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from diffvl.compare.compare import Compared, CompareRequest, compare
 from diffvl.compare.page import write_page
+from diffvl.compare.settings import NEW_TOKENS
 from diffvl.conversion.control import CONTROL
 from diffvl.conversion.plan import COMPARED, ConvertRequest
 from diffvl.conversion.run import convert
@@ -28,6 +29,6 @@ def convert_with_control(request: ConvertRequest) -> tuple[Path, Compared | None
     if request.resume and page.is_file():
         say(console, ("compare", "bold"), f": finished already, kept: {page}")
         return directory, None
-    compared = compare(CompareRequest((str(directory.parent / CONTROL), str(directory))), console)
+    compared = compare(CompareRequest((str(directory.parent / CONTROL), str(directory)), max_new_tokens=NEW_TOKENS), console)
     write_page(compared, page)
     return directory, compared
