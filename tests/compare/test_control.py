@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from helpers import metrics, weights_of
 from pages import Page
 from tiny_runs import refused, stage, succeed, write_recipe
 
-from diffvl.compare import compare as comparing
 from diffvl.compare import control
+from diffvl.compare.compare import CompareRequest
 from diffvl.config.objectives import ArObjective
 from diffvl.config.resolve import read_yaml, resolve
 from diffvl.demo import standin_dllms
@@ -35,13 +36,12 @@ def recipe(tower: Path, shapes: dict[str, Path], tmp_path: Path) -> Path:
 def test_the_control_differs_by_its_objective_alone_and_a_page_compares_both(
     run: tiny_runs.Run, recipe: Path, tower: Path, shapes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(comparing, "ROUNDS", 1)
-    monkeypatch.setattr(comparing, "TIMED", 1)
     monkeypatch.setattr(control, "NEW_TOKENS", 3)
+    monkeypatch.setattr(control, "CompareRequest", partial(CompareRequest, speed=False))
     out = tmp_path / "out"
     words = ("convert", "--from", run.align, "--stage", "diffuse", "--recipe", recipe, "--out", out, "--control")
     planned = succeed(*words, "--dry-run").out
-    assert f"control ar; trains connector 0.001, trunk 0.001 with LoRA; 2 steps" in planned and not out.exists()
+    assert "control ar; trains connector 0.001, trunk 0.001 with LoRA; 2 steps" in planned and not out.exists()
     assert f"compare {out}/control and {out}/diffuse -> {out}/compare.html" in planned
     ended = succeed(*words)
     assert f"wrote {out}/diffuse" in ended.out and "control" in ended.out and f"page: {out}/compare.html" in ended.out
@@ -91,8 +91,7 @@ def test_a_control_without_a_meaning_is_refused_before_anything(
 def test_a_diffusion_language_model_has_no_control(
     dllm: Callable[[str], Path], tower: Path, shapes: dict[str, Path], tmp_path: Path
 ):
-    name = next(iter(standin_dllms.DLLMS)) if hasattr(standin_dllms, "DLLMS") else "llada"
     shown = stage("diffuse", shapes["train"], data={"holdout": 1})
     recipe = write_recipe(tmp_path / "r.yaml", tower, diffuse=shown)
-    words = ("convert", dllm(name), "--recipe", recipe, "--out", tmp_path / "out", "--control")
+    words = ("convert", dllm(standin_dllms.DLLMS[0]), "--recipe", recipe, "--out", tmp_path / "out", "--control")
     refused(*words, says=["--control has no meaning for", "a diffusion language model"])

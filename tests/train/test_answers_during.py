@@ -35,7 +35,6 @@ def test_answering_changes_nothing_of_a_run(
             "eval_every": 1,
             "eval_limit": 2,
             "objective": BLOCKS,
-            "attention": attention,
         }
         section = stage("diffuse", shapes["train"], **more, eval_answers=answers, lora={"rank": 2, "dropout": 0.1})
         recipe = write_recipe(tmp_path / f"{answers}.yaml", tower, diffuse=section)
@@ -46,7 +45,8 @@ def test_answering_changes_nothing_of_a_run(
     found = [dict(line) for line in answered if "eval_exact_match" in line]
     assert [line["step"] for line in found] == [0, 1, 2] and all(0 <= line["eval_edit_similarity"] <= 1 for line in found)
     for line in answered:
-        line.pop("eval_exact_match", None), line.pop("eval_edit_similarity", None)
+        for name in ("eval_exact_match", "eval_edit_similarity"):
+            line.pop(name, None)
     assert answered == plain
     weights, expected = map(weights_of, directories)
     assert all(torch.equal(value, expected[name]) for name, value in weights.items())

@@ -118,11 +118,11 @@ def _cost(results: Sequence[Result], pilot: Pilot | None) -> Iterator[str]:
         runs = [(key, seed) for seed in SEEDS for key in VARIANTS if VARIANTS[key].skipped() is None]
         machine, hours = pilot.machine, night_seconds(pilot, NIGHT, runs) / 3600
         yield (
-            f"**Estimate.** {len(runs)} runs of {NIGHT.steps} steps of 8, {len(SEEDS)} seeds, measuring included: about {hours:.1f} h "
-            f"on {machine['cores']} cores that do nothing else. Basis: a pilot of {machine['steps']} steps of ({pilot.variant}), the "
-            f"dearest form, as which all are priced, on {machine['cores']} cores of {machine['cpu']}, torch {machine['torch']}, "
-            f"{machine['date']}. The processor's seconds, over all cores: {pilot.step:.1f} a step, {pilot.align_step:.1f} a step of "
-            f"align, {pilot.answer:.2f} an answer in batches of 8.\n"
+            f"**Estimate.** {len(runs)} runs of {NIGHT.steps} steps of 8, {len(SEEDS)} seeds, measuring included: about "
+            f"{hours:.1f} h on {machine['cores']} cores that do nothing else. Basis: a pilot of {machine['steps']} steps of "
+            f"({pilot.variant}), the dearest form, as which all are priced, on {machine['cores']} cores of {machine['cpu']}, "
+            f"torch {machine['torch']}, {machine['date']}. The processor's seconds, over all cores: {pilot.step:.1f} a step, "
+            f"{pilot.align_step:.1f} a step of align, {pilot.answer:.2f} an answer in batches of 8.\n"
         )
 
 
