@@ -19,7 +19,7 @@ from diffvl.demo import standins
 from diffvl.errors import EXIT_CODE, DiffvlError, UsageError
 from diffvl.terminal.bars import duration, quiet_libraries
 from diffvl.terminal.console import complain, console, say, streams
-from tools.study.page import write_study_page
+from tools.study.page import FOLDER, write_study_page
 from tools.study.pilot import night_seconds, run_pilot
 from tools.study.results import read_pilot, read_results, write_pilot
 from tools.study.runs import Study, run_study
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", default=SEEDS, help="seeds, with commas")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="assignments", help="a setting of all runs")
     parser.add_argument("--keep", action="store_true", help="keep the weights of measured runs")
-    parser.add_argument("--no-runs", action="store_true", help="only the page")
+    parser.add_argument("--no-runs", action="store_true", help="only the page, of the results beside it in FOLDER")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--pilot", action="store_true", help="a few steps of one variant, to know what a step costs")
     kind.add_argument("--quick", action="store_true", help="tiny stand-ins; the figures mean nothing")
@@ -63,7 +63,9 @@ def _main(given: argparse.Namespace, out: Console) -> None:
     elif not given.no_runs:
         _say_time(study, out)
         run_study(study, out)
-    page = write_study_page(given.out / "results", given.page or given.out, quick=given.quick)
+    folder = given.page or given.out
+    results = folder / FOLDER if given.no_runs else given.out / "results"
+    page = write_study_page(results, folder, quick=given.quick)
     say(out, "page: ", (str(page), "bold"))
 
 

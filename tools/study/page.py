@@ -99,7 +99,7 @@ def _variants(found: Sorted) -> Iterator[str]:
     rows = []
     for key, variant in VARIANTS.items():
         seeds = ", ".join(map(str, sorted(found.get(key, {}))))
-        state = seeds or (f"skipped: {reason}" if (reason := variant.skipped()) else "not run yet")
+        state = seeds or "not run yet" + (f"; it needs the recipe `{variant.recipe}`" if variant.recipe else "")
         rows.append([f"({key})", variant.about, state])
     yield table(["", "form", "seeds"], rows)
 
@@ -115,7 +115,7 @@ def _cost(results: Sequence[Result], pilot: Pilot | None) -> Iterator[str]:
             f"{first.settings['test']} test questions, {first.settings['answers']} answered in each evaluation during training.\n"
         )
     elif pilot is not None:
-        runs = [(key, seed) for seed in SEEDS for key in VARIANTS if VARIANTS[key].skipped() is None]
+        runs = [(key, seed) for seed in SEEDS for key in VARIANTS if VARIANTS[key].recipe is None]
         machine, hours = pilot.machine, night_seconds(pilot, NIGHT, runs) / 3600
         yield (
             f"**Estimate.** {len(runs)} runs of {NIGHT.steps} steps of 8, {len(SEEDS)} seeds, measuring included: about "
