@@ -11,13 +11,14 @@ SCALE ?= full
 CLIENTS ?= clients
 GPU_OUT ?= gpu-report
 GPU_PYTHON ?= $(VENV)/bin/python
+STUDY ?=
 
 BIN := $(VENV)/bin
 DIFFVL := $(BIN)/diffvl
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: help install test test-clients test-gpu gpu-report test-slow lint types check demo demo-models recipe-llava clean
+.PHONY: help install test test-clients test-gpu gpu-report test-slow lint types check demo demo-models recipe-llava study clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | while IFS=$$'\t' read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
@@ -91,6 +92,11 @@ RECIPE_WORDS = --scale '$(SCALE)' $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(MO
 
 recipe-llava: $(STAMP) ## DiffusionVL's two stages: data, plan, training, figures (docs/scale.md); SCALE=smoke YES=1: in a minute
 	@$(BIN)/python -m tools.recipe_llava $(RECIPE_WORDS)
+
+# --- the published methods against their AR twin ------------------------------------------------------------------------------
+
+study: demo-models ## the fidelity study, a night on two cores; again: goes on; STUDY="--only a,b --seeds 1" does a part
+	$(BIN)/python -m tools.study --out $(RUNS)/study --models $(MODELS) --page docs $(STUDY)
 
 clean: ## remove .venv and caches; runs and models stay
 	rm -rf .venv dist .pytest_cache .ruff_cache .import_linter_cache

@@ -103,7 +103,7 @@ def test_convert_takes_every_word_of_the_command(monkeypatch: pytest.MonkeyPatch
     given = {"seed": 1, "stages.align.data.eval": Path("held out.json"), "stages.align.trainable": {"connector": 1e-5}}
     assert diffvl.convert(**words, settings=given) == Path("done")
     (request,) = seen
-    assert {field.name for field in fields(ConvertRequest)} == words.keys() | {"assignments"}
+    assert {field.name for field in fields(ConvertRequest)} == words.keys() | {"assignments", "control"}
     paths = {name: Path(words[name]) for name in ("data", "start", "out")}
     expected = {**words, **paths, "model": "dir"}
     assert {name: getattr(request, name) for name in words} == expected
@@ -117,6 +117,8 @@ def test_convert_takes_every_word_of_the_command(monkeypatch: pytest.MonkeyPatch
 def test_convert_without_words_asks_for_what_the_command_asks_for():
     with pytest.raises(UsageError, match="name a MODEL"):
         diffvl.convert()
+    with pytest.raises(UsageError, match="name a MODEL"):
+        diffvl.convert(control=True)
 
 
 def test_settings_reach_the_recipe_and_any_file_name_does(source: Callable[[str], Path], tower: Path, tmp_path: Path):
@@ -181,3 +183,7 @@ def test_evaluate_asks_for_what_the_command_asks_for(monkeypatch: pytest.MonkeyP
     assert diffvl.evaluate("dir", "test.json", limit=1) == {"exact_match": 1.0}
     assert succeed("evaluate", "dir", "--data", "test.json", "--limit", 1, "--json").out == '{"exact_match": 1.0}\n'
     assert asked[0] == asked[1] == (Path("dir"), Path("test.json"), 1, DecodeSettings())
+    diffvl.evaluate("dir", "test.json", denoising_steps=2)
+    assert asked[2] == (Path("dir"), Path("test.json"), None, DecodeSettings(denoising_steps=2))
+    with pytest.raises(UsageError, match="no setting of decoding is called step"):
+        diffvl.evaluate("dir", "test.json", step=2)

@@ -38,6 +38,7 @@ def convert(
     machine: str | None = None,
     measure: bool = False,
     trust_remote_code: bool = False,
+    control: bool = False,
 ) -> Path:
     """Converts a model, as `diffvl convert` does: prepares it, trains the stages, writes a checkpoint after each.
 
@@ -54,8 +55,9 @@ def convert(
         dry_run: True checks everything, prints the plan and writes nothing.
         machine: with `dry_run`, the GPUs to plan for, such as "8x80GB"; measure: True takes a few real steps of each stage.
         trust_remote_code: True runs the Python code that the checkpoint brings along.
+        control: True trains next-token finetuning beside it, and writes a page that compares both.
     Returns:
-        the last directory written (with `dry_run`: the folder of the run).
+        the last directory written, which is not that of the control (with `dry_run`: the folder of the run).
     Raises:
         DiffvlError: on a mistake of the caller, most of them before any work. What was finished stays.
     """
@@ -78,9 +80,14 @@ def convert(
         machine=machine,
         measure=measure,
         trust_remote_code=trust_remote_code,
+        control=control,
     )
     with Writing():
-        return run_convert(request)
+        if not control:
+            return run_convert(request)
+        from diffvl.compare.control import convert_with_control
+
+        return convert_with_control(request)[0]
 
 
 def load(directory: PathName) -> "Decoder":
@@ -136,24 +143,24 @@ def generate(
         raise UsageError(str(error)) from error
 
 
-def evaluate(directory: PathName, data: PathName, limit: int | None = None) -> dict[str, float | int | str]:
+def evaluate(directory: PathName, data: PathName, limit: int | None = None, **settings: Any) -> dict[str, float | int | str]:
     """Measures a checkpoint on held-out answers, as `diffvl evaluate` does.
 
     Args:
         directory: a checkpoint that `convert` wrote.
         data: the records with the true answers.
         limit: only so many records are looked at.
+        settings: how to decode, as for `generate`.
     Returns:
         figures by name: masked-token loss and accuracy, exact match, edit similarity, and what was counted.
     Raises:
         DiffvlError: if the checkpoint or a record cannot be used.
     """
-    from diffvl.decode.answer import DecodeSettings
     from diffvl.evaluation.evaluate import evaluate_directory
     from diffvl.terminal.bars import quiet_libraries
 
     quiet_libraries()
-    return evaluate_directory(Path(directory), Path(data), limit, DecodeSettings())
+    return evaluate_directory(Path(directory), Path(data), limit, _decode_settings(settings))
 
 
 def _path(name: PathName | None) -> Path | None:

@@ -28,6 +28,7 @@ VERBS = [
     "bench decode",
     "bench train",
     "chat",
+    "compare",
     "convert",
     "doctor",
     "evaluate",
@@ -49,7 +50,11 @@ FLAGS = {
     "": {"--version"},
     "convert": {
         *("MODEL", "--stage", "--recipe", "--data", "--from", "--out", "--lora", "--set", "--resume", "--dry-run"),
-        *("--accept-changed-data", "--trust-remote-code", "--for", "--measure"),
+        *("--accept-changed-data", "--trust-remote-code", "--control", "--for", "--measure"),
+    },
+    "compare": {
+        *("RUN...", "--data", "--out", "--limit", "--max-new-tokens", "--speed", "--no-speed", "--seed", "--json"),
+        "--trust-remote-code",
     },
     "generate": {"DIR", "--image", "--video", "--prompt", "--batch", "--batch-size", "--stream", "--watch", "--json", *DECODING},
     "chat": {"DIR", *DECODING},
@@ -121,7 +126,7 @@ def test_the_flags_of_decoding_are_its_settings():
     without = {"do_sample", "cache_implementation", "compile_config", "disable_compile"}
     without |= {"eos_token_id", "pad_token_id", "tokenizer", "return_dict_in_generate"}
     assert set(SETTINGS) == set(fields) - without
-    for verb in (cli_decode.generate, cli_decode.chat):
+    for verb in (cli_decode.generate, cli_decode.chat, cli.evaluate):
         found = inspect.signature(verb).parameters
         for name in SETTINGS:
             about, default = fields[name].metadata, fields[name].default
@@ -216,7 +221,7 @@ def test_words_of_generate_that_exclude_each_other(words: str, says: str, run_cl
     assert run_cli("generate", "dir", *words.split()) == (2, "", f"error: {says}\n")
 
 
-@pytest.mark.parametrize("verb", ["generate dir --prompt x", "chat dir"])
+@pytest.mark.parametrize("verb", ["generate dir --prompt x", "chat dir", "evaluate dir --data x.json"])
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -324,9 +329,10 @@ def test_convert_passes_every_flag_on(run_cli, monkeypatch: pytest.MonkeyPatch):
         "machine": None,
         "measure": False,
         "trust_remote_code": True,
+        "control": False,
     }
     nothing = dict.fromkeys(("model", "stage", "recipe", "data", "start", "out"))
-    no_flags = dict.fromkeys(("lora", "resume", "accept_changed_data", "trust_remote_code"), False)
+    no_flags = dict.fromkeys(("lora", "resume", "accept_changed_data", "trust_remote_code", "control"), False)
     assert seen[1] == nothing | no_flags | {
         "assignments": (),
         "dry_run": True,
@@ -349,7 +355,33 @@ def test_evaluate_prints_a_table_or_json(run_cli, monkeypatch: pytest.MonkeyPatc
     code, out, _ = run_cli("evaluate", "dir", "--data", "d.json")
     assert code == 0 and all(word in out for word in ("masked_accuracy", "0.2500", "records", "3"))
     assert json.loads(run_cli("evaluate", "dir", "--data", "d.json", "--limit", "3", "--json")[1]) == figures
-    assert seen == [(Path("dir"), Path("d.json"), None, DecodeSettings()), (Path("dir"), Path("d.json"), 3, DecodeSettings())]
+    assert run_cli("evaluate", "dir", "--data", "d.json", "--steps", "2", "--stop", "END")[0] == 0
+    of_file = (Path("dir"), Path("d.json"))
+    assert seen[:2] == [(*of_file, None, DecodeSettings()), (*of_file, 3, DecodeSettings())]
+    assert seen[2:] == [(*of_file, None, DecodeSettings(denoising_steps=2, stop_strings=("END",)))]
+
+
+def test_convert_with_its_control_ends_with_the_comparison(run_cli, monkeypatch: pytest.MonkeyPatch):
+    seen: list[Settings] = []
+
+    def convert_with_control(request: Settings) -> tuple[Path, None]:
+        seen.append(request)
+        return Path("runs/x/diffuse"), None
+
+    def convert(request: Settings) -> Path:
+        raise AssertionError("without the control")
+
+    pretend(monkeypatch, "diffvl.conversion.run", ConvertRequest=Settings.make, convert=convert)
+    pretend(monkeypatch, "diffvl.compare.control", convert_with_control=convert_with_control)
+    assert run_cli("convert", "m", "--control") == (0, "", "")
+    assert seen[0].values["control"] is True
+
+
+def test_compare_refuses_an_out_that_it_could_not_write_before_anything(run_cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("diffvl.compare.compare.compare", None)
+    for out, says in ((tmp_path, "it is a directory"), (tmp_path / "none" / "x.html", "is no directory")):
+        code, printed, err = run_cli("compare", "a", "b", "--out", str(out))
+        assert (code, printed) == (2, "") and err.startswith(f"error: --out {out} cannot be written: ") and says in err
 
 
 @pytest.mark.parametrize(

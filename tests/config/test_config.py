@@ -87,6 +87,7 @@ def test_a_recipe_resolves_to_its_values_and_the_defaults():
         ("stages.align.lora", {"rank": 4}, "stages.align: lora has no effect unless trunk is in trainable"),
         ("stages.align.trainable", {"mask_row": 1e-3}, "stages.align: mask_row has no effect under the ar objective"),
         ("stages.align.eval_every", 5, "stages.align: eval_every has no effect without data.eval or data.holdout"),
+        ("stages.align.eval_answers", 5, "stages.align: eval_answers has no effect without eval_every"),
         (
             "stages.align.data",
             {"eval": "e.json", "holdout": 3},

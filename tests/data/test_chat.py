@@ -16,7 +16,7 @@ from diffvl.data.samples import encode_record, messages_of, sample_of
 from diffvl.data.table import open_records
 from diffvl.decode.answer import user_message
 from diffvl.errors import DataError, UsageError
-from diffvl.evaluation.evaluate import answer_turns, questions
+from diffvl.evaluation.questions import answer_turns, questions
 
 DRAFTED = (
     Turn("user", "What?"),

@@ -4,12 +4,12 @@ import base64
 import io
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from pages import Page
 from PIL import Image
 from rich.console import Console
 
@@ -17,38 +17,6 @@ from diffvl.data.textscore import is_exact
 from diffvl.errors import CheckpointError, ConfigError
 from diffvl.report.page import write_report
 from diffvl.report.stage_run import print_summary
-
-VOID = {"meta", "img", "br"}
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, visible text, and a check that every tag is closed in order."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self._open: list[str] = []
-        self.feed(html)
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
 
 
 def write_metrics(directory: Path, lines: list[dict[str, Any]]) -> None:

@@ -23,16 +23,15 @@ from rich.console import Console
 from diffvl.bench.comparison import AnswersRow, Comparison
 from diffvl.bench.decode import DecodeBench, refuse_idle_arguments
 from diffvl.bench.machine import describe_run, load_average, pick_device
-from diffvl.bench.timing import schedule
+from diffvl.bench.turns import Player, answer_in_turns
 from diffvl.bench.workload import load_block_decoder
-from diffvl.data.records import Record
 from diffvl.data.source_records import iterate_source, source_at
-from diffvl.data.textscore import edit_similarity, is_exact
-from diffvl.decode.answer import Answer, Decoder, answer_chats
+from diffvl.decode.answer import Decoder
 from diffvl.errors import UsageError
-from diffvl.evaluation.evaluate import chat_before, questions, reading_of
+from diffvl.evaluation.evaluate import reading_of
+from diffvl.evaluation.questions import questions
+from diffvl.evaluation.scored import Question, ScoredAnswer
 from diffvl.hub.settings_diffvl import DecodeSettings
-from diffvl.terminal.bars import track
 
 NEW_TOKENS = 128
 THRESHOLDS = (1.0, 0.95, 0.9, 0.8, 0.6)  # of the sweep
@@ -56,15 +55,6 @@ class AnswersBench:
     def in_blocks(self, threshold: float) -> DecodeSettings:
         """Settings under which the tokens above a confidence settle."""
         return DecodeSettings(max_new_tokens=self.new_tokens, remasking="low_confidence_dynamic", threshold=threshold)
-
-
-@dataclass(frozen=True)
-class ScoredAnswer:
-    """An answer, and how near it is to the true one."""
-
-    answer: Answer
-    exact: bool
-    similarity: float
 
 
 # --- the sweep -------------------------------------------------------------------------------------------------------------
@@ -126,7 +116,7 @@ def _figures(row: AnswersRow) -> str:
 # --- both ------------------------------------------------------------------------------------------------------------------
 
 
-def load_questions(request: AnswersBench) -> tuple[Decoder, list[tuple[Record, int]]]:
+def load_questions(request: AnswersBench) -> tuple[Decoder, list[Question]]:
     """Loads the checkpoint, and (record, turn) of each question.
 
     Raises:
@@ -144,15 +134,9 @@ def answer_all(
     """Answers every question under each of the settings, which have names; returns what it ran on, and the answers by name."""
     load_before = load_average()
     decoder, turns = load_questions(request)
-    scored: dict[str, list[ScoredAnswer]] = {name: [] for name in settings}
-    for chosen in settings.values():
-        answer_chats(decoder, [chat_before(*turns[0], decoder.processor.sampler)], chosen, shorten=True)  # warms up
-    plan = schedule(list(settings), len(turns))
-    for number, name in track(console, plan, len(plan), "answering"):
-        record, turn = turns[number]
-        (answer,) = answer_chats(decoder, [chat_before(record, turn, decoder.processor.sampler)], settings[name], shorten=True)
-        truth = record.turns[turn].text
-        scored[name].append(ScoredAnswer(answer, is_exact(answer.text, truth), edit_similarity(answer.text, truth)))
+    players = {name: Player(decoder, chosen) for name, chosen in settings.items()}
+    calls = answer_in_turns(players, [[question] for question in turns], 1, console, "answering")
+    scored = {name: [one for call in of_player for one in call] for name, of_player in calls.items()}
     model, config = decoder.model, decoder.model.config
     run = describe_run(model.device, model.trunk.dtype, load_before) | {
         "model": f"{request.directory} ({config.text_config.model_type})",

@@ -18,7 +18,8 @@ from diffvl.config.recipe import Data
 from diffvl.data.records import iterate_records
 from diffvl.decode.answer import Decoder, context_length, encode, load_for_decoding
 from diffvl.errors import UsageError
-from diffvl.evaluation.evaluate import answer_turns, chat_before, reading_of
+from diffvl.evaluation.evaluate import reading_of
+from diffvl.evaluation.questions import answer_turns, chat_before
 from diffvl.hub.processing_diffvl import pixels_in
 
 # Tokens of the prompts of a batch, repeated for larger ones; the first is that of batch 1.

@@ -14,6 +14,7 @@ import typer
 
 from diffvl.cli.bench import bench
 from diffvl.cli.benchmarks import BatchSize, IncludePath, Tasks, evaluate_tasks, exclude_tasks_flags
+from diffvl.cli.compare import compare, print_compared
 from diffvl.cli.decode import chat, generate
 from diffvl.cli.export import export, push
 from diffvl.cli.output import print_json, print_line, print_table
@@ -89,6 +90,9 @@ def convert(
     ] = None,
     measure: Annotated[bool, typer.Option("--measure", help="With --dry-run: time a few real steps of each stage.")] = False,
     trust_remote_code: TrustRemoteCode = False,
+    control: Annotated[
+        bool, typer.Option("--control", help="Train next-token finetuning beside it, and compare both on one page.")
+    ] = False,
 ) -> None:
     """Convert MODEL: connect a vision tower, align it, train block diffusion, write a checkpoint."""
     for flag, name in {
@@ -118,8 +122,17 @@ def convert(
         machine=machine,
         measure=measure,
         trust_remote_code=trust_remote_code,
+        control=control,
     )
-    run_convert(request)
+    if not control:
+        run_convert(request)
+        return
+    from diffvl.compare.control import convert_with_control
+    from diffvl.conversion.plan import COMPARED
+
+    directory, compared = convert_with_control(request)
+    if compared is not None:
+        print_compared(compared, directory.parent / COMPARED)
 
 
 def _check_name(flag: str, name: str) -> None:
@@ -172,6 +185,7 @@ def evaluate(
         print_table(["figure", "value"], rows)
 
 
+app.command(epilog="Example:  diffvl compare runs/demo/control runs/demo/diffuse --out compare.html")(compare)
 app.command(epilog="Example:  diffvl export runs/qwen3-4b/diffuse --layout sdar_v -o exports/qwen3-4b-sdar-vl")(export)
 app.command(epilog="Example:  diffvl push exports/qwen3-4b-sdar-vl OWNER/NAME, and the same with --yes")(push)
 

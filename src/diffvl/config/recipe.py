@@ -294,6 +294,9 @@ class Stage(Section):
     keep_checkpoints: int = Field(default=2, ge=1)
     eval_every: int | None = Field(default=None, ge=1)
     eval_limit: int = Field(default=64, ge=1, description="held-out records used in an evaluation during training")
+    eval_answers: int = Field(
+        default=0, ge=0, description="held-out records whose first question is also answered in each evaluation: eval_exact_match"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "Stage":
@@ -309,6 +312,10 @@ class Stage(Section):
             raise ValueError("a stream has no known end: give steps in place of epochs, or leave out data.streaming")
         if self.eval_every is not None and self.data.eval is None and self.data.holdout == 0:
             raise ValueError("eval_every has no effect without data.eval or data.holdout")
+        if self.eval_answers and self.eval_every is None:
+            raise ValueError("eval_answers has no effect without eval_every")
+        if self.eval_answers and self.sharding in ("full", "full_bf16"):
+            raise ValueError(f"eval_answers asks a whole model, which no process has with sharding: {self.sharding}")
         return self
 
 

@@ -11,10 +11,10 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from diffvl.attention.choose import choose
-from diffvl.config.recipe import Data, Stage, StageName
+from diffvl.config.recipe import Data, Stage
 from diffvl.config.sources import DataSource
 from diffvl.config.supported import is_vlm
-from diffvl.conversion.plan import Plan
+from diffvl.conversion.plan import Plan, Step
 from diffvl.conversion.resume import is_finished
 from diffvl.data.fingerprint import require_same_data
 from diffvl.data.loader import StageData, check_images, load_data
@@ -37,10 +37,10 @@ _NOWHERE = DataSource(path="data that no recipe names")
 
 @dataclass(frozen=True)
 class Inputs:
-    """parts: of the AR checkpoint, None where a DiffVL directory is there already. data: of each stage to come."""
+    """parts: of the AR checkpoint, None where a DiffVL directory is there already. data: of each step to come, by its name."""
 
     parts: Parts | None
-    data: dict[StageName, StageData]
+    data: dict[str, StageData]
 
 
 def open_inputs(plan: Plan, accept_changed_data: bool, console: Console, only_to_plan: bool = False) -> Inputs:
@@ -56,27 +56,27 @@ def open_inputs(plan: Plan, accept_changed_data: bool, console: Console, only_to
     parts = None
     if plan.source is not None and not is_finished(plan.start):
         parts = read_parts(plan.source, plan.recipe, plan.source_config)
-    to_come = stages_to_come(plan)
+    to_come = steps_to_come(plan)
     if not to_come:
         return Inputs(parts, {})
     if parts is not None:
         stock, processor = parts.config, parts.processor
     else:
-        config, processor = checkpoint.load_description(start_of(plan, to_come[0]))
+        config, processor = checkpoint.load_description(to_come[0].start)
         stock = config.source_config or config.text_config
     tables = RecordTables(console, look=process_state().is_local_main_process)
-    data: dict[StageName, StageData] = {}
-    for name in to_come:
-        if only_to_plan and is_to_fetch(plan.recipe.stages[name].data):
+    data: dict[str, StageData] = {}
+    for step in to_come:
+        if only_to_plan and is_to_fetch(step.recipe.stages[step.stage].data):
             continue
-        data[name] = _open_stage(plan, name, stock, processor, tables, accept_changed_data, console)
-        processor = data[name].train.processor  # a stage goes on with the tiling of the one before
+        data[step.name] = _open_step(plan, step, stock, processor, tables, accept_changed_data, console)
+        processor = data[step.name].train.processor  # a stage goes on with the tiling of the one before
     return Inputs(parts, data)
 
 
-def stages_to_come(plan: Plan) -> list[StageName]:
-    """Gives the stages that are not finished."""
-    return [name for name in plan.stages if not is_finished(plan.root / name)]
+def steps_to_come(plan: Plan) -> list[Step]:
+    """Gives the steps that are not finished."""
+    return [step for step in plan.steps if not is_finished(step.directory)]
 
 
 def is_to_fetch(data: Data) -> bool:
@@ -84,36 +84,30 @@ def is_to_fetch(data: Data) -> bool:
     return data.records is not None and not all(Path(one.path).exists() for one in own_settings(data) or [_NOWHERE])
 
 
-def start_of(plan: Plan, stage: StageName) -> Path:
-    """Gives the directory that a stage goes on from."""
-    place = plan.stages.index(stage)
-    return plan.root / plan.stages[place - 1] if place else plan.start
-
-
-def _open_stage(
+def _open_step(
     plan: Plan,
-    name: StageName,
+    step: Step,
     config: PretrainedConfig,
     processor: DiffVLProcessor,
     tables: RecordTables,
     accept_changed_data: bool,
     console: Console,
 ) -> StageData:
-    """Opens the data of one stage, checked together with what the stage wants of the trunk.
+    """Opens the data of one training run, checked together with what it wants of the trunk.
 
     Args:
         config: of the stock model that is the trunk. processor: of the checkpoint that the stage goes on from.
     """
-    stage = plan.recipe.stages[name]
+    stage = step.recipe.stages[step.stage]
     try:
-        with spinner_or_line(console, f"checking the data of {name}"):
+        with spinner_or_line(console, f"checking the data of {step.name}"):
             _check_trunk(config, stage, plan)
             longest = longest_trainable(config.get_text_config(decoder=True), stage.objective)
             data = load_data(stage.data, processor_of_stage(processor, stage), longest, console, tables)
     except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from error
+        raise ConfigError(f"{step.name}: {error}") from error
     if not accept_changed_data:
-        require_same_data(checkpoint.partial(plan.root / name), data)
+        require_same_data(checkpoint.partial(step.directory), data)
     if process_state().is_main_process:
         check_images(data, stage.data, console)
     return data

@@ -5,9 +5,8 @@ import gc
 import torch
 from rich.console import Console
 
-from diffvl.config.recipe import StageName
-from diffvl.conversion.inputs import Inputs, stages_to_come, start_of
-from diffvl.conversion.plan import Plan
+from diffvl.conversion.inputs import Inputs, steps_to_come
+from diffvl.conversion.plan import Plan, Step
 from diffvl.errors import UsageError
 from diffvl.estimate.describe import described, described_by_sizes
 from diffvl.estimate.machine import machine_of
@@ -30,15 +29,15 @@ def tell_outlook(plan: Plan, inputs: Inputs, machine_text: str | None, console: 
         UsageError, ConfigError, CheckpointError: for a machine, a stage or a tower of which no plan can be made.
     """
     machine = machine_of(machine_text)
-    names = stages_to_come(plan)
-    if not names:
+    steps = steps_to_come(plan)
+    if not steps:
         return
-    start = _start_of_first(plan, inputs, names[0])
+    start = _start_of_first(plan, inputs, steps[0])
     say(console, ("for", "bold"), f" {machine.told}")
     if plan.source is not None:
         tell_prepared(start, plan.start, console)
-    for name in names:
-        stage, data = plan.recipe.stages[name], inputs.data.get(name)
+    for step in steps:
+        name, stage, data = step.name, step.recipe.stages[step.stage], inputs.data.get(step.name)
         processor = start.processor if data is None else data.train.processor
         start = Start(start.config, start.dtype, processor, start.seed)
         with spinner_or_line(console, f"planning {name}: a step without numbers, a few times over"):
@@ -56,17 +55,17 @@ def measure_steps(plan: Plan, inputs: Inputs, console: Console) -> None:
         UsageError: the weights or the data of a stage are not here.
         DiffvlError: as training would.
     """
-    names = stages_to_come(plan)
-    missing = [name for name in names if name not in inputs.data]
+    steps = steps_to_come(plan)
+    missing = [step.name for step in steps if step.name not in inputs.data]
     if missing:
         raise UsageError(
             f"--measure takes real steps, and the weights or the data of {missing[0]} are not here: fetch them first"
         )
-    for name in names:
-        stage, data = plan.recipe.stages[name], inputs.data[name]
+    for step in steps:
+        name, stage, data = step.name, step.recipe.stages[step.stage], inputs.data[step.name]
         sharded = agreed(lambda stage=stage: require_machine(stage))
         if inputs.parts is None:
-            model, dtype = load_to_train(start_of(plan, names[0]), stage, plan.recipe.seed, sharded)
+            model, dtype = load_to_train(steps[0].start, stage, plan.recipe.seed, sharded)
         else:
             with spinner_or_line(console, f"loading {' and '.join(inputs.parts.parents)}"):
                 model = inputs.parts.load(plan.recipe)[0]
@@ -81,7 +80,7 @@ def measure_steps(plan: Plan, inputs: Inputs, console: Console) -> None:
         tell_trial(name, trial, console)
 
 
-def _start_of_first(plan: Plan, inputs: Inputs, name: StageName) -> Start:
+def _start_of_first(plan: Plan, inputs: Inputs, first: Step) -> Start:
     seed = plan.recipe.seed
     if plan.is_remembered:
         assert plan.source is not None and plan.source.vision_tower is not None and plan.source_config is not None
@@ -89,7 +88,7 @@ def _start_of_first(plan: Plan, inputs: Inputs, name: StageName) -> Start:
         return Start(config, torch.bfloat16, None, seed)
     if inputs.parts is not None:
         return Start(described(inputs.parts, plan.recipe), _dtype(inputs.parts.config), inputs.parts.processor, seed)
-    directory = start_of(plan, name)
+    directory = first.start
     loaded: tuple[DiffVLConfig, DiffVLProcessor] = checkpoint.load_description(directory)
     return Start(loaded[0], checkpoint.saved_dtype(directory), loaded[1], seed)
 

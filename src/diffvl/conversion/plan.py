@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from diffvl.config.families import (
 from diffvl.config.recipe import PREPARED, Data, Lora, Recipe, Stage, StageName
 from diffvl.config.resolve import dump, find_recipe, read_yaml, resolve
 from diffvl.config.supported import check_supported, is_vlm, is_vlm_type
+from diffvl.conversion.control import CONTROL, control_recipe
 from diffvl.conversion.diffusion import check_objectives, filled
 from diffvl.conversion.resume import is_finished, one_spelling, require_same_source, require_same_stage
 from diffvl.conversion.stages import newest_before, stage_before, stage_names, stages_after, stages_of_aligned, stages_to_run
@@ -44,6 +45,8 @@ from diffvl.terminal.console import say, shell_line
 from diffvl.train.launch import precision
 
 log = logging.getLogger(__name__)
+
+COMPARED = "compare.html"  # of a conversion with its control
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,25 @@ class ConvertRequest:
     machine: str | None = None
     measure: bool = False
     trust_remote_code: bool = False
+    control: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training run of a plan, and the section of its recipe that it is trained by. name: of its directory."""
+
+    name: str
+    stage: StageName
+    recipe: Recipe
+    start: Path
+    directory: Path
 
 
 @dataclass(frozen=True)
 class Plan:
     """What will happen. source: the AR checkpoint to prepare, or None when `start` is a DiffVL directory already.
     source_config: the configuration that was read from it; or made of the sizes in its family's file, where the checkpoint could
-    not be fetched (`is_remembered`)."""
+    not be fetched (`is_remembered`). control: the recipe of the AR control, if one is asked for."""
 
     start: Path
     root: Path
@@ -79,10 +94,29 @@ class Plan:
     source: Source | None = None
     source_config: PretrainedConfig | None = None
     is_remembered: bool = False
+    control: Recipe | None = None
+
+    @property
+    def steps(self) -> list[Step]:
+        """The stages in their order, each from the one before it; then the control, from where the last of them starts."""
+        starts = [self.start, *(self.root / name for name in self.stages)]
+        found = [Step(name, name, self.recipe, start, self.root / name) for name, start in zip(self.stages, starts, strict=False)]
+        if self.control is not None:
+            found.append(Step(CONTROL, found[-1].stage, self.control, found[-1].start, self.root / CONTROL))
+        return found
 
 
 def make_plan(request: ConvertRequest, console: Console) -> Plan:
     """Resolves names, recipe and directories; touches no weights."""
+    plan = _plan_stages(request, console)
+    if not request.control:
+        return plan
+    config = plan.source_config or read_json(plan.start / "config.json").get("text_config") or {}
+    source = diffusion_source(config)
+    return replace(plan, control=control_recipe(plan.recipe, plan.stages, source and source.model_type))
+
+
+def _plan_stages(request: ConvertRequest, console: Console) -> Plan:
     if request.model is not None and request.start is not None:
         raise UsageError(
             "MODEL and --from exclude each other: MODEL starts from an AR checkpoint, --from from a DiffVL directory"
@@ -274,18 +308,15 @@ def check_targets(plan: Plan, resume: bool) -> None:
             require_same_source(plan.source.model, plan.source.vision_tower, plan.recipe, plan.start)
         else:
             checkpoint.require_empty(plan.start)
-    start = plan.start
-    for name in plan.stages:
-        directory = plan.root / name
-        if is_finished(directory) and resume:
-            require_same_stage(plan.recipe, name, start, directory)
+    for step in plan.steps:
+        if is_finished(step.directory) and resume:
+            require_same_stage(step.recipe, step.stage, step.start, step.directory)
         else:
-            checkpoint.require_empty(directory)
-            work = checkpoint.partial(directory)
+            checkpoint.require_empty(step.directory)
+            work = checkpoint.partial(step.directory)
             if work.exists() and not resume:
                 raise UsageError(f"{work} holds an interrupted run: continue it with --resume, or remove it")
-            require_same_stage(plan.recipe, name, start, work)
-        start = directory
+            require_same_stage(step.recipe, step.stage, step.start, work)
 
 
 def _check_root(plan: Plan) -> None:
@@ -295,7 +326,7 @@ def _check_root(plan: Plan) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK):
         kind = "not a directory" if not there.is_dir() else "not writable"
         raise UsageError(f"{root} cannot be made: {there} is {kind}. Choose another --out")
-    names = {PREPARED, *plan.recipe.stages}
+    names = {PREPARED, CONTROL, *plan.recipe.stages}
     if root.is_dir() and any(root.iterdir()) and not any(_is_run(path, names) for path in root.iterdir()):
         raise UsageError(f"{root} is not empty and holds no diffvl run; nothing was written. Choose another --out")
 
@@ -315,8 +346,8 @@ def describe(plan: Plan, console: Console) -> None:
         say(console, ("prepare", "bold"), f" {' + '.join(parents)} -> {plan.start}")
     else:
         say(console, ("start", "bold"), f" from {plan.start}")
-    for name in plan.stages:
-        stage = plan.recipe.stages[name]
+    for step in plan.steps:
+        stage = step.recipe.stages[step.stage]
         length = f"{stage.steps} steps" if stage.steps is not None else f"{stage.epochs:g} epochs"
         objective = stage.objective
         detail = objective.kind
@@ -327,11 +358,13 @@ def describe(plan: Plan, console: Console) -> None:
         trains = ", ".join(f"{part} {rate:g}" for part, rate in stage.trainable.items())
         say(
             console,
-            (name, "bold"),
+            (step.name, "bold"),
             f" {detail}; {_images_of(stage)}trains {trains}{' with LoRA' if stage.lora else ''}; {length} of "
             f"{stage.batch_size} x {stage.accumulation} samples per device, {precision(stage)}; data {data_of(stage.data)} "
-            f"-> {plan.root / name}",
+            f"-> {step.directory}",
         )
+    if plan.control is not None:
+        say(console, ("compare", "bold"), f" {plan.root / CONTROL} and {plan.root / 'diffuse'} -> {plan.root / COMPARED}")
 
 
 def data_of(data: Data) -> str:

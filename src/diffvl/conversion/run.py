@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from diffvl.config.recipe import Data, Recipe, StageName
+from diffvl.config.recipe import Stage
+from diffvl.conversion.control import CONTROL
 from diffvl.conversion.inputs import open_inputs
 from diffvl.conversion.outlook import measure_steps, tell_outlook
-from diffvl.conversion.plan import ConvertRequest, Plan, check_targets, describe, make_plan
+from diffvl.conversion.plan import ConvertRequest, Plan, Step, check_targets, describe, make_plan
 from diffvl.conversion.resume import BEFORE_FILE
 from diffvl.conversion.stages import stages_after
 from diffvl.data.fingerprint import DATA_FILE, DIGESTS_FILE
@@ -26,7 +27,7 @@ from diffvl.data.mixture import Mixture
 from diffvl.data.sample_dataset import SampleDataset
 from diffvl.decode.answer import Decoder
 from diffvl.errors import UsageError
-from diffvl.evaluation.evaluate import held_out_answers
+from diffvl.evaluation.evaluate import NUM_SAMPLES, held_out_answers, held_out_scores
 from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.prepare.run import prepare
 from diffvl.report.page import write_report
@@ -44,17 +45,19 @@ from diffvl.train.stage import Onlooker, require_machine, train
 SAMPLE_SETTINGS = DecodeSettings(max_new_tokens=48)
 
 
-def answering(start: Path, work: Path, data: Data, console: Console) -> Onlooker:
-    """Makes the onlooker that answers before training and again after it, and then writes the samples. The first answers are kept
-    in the unfinished directory `work`, for a resume."""
+def answering(start: Path, work: Path, stage: Stage, console: Console) -> Onlooker:
+    """Makes the onlooker that answers before training and again after it, and then writes the samples; and in evaluations, where
+    the stage wants it. The first answers are kept in the unfinished directory `work`, for a resume."""
     before = work / BEFORE_FILE
 
-    def answer(model: Any, processor: Any, held_out: SampleDataset | Mixture | None) -> list[dict[str, Any]]:
+    def answer(
+        model: Any, processor: Any, held_out: SampleDataset | Mixture | None, count: int = NUM_SAMPLES
+    ) -> list[dict[str, Any]]:
         if held_out is None:
             return []
         device = "cuda" if torch.cuda.is_available() else "cpu"
         decoder = Decoder(torch.nn.Module.to(model.eval(), device), processor)
-        return held_out_answers(decoder, held_out, data, SAMPLE_SETTINGS, console)
+        return held_out_answers(decoder, held_out, stage.data, SAMPLE_SETTINGS, console, count)
 
     def answer_before(*loaded: Any) -> None:
         if not before.is_file():
@@ -64,7 +67,11 @@ def answering(start: Path, work: Path, data: Data, console: Console) -> Onlooker
     def answer_after(*loaded: Any) -> None:
         _write(work / SAMPLES_FILE, read_json(before)["answers"], answer(*loaded))
 
-    return Onlooker(answer_before, answer_after)
+    def answer_during(*loaded: Any) -> dict[str, float]:
+        answered = answer(*loaded, count=stage.eval_answers)
+        return held_out_scores(answered) if answered else {}
+
+    return Onlooker(answer_before, answer_after, answer_during)
 
 
 def _write(file: Path, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
@@ -101,23 +108,24 @@ def _convert(request: ConvertRequest, console: Console) -> Path:
             measure_steps(plan, inputs, console)
         say(console, "dry run: nothing was written")
         return plan.root
-    for name in inputs.data:
-        agreed(lambda stage=plan.recipe.stages[name]: require_machine(stage))
-    start, source, parts = plan.start, plan.source, inputs.parts
+    steps = plan.steps
+    for step in steps:
+        if step.name in inputs.data:
+            agreed(lambda stage=step.recipe.stages[step.stage]: require_machine(stage))
+    source, parts = plan.source, inputs.parts
     if source is not None and parts is not None:
         main_only(lambda: prepare(source, plan.recipe, plan.start, console, parts))
-    for stage in plan.stages:
-        directory = plan.root / stage
-        if stage in inputs.data:
-            _run_stage(start, plan.recipe, stage, directory, request.resume, inputs.data[stage], console)
+    for step in steps:
+        if step.name in inputs.data:
+            _run_step(step, request.resume, inputs.data[step.name], console)
         else:
-            say(console, (stage, "bold"), f": finished already, kept: {directory}")
+            say(console, (step.name, "bold"), f": finished already, kept: {step.directory}")
             if process.is_main_process:
-                _tidy(directory)
-        start = directory
+                _tidy(step.directory)
+    last = plan.root / plan.stages[-1] if plan.stages else plan.start
     if process.is_main_process:
-        _say_next(start, plan, console)
-    return start
+        _say_next(last, plan, console)
+    return last
 
 
 def _check_flags(request: ConvertRequest) -> None:
@@ -131,13 +139,13 @@ def _check_flags(request: ConvertRequest) -> None:
         raise UsageError("--measure takes steps on this machine, and --for plans for another one: leave one of them out")
 
 
-def _run_stage(
-    start: Path, recipe: Recipe, stage: StageName, directory: Path, resume: bool, data: StageData, console: Console
-) -> None:
-    """Runs one stage from start to report; the directory gets its name when everything in it is written."""
-    onlooker = answering(start, checkpoint.partial(directory), recipe.stages[stage].data, console)
-    train(start, recipe, stage, directory, resume, console, onlooker, data)
-    main_only(lambda: _finish(directory, console))
+def _run_step(step: Step, resume: bool, data: StageData, console: Console) -> None:
+    """Runs one training from start to report; the directory gets its name when everything in it is written."""
+    if step.name == CONTROL:
+        say(console, ("\ncontrol", "bold"), ": next-token training from the same start, on the same samples, for as many steps")
+    onlooker = answering(step.start, checkpoint.partial(step.directory), step.recipe.stages[step.stage], console)
+    train(step.start, step.recipe, step.stage, step.directory, resume, console, onlooker, data)
+    main_only(lambda: _finish(step.directory, console))
 
 
 def _finish(directory: Path, console: Console) -> None:

@@ -4,7 +4,7 @@ Padding stops are left out of every figure. The masked-token measure draws its n
 (`objective.measure`); generated answers are given the true history of their conversation.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,59 +16,26 @@ from rich.console import Console
 from diffvl.config.objectives import ArObjective, BlockDiffusionObjective, Objective
 from diffvl.config.recipe import Data
 from diffvl.config.sources import DataSource
-from diffvl.data.content import parts_of
-from diffvl.data.images import open_image
 from diffvl.data.loader import batches_of
 from diffvl.data.mixture import Mixture
 from diffvl.data.problems import Problem, advice_on, as_error, is_forgiven
 from diffvl.data.records import Record, Unpaired
 from diffvl.data.sample_dataset import SampleDataset
-from diffvl.data.samples import Sample, collate, messages_of, on_device, shown_by
+from diffvl.data.samples import Sample, collate, on_device
 from diffvl.data.source_records import iterate_source, source_at
 from diffvl.data.sources import eval_settings, own_settings
 from diffvl.data.table import open_records
 from diffvl.data.textscore import edit_similarity, is_exact
-from diffvl.data.videos import open_video
-from diffvl.decode.answer import Decoder, answer_chats, context_length, load_for_decoding
-from diffvl.hub.clips_diffvl import Sampler
+from diffvl.decode.answer import Decoder, answer_chats, check_settings, context_length, load_for_decoding
+from diffvl.evaluation.questions import answer_turns, asked, chat_before
+from diffvl.evaluation.scored import BATCH_SIZE, answer_records
 from diffvl.hub.configuration_diffvl import DiffVLConfig
-from diffvl.hub.settings_diffvl import DecodeSettings
-from diffvl.hub.template_diffvl import Visual, texts_of
+from diffvl.hub.settings_diffvl import DecodeSettings, keyword
 from diffvl.objective.losses import measure, scores
 from diffvl.store import checkpoint
 from diffvl.store.checkpoint import recipe_of
 from diffvl.terminal import console as terminal
 from diffvl.terminal.bars import track
-
-
-def questions(records: Iterable[Record]) -> Iterator[tuple[Record, int]]:
-    """Gives (record, turn) of every answer to be trained on."""
-    for record in records:
-        for turn in answer_turns(record):
-            yield record, turn
-
-
-def answer_turns(record: Record) -> Iterator[int]:
-    """Gives the turns of a record that are answers to be trained on; at least one. An answer that is not (a draft that a later
-    turn corrects, say) is no truth to be asked for."""
-    return (turn for turn, spoken in enumerate(record.turns) if spoken.role == "assistant" and spoken.trained)
-
-
-def chat_before(record: Record, turn: int, sampler: Sampler | None = None) -> list[dict[str, Any]]:
-    """Gives the conversation up to (not including) a turn, with its images, and its videos where the checkpoint has a
-    `sampler` for them."""
-    shown = iter(shown_by(record))
-    messages = messages_of(record)[:turn]
-    for message in messages:
-        if isinstance(message["content"], list):
-            for part in message["content"]:
-                if part["type"] != "text":
-                    visual, path = next(shown)
-                    is_video = visual is Visual.VIDEO
-                    part[visual.value] = (
-                        open_video(path, record.source, sampler) if is_video else open_image(str(path), record.source)
-                    )
-    return messages
 
 
 def reading_of(directory: Path, data: Path) -> Data:
@@ -91,7 +58,6 @@ def reading_of(directory: Path, data: Path) -> Data:
     return Data()
 
 
-BATCH_SIZE = 8
 NUM_SAMPLES = 12
 
 
@@ -103,6 +69,7 @@ def evaluate_directory(directory: Path, data: Path, limit: int | None, settings:
     """
     console = terminal.console(stderr=True)
     decoder = load_for_decoding(directory)
+    check_settings(settings, decoder.model.config)
     samples = _open(data, reading_of(directory, data), limit, decoder, console)
     count = len(samples)
     figures: dict[str, float | int | str] = {
@@ -111,30 +78,18 @@ def evaluate_directory(directory: Path, data: Path, limit: int | None, settings:
         "records": count,
         **measured(decoder, samples, count, console),
     }
-    exact: list[bool] = []
-    similar: list[float] = []
-    tokens = forwards = 0
-    asked = list(questions(samples.record(place) for place in range(count)))
-    chunks = [asked[start : start + BATCH_SIZE] for start in range(0, len(asked), BATCH_SIZE)]
-    for chunk in track(console, chunks, len(chunks), "answering"):
-        answers = answer_chats(
-            decoder, [chat_before(record, turn, decoder.processor.sampler) for record, turn in chunk], settings, shorten=True
-        )
-        for (record, turn), given in zip(chunk, answers, strict=True):
-            truth = record.turns[turn].text
-            exact.append(is_exact(given.text, truth))
-            similar.append(edit_similarity(given.text, truth))
-            tokens += given.tokens
-        forwards += answers[0].forwards
+    answered = answer_records(decoder, [samples.record(place) for place in range(count)], settings, console)
+    scored = answered.scored
     figures |= {
-        "answers": len(exact),
-        "exact_match": sum(exact) / len(exact),
-        "edit_similarity": sum(similar) / len(similar),
-        "answer_tokens": tokens,
-        "forwards": forwards,
+        "answers": len(scored),
+        "exact_match": sum(one.exact for one in scored) / len(scored),
+        "edit_similarity": sum(one.similarity for one in scored) / len(scored),
+        "answer_tokens": sum(one.answer.tokens for one in scored),
+        "forwards": answered.forwards,
         "decoding": decoder.model.config.decoding,
     }
-    return figures
+    chosen = [keyword(*pair) for pair in settings.chosen().items()]
+    return figures | ({"settings": ", ".join(chosen)} if chosen else {})
 
 
 def _open(path: Path, reading: Data, limit: int | None, decoder: Decoder, console: Console) -> SampleDataset:
@@ -145,11 +100,17 @@ def _open(path: Path, reading: Data, limit: int | None, decoder: Decoder, consol
         samples = SampleDataset(table, path, table.usable, decoder.processor, longest, names=source.names)
     else:
         records = list(islice(iterate_source(source, reading.unpaired_turns), limit))
+        longest = context_length(decoder)
         samples = SampleDataset(records, path, numpy.arange(len(records)), decoder.processor, longest, names=source.names)
+    require_fitting(samples)
+    return samples
+
+
+def require_fitting(samples: SampleDataset) -> None:
+    """Raises DataError with all records that do not fit the checkpoint."""
     problems = samples.problems()
     if problems:
-        raise as_error(problems, path, "the checkpoint takes no others: remove these records")
-    return samples
+        raise as_error(problems, samples.path, "the checkpoint takes no others: remove these records")
 
 
 def measured(decoder: Decoder, samples: SampleDataset, count: int, console: Console) -> dict[str, float]:
@@ -182,9 +143,14 @@ def own_objective(config: DiffVLConfig) -> Objective:
 
 
 def held_out_answers(
-    decoder: Decoder, held_out: SampleDataset | Mixture, data: Data, settings: DecodeSettings, console: Console
+    decoder: Decoder,
+    held_out: SampleDataset | Mixture,
+    data: Data,
+    settings: DecodeSettings,
+    console: Console,
+    count: int = NUM_SAMPLES,
 ) -> list[dict[str, Any]]:
-    """Answers of a model on a few held-out records (the first question of each), for the report.
+    """Answers of a model on up to `count` held-out records from all over the set, the first question of each.
 
     Returns:
         dicts with image (path or None), question, truth and answer.
@@ -192,7 +158,7 @@ def held_out_answers(
         DataError: if one of the records cannot be used and is not to be left out.
     """
     answered: list[dict[str, Any]] = []
-    records = _chosen(held_out, data)
+    records = _chosen(held_out, data, count)
     chunks = [records[start : start + BATCH_SIZE] for start in range(0, len(records), BATCH_SIZE)]
     for chunk in track(console, chunks, len(chunks), "answering held-out questions"):
         turns = [next(answer_turns(record)) for record in chunk]
@@ -204,7 +170,7 @@ def held_out_answers(
                 {
                     "image": record.images[0] if record.images else None,
                     **({"video": record.videos[0]} if record.videos else {}),
-                    "question": _asked(record, turn - 1),
+                    "question": asked(record, turn),
                     "truth": record.turns[turn].text,
                     "answer": given.text,
                 }
@@ -212,15 +178,18 @@ def held_out_answers(
     return answered
 
 
-def _asked(record: Record, turn: int) -> str:
-    """Gives the text of a question."""
-    return "".join(texts_of(tuple(parts_of(record.turns[turn].text, bool(record.videos))))).strip()
+def held_out_scores(answered: list[dict[str, Any]]) -> dict[str, float]:
+    """Scores what `held_out_answers` gave."""
+    pairs = [(one["answer"], one["truth"]) for one in answered]
+    return {
+        "exact_match": sum(is_exact(*pair) for pair in pairs) / len(pairs),
+        "edit_similarity": sum(edit_similarity(*pair) for pair in pairs) / len(pairs),
+    }
 
 
-def _chosen(held_out: SampleDataset | Mixture, data: Data) -> list[Record]:
-    """Gives up to NUM_SAMPLES records from all over the set; those that cannot be used are left out, by the rule of
-    `on_error`."""
-    count = min(NUM_SAMPLES, len(held_out))
+def _chosen(held_out: SampleDataset | Mixture, data: Data, count: int) -> list[Record]:
+    """Gives up to `count` records from all over the set; those that cannot be used are left out, by the rule of `on_error`."""
+    count = min(count, len(held_out))
     stride = len(held_out) / count
     chosen = []
     for place in (int(number * stride) for number in range(count)):

@@ -91,6 +91,10 @@ class DecodeSettings:
         """Whether a step settles exactly its quota, so that nobody has to look how many tokens it settled."""
         return self.remasking in ("low_confidence_static", "sequential")
 
+    def chosen(self) -> dict[str, Any]:
+        """The settings that are not what they are by default."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) != one.default}
+
     def arguments(self) -> dict[str, Any]:
         """The arguments of `generate` that ask for these settings."""
         values = {one.name: (getattr(self, one.name), one) for one in fields(self)}
@@ -106,7 +110,7 @@ class DecodeSettings:
             ValueError: if a value is out of range, or a setting would have no effect.
         """
         self._check_values(spell)
-        asked = {one.name for one in fields(self) if getattr(self, one.name) != one.default} | set(given)
+        asked = self.chosen().keys() | set(given)
         self._check_mode(asked, spell)
         self._check_remasking(asked, spell)
         self._check_sampling(given, spell)

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from diffvl.errors import CheckpointError, DiffvlError, DiskError
+from diffvl.errors import CheckpointError, DiffvlError, DiskError, UsageError
 from diffvl.terminal.console import OutputError
 
 PARTIAL = ".partial"
@@ -97,6 +97,22 @@ def replace_text(path: Path, text: str) -> None:
     """Writes a whole file or none. Raises DiskError, with the file that was there left as it was."""
     with Writing(path), replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+def require_writable(path: Path, flag: str) -> None:
+    """Raises UsageError unless a file can be written at `path`, which `flag` named: before the hours that its content takes."""
+    folder = path.absolute().parent
+    reason = (
+        f"{folder} is no directory"
+        if not folder.is_dir()
+        else "it is a directory"
+        if path.is_dir()
+        else f"{folder} is not writable"
+        if not os.access(folder, os.W_OK)
+        else None
+    )
+    if reason is not None:
+        raise UsageError(f"{flag} {path} cannot be written: {reason}. Name another file")
 
 
 def sync(directory: Path) -> None:

@@ -87,6 +87,7 @@ class Loop:
         self.schedule = get_scheduler(name, self.optimizer, math.ceil(stage.optim.warmup_ratio * self.steps), self.steps)
         self.step = 0
         self.counted = Counted()
+        self.answer: Callable[[], dict[str, float]] | None = None  # figures of answers, at each evaluation
 
     # --- from the first step to the last ---------------------------------------------------------------------------------
 
@@ -241,6 +242,7 @@ class Loop:
         with self.accelerator.autocast():
             batches = map(self._on_device, self._held_out_batches(held_out, problems))
             sums = measure(self.model, self.config, batches, self.stage.objective)
+            answered = self.answer() if self.answer is not None and self.accelerator.is_main_process else {}
         if is_sharded(self.model):
             self.model.reshard()  # the root, which a forward without a backward leaves gathered
         if self._summed([len(problems)])[0]:
@@ -248,7 +250,8 @@ class Loop:
         # A process without a share of the records adds zeros: all of them must join in the sum.
         names = measured_sums(self.stage.objective)
         totals = self._summed([float(sums.get(name, 0.0)) for name in names])
-        self._tell({f"eval_{key}": value for key, value in scores(dict(zip(names, totals, strict=True))).items()})
+        figures = scores(dict(zip(names, totals, strict=True))) | answered
+        self._tell({f"eval_{key}": value for key, value in figures.items()})
 
     def _held_out_batches(self, held_out: SampleDataset | Mixture, problems: list[Problem]) -> Iterator[dict[str, Any]]:
         """This process's share of the held-out records, in as many batches as every other process has: fillers at the end. What

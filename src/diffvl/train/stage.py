@@ -53,15 +53,17 @@ log = logging.getLogger(__name__)
 BLANK = (64, 64)  # pixels of an image that no token shows
 
 Look = Callable[[DiffVLForConditionalGeneration, DiffVLProcessor, SampleDataset | Mixture | None], None]
+Measurement = Callable[[DiffVLForConditionalGeneration, DiffVLProcessor, SampleDataset | Mixture | None], dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Onlooker:
     """Who looks, in the main process, at the model in memory before it is fitted to the stage and after training, with the
-    held-out records."""
+    held-out records. during: who looks at each evaluation, where the stage wants answers, and says what it found."""
 
     before: Look
     after: Look
+    during: Measurement | None = None
 
 
 def train(
@@ -110,6 +112,8 @@ def train(
         metrics = MetricsLog(work / METRICS_FILE, stage_name)
         watchers = Watchers(progress_bar, metrics, accelerator.is_main_process)
         loop = Loop(model, stage, recipe.seed, data, collator(model, processor), left_out, accelerator, watchers)
+        if stage.eval_answers and onlooker is not None and onlooker.during is not None:
+            loop.answer = partial(_answers_during, onlooker.during, model, processor, held_out, attention)
         loop.run(work / CHECKPOINTS, last, same_data)
     for tracker in accelerator.trackers:  # `end_training` would also end the process group, which a later stage needs
         tracker.finish()
@@ -131,6 +135,18 @@ def train(
 
 def _itself(model: DiffVLForConditionalGeneration) -> DiffVLForConditionalGeneration:
     return model
+
+
+def _answers_during(
+    during: Measurement, model: DiffVLForConditionalGeneration, processor: DiffVLProcessor, held_out: Any, attention: str
+) -> dict[str, float]:
+    """Looks at a model while it trains, with the attention that decoding knows. Its weights and the draws of the run stay."""
+    trained_with = str(model.config.text_config._attn_implementation)
+    set_attention(model.trunk, attention)
+    try:
+        return during(model, processor, held_out)
+    finally:
+        set_attention(model.trunk, trained_with)
 
 
 def place(model: DiffVLForConditionalGeneration, stage: Stage, own_dtype: torch.dtype, sharded: bool) -> None:
@@ -166,7 +182,12 @@ def require_machine(stage: Stage) -> bool:
     """Tells whether the stage's model is to be sharded. Raises ConfigError where it asks for what this run's processes or their
     devices cannot do."""
     require_four_bits(stage)
-    return is_to_shard(stage)
+    sharded = is_to_shard(stage)
+    if sharded and stage.eval_answers:
+        raise ConfigError(
+            "eval_answers asks a whole model, and here each process has a part of it: leave it out, or sharding: none"
+        )
+    return sharded
 
 
 def _open_data(start: Path, stage: Stage, console: Console) -> StageData:

@@ -1,0 +1,98 @@
+"""Which records all are asked: those of a file that is named, or those that every run has held out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy
+
+from diffvl.compare.entrants import Entrant
+from diffvl.config.recipe import Data
+from diffvl.data.loader import load_data, open_samples
+from diffvl.data.mixture import Mixture
+from diffvl.data.records import Record
+from diffvl.data.sample_dataset import SampleDataset
+from diffvl.data.source_records import iterate_source, source_at
+from diffvl.data.sources import eval_settings, find_source
+from diffvl.data.table import RecordTable, RecordTables
+from diffvl.decode.answer import Decoder, context_length
+from diffvl.errors import UsageError
+from diffvl.evaluation.evaluate import reading_of, require_fitting
+from diffvl.store import checkpoint
+from diffvl.terminal import console as terminal
+
+_QUIET = terminal.console(quiet=True)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """path: what messages name. identity: what training would see of the records, in their order; () for a file that is named."""
+
+    path: Path
+    records: list[Record]
+    identity: tuple[int, ...] = ()
+
+    def told(self) -> str:
+        return f"{len(self.records)} records of {self.path}"
+
+
+def records_to_ask(entrants: Sequence[Entrant], data: Path | None, limit: int | None) -> HeldOut:
+    """Finds the records.
+
+    Raises:
+        UsageError: the runs have held out different records, or none.
+        DataError: if they cannot be read.
+    """
+    if data is not None:
+        return _of_file(entrants, data, limit)
+    own = {one.name: found for one in entrants if (found := held_out_of(one)) is not None}
+    if not own:
+        raise UsageError("none of these runs has held records out (data.eval or data.holdout): name records with --data FILE")
+    first = next(iter(own.values()))
+    without = [one.name for one in entrants if one.directory is not None and one.data is not None and one.name not in own]
+    if without or any(found.identity != first.identity for found in own.values()):
+        lines = [f"  {name}: {found.told()}" for name, found in own.items()] + [f"  {name}: none" for name in without]
+        raise UsageError(
+            "these runs have not held out the same records, so their figures cannot be compared on them:\n"
+            + "\n".join(lines)
+            + "\nname records that none of them was trained on with --data FILE"
+        )
+    return HeldOut(first.path, first.records[:limit], first.identity)
+
+
+def _of_file(entrants: Sequence[Entrant], data: Path, limit: int | None) -> HeldOut:
+    """Reads a file as the first run does that has a recipe."""
+    directories = [one.directory for one in entrants if one.directory is not None]
+    reading = next((found for one in directories if (found := reading_of(one, data)).model_fields_set), Data())
+    records = list(islice(iterate_source(source_at(data, reading), reading.unpaired_turns), limit))
+    return HeldOut(data, records)
+
+
+def held_out_of(entrant: Entrant) -> HeldOut | None:
+    """Opens what a run has held out, as its stage did; None where it has nothing held out or is no stage."""
+    data, directory = entrant.data, entrant.directory
+    if data is None or directory is None or (data.eval is None and not data.holdout):
+        return None
+    data = data.model_copy(update={"row_length": None, "check_lengths": False})
+    _, processor = checkpoint.load_description(directory)
+    settings = eval_settings(data)
+    if settings is not None:
+        held: SampleDataset | Mixture | None = open_samples(find_source(settings), data, processor, _QUIET, RecordTables(_QUIET))
+    else:
+        held = load_data(data, processor, None).held_out
+    assert held is not None
+    identity = tuple(digest for part in held.parts for digest in _digests(part))
+    return HeldOut(held.path, [held.record(place) for place in range(len(held))], identity)
+
+
+def _digests(part: SampleDataset) -> list[int]:
+    table = part.records
+    assert isinstance(table, RecordTable)
+    return table.digests[part.indices].tolist()
+
+
+def require_all_fit(decoder: Decoder, held_out: HeldOut) -> None:
+    """Raises DataError with all records that do not fit a checkpoint."""
+    records = held_out.records
+    require_fitting(SampleDataset(records, held_out.path, numpy.arange(len(records)), decoder.processor, context_length(decoder)))

@@ -1,0 +1,238 @@
+"""The fidelity study: verdicts follow from their rule, the page from the results, and a study goes on where it was left."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import tiny_runs
+
+from diffvl.config.resolve import read_yaml, resolve
+from diffvl.errors import DataError
+from diffvl.hub.settings_diffvl import DecodeSettings
+from tools.study import __main__ as program
+from tools.study import pilot, verdicts
+from tools.study.page import study_page, write_study_page
+from tools.study.results import (
+    Decoded,
+    Pilot,
+    Result,
+    by_variant,
+    gradient_noise,
+    mean_after_start,
+    read_results,
+    steps_to,
+    write_pilot,
+    write_result,
+)
+from tools.study.runs import Study
+from tools.study.variants import NIGHT, QUICK, TWIN, VARIANTS, Variant, write_recipe
+from tools.study.verdicts import CLAIMS, NOT_RUN, REFUTED, REPRODUCED, UNDECIDED, judge, judge_all, mean_interval
+
+ROOT = Path(__file__).parents[2]
+MACHINE = {"cores": 2, "cpu": "a CPU", "torch": "2", "date": "2026-01-01"}
+
+
+def result(variant: str, seed: int, match: float, speed: float = 1.0, noise: float = 0.1, **changes: Any) -> Result:
+    """A run of which `match` of ten questions are right at its own way, and all but one of these in one step a block."""
+    right = round(10 * match)
+    own = Decoded([1] * right + [0] * (10 - right), match, 1.0)
+    fast = Decoded([1] * (right - 1) + [0] * (11 - right), match, 4.0)
+    ways = {"token by token": own} if variant == TWIN else {"4 steps a block": own, "1 step a block": fast}
+    speeds = {} if variant == TWIN else {TWIN: 10.0, "4 steps a block": 10.0 * speed, "1 step a block": 40.0 * speed}
+    masked = [] if variant == TWIN else [(0, 4.0), (10, 2.0), (20, 1.0)]
+    curve = [(0, 0.0), (10, match / 2), (20, match)]
+    settings = {"test": 10, "answers": 4}
+    made = Result(variant, seed, 20, curve, masked, noise, ways, speeds, settings, MACHINE, 60.0)
+    return replace(made, **changes)
+
+
+# --- the rule --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_verdict_needs_the_whole_interval_on_one_side_of_the_bound():
+    claim = replace(CLAIMS[0], bound=0.5)
+    assert judge(claim, [0.9, 0.91, 0.92]).answer == REPRODUCED
+    assert judge(claim, [0.1, 0.11, 0.12]).answer == REFUTED
+    assert judge(claim, [0.4, 0.9, 0.6]).answer == UNDECIDED
+    assert judge(claim, [0.9]).answer == UNDECIDED
+    assert judge(claim, []).answer == NOT_RUN
+    assert judge(replace(claim, bound=0.0), [0.0, 0.0, 0.0]).answer == UNDECIDED, "no difference at all shows nothing"
+
+
+def test_the_interval_is_students():
+    mean, low, high = mean_interval([1.0, 2.0, 3.0])
+    assert (mean, low, high) == (2.0, pytest.approx(2 - 4.303 / 3**0.5), pytest.approx(2 + 4.303 / 3**0.5))
+    assert mean_interval([1.0]) == (1.0, None, None)
+
+
+def test_figures_are_larger_where_a_claim_fits_better():
+    twin, good, bad = result(TWIN, 0, 0.8), result("c", 0, 0.8, speed=2, noise=0.1), result("b", 0, 0.4, noise=0.2)
+    assert verdicts.better(good, bad) == pytest.approx(0.4) and verdicts.better(bad, good) == pytest.approx(-0.4)
+    assert verdicts.sooner(good, bad) == pytest.approx(0.3)
+    assert verdicts.steadier(good, bad) == pytest.approx(0.693, abs=1e-3)
+    assert verdicts.share(bad, twin) == pytest.approx(0.5) and verdicts.share(bad, result(TWIN, 0, 0.0)) is None
+    # One step a block loses one answer of eight, which is more than a twentieth.
+    assert verdicts.speedup(good, twin) == 2.0
+    assert verdicts.speedup(bad, twin) == 0.0
+    assert verdicts.speedup(replace(good, speeds={}), twin) is None
+    assert verdicts.speculative_speedup(good, twin) is None
+
+
+def test_only_seeds_that_both_have_are_compared():
+    runs = [result("b", seed, 0.4) for seed in (0, 1)] + [result("c", seed, 0.4 + seed / 5) for seed in (1, 2)]
+    (claim,) = [one for one in CLAIMS if (one.first, one.figure) == ("c", verdicts.better)]
+    assert verdicts.figures_of(claim, by_variant(runs)) == [pytest.approx(0.2)]
+
+
+def test_what_curves_say():
+    assert steps_to([(0, 0.0), (10, 0.5), (20, 1.0)], 0.75, rising=True) == 15
+    assert steps_to([(0, 4.0), (10, 2.0)], 3.0, rising=False) == 5
+    assert steps_to([(0, 4.0), (10, 2.0)], 1.0, rising=False) is None
+    assert steps_to([(0, 0.6)], 0.5, rising=True) == 0
+    assert mean_after_start([(0, 0.0), (10, 0.5), (20, 1.0)]) == 0.75
+    assert gradient_noise([9, 9, 2, 2, 2, 2]) == 0
+    assert gradient_noise([0, 0, 0, 0, 1, 3, 1, 3]) == pytest.approx(4 / 2 / 4)
+    assert gradient_noise([float(norm) for norm in range(100, 140)]) < 1e-4, "a slow change is no noise"
+
+
+# --- the page --------------------------------------------------------------------------------------------------------------
+
+
+def study_of_three_seeds() -> list[Result]:
+    runs = [result(TWIN, seed, 0.8) for seed in range(3)]
+    runs += [result("b", seed, 0.4, noise=0.2 + seed / 100) for seed in range(3)]
+    runs += [result("c", seed, 0.5 + seed / 10, noise=0.1) for seed in range(3)]
+    return runs + [result("f", seed, 0.8, speed=2 + seed / 100) for seed in range(3)]
+
+
+def test_the_page_is_made_of_the_results_alone(tmp_path: Path):
+    for one in study_of_three_seeds():
+        write_result(one, tmp_path / "results")
+    page = write_study_page(tmp_path / "results", tmp_path / "docs")
+    text = page.read_text(encoding="utf-8")
+    assert read_results(tmp_path / "results") == sorted(study_of_three_seeds(), key=lambda one: (one.variant, one.seed))
+    # What was copied beside the page makes the same page again.
+    assert write_study_page(tmp_path / "docs" / "fidelity", tmp_path / "docs").read_text(encoding="utf-8") == text
+    row = next(line for line in text.splitlines() if "asynchronous noise: trains more steadily" in line)
+    assert row.startswith("| SDAR-VL |") and row.endswith("| *reproduced* |") and "+0.69, +0.74, +0.79" in row
+    row = next(line for line in text.splitlines() if "asynchronous noise: ends better" in line)
+    assert "+0.100, +0.200, +0.300" in row and row.endswith("| *undecided at this scale* |")
+    row = next(line for line in text.splitlines() if "(f) decodes 1.8 times as fast" in line)
+    assert row.endswith("| *reproduced* |")
+    assert any("close to AR finetuning" in line and line.endswith("| *not run* |") for line in text.splitlines())
+    assert "The best form is (f): 1.000 of the twin's, and 2.01 times its speed." in text.replace("\n", " ")
+    assert "| (a) | AR twin: next-token finetuning | 0, 1, 2 |" in text
+    for name in ("exact-match", "masked-loss", "speed"):
+        root = ElementTree.fromstring((tmp_path / "docs" / "fidelity" / f"{name}.svg").read_text(encoding="utf-8"))
+        assert f"(fidelity/{name}.svg)" in text and root.tag.endswith("svg")
+
+
+def test_verdicts_turn_with_the_figures():
+    worse = [replace(one, gradient_noise=0.9 + one.seed / 50) if one.variant == "c" else one for one in study_of_three_seeds()]
+    answers = {(one.claim.text): one.answer for one in judge_all(by_variant(worse))}
+    assert answers["asynchronous noise: trains more steadily"] == REFUTED
+
+
+def test_results_of_two_studies_are_not_mixed(tmp_path: Path):
+    write_result(result("b", 0, 0.4), tmp_path)
+    write_result(result("c", 0, 0.4, settings={"test": 10, "answers": 5}), tmp_path)
+    with pytest.raises(DataError, match=r"c-0\.json was made with other settings than b-0\.json \(answers\)"):
+        read_results(tmp_path)
+
+
+def test_without_results_the_page_says_what_a_night_costs(tmp_path: Path):
+    measured = Pilot("f", align_step=2.0, step=8.0, answer=1.0, ways=8, machine={**MACHINE, "steps": 3})
+    write_pilot(measured, tmp_path)
+    runs = [("a", 0), ("b", 0), ("a", 1)]
+    one = pilot.run_seconds(measured, NIGHT)
+    assert one == (NIGHT.steps * 8 + 7 * NIGHT.answers + 8 * NIGHT.test + 2.5 * 9 * NIGHT.timed * NIGHT.rounds) / 2
+    assert pilot.night_seconds(measured, NIGHT, runs) == 3 * one + 2 * NIGHT.align_steps * 2.0 / 2
+    text = write_study_page(tmp_path, tmp_path / "docs").read_text(encoding="utf-8")
+    hours = pilot.night_seconds(measured, NIGHT, [(key, seed) for seed in range(3) for key in "abcdefg"]) / 3600
+    assert f"about {hours:.1f} h" in text and "No run is made yet" in text
+
+
+def test_the_page_in_docs_is_that_of_the_results_beside_it():
+    """A file that was edited by hand, or results that were added without it, are seen here."""
+    folder = ROOT / "docs" / "fidelity"
+    written = (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8")
+    assert written == study_page(read_results(folder), program.read_pilot(folder)), "run make study, or its --no-runs"
+
+
+# --- variants --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", [key for key in VARIANTS if VARIANTS[key].recipe is None])
+def test_every_variant_is_a_recipe_and_differs_by_its_objective_alone(key: str, tmp_path: Path):
+    file = write_recipe(VARIANTS[key], NIGHT, tmp_path, tmp_path / "tower", ["seed=3"], tmp_path / "r.yaml")
+    recipe = resolve(read_yaml(file), [], "test")
+    twin = write_recipe(VARIANTS[TWIN], NIGHT, tmp_path, tmp_path / "tower", ["seed=3"], tmp_path / "a.yaml")
+    other = resolve(read_yaml(twin), [], "test")
+    assert recipe.seed == 3 and recipe.stages["align"] == other.stages["align"]
+    ours, theirs = (one.stages["diffuse"].model_dump() for one in (recipe, other))
+    differing = {name for name in ours if ours[name] != theirs[name]}
+    assert differing <= {"objective", "trainable"} and (differing or key == TWIN)
+    assert recipe.stages["diffuse"].steps == NIGHT.steps and recipe.stages["diffuse"].eval_answers == NIGHT.answers
+
+
+def test_a_variant_of_a_recipe_waits_for_it_and_takes_its_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    missing = Variant("h", "another", recipe="no-such")
+    assert missing.skipped() == "there is no recipe `no-such` in recipes/"
+    assert Variant("h", "another", recipe="lora").skipped() is None
+    file = write_recipe(Variant("h", "another", recipe="lora"), NIGHT, tmp_path, tmp_path, [], tmp_path / "r.yaml")
+    stage = resolve(read_yaml(file), [], "test").stages["diffuse"]
+    assert stage.objective.kind == "block_diffusion" and stage.steps == NIGHT.steps and stage.batch_size == 8
+    monkeypatch.setitem(VARIANTS, "h", missing)
+    study = Study(tmp_path, tmp_path, tmp_path, QUICK, ("h",), (0,))
+    assert study.missing() == []
+
+
+# --- the program -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--only", "a,z"], "no variant z; there are a, b, c"),
+        (["--seeds", "0,x"], "expected whole numbers"),
+        (["--models", "none"], "none/smollm2-135m-instruct is not there"),
+    ],
+)
+def test_mistakes_are_one_message(words: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        program.main(["--out", str(tmp_path / "out"), *words])
+    assert stop.value.code == 2 and says in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_study_runs_to_its_page_and_goes_on_where_it_was_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """On tiny stand-ins: the twin, and beside it (f), which has every way to decode."""
+    monkeypatch.setattr("diffvl.conversion.run.SAMPLE_SETTINGS", DecodeSettings(max_new_tokens=4))
+    words = ["--quick", "--out", str(tmp_path), "--seeds", "1"]
+    program.main([*words, "--only", "a"])
+    first = (tmp_path / "results" / "a-1.json").stat().st_mtime_ns
+    program.main([*words, "--only", "f,a,h"])
+    told = capsys.readouterr().err
+    assert "(h) lossless" in told and "skipped, there is no recipe" in told or VARIANTS["h"].skipped() is None
+    assert "1 runs to make, 1 made; by those about" in told
+    assert (tmp_path / "results" / "a-1.json").stat().st_mtime_ns == first
+    twin, ours = read_results(tmp_path / "results")
+    assert [step for step, _ in ours.exact_match] == [0, 2, 4] == [step for step, _ in ours.masked_loss]
+    assert not twin.masked_loss and not twin.speeds and twin.gradient_noise > 0
+    assert ours.ways.keys() | {TWIN} == ours.speeds.keys() and "speculative" in ours.ways and min(ours.speeds.values()) > 0
+    assert len(ours.own.exact) == QUICK.test and ours.seconds > 0 and ours.settings == twin.settings
+    assert asdict(ours) == json.loads((tmp_path / "results" / "f-1.json").read_text(encoding="utf-8")) | {
+        name: [tuple(point) for point in getattr(ours, name)] for name in ("exact_match", "masked_loss")
+    }
+    # The weights of what was measured are gone, but for its adapters, and the twin's.
+    kept = {key: list((tmp_path / "runs" / f"{key}-1" / "diffuse").glob("*.safetensors")) for key in ("a", "f")}
+    assert kept["a"] and not kept["f"]
+    text = (tmp_path / "fidelity.md").read_text(encoding="utf-8")
+    assert "These figures mean nothing" in text and "| (f) | speculative |" in text
+    made = tiny_runs.tree(tmp_path)
+    program.main([*words, "--only", "a,f"])
+    assert tiny_runs.tree(tmp_path).keys() == made.keys() and "0 runs to make" in capsys.readouterr().err

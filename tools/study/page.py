@@ -1,0 +1,297 @@
+"""Results -> `fidelity.md` and its charts. Everything on the page is computed from the JSON files; nothing is written by hand."""
+
+import shutil
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from diffvl.report.chart import Chart, Line, axis_note, ticks_of_shares, ticks_up_to, ticks_with_zero
+from diffvl.store.files import replace_text
+from diffvl.terminal.bars import duration, number
+from tools.study.pilot import night_seconds
+from tools.study.results import PILOT_FILE, Curve, Pilot, Result, Sorted, by_variant, read_pilot, read_results, steps_to
+from tools.study.variants import NIGHT, TWIN, VARIANTS
+from tools.study.verdicts import CLAIMS, CLOSE, FASTER, KEPT, UNDECIDED, Verdict, judge_all, share, speedup
+
+FOLDER = "fidelity"  # of the charts and the results, beside the page
+LEVELS = (0.25, 0.5, 0.75)  # of exact match
+LOSSES = (1.0, 0.5, 0.2)  # of masked loss
+STEPS = ("4 steps a block", "2 steps a block", "1 step a block")
+NONE = "-"
+SEEDS = (0, 1, 2)
+
+_HEAD = """# The fidelity study: do the published methods do what they claim?
+
+This page is made by `make study` out of the files in `docs/fidelity/`; nothing on it is written by hand.
+
+On the built-in scenes, with SmolLM2-135M-Instruct and DINOv2-small, one finetuning in several forms. Of each seed all start from
+the same align checkpoint, see the same samples in the same order and take as many steps, with the learning rates of
+`recipes/demo.yaml` (LoRA of rank 32, blocks of 4). Every diffusion form predicts the token after a position (`target: shift`), as
+the AR model does. The papers' own forms predict in place, which this few steps may be too few for; that can be studied too, in a
+folder of its own, by the third command.
+
+```
+make study                                   # what is missing, then this page
+make study STUDY="--only a,b --seeds 1"      # a part of it
+python -m tools.study --out runs/study-same --only b,c,d,e,f,g --set stages.diffuse.objective.target=same
+python -m tools.study --pilot                # a few steps, to know what a night costs on this machine
+```
+"""
+_RULE = f"""## How a verdict is found
+
+Each seed gives a claim one figure, larger where the claim fits better: a difference or a ratio of two runs of that seed. From the
+seeds' figures comes their mean with a t interval of 95 %. A claim is *reproduced* if the whole interval lies above its bound,
+*refuted* if it lies below it, and *{UNDECIDED}* otherwise; so it is with fewer than two seeds too. Three seeds
+give wide intervals: only what all of them show clearly is decided.
+
+* converges faster: exact match on held-out questions, the mean over the evaluations after step 0, less that of the other; bound 0
+* trains more steadily: the logarithm of how many times less the gradient's norm varies; bound 0. (Gradient noise: its variance
+  over its squared mean, from the differences between neighbouring steps in the second half of a run. What the masks alone add to
+  it is measured by `tools/variance`, see `docs/objective.md`.)
+* ends better: exact match on the test questions, less that of the other; bound 0
+* close to AR: exact match over that of the AR twin; bound {CLOSE:g}
+* faster than AR: tokens per second over those of the twin, timed by turns, at the fastest way to decode that keeps {KEPT:g} of
+  the twin's exact match (0 where none does); bound 1, and for the goal of this project {FASTER:g}
+"""
+
+
+def write_study_page(results: Path, folder: Path, quick: bool = False) -> Path:
+    """Writes `fidelity.md` and `fidelity/` into a folder, which keeps a copy of the results.
+
+    Raises:
+        DataError: results of two studies are mixed.
+    """
+    found, pilot = read_results(results), read_pilot(results)
+    beside = folder / FOLDER
+    beside.mkdir(parents=True, exist_ok=True)
+    for file in [*results.glob("?-*.json"), *results.glob(PILOT_FILE)]:
+        if file.resolve().parent != beside.resolve():
+            shutil.copyfile(file, beside / file.name)
+    sorted_results = by_variant(found)
+    for name, chart in charts(sorted_results).items():
+        replace_text(beside / f"{name}.svg", chart.file())
+    page = folder / "fidelity.md"
+    replace_text(page, study_page(found, pilot, quick))
+    return page
+
+
+def study_page(results: Sequence[Result], pilot: Pilot | None, quick: bool = False) -> str:
+    """Writes the page."""
+    found = by_variant(results)
+    parts = [_HEAD]
+    if quick:
+        parts.append("**Made with `--quick`: tiny random models, a few steps. These figures mean nothing.**\n")
+    parts += ["## What was run\n", *_variants(found), *_cost(results, pilot)]
+    if results:
+        parts += ["## Verdicts\n", *_verdicts(judge_all(found)), *_goal(found)]
+    else:
+        parts.append(f"## Verdicts\n\nNo run is made yet: the {len(CLAIMS)} claims are open.\n")
+    parts.append(_RULE)
+    if results:
+        parts += ["## Figures\n", *_figures(found)]
+    return "\n".join(parts)
+
+
+# --- what was run ------------------------------------------------------------------------------------------------------------
+
+
+def _variants(found: Sorted) -> Iterator[str]:
+    rows = []
+    for key, variant in VARIANTS.items():
+        seeds = ", ".join(map(str, sorted(found.get(key, {}))))
+        state = seeds or "not run yet" + (f"; it needs the recipe `{variant.recipe}`" if variant.recipe else "")
+        rows.append([f"({key})", variant.about, state])
+    yield table(["", "form", "seeds"], rows)
+
+
+def _cost(results: Sequence[Result], pilot: Pilot | None) -> Iterator[str]:
+    if results:
+        first = results[0]
+        total = sum(one.seconds for one in results)
+        machine = first.machine
+        yield (
+            f"{len(results)} runs of {first.steps} steps took {duration(total)} together, measuring included, on "
+            f"{machine['cores']} cores of {machine['cpu']}, torch {machine['torch']}, {machine['date']}. "
+            f"{first.settings['test']} test questions, {first.settings['answers']} answered in each evaluation during training.\n"
+        )
+    elif pilot is not None:
+        runs = [(key, seed) for seed in SEEDS for key in VARIANTS if VARIANTS[key].recipe is None]
+        machine, hours = pilot.machine, night_seconds(pilot, NIGHT, runs) / 3600
+        yield (
+            f"**Estimate.** {len(runs)} runs of {NIGHT.steps} steps of 8, {len(SEEDS)} seeds, measuring included: about "
+            f"{hours:.1f} h on {machine['cores']} cores that do nothing else. Basis: a pilot of {machine['steps']} steps of "
+            f"({pilot.variant}), the dearest form, as which all are priced, on {machine['cores']} cores of {machine['cpu']}, "
+            f"torch {machine['torch']}, {machine['date']}. The processor's seconds, over all cores: {pilot.step:.1f} a step, "
+            f"{pilot.align_step:.1f} a step of align, {pilot.answer:.2f} an answer in batches of 8.\n"
+        )
+
+
+# --- verdicts ----------------------------------------------------------------------------------------------------------------
+
+
+def _verdicts(verdicts: Sequence[Verdict]) -> Iterator[str]:
+    rows = []
+    for one in verdicts:
+        claim = one.claim
+        figures = ", ".join(f"{value:{claim.form}}" for value in one.figures) or NONE
+        interval = NONE if one.low is None else f"{one.mean:{claim.form}} [{one.low:{claim.form}}, {one.high:{claim.form}}]"
+        pair = f"({claim.first}) against ({claim.second})"
+        rows.append([claim.source, claim.text, pair, figures, interval, f"{claim.bound:g}", f"*{one.answer}*"])
+    yield table(["claimed by", "claim", "runs", "seeds' figures", "mean, interval", "bound", "verdict"], rows)
+
+
+def _goal(found: Sorted) -> Iterator[str]:
+    """Says how far the best form is from the goal of this project."""
+    twins = found.get(TWIN, {})
+    shares: dict[str, float] = {}
+    for key, runs in found.items():
+        of_seeds = [value for seed in runs.keys() & twins.keys() if (value := share(runs[seed], twins[seed])) is not None]
+        if key != TWIN and of_seeds:
+            shares[key] = statistics.fmean(of_seeds)
+    if not shares:
+        return
+    best = max(shares, key=lambda key: shares[key])
+    runs = found[best]
+    speeds = [value for seed in runs.keys() & twins.keys() if (value := speedup(runs[seed], twins[seed])) is not None]
+    told = f"{statistics.fmean(speeds):.2f}" if speeds else "an unknown number of"
+    yield (
+        f"**The goal**: {CLOSE:g} of the AR twin's exact match, and {FASTER:g} times its tokens per second at {KEPT:g}. The best "
+        f"form is ({best}): {shares[best]:.3f} of the twin's, and {told} times its speed.\n"
+    )
+
+
+# --- figures -----------------------------------------------------------------------------------------------------------------
+
+
+def _figures(found: Sorted) -> Iterator[str]:
+    yield f"![Exact match over steps]({FOLDER}/exact-match.svg)\n"
+    if any(run.masked_loss for runs in found.values() for run in runs.values()):
+        yield f"![Masked loss over steps]({FOLDER}/masked-loss.svg)\n"
+    if any(run.speeds for runs in found.values() for run in runs.values()):
+        yield f"![Exact match against speed]({FOLDER}/speed.svg)\n"
+    yield "Means over seeds; after ± the standard deviation between them.\n"
+    yield table(
+        ["", "exact match", "edit similarity", "gradient noise", *(f"steps to {level:g}" for level in LEVELS)],
+        [[f"({key})", *_row(list(runs.values()))] for key, runs in found.items()],
+    )
+    yield "Steps to a level of exact match, straight between evaluations; in brackets how many runs reach it, where not all do.\n"
+    losses = {key: list(runs.values()) for key, runs in found.items() if any(run.masked_loss for run in runs.values())}
+    if losses:
+        yield table(
+            ["", "masked loss at the end", *(f"steps to {level:g}" for level in LOSSES)],
+            [
+                [f"({key})", spread([run.masked_loss[-1][1] for run in runs]), *_steps(runs, LOSSES, _masked, rising=False)]
+                for key, runs in losses.items()
+            ],
+        )
+    yield from _decoding(found)
+
+
+def _row(runs: Sequence[Result]) -> Iterator[str]:
+    yield spread([run.own.match for run in runs])
+    yield spread([run.own.similarity for run in runs])
+    yield spread([run.gradient_noise for run in runs])
+    yield from _steps(runs, LEVELS, _exact, rising=True)
+
+
+def _exact(run: Result) -> Curve:
+    return run.exact_match
+
+
+def _masked(run: Result) -> Curve:
+    return run.masked_loss
+
+
+def _steps(runs: Sequence[Result], levels: Sequence[float], curve: Callable[[Result], Curve], rising: bool) -> Iterator[str]:
+    """Gives the mean steps to each level; where a run does not get there, how many do."""
+    for level in levels:
+        reached = [value for run in runs if (value := steps_to(curve(run), level, rising)) is not None]
+        if len(reached) == len(runs):
+            yield f"{statistics.fmean(reached):.0f}"
+        else:
+            yield f"> {runs[0].steps} ({len(reached)} of {len(runs)})"
+
+
+def _decoding(found: Sorted) -> Iterator[str]:
+    """Gives exact match, tokens per forward and speed under every way to decode."""
+    yield "Exact match on the test questions at 4, 2 and 1 forwards a block, and its part of the AR twin's speed:\n"
+    names = list(dict.fromkeys(name for runs in found.values() for run in runs.values() for name in run.ways))
+    ordered = [*STEPS, *(name for name in names if name not in STEPS)]
+    rows = []
+    for key, runs in found.items():
+        for name in ordered:
+            of_way = [run for run in runs.values() if name in run.ways]
+            if not of_way:
+                continue
+            ratios = [run.speeds[name] / run.speeds[TWIN] for run in of_way if name in run.speeds]
+            exact = spread([run.ways[name].match for run in of_way])
+            forwards = spread([run.ways[name].tokens_per_forward for run in of_way])
+            rows.append([f"({key})", name, exact, forwards, spread(ratios) if ratios else NONE])
+    yield table(["", "way", "exact match", "tokens/forward, batches of 8", "speed / AR twin"], rows)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Writes a mean, and the standard deviation where there are several values."""
+    mean = number(statistics.fmean(values), 3)
+    return mean if len(values) < 2 else f"{mean} ± {number(statistics.stdev(values), 2)}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Writes a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+# --- charts ------------------------------------------------------------------------------------------------------------------
+
+
+def charts(found: Sorted) -> dict[str, Chart]:
+    """Draws what there is: name -> chart. Thin lines are seeds, bold ones their means."""
+    made = {}
+    if found:
+        made["exact-match"] = _curves("Exact match on held-out questions", found, _exact, shares=True)
+    masked = {key: runs for key, runs in found.items() if all(run.masked_loss for run in runs.values())}
+    if masked:
+        made["masked-loss"] = _curves("Masked loss on held-out records", masked, _masked, shares=False)
+    timed = {key: runs for key, runs in found.items() if any(run.speeds for run in runs.values())}
+    if timed:
+        made["speed"] = _trade(timed)
+    return made
+
+
+def _curves(title: str, found: Sorted, curve: Callable[[Result], Curve], shares: bool) -> Chart:
+    lines = []
+    for key, runs in found.items():
+        hue, curves = list(VARIANTS).index(key), [curve(run) for run in runs.values()]
+        lines += [Line(hue, "raw", "", one) for one in curves]
+        steps = [step for step, _ in curves[0]]
+        means = [
+            (step, statistics.fmean(dict(one)[step] for one in curves))
+            for step in steps
+            if all(step in dict(one) for one in curves)
+        ]
+        lines.append(Line(hue, "bold", f"({key}) {VARIANTS[key].about}", means))
+    values = [value for line in lines for _, value in line.points]
+    ticks_y = ticks_of_shares(values) if shares else ticks_with_zero(values)
+    last = max(1, *(step for line in lines for step, _ in line.points))
+    about = f"{title} over optimiser steps"
+    return Chart(title, lines, ticks_y, ticks_up_to(last, whole=True), last, "optimiser step", about, [axis_note(ticks_y)])
+
+
+def _trade(found: Sorted) -> Chart:
+    """Draws every way to decode as a point: the mean of its speed against the twin's, and of its exact match."""
+    lines = []
+    for key, runs in found.items():
+        timed = [run for run in runs.values() if run.speeds]
+        points = [
+            (
+                statistics.fmean(run.speeds[name] / run.speeds[TWIN] for run in timed),
+                statistics.fmean(run.ways[name].match for run in timed),
+            )
+            for name in timed[0].ways
+        ]
+        lines.append(Line(list(VARIANTS).index(key), "points", f"({key}) {VARIANTS[key].about}", points, list(timed[0].ways)))
+    ticks_y = ticks_of_shares([value for line in lines for _, value in line.points])
+    last = max(value for line in lines for value, _ in line.points) * 1.05
+    about = "exact match against tokens per second, as a multiple of the AR twin's"
+    return Chart("", lines, ticks_y, ticks_up_to(last), last, "tokens per second / AR twin", about)
