@@ -21,7 +21,7 @@ from diffvl.data.samples import sample_of
 from diffvl.decode.answer import ask
 from diffvl.errors import DataError
 from diffvl.hub.seen_diffvl import as_seen, images_as_seen
-from diffvl.report.page import _image
+from diffvl.report.visuals import _image
 
 CASES = Path(__file__).parents[1] / "data" / "cases" / "pictures"
 RED, BLUE, BLACK, WHITE = (255, 0, 0), (0, 0, 255), (0, 0, 0), (255, 255, 255)

@@ -47,7 +47,7 @@ def run_pilot(study: Study, console: Console) -> Pilot:
 @contextmanager
 def _timed_steps() -> Iterator[list[float]]:
     """Collects the processor's seconds of each optimiser step in the block."""
-    whole, seconds = Loop._train_step, []
+    whole, seconds = Loop.train_step, []
 
     def train_step(self: Any, *arguments: Any) -> float:
         began = time.process_time()
@@ -55,7 +55,7 @@ def _timed_steps() -> Iterator[list[float]]:
         seconds.append(time.process_time() - began)
         return norm
 
-    with patch.object(Loop, "_train_step", train_step):
+    with patch.object(Loop, "train_step", train_step):
         yield seconds
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from diffvl.config.recipe import STAGES, Data
+from diffvl.config.recipe import Data
 from diffvl.conversion.plan import ConvertRequest, make_plan
 from diffvl.decode.answer import Decoder, load_for_decoding
 from diffvl.errors import UsageError
@@ -88,7 +88,8 @@ def _of_directory(name: str, directory: Path) -> Entrant:
     checkpoint.load_description(directory)
     facts = read_json(directory / checkpoint.STATE_FILE) if (directory / checkpoint.STATE_FILE).is_file() else {}
     metrics, kind = directory / METRICS_FILE, facts.get("kind")
-    data = checkpoint.recipe_of(directory).stages[kind].data if kind in STAGES else None
+    stage = checkpoint.recipe_of(directory).stages.get(str(kind)) if (directory / checkpoint.RECIPE_FILE).is_file() else None
+    data = None if stage is None else stage.data
     measures = measures_of(read_json_lines(metrics)) if metrics.is_file() else {}
     return Entrant(name, str(directory), lambda: load_for_decoding(directory), directory, data, measures, facts)
 
