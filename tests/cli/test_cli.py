@@ -24,6 +24,7 @@ from diffvl.hub.settings_diffvl import DecodeSettings
 
 ENVIRONMENT = {"PYTHONPATH": str(Path(cli.__file__).parents[2]), "COLUMNS": "120"}  # of a process that finds diffvl's source
 VERBS = [
+    "answers",
     "bench decode",
     "bench train",
     "chat",
@@ -45,6 +46,20 @@ DECODING = {
 
 FLAGS = {
     "": {"--version"},
+    "answers": {
+        *(
+            "MODEL",
+            "--data",
+            "--out",
+            "--image-folder",
+            "--batch-size",
+            "--max-new-tokens",
+            "--temperature",
+            "--top-k",
+            "--top-p",
+        ),
+        *("--seed", "--resume", "--trust-remote-code"),
+    },
     "convert": {
         *("MODEL", "--stage", "--recipe", "--data", "--from", "--out", "--lora", "--set", "--resume", "--dry-run"),
         *("--accept-changed-data", "--trust-remote-code"),

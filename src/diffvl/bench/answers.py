@@ -26,11 +26,12 @@ from diffvl.bench.machine import describe_run, load_average, pick_device
 from diffvl.bench.timing import schedule
 from diffvl.bench.workload import load_block_decoder
 from diffvl.data.records import Record
+from diffvl.data.samples import chat_before
 from diffvl.data.source_records import iterate_source, source_at
 from diffvl.data.textscore import edit_similarity, is_exact
 from diffvl.decode.answer import Answer, Decoder, answer_chats
 from diffvl.errors import UsageError
-from diffvl.evaluation.evaluate import chat_before, questions, reading_of
+from diffvl.evaluation.evaluate import questions, reading_of
 from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.terminal.bars import track
 

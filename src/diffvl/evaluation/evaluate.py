@@ -17,23 +17,20 @@ from diffvl.config.objectives import ArObjective, BlockDiffusionObjective, Objec
 from diffvl.config.recipe import Data
 from diffvl.config.sources import DataSource
 from diffvl.data.content import parts_of
-from diffvl.data.images import open_image
 from diffvl.data.loader import batches_of
 from diffvl.data.mixture import Mixture
 from diffvl.data.problems import Problem, advice_on, as_error, is_forgiven
 from diffvl.data.records import Record, Unpaired
 from diffvl.data.sample_dataset import SampleDataset
-from diffvl.data.samples import Sample, collate, messages_of, on_device, shown_by
+from diffvl.data.samples import Sample, chat_before, collate, on_device
 from diffvl.data.source_records import iterate_source, source_at
 from diffvl.data.sources import eval_settings, own_settings
 from diffvl.data.table import open_records
 from diffvl.data.textscore import edit_similarity, is_exact
-from diffvl.data.videos import open_video
 from diffvl.decode.answer import Decoder, answer_chats, context_length, load_for_decoding
-from diffvl.hub.clips_diffvl import Sampler
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.settings_diffvl import DecodeSettings
-from diffvl.hub.template_diffvl import Visual, texts_of
+from diffvl.hub.template_diffvl import texts_of
 from diffvl.objective.losses import measure, scores
 from diffvl.store import checkpoint
 from diffvl.store.checkpoint import recipe_of
@@ -52,23 +49,6 @@ def answer_turns(record: Record) -> Iterator[int]:
     """Gives the turns of a record that are answers to be trained on; at least one. An answer that is not (a draft that a later
     turn corrects, say) is no truth to be asked for."""
     return (turn for turn, spoken in enumerate(record.turns) if spoken.role == "assistant" and spoken.trained)
-
-
-def chat_before(record: Record, turn: int, sampler: Sampler | None = None) -> list[dict[str, Any]]:
-    """Gives the conversation up to (not including) a turn, with its images, and its videos where the checkpoint has a
-    `sampler` for them."""
-    shown = iter(shown_by(record))
-    messages = messages_of(record)[:turn]
-    for message in messages:
-        if isinstance(message["content"], list):
-            for part in message["content"]:
-                if part["type"] != "text":
-                    visual, path = next(shown)
-                    is_video = visual is Visual.VIDEO
-                    part[visual.value] = (
-                        open_video(path, record.source, sampler) if is_video else open_image(str(path), record.source)
-                    )
-    return messages
 
 
 def reading_of(directory: Path, data: Path) -> Data:
