@@ -30,6 +30,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .cache_diffvl import ReadingCache
 from .configuration_diffvl import DiffVLConfig
 from .connector_diffvl import Connector, fresh_newline
+from .gate_diffvl import AdapterGate
 from .generation_diffvl import BlockGeneration
 from .head_diffvl import flat_rows, head_on, mapped_rows
 from .images_diffvl import ImageRows, NativeImages, OwnImages, Shown, is_visual, placed_images, settle_frozen, stock
@@ -62,7 +63,12 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
     """`forward` is one pass of the trunk; `generate` (in generation_diffvl) decodes in blocks.
 
     Its parts are `vision_tower`, `connector` and `language_model`; or, for a native vision-language model, `source` alone.
+
+    Attributes:
+        gate: of a model with gated adapters (see `gate_diffvl`); None for any other.
     """
+
+    gate: AdapterGate | None = None
 
     def __init__(self, config: DiffVLConfig) -> None:
         super().__init__(config)
@@ -215,6 +221,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         row_map: Callable[[torch.Tensor, slice], torch.Tensor] | None = None,
         answer_index: torch.Tensor | None = None,
         text_only: bool = False,
+        noisy: torch.Tensor | None = None,
         **pixels: Any,
     ) -> CausalLMOutputWithPast:
         """One pass of the trunk.
@@ -237,6 +244,8 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
                 in reading order. A noisy copy of a placeholder names the row of its clean counterpart.
             rows: what `images.encode` gave, in the place of pixels that were encoded before.
             text_only: the caller knows that no token shows an image; else this is looked at, which waits for the device.
+            noisy: bool [B, T], of a model with gated adapters: the tokens on which these act. Default: none, and the model is the
+                one that the adapters stand on.
             answer_index: not used here; accepted, so that what `processor.apply_chat_template` gives can be passed whole.
             logits_rows: bool [B, T], or int64 [M] indices into the flattened [B * T]; the head runs on these rows only and
                 `.logits` is [M, V], in row-major order or in the order of the indices.
@@ -251,6 +260,8 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         if self.config.video_token_id is None:
             refuse_videos(pixel_values_videos=pixel_values_videos)
         refuse_videos(image_sizes_videos=image_sizes_videos)
+        if noisy is not None and self.gate is None:
+            raise ValueError("noisy has no effect: this model has no gated adapters")
         pixels |= {"pixel_values": pixel_values, "image_sizes": image_sizes, "pixel_values_videos": pixel_values_videos}
         seen = self.pixels_of(pixels)
         if rows is None and seen and not text_only:
@@ -259,7 +270,9 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         kept = DynamicCache() if use_cache and past_key_values is None else past_key_values
         masks, position_ids = self._masks(attention_mask, position_ids, input_ids, kept, seen, rows)
         cache = kept if kept is None or store_kv or past_key_values is None else ReadingCache(kept)
-        logits = self._logits(self.images.arguments(input_ids, rows, shown), masks, position_ids, cache, logits_rows, row_map)
+        inputs = self.images.arguments(input_ids, rows, shown)
+        with nullcontext() if self.gate is None else self.gate.opened(noisy):
+            logits = self._logits(inputs, masks, position_ids, cache, logits_rows, row_map)
         return CausalLMOutputWithPast(logits=logits, past_key_values=kept)
 
     def _logits(

@@ -19,10 +19,9 @@ from torch import nn
 from diffvl.config.families import ALL_LINEAR
 from diffvl.config.recipe import Lora, Part, Stage
 from diffvl.errors import ConfigError
+from diffvl.hub.gate_diffvl import MASK_ROW
 from diffvl.hub.images_diffvl import stock, vision_parameters
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
-
-MASK_ROW = "mask_row"
 
 
 def parts_of(model: DiffVLForConditionalGeneration) -> dict[str, Part]:
@@ -61,22 +60,6 @@ def image_encoder(source: Any) -> nn.Module:
     except (AttributeError, TypeError, ValueError):
         encoder = None
     return encoder if isinstance(encoder, nn.Module) and encoder is not source else nn.Module()
-
-
-def attach_mask_row(model: DiffVLForConditionalGeneration) -> None:
-    """Makes the embedding of the mask token a parameter of the model, in fp32. Its output row needs none: the mask token is
-    never predicted."""
-    embedding: Any = model.get_input_embeddings()
-    mask_id = model.config.mask_token_id
-    row = embedding.weight.detach()[mask_id].float().clone()
-    model.register_parameter(MASK_ROW, nn.Parameter(row))
-
-    def replace(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-        is_mask = (inputs[0] == mask_id)[..., None]
-        scaled = getattr(model, MASK_ROW) * getattr(module, "embed_scale", 1.0)
-        return torch.where(is_mask, scaled.to(output.dtype), output)
-
-    model.mask_row_hook = embedding.register_forward_hook(replace)  # type: ignore[assignment]
 
 
 def fold_mask_row(model: DiffVLForConditionalGeneration) -> None:

@@ -28,6 +28,7 @@ from diffvl.data.mixture import Mixture
 from diffvl.data.sample_dataset import SampleDataset
 from diffvl.data.samples import collate
 from diffvl.errors import ConfigError
+from diffvl.hub.gate_diffvl import attach_mask_row
 from diffvl.hub.images_diffvl import Pixels
 from diffvl.hub.layout_diffvl import longest_sample
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
@@ -44,7 +45,7 @@ from diffvl.train.four_bits import is_in_four_bits, load_in_four_bits, require_f
 from diffvl.train.gathering import write_gathered
 from diffvl.train.launch import agreed, is_to_shard, main_first, main_only, make_accelerator, precision, process_state
 from diffvl.train.loop import Loop
-from diffvl.train.parts import add_adapters, attach_mask_row, fold_mask_row, freeze_others, merge_adapters, upcast
+from diffvl.train.parts import add_adapters, fold_mask_row, freeze_others, merge_adapters, upcast
 from diffvl.train.progress import MetricsLog, TrainingProgress, Watchers
 from diffvl.train.sharding import is_sharded, learns_to_see, shard
 
