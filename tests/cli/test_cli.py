@@ -41,7 +41,7 @@ VERBS = [
 
 DECODING = {
     *("--max-new-tokens", "--steps", "--mode", "--strategy", "--threshold", "--entropy-budget", "--temperature", "--top-k"),
-    *("--top-p", "--seed", "--stop", "--repetition-stop", "--compile"),
+    *("--top-p", "--seed", "--stop", "--repetition-stop", "--compile", "--draft-length", "--drafting", "--draft-threshold"),
 }
 
 FLAGS = {
@@ -137,7 +137,8 @@ def test_the_flags_of_decoding_are_its_settings():
             kind, option = get_args(found[name].annotation)
             assert found[name].default == (None if default == () else default) and option.help == about["about"]
             assert option.default == flag(name) and flag(name) in DECODING
-            assert not about["choices"] or get_args(kind) == about["choices"]
+            words = get_args(get_args(kind)[0]) if default is None else get_args(kind)
+            assert not about["choices"] or words == about["choices"]
             assert option.max == about["most"] or name == "seed"
             assert option.min == about["least"] or name in ("denoising_steps", "temperature", "top_k", "seed")
     assert get_args(config.StageName) == config.STAGES

@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .arguments_diffvl import refuse_videos
 from .cache_diffvl import ReadingCache
 from .configuration_diffvl import DiffVLConfig
 from .connector_diffvl import Connector, fresh_newline
@@ -36,7 +37,6 @@ from .head_diffvl import flat_rows, head_on, mapped_rows
 from .images_diffvl import ImageRows, NativeImages, OwnImages, Shown, is_visual, placed_images, settle_frozen, stock
 from .layout_diffvl import Layout, Rope, clean_layout
 from .masks_diffvl import GivenMask, attention_masks, check_mask, masks_for
-from .settings_diffvl import refuse_videos
 from .spans_diffvl import span_ids
 from .tiling_diffvl import NUM_TILES
 
