@@ -164,7 +164,7 @@ def test_drafts_need_a_gate(loaded: Callable[[str], Loaded]):
             generated(loaded("llama"), CHATS[:1], mode="blocks", **{name: value})
 
 
-# --- the choice of a length -------------------------------------------------------------------------------------------------------
+# --- the choice of a length -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("rate", "slope", "length"), [(1.0, 0.0, LONGEST), (0.0, 0.0, None), (1.0, 1.0, 0)])

@@ -1,5 +1,6 @@
 """Tiny models with gated adapters of random weights, which draft nonsense; and drafts that are right as often as a test wants."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -24,7 +25,8 @@ def gated_model(directory: Path) -> Loaded:
     model, processor = load_checkpoint(directory)
     model.eval().requires_grad_(False)
     model.config.set_decoding("blocks", LONGEST, "causal", "response", "shift")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # peft says that it sets it, for gpt2's layers
         torch.manual_seed(1)
         add_gated_adapters(model, Lora(rank=4), "all-linear")
         for name, parameter in model.named_parameters():
