@@ -24,6 +24,7 @@ from diffvl.conversion.vlm import VLM_RECIPE, check_settings
 from diffvl.data.problems import told
 from diffvl.data.sources import own_settings
 from diffvl.errors import ConfigError, UsageError
+from diffvl.hub.adapter_diffvl import base_place
 from diffvl.prepare.released import is_released, is_whole
 from diffvl.prepare.source import Source
 from diffvl.store import checkpoint
@@ -85,6 +86,7 @@ def _plan_start(request: ConvertRequest, start: Path) -> Plan:
     if is_released(start):
         return _plan_model(request, str(start))
     checkpoint.require_diffvl(start)
+    _refuse_gated(start)
     state = checkpoint.read_state(start)
     earlier = resolve(read_yaml(start / checkpoint.RECIPE_FILE), [], str(start / checkpoint.RECIPE_FILE))
     _refuse_prepare(request, str(start))
@@ -193,6 +195,17 @@ def _refuse_diffvl(path: Path) -> None:
         raise UsageError(f"{path} is a DiffVL directory already; to go on from it: {command}")
 
 
+def _refuse_gated(start: Path) -> None:
+    """Raises UsageError for a lossless conversion, over which no stage can go on."""
+    gated = read_json(start / "config.json").get("gated_adapter")
+    if gated is not None:
+        base = base_place(gated["base"], str(start))
+        raise UsageError(
+            f"{start} is a lossless conversion, whose adapters stand on {base} and cannot be merged into it: start from there, "
+            "with more steps if it is to draft better"
+        )
+
+
 def _newest_align(request: ConvertRequest, console: Console) -> Path:
     if request.stage != "diffuse":
         raise UsageError(
@@ -298,6 +311,8 @@ def describe(plan: Plan, console: Console) -> None:
         detail = objective.kind
         if objective.kind == "block_diffusion":
             detail += f" (block {objective.block_size}, {objective.context} context, {objective.noise.schedule} noise)"
+        elif objective.kind == "draft":
+            detail += f" (lossless: {objective.block_size} masks, {objective.drafts} drafts a sample)"
         elif objective.kind == "full_diffusion":
             detail += f" (whole answers, {objective.noise.schedule} noise)"
         trains = ", ".join(f"{part} {rate:g}" for part, rate in stage.trainable.items())

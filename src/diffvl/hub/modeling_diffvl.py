@@ -27,10 +27,10 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .adapter_diffvl import WithGatedAdapters
 from .cache_diffvl import ReadingCache
 from .configuration_diffvl import DiffVLConfig
 from .connector_diffvl import Connector, fresh_newline
-from .gate_diffvl import AdapterGate
 from .generation_diffvl import BlockGeneration
 from .head_diffvl import flat_rows, head_on, last_states, mapped_rows
 from .images_diffvl import ImageRows, NativeImages, OwnImages, Shown, is_visual, placed_images, settle_frozen, stock
@@ -41,7 +41,7 @@ from .spans_diffvl import span_ids
 from .tiling_diffvl import NUM_TILES
 
 
-class DiffVLPreTrainedModel(PreTrainedModel):
+class DiffVLPreTrainedModel(WithGatedAdapters, PreTrainedModel):
     config_class = DiffVLConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
@@ -63,12 +63,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
     """`forward` is one pass of the trunk; `generate` (in generation_diffvl) decodes in blocks.
 
     Its parts are `vision_tower`, `connector` and `language_model`; or, for a native vision-language model, `source` alone.
-
-    Attributes:
-        gate: of a model with gated adapters (see `gate_diffvl`); None for any other.
     """
-
-    gate: AdapterGate | None = None
 
     def __init__(self, config: DiffVLConfig) -> None:
         super().__init__(config)
@@ -255,7 +250,7 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
             logits_rows: bool [B, T], or int64 [M] indices into the flattened [B * T]; the head runs on these rows only and
                 `.logits` is [M, V], in row-major order or in the order of the indices.
             row_map: needs `logits_rows`, also of the form [M, k]: the logits of k tokens are then judged together, [m, k, V]. The
-                head then runs on a bounded number of rows at a time, and `row_map(logits [m, V], which of the M rows)` -> [m, ...]
+                head then runs on a bounded number of rows at a time, and `row_map(logits [m, V], which of the rows)` -> [m, ...]
                 takes their place: `.logits` is what it gave, [M, ...]. Logits are computed again in the backward pass where there
                 is more than one such chunk, so they never stand in memory all at once.
         Returns:

@@ -39,7 +39,7 @@ from diffvl.store import checkpoint
 from diffvl.store.files import Writing
 from diffvl.store.metrics import METRICS_FILE
 from diffvl.train import checkpoints
-from diffvl.train.adapters import write_adapters
+from diffvl.train.adapters import write_adapters, write_gated
 from diffvl.train.checkpoints import CHECKPOINTS
 from diffvl.train.four_bits import is_in_four_bits, load_in_four_bits, require_four_bits, take_over
 from diffvl.train.gated import fit_to_drafts
@@ -120,8 +120,11 @@ def train(
     accelerator.free_memory()
     del loop  # the optimiser's state is as large as two models
     gc.collect()
-    model = as_stored(model, start, stage, recipe.seed)
-    _write(model, processor, stage, own_dtype, attention, work)
+    if model.gate is None:
+        model = as_stored(model, start, stage, recipe.seed)
+        _write(model, processor, stage, own_dtype, attention, work)
+    else:
+        _write_lossless(model, processor, start, own_dtype, attention, work)
     main_only(lambda: checkpoint.write_state(work, recipe, state))
     if accelerator.is_main_process:
         _tell_left_out(stage_name, left_out.kinds(), directory)
@@ -162,6 +165,19 @@ def _write(
     if model.config.text_config._attn_implementation != attention:
         set_attention(model.trunk, attention)
     main_only(lambda: checkpoint.write_checkpoint(model, processor, work, not sharded))
+
+
+def _write_lossless(
+    model: DiffVLForConditionalGeneration, processor: DiffVLProcessor, base: Path, dtype: torch.dtype, attention: str, work: Path
+) -> None:
+    """Writes what drafts over an unchanged base, as `_write` does for a model that has changed."""
+    write_gated(model, base, dtype, work)
+    model.config.dtype = dtype
+    if not is_sharded(model):
+        checkpoint.cast_weights(model, dtype)
+    if model.config.text_config._attn_implementation != attention:
+        set_attention(model.trunk, attention)
+    main_only(lambda: checkpoint.write_checkpoint(model, processor, work, weights=False))
 
 
 def require_machine(stage: Stage) -> bool:
