@@ -24,7 +24,6 @@ from diffvl.conversion.vlm import VLM_RECIPE, check_settings
 from diffvl.data.problems import told
 from diffvl.data.sources import own_settings
 from diffvl.errors import ConfigError, UsageError
-from diffvl.hub.adapter_diffvl import base_place
 from diffvl.prepare.released import is_released, is_whole
 from diffvl.prepare.source import Source
 from diffvl.store import checkpoint
@@ -197,12 +196,10 @@ def _refuse_diffvl(path: Path) -> None:
 
 def _refuse_gated(start: Path) -> None:
     """Raises UsageError for a lossless conversion, over which no stage can go on."""
-    gated = read_json(start / "config.json").get("gated_adapter")
-    if gated is not None:
-        base = base_place(gated["base"], str(start))
+    if read_json(start / "config.json").get("gated_adapter") is not None:
         raise UsageError(
-            f"{start} is a lossless conversion, whose adapters stand on {base} and cannot be merged into it: start from there, "
-            "with more steps if it is to draft better"
+            f"{start} is a lossless conversion, whose adapters stand on {checkpoint.weights_place(start)} and cannot be merged "
+            "into it: start from there, with more steps if it is to draft better"
         )
 
 
