@@ -85,6 +85,7 @@ def _plan_start(request: ConvertRequest, start: Path) -> Plan:
     if is_released(start):
         return _plan_model(request, str(start))
     checkpoint.require_diffvl(start)
+    _refuse_gated(start)
     state = checkpoint.read_state(start)
     earlier = resolve(read_yaml(start / checkpoint.RECIPE_FILE), [], str(start / checkpoint.RECIPE_FILE))
     _refuse_prepare(request, str(start))
@@ -193,6 +194,15 @@ def _refuse_diffvl(path: Path) -> None:
         raise UsageError(f"{path} is a DiffVL directory already; to go on from it: {command}")
 
 
+def _refuse_gated(start: Path) -> None:
+    """Raises UsageError for a lossless conversion, over which no stage can go on."""
+    if read_json(start / "config.json").get("gated_adapter") is not None:
+        raise UsageError(
+            f"{start} is a lossless conversion, whose adapters stand on {checkpoint.weights_place(start)} and cannot be merged "
+            "into it: start from there, with more steps if it is to draft better"
+        )
+
+
 def _newest_align(request: ConvertRequest, console: Console) -> Path:
     if request.stage != "diffuse":
         raise UsageError(
@@ -298,6 +308,8 @@ def describe(plan: Plan, console: Console) -> None:
         detail = objective.kind
         if objective.kind == "block_diffusion":
             detail += f" (block {objective.block_size}, {objective.context} context, {objective.noise.schedule} noise)"
+        elif objective.kind == "draft":
+            detail += f" (lossless: {objective.block_size} masks, {objective.drafts} drafts a sample)"
         elif objective.kind == "full_diffusion":
             detail += f" (whole answers, {objective.noise.schedule} noise)"
         trains = ", ".join(f"{part} {rate:g}" for part, rate in stage.trainable.items())

@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 from rich.console import Console
 
-from diffvl.config.objectives import ArObjective, BlockDiffusionObjective, Objective
+from diffvl.config.objectives import ArObjective, BlockDiffusionObjective, DraftObjective, Objective
 from diffvl.config.recipe import Data
 from diffvl.config.sources import DataSource
 from diffvl.data.content import parts_of
@@ -155,6 +155,8 @@ def own_objective(config: DiffVLConfig) -> Objective:
     """Gives the objective that a checkpoint was trained on, as far as measuring needs it."""
     if config.decoding == "ar":
         return ArObjective()
+    if config.gated_adapter is not None:
+        return DraftObjective(block_size=config.block_size, forwards="one")
     return BlockDiffusionObjective.model_validate(
         {"block_size": config.block_size, "context": config.context, "grid": config.grid, "target": config.target}
     )

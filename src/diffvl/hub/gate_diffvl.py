@@ -110,7 +110,7 @@ class AdapterGate:
             layer._disable_adapters = noisy is None
 
     def _pass(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        """What comes through the gate of an adapter's output [B, T, width]. (`where` and no product: 0 times inf is no number.)"""
+        """What comes through the gate of an adapter's output [B, T, width]; by `where`, as 0 times inf would be no number."""
         if self.noisy is None:  # somebody has switched the layer on from outside
             return torch.zeros_like(output)
         if output.shape[:-1] != self.noisy.shape:
@@ -171,21 +171,17 @@ def require_gate(model: Any) -> None:
             ones do not.
     """
     gate, training = model.gate, model.training
-    ids = text_ids(model)
-    last = torch.zeros(PROBED, dtype=torch.bool, device=ids.device)
+    given = short_text(model)
+    last = torch.zeros(PROBED, dtype=torch.bool, device=given["input_ids"].device)
     last[:, -1] = True
     model.eval()
-    # As text after a prompt: a prompt may see itself both ways.
-    layout = clean_layout(torch.zeros_like(ids), torch.ones_like(last), context="causal")
-    masks = attention_masks(model.config.text_config, layout, slice(None), model.get_input_embeddings().weight.dtype)
-    given = {"attention_mask": masks, "position_ids": layout.position + model.config.first_position}
     try:
         with _without_adapters(model):
-            plain = model(ids, **given).logits
+            plain = model(**given).logits
         with _stirred(model):
-            shut = model(ids, noisy=torch.zeros_like(last), **given).logits
-            skipped = model(ids, **given).logits
-            opened = model(ids, noisy=last, **given).logits
+            shut = model(**given, noisy=torch.zeros_like(last)).logits
+            skipped = model(**given).logits
+            opened = model(**given, noisy=last).logits
     finally:
         gate.shut()
         model.train(training)
@@ -200,11 +196,18 @@ def require_gate(model: Any) -> None:
         raise ValueError("the adapters act on no noisy token")
 
 
-def text_ids(model: Any) -> torch.Tensor:
-    """Tokens of text for a short forward, int64 of the shape PROBED."""
-    table = model.get_input_embeddings().weight
+def short_text(model: Any, first: int = 0, last: int = PROBED[1]) -> dict[str, Any]:
+    """Some tokens of two short texts, as arguments of a forward after those before them: each sees itself and the tokens before
+    it, as what follows a prompt does. (A prompt may see itself both ways.)"""
+    table, queries = model.get_input_embeddings().weight, slice(first, last)
     text = (~never_predicted(model.config, len(table), table.device)).nonzero()[:, 0]
-    return text[: PROBED[0] * PROBED[1]].view(PROBED)
+    ids = text[: PROBED[0] * PROBED[1]].view(PROBED)
+    layout = clean_layout(torch.zeros_like(ids), torch.ones_like(ids, dtype=torch.bool), context="causal").part(slice(0, last))
+    return {
+        "input_ids": ids[:, queries],
+        "attention_mask": attention_masks(model.config.text_config, layout, queries, table.dtype),
+        "position_ids": layout.position[:, queries] + model.config.first_position,
+    }
 
 
 @contextmanager

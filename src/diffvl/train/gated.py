@@ -12,15 +12,93 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import nn
+from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
+from diffvl.attention.choose import choose
 from diffvl.config.families import ALL_LINEAR
-from diffvl.config.recipe import Lora
+from diffvl.config.objectives import DraftObjective
+from diffvl.config.recipe import Lora, Stage
 from diffvl.errors import ConfigError, UnsupportedModelError
-from diffvl.hub.gate_diffvl import PROBED, AdapterGate, require_gate, text_ids
+from diffvl.hub.gate_diffvl import PROBED, AdapterGate, require_gate, short_text
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
+from diffvl.train.sharding import decoder_layers
 
 log = logging.getLogger(__name__)
+
+WHOLE_ROWS = ("tiled", "flex_attention")  # attention that needs all tokens of a row at once
+SAME = 1e-2  # std of the states: what rounding may do in bf16; a lost cache does far more
+
+
+def fit_to_drafts(model: DiffVLForConditionalGeneration, stage: Stage, seed: int, family_targets: str) -> Stage:
+    """Puts gated adapters into the trunk and chooses its attention for the objective's forwards, in place.
+
+    Args:
+        seed: of the fresh adapters.
+    Returns:
+        the stage with the objective's forwards settled.
+    Raises:
+        ConfigError: for targets, an attention or forwards that the trunk cannot take.
+        UnsupportedModelError: if the gate does not hold in this architecture.
+    """
+    objective = stage.objective
+    assert isinstance(objective, DraftObjective)
+    assert stage.lora is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        add_gated_adapters(model, stage.lora, family_targets)
+    forwards = _forwards(model, stage, objective)
+    if forwards == "one" or stage.attention != "auto":
+        choose(model.trunk, stage.attention, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return stage.model_copy(update={"objective": objective.model_copy(update={"forwards": forwards})})
+
+
+def _forwards(model: DiffVLForConditionalGeneration, stage: Stage, objective: DraftObjective) -> str:
+    """Settles `forwards`. Raises ConfigError where two are asked for and the trunk's cache does not allow them."""
+    if objective.forwards == "one" or (objective.forwards == "auto" and stage.attention in WHOLE_ROWS):
+        return "one"
+    for layer in decoder_layers(model):
+        # The masks only read the cache of the clean tokens, which their repetition in the backward pass finds as it was.
+        layer._can_checkpoint_with_cache = True  # pyright: ignore[reportArgumentType]
+    if _goes_on_from_cache(model, stage.gradient_checkpointing):
+        return "two"
+    without = " under gradient_checkpointing" if stage.gradient_checkpointing else ""
+    told = f"{model.trunk.config.model_type} does not go on from its cache{without}, as forwards: two wants it"
+    if objective.forwards == "two":
+        raise ConfigError(f"objective.forwards: {told}. Leave it at auto, or set one")
+    log.warning("%s: drafts and clean tokens go through it in one forward", told)
+    return "one"
+
+
+@torch.no_grad()
+def _goes_on_from_cache(model: DiffVLForConditionalGeneration, checkpointed: bool) -> bool:
+    """Tells by short forwards whether tokens that read a cache have the states that they have in a whole text, as a model in
+    training does it."""
+    training, before = model.training, PROBED[1] - 1
+    if checkpointed:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    try:
+        _without_dropout(model)
+        cache = DynamicCache()
+        whole = model(**short_text(model), keep_states=True).hidden_states[0]
+        model(**short_text(model, last=before), past_key_values=cache, keep_states=True)
+        if cache.get_seq_length() != before:
+            return False
+        after = short_text(model, first=before)
+        last = model(**after, past_key_values=cache, store_kv=False, keep_states=True).hidden_states[0]
+        return bool((last - whole[:, -1:]).abs().max() <= SAME * whole.float().std())
+    finally:
+        if checkpointed:
+            model.activation_checkpointing_disable()
+        model.train(training)
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """Puts a model in training mode, but for its dropout."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
 
 
 def add_gated_adapters(model: DiffVLForConditionalGeneration, lora: Lora, family_targets: str) -> None:
@@ -43,7 +121,7 @@ def add_gated_adapters(model: DiffVLForConditionalGeneration, lora: Lora, family
     try:
         require_gate(model)
     except ValueError as error:
-        raise UnsupportedModelError(f"{model.config.text_config.model_type}: no lossless conversion: {error}") from error
+        raise UnsupportedModelError(f"{model.trunk.config.model_type}: no lossless conversion: {error}") from error
 
 
 def _meant(model: DiffVLForConditionalGeneration, targets: str) -> list[str]:
@@ -81,7 +159,7 @@ def _gateable(model: DiffVLForConditionalGeneration, names: list[str]) -> list[s
     hooks = [model.trunk.get_submodule(name).register_forward_pre_hook(look(name)) for name in names]
     training = model.training
     try:
-        model.eval()(text_ids(model))
+        model.eval()(**short_text(model))
     finally:
         model.train(training)
         for hook in hooks:
