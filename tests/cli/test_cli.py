@@ -73,6 +73,10 @@ FLAGS = {
         *("DIR", "--data", "--sweep", "--limit", "--steps", "--batch", "--max-new-tokens", "--repeats", "--device", "--layers"),
         *("--hidden", "--block-size", "--context", "--seed", "--quick", "--compile", "--no-compile", "--json"),
     },
+    "bench drafts": {
+        *("DIR", "--data", "--limit", "--lengths", "--batch", "--max-new-tokens", "--threshold", "--precision", "--device"),
+        "--json",
+    },
     "bench modes": {"DIR", "--data", "--limit", "--max-new-tokens", "--device", "--json"},
     "bench train": {
         *("--shapes", "--repeats", "--device", "--layers", "--hidden", "--block-size", "--context", "--seed", "--quick"),

@@ -6,6 +6,7 @@ Shapes: B batch, L prompt length, D block size, M masked tokens of the batch, V 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -178,6 +179,16 @@ class DraftFigures:
                 self.agreed.append(0)
             self.reached[place] += 1
             self.agreed[place] += place < accepted
+
+    def add(self, other: "DraftFigures") -> None:
+        """Those of another batch as well."""
+        self.rounds, self.drafted, self.accepted = (
+            self.rounds + other.rounds,
+            self.drafted + other.drafted,
+            self.accepted + other.accepted,
+        )
+        self.reached = [one + more for one, more in zip_longest(self.reached, other.reached, fillvalue=0)]
+        self.agreed = [one + more for one, more in zip_longest(self.agreed, other.agreed, fillvalue=0)]
 
     @property
     def accepted_per_round(self) -> float:
