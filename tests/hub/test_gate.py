@@ -1,6 +1,9 @@
 """Adapters act on noisy tokens only: to the bit, through checkpointing, or the model is refused."""
 
 import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from diffvl.config.recipe import Lora
 from diffvl.errors import ConfigError, UnsupportedModelError
 from diffvl.hub.gate_diffvl import AdapterGate, attach_mask_row, require_gate
-from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.store.checkpoint import load_checkpoint
 from diffvl.train.gated import add_gated_adapters
 from diffvl.train.parts import fold_mask_row, merge_adapters
@@ -21,15 +23,19 @@ from diffvl.train.parts import fold_mask_row, merge_adapters
 LORA = Lora(rank=4, alpha=4)
 
 
-def gated(prepared: Prepared, model_type: str) -> DiffVLForConditionalGeneration:
-    model = load_checkpoint(prepared(model_type))[0].eval()
+def gated(prepared: Prepared, model_type: str) -> Any:
+    model: Any = load_checkpoint(prepared(model_type))[0].eval()
     add_gated_adapters(model, LORA, "all-linear")
     attach_mask_row(model)
     stir(model)
     return model
 
 
-def tokens(model: DiffVLForConditionalGeneration) -> tuple[torch.Tensor, torch.Tensor]:
+def parent_of(prepared: Prepared, model_type: str) -> Any:
+    return load_checkpoint(prepared(model_type))[0].eval()
+
+
+def tokens(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Two texts with three masks behind each, and where these are."""
     ids = torch.randint(0, ORDINARY, (2, 12), generator=torch.Generator().manual_seed(0))
     noisy = torch.zeros_like(ids, dtype=torch.bool)
@@ -41,7 +47,7 @@ def tokens(model: DiffVLForConditionalGeneration) -> tuple[torch.Tensor, torch.T
 @torch.no_grad()
 def test_clean_tokens_are_the_parents_to_the_bit(model_type: str, prepared: Prepared):
     """At equal shapes; experts see batches of other sizes when noisy tokens are routed elsewhere, and round otherwise."""
-    model, parent = gated(prepared, model_type), load_checkpoint(prepared(model_type))[0].eval()
+    model, parent = gated(prepared, model_type), parent_of(prepared, model_type)
     ids, noisy = tokens(model)
     expected, given = parent(ids).logits, model(ids, noisy=noisy).logits
     if model_type == "qwen3_moe":
@@ -56,7 +62,7 @@ def test_clean_tokens_are_the_parents_to_the_bit(model_type: str, prepared: Prep
 
 @torch.no_grad()
 def test_one_clean_token_that_adapters_reach_is_noticed(prepared: Prepared, monkeypatch: pytest.MonkeyPatch):
-    model, parent = gated(prepared, "llama"), load_checkpoint(prepared("llama"))[0].eval()
+    model, parent = gated(prepared, "llama"), parent_of(prepared, "llama")
     require_gate(model)
     ids, noisy = tokens(model)
     whole = AdapterGate._set
@@ -78,9 +84,9 @@ def test_one_clean_token_that_adapters_reach_is_noticed(prepared: Prepared, monk
 def test_a_gate_in_another_order_of_tokens_is_noticed(prepared: Prepared):
     """A layer whose tokens stand elsewhere than the gate thinks: nothing shows while the gate is shut everywhere."""
     model = gated(prepared, "llama")
-    layer = model.gate.layers[0].lora_B["default"]  # type: ignore[union-attr]
+    layer = model.gate.layers[0].lora_B["default"]
     layer._forward_hooks.clear()
-    layer.register_forward_hook(lambda _, __, out: torch.where(model.gate.noisy.flip(1)[..., None], out, 0))  # type: ignore[union-attr]
+    layer.register_forward_hook(lambda _, __, out: torch.where(model.gate.noisy.flip(1)[..., None], out, 0))
     with pytest.raises(ValueError, match="reaches clean tokens"):
         require_gate(model)
 
@@ -104,7 +110,7 @@ def test_experts_are_left_out_and_named(prepared: Prepared, caplog: pytest.LogCa
 
 def test_a_layer_that_sees_gathered_tokens_gets_no_adapters(prepared: Prepared, caplog: pytest.LogCaptureFixture):
     """As an expert that is a module of its own does."""
-    model = load_checkpoint(prepared("llama"))[0].eval()
+    model = parent_of(prepared, "llama")
     for layer in model.trunk.model.layers:
         whole = layer.mlp.forward
         layer.mlp.forward = lambda states, whole=whole: whole(states.flatten(0, 1)).view_as(states)
@@ -143,14 +149,14 @@ def test_merging_and_folding_are_refused(prepared: Prepared):
     with pytest.raises(UnsupportedModelError, match="cannot be folded"):
         fold_mask_row(model)
     with pytest.raises(ValueError, match="gated adapters cannot be merged"):  # peft's own
-        model.gate.layers[0].merge()  # type: ignore[union-attr]
+        model.gate.layers[0].merge()
     assert torch.equal(model.get_input_embeddings().weight, table)
     assert torch.equal(model.get_output_embeddings().weight, table)  # tied: its rows would be another head's
 
 
 @torch.no_grad()
 def test_the_mask_row_shows_where_the_token_stands_and_nowhere_else(prepared: Prepared):
-    model, parent = gated(prepared, "llama"), load_checkpoint(prepared("llama"))[0].eval()
+    model, parent = gated(prepared, "llama"), parent_of(prepared, "llama")
     ids, noisy = tokens(model)
     table = model.get_input_embeddings()
     rows = table(ids)
@@ -166,7 +172,7 @@ def test_a_copied_model_has_a_gate_of_its_own(prepared: Prepared):
     expected = model(ids, noisy=noisy).logits
     copied = copy.deepcopy(model)
     model.get_parameter("mask_row").zero_()
-    for layer in model.gate.layers:  # type: ignore[union-attr]
+    for layer in model.gate.layers:
         layer.lora_B["default"].weight.zero_()
     assert torch.equal(copied(ids, noisy=noisy).logits, expected)
 
@@ -202,17 +208,20 @@ def test_the_gate_outlives_the_forward_until_the_backward_pass(keeps: bool):
     states = torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
     noisy, other = torch.tensor([[False, False, True, True]]), torch.tensor([[True, False, False, False]])
 
-    def gradient(context_fn: object) -> torch.Tensor:
+    def gradient(run: Callable[[], torch.Tensor]) -> torch.Tensor:
         with gate.opened(noisy):
-            arguments = {} if context_fn is None else {"context_fn": context_fn}
-            result = layer(states) if context_fn == 0 else checkpoint(layer, states, use_reentrant=False, **arguments)
+            result = run()
         gate.open(other)
         layer.zero_grad()
         result.sum().backward()
-        return layer.lora_B["default"].weight.grad.clone()  # type: ignore[union-attr]
+        (gradient,) = (parameter.grad for parameter in layer.parameters())
+        assert gradient is not None
+        return gradient.clone()
 
-    plain = gradient(0)
-    assert torch.equal(gradient(gate.contexts if keeps else None), plain) == keeps
+    plain = gradient(lambda: layer(states))
+    repeated: Any = partial(checkpoint, layer, states, use_reentrant=False)
+    again = gradient(partial(repeated, context_fn=gate.contexts) if keeps else repeated)
+    assert torch.equal(again, plain) == keeps
 
 
 @pytest.mark.parametrize("model_type", trunks())

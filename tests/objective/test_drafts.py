@@ -118,7 +118,7 @@ def shown(loaded: Loaded) -> Any:
         content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
         chat = [{"role": "user", "content": content}, {"role": "assistant", "content": text}]
         image = random_image(number)
-        encoding = processor.encode_chat(chat, sizes=[image.size[::-1]])
+        encoding = processor.encode_chat(chat, sizes=[(image.height, image.width)])
         samples.append(Sample(encoding.ids, encoding.answer, processor.pixels([image], encoding.alone), number, 1))
     return batch(samples)
 
@@ -152,7 +152,7 @@ def test_two_forwards_are_one_with_images(model_type: str, prepared: Prepared, l
 def test_head_chunks_change_nothing(prepared: Prepared, monkeypatch: pytest.MonkeyPatch):
     model, stage = fitted(prepared("qwen2"), draft_stage())
     expected, gradient = trained(model, stage.objective, two_texts(model))  # type: ignore[arg-type]
-    monkeypatch.setattr(head_diffvl, "CHUNK_LOGITS", 3 * 2 * model.get_output_embeddings().weight.shape[0])
+    monkeypatch.setattr(head_diffvl, "CHUNK_LOGITS", 3 * 2 * model.config.text_config.vocab_size)
     loss, other = trained(model, stage.objective, two_texts(model))  # type: ignore[arg-type]
     assert loss == pytest.approx(expected, rel=1e-6)
     assert largest_difference(gradient, other) < 1e-6
