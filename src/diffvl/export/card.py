@@ -145,7 +145,8 @@ def _what(run: Run, layout: str, text_only: bool) -> str:
     if run.is_lossless:
         return (
             f"A vision-language model that answers as its parent does, in fewer forwards: adapters of rank {_rank(run)} draft "
-            f"{config.block_size} tokens at a time, and the parent's own weights, which are here unchanged, check them. Greedy answers are the parent's, in 16 bits up to rounding. Loading needs peft. Layout `{layout}`.\n"
+            f"{config.block_size} tokens at a time, and the parent's own weights, which are here unchanged, check them. Greedy "
+            f"answers are the parent's, in 16 bits up to rounding. Loading needs peft. Layout `{layout}`.\n"
         )
     return (
         f"{part}: answers come in blocks of {config.block_size} tokens, whose masks (token {config.mask_token_id}) are filled in "

@@ -115,7 +115,13 @@ def add_gated_adapters(model: DiffVLForConditionalGeneration, lora: Lora, family
         raise ConfigError(f"lora.targets {targets!r} does not fit this trunk: it names no linear layer that a gate can be put on")
     _tell_left_out(model, [name for name in linears if name not in seen])
     expression = "|".join(re.escape(name) for name in seen)
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=f"(?:{expression})")
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=f"(?:{expression})",
+        fan_in_fan_out=any(isinstance(model.trunk.get_submodule(name), Conv1D) for name in seen),
+    )
     model.trunk.add_adapter(config)
     model.gate = AdapterGate.attach(model.trunk)
     try:
