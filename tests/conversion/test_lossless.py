@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from broken_checkpoints import edit_json
 from forks import Forks
 from helpers import ORDINARY, metrics
 from lossless import stir
@@ -24,6 +25,7 @@ from diffvl.store.checkpoint import load_checkpoint
 from diffvl.train import loop
 
 DRAFT = {"kind": "draft", "block_size": 3, "drafts": 4}
+SHORT = ("--set", "stages.diffuse.data.max_length=64")
 ADAPTED: dict[str, Any] = {"objective": DRAFT, "trainable": {"trunk": 1e-2, "mask_row": 1e-2}, "lora": {"rank": 4, "alpha": 4}}
 
 
@@ -244,11 +246,29 @@ def test_data_without_answers_is_told(prepared: Callable[[str], Path], tmp_path:
 
 def require_mistake(base: Path, data: Path, out: Path, told: str, *sets: str) -> None:
     words = ("--from", base, "--stage", "diffuse", "--recipe", "lossless", "--data", data, "--out", out)
-    ended = command("convert", *words, "--set", "stages.diffuse.data.max_length=64", *sets)
+    ended = command("convert", *words, *SHORT, *sets)
     assert ended.code == 2, ended.out
     assert told in ended.err
     assert "Traceback" not in ended.err
     assert not out.exists()
+
+
+def test_weights_that_see_whole_blocks_are_no_parent(prepared: Callable[[str], Path], tower: Path, tmp_path: Path):
+    data = write_data(tmp_path, record(None, "What is it?", "A star, and a red one."))
+    blocks = tmp_path / "blocks"
+    shutil.copytree(prepared("llama"), blocks)
+    edit_json(blocks / "config.json", decoding="blocks", context="block")
+    require_mistake(blocks, data, tmp_path / "run", "draft needs a parent that answers token by token")
+    edit_json(blocks / "config.json", context="causal")
+    ended = command(
+        "convert", "--from", blocks, "--stage", "diffuse", "--recipe", "lossless", "--data", data, "--dry-run", *SHORT
+    )
+    assert ended.code == 0, ended.err
+    stages = {"align": stage("diffuse", data), "diffuse": stage("diffuse", data, **ADAPTED)}
+    recipe = write_recipe(tmp_path / "recipe.yaml", tower, **stages)
+    ended = command("convert", "--from", prepared("llama"), "--recipe", recipe, "--out", tmp_path / "run")
+    assert ended.code == 2
+    assert "the stage align has context: block" in ended.err
 
 
 def test_a_diffusion_model_is_no_parent(dllm: Callable[[str], Path], tower: Path, tmp_path: Path):

@@ -19,6 +19,7 @@ from diffvl.config.recipe import STAGES, Data, Lora, Recipe, Stage, StageName
 from diffvl.config.resolve import dump, find_recipe, read_yaml, resolve
 from diffvl.config.supported import check_supported, is_vlm, is_vlm_type
 from diffvl.conversion.diffusion import check_objectives, filled
+from diffvl.conversion.lossless import refuse_gated, require_parents
 from diffvl.conversion.resume import is_finished, one_spelling, require_same_source, require_same_stage
 from diffvl.conversion.vlm import VLM_RECIPE, check_settings
 from diffvl.data.problems import told
@@ -75,8 +76,11 @@ def make_plan(request: ConvertRequest, console: Console) -> Plan:
             "MODEL and --from exclude each other: MODEL starts from an AR checkpoint, --from from a DiffVL directory"
         )
     if request.model is not None:
-        return _plan_model(request, request.model)
-    return _plan_start(request, request.start or _newest_align(request, console))
+        plan = _plan_model(request, request.model)
+    else:
+        plan = _plan_start(request, request.start or _newest_align(request, console))
+    require_parents(plan.recipe, plan.stages, plan.start if plan.source is None else None)
+    return plan
 
 
 def _plan_start(request: ConvertRequest, start: Path) -> Plan:
@@ -85,7 +89,7 @@ def _plan_start(request: ConvertRequest, start: Path) -> Plan:
     if is_released(start):
         return _plan_model(request, str(start))
     checkpoint.require_diffvl(start)
-    _refuse_gated(start)
+    refuse_gated(start)
     state = checkpoint.read_state(start)
     earlier = resolve(read_yaml(start / checkpoint.RECIPE_FILE), [], str(start / checkpoint.RECIPE_FILE))
     _refuse_prepare(request, str(start))
@@ -192,15 +196,6 @@ def _refuse_diffvl(path: Path) -> None:
     if read_json(path / "config.json").get("model_type") == "diffvl":
         command = shell_line("diffvl", "convert", "--from", path, "--stage", "diffuse")
         raise UsageError(f"{path} is a DiffVL directory already; to go on from it: {command}")
-
-
-def _refuse_gated(start: Path) -> None:
-    """Raises UsageError for a lossless conversion, over which no stage can go on."""
-    if read_json(start / "config.json").get("gated_adapter") is not None:
-        raise UsageError(
-            f"{start} is a lossless conversion, whose adapters stand on {checkpoint.weights_place(start)} and cannot be merged "
-            "into it: start from there, with more steps if it is to draft better"
-        )
 
 
 def _newest_align(request: ConvertRequest, console: Console) -> Path:
