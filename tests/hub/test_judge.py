@@ -118,12 +118,12 @@ def test_equal_distributions_keep_every_draft():
 # --- whole answers --------------------------------------------------------------------------------------------------------------
 
 NEW, WORDS, NUMBER = 3, 5, 1500
-WAYS: list[tuple[bool, dict[str, Any]]] = [
-    (True, {"draft_length": 2, "top_k": 4}),
+WAYS: list[Any] = [
+    pytest.param(True, {"draft_length": 2, "top_k": 4}, marks=pytest.mark.slow),
     (True, {"draft_length": 3, "drafting": "separate", "denoising_steps": 2}),
     (True, {"draft_length": 2, "draft_threshold": 0.3, "top_p": 0.9}),
     (False, {"target": "same", "denoising_steps": 2}),
-    (False, {"target": "shift", "top_k": 4}),
+    pytest.param(False, {"target": "shift", "top_k": 4}, marks=pytest.mark.slow),
 ]
 
 
