@@ -15,5 +15,10 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(_hashed(f"dropout/{seed}/{step}/{rank}"))
 
 
+def batch_seed(seed: int, batch: int, turn: int) -> int:
+    """Gives the seed of what is drawn for one batch of prompts, in one of their turns."""
+    return _hashed(f"answers/{seed}/{batch}/{turn}")
+
+
 def _hashed(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") % 2**63

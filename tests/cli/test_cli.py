@@ -25,6 +25,7 @@ from diffvl.hub.settings_diffvl import DecodeSettings
 
 ENVIRONMENT = {"PYTHONPATH": str(Path(cli.__file__).parents[2]), "COLUMNS": "120"}  # of a process that finds diffvl's source
 VERBS = [
+    "answers",
     "bench decode",
     "bench train",
     "chat",
@@ -43,11 +44,25 @@ VERBS = [
 
 DECODING = {
     *("--max-new-tokens", "--steps", "--mode", "--strategy", "--threshold", "--entropy-budget", "--temperature", "--top-k"),
-    *("--top-p", "--seed", "--stop", "--repetition-stop", "--compile"),
+    *("--top-p", "--seed", "--stop", "--repetition-stop", "--compile", "--draft-length", "--drafting", "--draft-threshold"),
 }
 
 FLAGS = {
     "": {"--version"},
+    "answers": {
+        *(
+            "MODEL",
+            "--data",
+            "--out",
+            "--image-folder",
+            "--batch-size",
+            "--max-new-tokens",
+            "--temperature",
+            "--top-k",
+            "--top-p",
+        ),
+        *("--seed", "--resume", "--trust-remote-code"),
+    },
     "convert": {
         *("MODEL", "--stage", "--recipe", "--data", "--from", "--out", "--lora", "--set", "--resume", "--dry-run"),
         *("--accept-changed-data", "--trust-remote-code", "--control", "--for", "--measure"),
@@ -64,6 +79,10 @@ FLAGS = {
     "bench decode": {
         *("DIR", "--data", "--sweep", "--limit", "--steps", "--batch", "--max-new-tokens", "--repeats", "--device", "--layers"),
         *("--hidden", "--block-size", "--context", "--seed", "--quick", "--compile", "--no-compile", "--compile-batch", "--json"),
+    },
+    "bench drafts": {
+        *("DIR", "--data", "--limit", "--lengths", "--batch", "--max-new-tokens", "--threshold", "--precision", "--device"),
+        "--json",
     },
     "bench modes": {"DIR", "--data", "--limit", "--max-new-tokens", "--device", "--json"},
     "bench train": {
@@ -133,7 +152,8 @@ def test_the_flags_of_decoding_are_its_settings():
             kind, option = get_args(found[name].annotation)
             assert found[name].default == (None if default == () else default) and option.help == about["about"]
             assert option.default == flag(name) and flag(name) in DECODING
-            assert not about["choices"] or get_args(kind) == about["choices"]
+            words = get_args(get_args(kind)[0]) if default is None else get_args(kind)
+            assert not about["choices"] or words == about["choices"]
             assert option.max == about["most"] or name == "seed"
             assert option.min == about["least"] or name in ("denoising_steps", "temperature", "top_k", "seed")
 

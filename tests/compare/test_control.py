@@ -82,7 +82,7 @@ def test_a_control_without_a_meaning_is_refused_before_anything(
     refuses(*after, "--set", "stages.diffuse.data.holdout=0", "--set", "stages.diffuse.eval_every=null", says="data.holdout=200")
     both = write_recipe(tmp_path / "both.yaml", tower, align=stage("align", shapes["align"]))
     refuses(run.root / "prepared", "--recipe", both, says="is a DiffVL directory already")
-    refuses("--from", run.root / "prepared", "--recipe", both, says="the diffuse stage is not run")
+    refuses("--from", run.root / "prepared", "--recipe", both, says="this run is a control itself")
     ar = {"objective": {"kind": "ar"}, "trainable": {"trunk": 1e-3}}
     alone = write_recipe(tmp_path / "alone.yaml", tower, diffuse={**stage("diffuse", shapes["train"]), **ar})
     refuses("--from", run.align, "--stage", "diffuse", "--recipe", alone, says="this run is a control itself")

@@ -176,7 +176,7 @@ def test_a_recipe_names_no_data(name: str):
 
 
 def test_recipe_names_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    known = ["ar-control", "demo", "dllm", "emoji", "fast", "llava", "llava-parity", "lora"]
+    known = ["ar-control", "demo", "dllm", "emoji", "fast", "llava", "llava-parity", "lora", "lossless"]
     known += ["sdar", "sdar-vl", "vlm", "vlm-demo", "vlm-lora"]
     assert recipe_names() == known
     own = tmp_path / "own.yaml"

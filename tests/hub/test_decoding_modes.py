@@ -241,12 +241,13 @@ def test_agreeing_drafts_save_forwards(loaded: Callable[[str], Loaded], monkeypa
     draft = autoregressive_diffvl._draft
 
     def forwards(right: bool) -> int:
-        def told(decoder: BlockDecoder, known: Any, masked: torch.Tensor, *given: Any) -> torch.Tensor:
-            ids = draft(decoder, known, masked, *given)
+        def told(decoder: BlockDecoder, known: Any, masked: torch.Tensor, *given: Any) -> Any:
+            drafted = draft(decoder, known, masked, *given)
             place = (decoder.block.position_BD - decoder.prompt.length_B[:, None]).clamp(0, len(truth) - 1)
             other = torch.tensor(truth)[place]
             first = masked & (masked.long().cumsum(1) == 1)
-            return torch.where(masked & ~first, other if right else (other + 1) % 200, ids)
+            drafted.ids = torch.where(masked & ~first, other if right else (other + 1) % 200, drafted.ids)
+            return drafted
 
         with monkeypatch.context() as patch:
             patch.setattr(autoregressive_diffvl, "_draft", told)

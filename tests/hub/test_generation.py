@@ -397,7 +397,7 @@ def test_what_a_checkpoint_fills_in():
     def filled(**settings: Any) -> DecodeSettings:
         return DecodeSettings(**settings).for_checkpoint(config)
 
-    greedy: dict[str, Any] = {"do_sample": False, "eos_token_id": frozenset({STOP}), "pad_token_id": STOP}
+    greedy: dict[str, Any] = {"mode": "blocks", "do_sample": False, "eos_token_id": frozenset({STOP}), "pad_token_id": STOP}
     assert filled() == DecodeSettings(denoising_steps=8, **greedy)
     dynamic: dict[str, Any] = {"denoising_steps": 2, "remasking": "low_confidence_dynamic"}
     assert filled(**dynamic) == DecodeSettings(**dynamic, threshold=0.9, **greedy)
@@ -418,11 +418,7 @@ def test_settings_are_told_in_the_words_of_whoever_asks():
         ({"max_new_tokens": 0}, (), "<max_new_tokens> is 0, expected 1 or more"),
         ({"mode": "ar"}, ("remasking",), "<remasking> has no effect with <mode ar>"),
         ({}, ("seed",), "<seed> has no effect with temperature 0"),
-        (
-            {"mode": "speculative", "cache_implementation": "static"},
-            (),
-            "<cache_implementation static> has no effect with <mode sp",
-        ),
+        ({"mode": "blocks"}, ("draft_length",), "<draft_length> has no effect with <mode blocks>, which checks no drafts"),
     ]
     for settings, given, words in cases:
         with pytest.raises(ValueError, match=re.escape(words)):

@@ -18,6 +18,7 @@ from diffvl.hub.answers_diffvl import BatchAnswers, picker
 from diffvl.hub.cache_diffvl import static_trunk
 from diffvl.hub.decoder_diffvl import BlockDecoder
 from diffvl.hub.generation_diffvl import denoise
+from diffvl.hub.judge_diffvl import Sampling
 from diffvl.hub.masks_diffvl import block_kernels
 from diffvl.hub.processing_diffvl import pixels_in
 from diffvl.hub.settings_diffvl import DecodeSettings
@@ -43,7 +44,7 @@ def decode_without_values(
     decoder = BlockDecoder(moved, *given, static=engine)
     settings = settings.for_checkpoint(model.config)
     answers = BatchAnswers(decoder, settings, None, None)
-    pick = picker(settings, torch.device("cpu"), model.config)
+    pick = picker(Sampling(settings, torch.device("cpu"), model.config), settings)
     with block_kernels(moved.trunk):
         decoder.prefill()
         for _ in range(3):

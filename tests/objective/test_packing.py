@@ -79,7 +79,7 @@ def test_a_sample_that_sees_its_neighbour_would_show(loaded: Callable[[str], Loa
         packed.layout.document = torch.zeros_like(packed.layout.document)
         return packed
 
-    monkeypatch.setattr("diffvl.objective.losses.pack", merged)
+    monkeypatch.setattr("diffvl.objective.streams.pack", merged)
     with pytest.raises(AssertionError):
         require_same(loss_in_rows(loaded("llama"), TOGETHER, objective()), expected)
 

@@ -9,8 +9,9 @@ import torch
 from helpers import ORDINARY, stage_recipe, trunks
 
 from diffvl.config.recipe import Stage
+from diffvl.hub.gate_diffvl import attach_mask_row
 from diffvl.store.checkpoint import load_checkpoint
-from diffvl.train.parts import attach_mask_row, fold_mask_row, freeze_others, parameter_groups, parts_of, upcast
+from diffvl.train.parts import fold_mask_row, freeze_others, parameter_groups, parts_of, upcast
 
 
 def stage(**settings: Any) -> Stage:

@@ -92,6 +92,30 @@ class AnswersRow(Row):
     seconds: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class DraftRow(Row):
+    """A way to draft at a batch size, of `diffvl bench drafts`, summed over all answers.
+
+    equal: answers that are those of transformers' `generate` at this batch size; equal_to_single: at the first batch size, 1 as a
+    rule. accepted_per_round: tokens of a draft that were kept; accepted_by_place: of the drafts that were right so far.
+    expected_ratio: what the costs of forwards and what was accepted say of `ratio_to_ar`, None where nothing was fixed.
+    """
+
+    way: str
+    batch: int
+    answers: int
+    equal: int
+    equal_to_single: int
+    accepted_per_round: float | None
+    accepted_by_place: list[float]
+    tokens: int
+    forwards: int
+    tokens_per_forward: float
+    seconds: float
+    ratio_to_ar: float
+    expected_ratio: float | None
+
+
 RowT = TypeVar("RowT", bound=Row)
 
 

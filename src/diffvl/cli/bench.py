@@ -140,6 +140,31 @@ def bench_modes(
         print_line(modes_line(comparison))
 
 
+@bench.command("drafts", epilog="Example:  diffvl bench drafts runs/lossless/diffuse --data test.json --limit 16")
+def bench_drafts(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint of a lossless conversion.")],
+    data: Annotated[Path, typer.Option(help="Questions, in LLaVA format.", metavar="FILE")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N questions. Default: 16.", metavar="N")] = None,
+    lengths: Annotated[str | None, typer.Option(help="Tokens of a draft. Default: 1,2 and the longest.", metavar="N,...")] = None,
+    batch: Annotated[str | None, typer.Option(help="Batch sizes. Default: 1,8.", metavar="N,...")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer. Default: 128.")] = None,
+    threshold: Annotated[float | None, typer.Option(min=0, max=1, help="As --draft-threshold of `diffvl generate`.")] = None,
+    precision: Annotated[
+        Literal["fp32", "bf16"] | None, typer.Option(help="In which it is computed. Default: the checkpoint's own.")
+    ] = None,
+    device: Annotated[Device, typer.Option(help="Where to run; auto takes CUDA where there is one.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Compare the ways to draft of a lossless checkpoint with transformers' AR generate of its parent, and their answers."""
+    from diffvl.bench.drafts import DraftsBench, compare_drafts, draft_tables
+    from diffvl.terminal.bars import quiet_libraries
+
+    quiet_libraries()
+    request = DraftsBench(directory, data, limit, lengths, batch, max_new_tokens, threshold, precision, device)
+    comparison = compare_drafts(request, console(stderr=True))
+    _print(comparison.json if as_json else draft_tables(comparison))
+
+
 def _print(figures: dict[str, Any] | list[tuple[list[str], list[tuple[str, ...]]]]) -> None:
     """Prints one JSON object, or tables."""
     if isinstance(figures, dict):

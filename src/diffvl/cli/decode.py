@@ -49,7 +49,7 @@ def generate(
     given = typed(context)
     _check_ways_out(given)
     settings = settings_of(context)
-    if settings.mode != "blocks":
+    if settings.mode not in (None, "blocks"):
         _exclude(given, f"--mode {settings.mode}: it settles no blocks", watch="--watch")
     screen = terminal.console()
     if watch and not screen.is_interactive:
@@ -146,7 +146,8 @@ def _watch(decoder: "Decoder", message: "Message", settings: DecodeSettings, con
     from diffvl.decode.watch import BlockWatch
 
     config = decoder.model.config
-    check_settings(settings, config)
+    if (mode := check_settings(settings, config).mode) != "blocks":
+        raise UsageError(f"--watch has no effect with this checkpoint, whose default is --mode {mode}: it settles no blocks")
     causal = int(config.context == "causal")  # the prompt then goes in by a forward of its own
     with BlockWatch(console, decoder.processor.tokenizer, settings.stop_strings, causal) as watch:
         watch.finish(_reply(decoder, message, settings, watch, watch.on_step))

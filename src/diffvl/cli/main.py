@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffvl.cli.answers import answers
 from diffvl.cli.bench import bench
 from diffvl.cli.benchmarks import BatchSize, IncludePath, Tasks, evaluate_tasks, exclude_tasks_flags
 from diffvl.cli.compare import compare, print_compared
@@ -146,6 +147,9 @@ def _check_name(flag: str, name: str) -> None:
 app.command(epilog='Example:  diffvl generate runs/qwen2.5-7b/diffuse --image cat.jpg --prompt "What is on the mat?"')(generate)
 app.command(epilog="Example:  diffvl chat runs/qwen2.5-7b/diffuse, then  /image cat.jpg  and  What is on the mat?")(chat)
 app.command(epilog="Example:  diffvl serve runs/qwen2.5-7b/diffuse --port 8000, then open http://127.0.0.1:8000")(serve)
+
+
+app.command(epilog="Example:  diffvl answers qwen2.5-vl-3b --data prompts.jsonl --out own.jsonl")(answers)
 
 
 @app.command(
@@ -352,8 +356,8 @@ def _complain(label: str, style: str, message: str) -> None:
 
 
 def _how_to_go_on(words: list[str]) -> str:
-    """What to type after Ctrl-C; only `convert` leaves something to go on from."""
-    if words[:1] != ["convert"]:
+    """What to type after Ctrl-C; only `convert` and `answers` leave something to go on from."""
+    if words[:1] not in (["convert"], ["answers"]):
         return ""
     again = words if "--resume" in words else [*words, "--resume"]
     return f"To continue: {terminal.shell_line('diffvl', *again)}"

@@ -48,7 +48,7 @@ def flags() -> list[Parameter]:
 def _parameter(setting: Field[Any], kind: Any) -> Parameter:
     about, default, literal = setting.metadata, setting.default, cast(Any, Literal)
     if about["choices"]:
-        kind = literal[about["choices"]]
+        kind = literal[about["choices"]] if default is not None else literal[about["choices"]] | None
     elif isinstance(default, tuple):  # a repeatable flag
         kind, default = list[str] | None, None
     option = typer.Option(

@@ -4,7 +4,7 @@ Settings that only make sense together live in one variant, so that a setting wi
 """
 
 import itertools
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -106,29 +106,12 @@ class ArObjective(Section):
     kind: Literal["ar"] = "ar"
 
 
-class BlockDiffusionObjective(Section):
-    """Masked-token cross-entropy on noised answer blocks (BD3-LM, SDAR-VL, DiffusionVL)."""
+class _Blocks(Section):
+    """Objectives whose blocks may grow in the course of a stage."""
 
-    kind: Literal["block_diffusion"] = "block_diffusion"
     block_size: int = Field(default=8, ge=1, le=1024, description="tokens per block, in decoding and at the end of the stage")
     block_curriculum: dict[Annotated[float, Field(ge=0, lt=1)], Annotated[int, Field(ge=1, le=1024)]] = Field(
         default={}, description="share of the stage -> block size from there on, e.g. {0.0: 4, 0.5: 8} with block_size 8"
-    )
-    context: Literal["block", "causal"] = Field(default="block", description="attention among clean tokens")
-    grid: Literal["absolute", "response"] = Field(default="absolute", description="where the block grid has its origin")
-    target: Literal["same", "shift"] = Field(default="same", description="position i predicts token i, or i-1 predicts i")
-    weight: Literal["1/t", "effective", "none"] = "1/t"
-    pad_weight: float = Field(default=1.0, ge=0, description="loss weight of the stop tokens that fill an answer's last block")
-    normaliser: Literal["tokens", "samples"] = Field(
-        default="tokens", description="what counts alike in a step: every answer token, or every sample, to reproduce a reference"
-    )
-    ar_weight: float = Field(default=0.0, ge=0, description="weight of a next-token loss on the clean stream")
-    position_bias: float = Field(
-        default=0.0, ge=-8, le=8, description="log-odds by which the last token of a block is masked more than the first"
-    )
-    noise: Noise = UniformNoise()
-    complementary: bool = Field(
-        default=False, description="a second noisy copy with the complementary masks, so that every answer token is predicted"
     )
 
     def block_size_at(self, progress: float) -> int:
@@ -155,6 +138,28 @@ class BlockDiffusionObjective(Section):
         if any(one == other for one, other in itertools.pairwise(sizes)) or len(sizes) == 1:
             raise ValueError("block_curriculum has an entry without effect: neighbouring block sizes must differ")
         return self
+
+
+class BlockDiffusionObjective(_Blocks):
+    """Masked-token cross-entropy on noised answer blocks (BD3-LM, SDAR-VL, DiffusionVL)."""
+
+    kind: Literal["block_diffusion"] = "block_diffusion"
+    context: Literal["block", "causal"] = Field(default="block", description="attention among clean tokens")
+    grid: Literal["absolute", "response"] = Field(default="absolute", description="where the block grid has its origin")
+    target: Literal["same", "shift"] = Field(default="same", description="position i predicts token i, or i-1 predicts i")
+    weight: Literal["1/t", "effective", "none"] = "1/t"
+    pad_weight: float = Field(default=1.0, ge=0, description="loss weight of the stop tokens that fill an answer's last block")
+    normaliser: Literal["tokens", "samples"] = Field(
+        default="tokens", description="what counts alike in a step: every answer token, or every sample, to reproduce a reference"
+    )
+    ar_weight: float = Field(default=0.0, ge=0, description="weight of a next-token loss on the clean stream")
+    position_bias: float = Field(
+        default=0.0, ge=-8, le=8, description="log-odds by which the last token of a block is masked more than the first"
+    )
+    noise: Noise = UniformNoise()
+    complementary: bool = Field(
+        default=False, description="a second noisy copy with the complementary masks, so that every answer token is predicted"
+    )
 
     @model_validator(mode="after")
     def _complement_has_effect(self) -> Self:
@@ -197,4 +202,59 @@ class FullDiffusionObjective(Section):
     )
 
 
-Objective = Annotated[ArObjective | BlockDiffusionObjective | FullDiffusionObjective, Field(discriminator="kind")]
+# Settings of other objectives, and why a draft has no such choice.
+_NO_CHOICE_OF_A_DRAFT = {
+    "context": "drafts are checked by the parent, which is causal, so clean tokens always see the tokens before them",
+    "ar_weight": "the parent never changes, so a next-token loss has nothing to teach",
+    "target": "it is always shift: the parent itself says the first token of a draft, and no mask is spent on it",
+    "grid": "a draft may begin anywhere, as in decoding",
+    "noise": "every token of a draft is a mask, as in its one forward in decoding",
+    "complementary": "every token of a draft is a mask, as in its one forward in decoding",
+    "weight": "places are weighted by `decay`",
+    "position_bias": "places are weighted by `decay`",
+    "pad_weight": "nothing fills a draft up behind its answer",
+}
+
+
+DECAY = 0.9
+
+
+class DraftObjective(_Blocks):
+    """Drafts of the frozen parent's answers, by gated adapters (lossless conversion). `block_size` masks stand behind a token of
+    an answer, and each is to say what the parent would say there."""
+
+    kind: Literal["draft"] = "draft"
+    block_size: int = Field(default=4, ge=1, le=64, description="masks of a draft, in decoding and at the end of the stage")
+    drafts: int = Field(default=8, ge=1, le=1024, description="drafts of a sample in a step, at random places of its answers")
+    decay: float = Field(default=DECAY, gt=0, le=1, description="loss weight of the k-th mask of a draft: decay ** k, k from 0")
+    parent_weight: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="share of the parent's own distribution in the loss (KL divergence); the rest is cross-entropy with the data",
+    )
+    forwards: Literal["auto", "one", "two"] = Field(
+        default="auto",
+        description="two: the clean tokens go first, without a graph, and the drafts see their keys and values. one: both in one "
+        "forward. auto: two, where the trunk's cache allows it",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_such_choice(cls, given: Any) -> Any:
+        found = [name for name in _NO_CHOICE_OF_A_DRAFT if isinstance(given, dict) and name in given]
+        if found:
+            told = "; ".join(f"{name}: {_NO_CHOICE_OF_A_DRAFT[name]}" for name in found)
+            raise ValueError(f"a lossless conversion has no such setting: {told}. Leave it out")
+        return given
+
+    @model_validator(mode="after")
+    def _decay_has_effect(self) -> Self:
+        if self.largest_block == 1 and self.decay != DECAY:
+            raise ValueError("decay has no effect with block_size: 1, where a draft has one place")
+        return self
+
+
+Objective = Annotated[
+    ArObjective | BlockDiffusionObjective | FullDiffusionObjective | DraftObjective, Field(discriminator="kind")
+]

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from diffvl.config.objectives import Objective
+from diffvl.config.objectives import DraftObjective, Objective
 from diffvl.config.section import Section
 from diffvl.config.sources import (
     COLUMNS,
@@ -306,6 +306,8 @@ class Stage(Section):
             raise ValueError("give exactly one of steps and epochs")
         if self.lora is not None and "trunk" not in self.trainable:
             raise ValueError("lora has no effect unless trunk is in trainable")
+        if isinstance(self.objective, DraftObjective):
+            self._require_lossless(self.objective)
         if "mask_row" in self.trainable and self.objective.kind == "ar":
             raise ValueError("mask_row has no effect under the ar objective: no token is masked")
         if self.data.streaming and self.steps is None:
@@ -317,6 +319,22 @@ class Stage(Section):
         if self.eval_answers and self.sharding in ("full", "full_bf16"):
             raise ValueError(f"eval_answers asks a whole model, which no process has with sharding: {self.sharding}")
         return self
+
+    def _require_lossless(self, objective: DraftObjective) -> None:
+        """Raises ValueError where a stage of drafts would change what they are checked by."""
+        rule = "objective draft (lossless) changes no weight of its parent, which checks the drafts"
+        if self.lora is None:
+            raise ValueError(f"{rule}: without lora the trunk itself would train. Add lora, e.g. {{rank: 32, alpha: 32}}")
+        if odd := sorted(self.trainable.keys() ^ {"trunk", "mask_row"}):
+            given = f"{odd[0]} cannot be in it" if odd[0] in self.trainable else f"{odd[0]} is missing"
+            raise ValueError(f"{rule}: trainable names trunk (the adapters on it) and mask_row, and nothing else; {given}")
+        if self.tiling is not None:
+            raise ValueError(f"{rule}: tiling would show it other images. Leave it out")
+        if objective.forwards == "two" and self.attention not in ("auto", "sdpa", "eager"):
+            raise ValueError(
+                f"attention: {self.attention} is for a whole row in one forward: leave it at auto, or set forwards: one in the "
+                "objective"
+            )
 
 
 class Recipe(Section):

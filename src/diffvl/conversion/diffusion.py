@@ -9,6 +9,7 @@ import logging
 from typing import Any
 
 from diffvl.config.families import DiffusionSource
+from diffvl.config.objectives import ArObjective, DraftObjective
 from diffvl.config.recipe import Recipe, StageName
 from diffvl.errors import ConfigError
 
@@ -34,11 +35,11 @@ def check_objectives(recipe: Recipe, stages: tuple[StageName, ...], source: Diff
     """Raises ConfigError for a stage that would train a diffusion language model on the next token; warns of another target."""
     for name in stages:
         objective = recipe.stages[name].objective
-        if objective.kind == "ar":
+        if isinstance(objective, ArObjective | DraftObjective):
             raise ConfigError(
-                f"stages.{name}.objective: ar has no meaning for {source.model_type}, a diffusion language model: it predicts "
-                f"masked tokens {_sight(source)}, and has not learnt to go on from a text left to right. Take full_diffusion "
-                "(the whole answer at once) or block_diffusion, as the recipes dllm and sdar do"
+                f"stages.{name}.objective: {objective.kind} has no meaning for {source.model_type}, a diffusion language model: "
+                f"it predicts masked tokens {_sight(source)}, and has not learnt to go on from a text left to right. Take "
+                "full_diffusion (the whole answer at once) or block_diffusion, as the recipes dllm and sdar do"
             )
         if objective.target != source.target:
             log.warning(

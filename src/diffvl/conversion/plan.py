@@ -29,6 +29,7 @@ from diffvl.config.resolve import dump, find_recipe, read_yaml, resolve
 from diffvl.config.supported import check_supported, is_vlm, is_vlm_type
 from diffvl.conversion.control import CONTROL, control_recipe
 from diffvl.conversion.diffusion import check_objectives, filled
+from diffvl.conversion.lossless import refuse_gated, require_parents
 from diffvl.conversion.resume import is_finished, one_spelling, require_same_source, require_same_stage
 from diffvl.conversion.stages import newest_before, stage_before, stage_names, stages_after, stages_of_aligned, stages_to_run
 from diffvl.conversion.vlm import VLM_RECIPE, check_settings
@@ -122,8 +123,11 @@ def _plan_stages(request: ConvertRequest, console: Console) -> Plan:
             "MODEL and --from exclude each other: MODEL starts from an AR checkpoint, --from from a DiffVL directory"
         )
     if request.model is not None:
-        return _plan_model(request, request.model)
-    return _plan_start(request, request.start or _newest_start(request, console))
+        plan = _plan_model(request, request.model)
+    else:
+        plan = _plan_start(request, request.start or _newest_start(request, console))
+    require_parents(plan.recipe, plan.stages, plan.start if plan.source is None else None)
+    return plan
 
 
 def _plan_start(request: ConvertRequest, start: Path) -> Plan:
@@ -132,6 +136,7 @@ def _plan_start(request: ConvertRequest, start: Path) -> Plan:
     if is_released(start):
         return _plan_model(request, str(start))
     checkpoint.require_diffvl(start)
+    refuse_gated(start)
     state = checkpoint.read_state(start)
     earlier = resolve(read_yaml(start / checkpoint.RECIPE_FILE), [], str(start / checkpoint.RECIPE_FILE))
     _refuse_prepare(request, str(start))
@@ -353,6 +358,8 @@ def describe(plan: Plan, console: Console) -> None:
         detail = objective.kind
         if objective.kind == "block_diffusion":
             detail += f" (block {objective.block_size}, {objective.context} context, {objective.noise.schedule} noise)"
+        elif objective.kind == "draft":
+            detail += f" (lossless: {objective.block_size} masks, {objective.drafts} drafts a sample)"
         elif objective.kind == "full_diffusion":
             detail += f" (whole answers, {objective.noise.schedule} noise)"
         trains = ", ".join(f"{part} {rate:g}" for part, rate in stage.trainable.items())

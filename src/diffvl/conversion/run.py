@@ -164,7 +164,9 @@ def _tidy(directory: Path) -> None:
 
 def _say_next(directory: Path, plan: Plan, console: Console) -> None:
     """Prints what was written, and commands to go on with."""
-    say(console, "\nwrote ", (str(directory), "bold"), " (a checkpoint that loads without diffvl, and report.html)")
+    base = checkpoint.weights_place(directory)
+    whole = "a checkpoint" if base == directory else f"adapters over {base}, a checkpoint"
+    say(console, "\nwrote ", (str(directory), "bold"), f" ({whole} that loads without diffvl, and report.html)")
     for name in stages_after(plan.stages[-1], tuple(plan.recipe.stages))[:1]:
         say(console, "next: ", shell_line("diffvl", "convert", "--from", directory, "--stage", name, "--data", "FILE"))
     samples = read_json_lines(directory / "samples.jsonl")

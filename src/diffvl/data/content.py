@@ -47,6 +47,7 @@ _LIKELY = "|".join(
 )
 _ESCAPED = re.compile(rf"\\(?={IMAGE_MARKER}|{_SURE})", re.IGNORECASE)
 _ESCAPED_BOTH = re.compile(rf"\\(?={IMAGE_MARKER}|{VIDEO_MARKER}|{_SURE})", re.IGNORECASE)
+_TO_ESCAPE = re.compile(rf"(?={IMAGE_MARKER}|{_SURE})", re.IGNORECASE)
 _MARKER = re.compile(rf"(?<!\\){IMAGE_MARKER}")
 _MARKERS = re.compile(rf"(?<!\\)({IMAGE_MARKER}|{VIDEO_MARKER})")
 _SURE_PATTERN = re.compile(rf"(?<!\\)(?:{_SURE})", re.IGNORECASE)
@@ -102,6 +103,11 @@ def with_markers(text: str, num_images: int, num_videos: int = 0) -> str:
 def plain(text: str) -> str:
     """Gives a text without images as a model reads it."""
     return _ESCAPED.sub("", text) if ESCAPE in text else text
+
+
+def escaped(text: str) -> str:
+    """Gives a text that a model wrote as a record spells it: `plain` gives it back."""
+    return _TO_ESCAPE.sub(lambda _: ESCAPE, text) if "<" in text else text
 
 
 def mistaken_marker(text: str, images: bool) -> str | None:

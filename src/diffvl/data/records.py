@@ -57,7 +57,7 @@ Role = Literal["system", "user", "assistant"]
 Unpaired = Literal["error", "drop"]
 
 # key of the turns -> (key of the speaker, key of the text, speaker -> role)
-_FORMS: dict[str, tuple[str, str, dict[str, Role]]] = {
+FORMS: dict[str, tuple[str, str, dict[str, Role]]] = {
     "conversations": ("from", "value", {"human": "user", "gpt": "assistant", "system": "system"}),
     "messages": ("role", "content", {"user": "user", "assistant": "assistant", "system": "system"}),
 }
@@ -194,7 +194,7 @@ class RecordReader:
 
 def _form_of(value: dict[str, Any]) -> str:
     """Gives the key under which a record has its turns."""
-    forms = [form for form in _FORMS if value.get(form) is not None]
+    forms = [form for form in FORMS if value.get(form) is not None]
     if not forms:
         raise DataError(
             "no `conversations` (nor `messages`): expected a list of turns, {from: human or gpt, value: text}"
@@ -220,7 +220,7 @@ def _parse_turns(items: Any, form: str, tell: Callable[[str], object]) -> tuple[
 
 
 def _parse_turn(item: Any, form: str, where: str, tell: Callable[[str], object]) -> tuple[Turn, Content]:
-    speaker_key, text_key, roles = _FORMS[form]
+    speaker_key, text_key, roles = FORMS[form]
     if not isinstance(item, dict) or speaker_key not in item:
         raise DataError(f"{where}: expected an object with `{speaker_key}` and `{text_key}`{_has(item)}", "turn")
     speaker = item[speaker_key]

@@ -17,7 +17,7 @@ from diffvl.data.records import Record
 from diffvl.data.videos import Video, open_video, video_size
 from diffvl.errors import DataError
 from diffvl.hub.chat_diffvl import arranged
-from diffvl.hub.clips_diffvl import ClipSize
+from diffvl.hub.clips_diffvl import ClipSize, Sampler
 from diffvl.hub.pixels_diffvl import Pixels, join_pixels
 from diffvl.hub.processing_diffvl import ChatEncoding, DiffVLProcessor
 from diffvl.hub.seen_diffvl import Size, size_of
@@ -58,6 +58,23 @@ def shown_by(record: Record) -> list[tuple[Visual, Video]]:
     texts = [turn.text for turn in record.turns if turn.role == "user"]
     shown = [one for text in texts for one in parts_of(text, videos=True) if isinstance(one, Visual)]
     return [(visual, next(rest[visual])) for visual in shown]
+
+
+def chat_before(record: Record, turn: int, sampler: Sampler | None = None) -> list[dict[str, Any]]:
+    """Gives the conversation up to (not including) a turn, with its images, and its videos where the checkpoint has a
+    `sampler` for them."""
+    shown = iter(shown_by(record))
+    messages = messages_of(record)[:turn]
+    for message in messages:
+        if isinstance(message["content"], list):
+            for part in message["content"]:
+                if part["type"] != "text":
+                    visual, path = next(shown)
+                    is_video = visual is Visual.VIDEO
+                    part[visual.value] = (
+                        open_video(path, record.source, sampler) if is_video else open_image(str(path), record.source)
+                    )
+    return messages
 
 
 def encode_record(

@@ -44,7 +44,8 @@ OTHER_DECODERS = ("sdar", "diffusionvl", "llada", "llava_llada")  # how model ty
 class Answer:
     """tokens: up to and including the stop. forwards: passes of the trunk, and tokens_per_forward what this answer got out of
     each. prefill_seconds: until the first tokens were predicted; decode_seconds: the rest; seconds: both and the images'
-    processing. Forwards and seconds of an answer that was decoded in a batch are those of the batch."""
+    processing. accepted_per_round: drafted tokens that were kept of each draft, in mode "speculative". Forwards, seconds and what
+    was accepted of an answer that was decoded in a batch are those of the batch."""
 
     text: str
     tokens: int
@@ -53,6 +54,7 @@ class Answer:
     prefill_seconds: float
     decode_seconds: float
     seconds: float
+    accepted_per_round: float | None = None
 
 
 @dataclass(frozen=True)
@@ -141,11 +143,11 @@ def ask(prompt: str, images: Sequence[Path], videos: Sequence[Path] = ()) -> Mes
     return user_message(prompt, [open_image(str(path), "--image") for path in images], [str(path) for path in videos])
 
 
-def check_settings(settings: DecodeSettings, config: DiffVLConfig) -> None:
-    """Raises UsageError if a checkpoint cannot be decoded like this."""
+def check_settings(settings: DecodeSettings, config: DiffVLConfig) -> DecodeSettings:
+    """Gives the settings with everything filled in. Raises UsageError if a checkpoint cannot be decoded like this."""
     try:
         settings.check(spell=flag)
-        settings.for_checkpoint(config, spell=flag)
+        return settings.for_checkpoint(config, spell=flag)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -229,7 +231,7 @@ def decode(
     start = time.monotonic() if start is None else start
     model, tokenizer = decoder.model, decoder.processor.tokenizer
     mask = model.config.mask_token_id
-    if settings.is_static and settings.mode == "blocks":
+    if settings.is_static and settings.mode != "ar":
         _require_static(model.trunk)
     arguments = settings.arguments() | {"tokenizer": tokenizer, "return_dict_in_generate": True}
     if settings.is_static and settings.compile_config is None and not settings.disable_compile:
@@ -242,11 +244,12 @@ def decode(
     assert isinstance(output, BlockGenerationOutput) and output.sequences is not None and output.forwards is not None
     assert output.prefill_seconds is not None and output.decode_seconds is not None
     seconds = time.monotonic() - start
+    accepted = None if output.drafts is None else output.drafts.accepted_per_round
     answers = []
     for row in output.sequences[:, inputs["input_ids"].shape[1] :].tolist():
         ids = row[: row.index(mask)] if mask in row else row
         figures = (output.forwards, len(ids) / output.forwards, output.prefill_seconds, output.decode_seconds, seconds)
-        answers.append(Answer(text_of(tokenizer, ids, settings.stop_strings), len(ids), *figures))
+        answers.append(Answer(text_of(tokenizer, ids, settings.stop_strings), len(ids), *figures, accepted))
     return answers, output
 
 

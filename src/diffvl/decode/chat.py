@@ -71,7 +71,7 @@ class Chat:
 
     def __post_init__(self) -> None:
         """Raises UsageError if the checkpoint cannot be decoded like this."""
-        check_settings(self.settings, self.decoder.model.config)
+        self.settings = replace(self.settings, mode=check_settings(self.settings, self.decoder.model.config).mode)
 
     def take(self, line: str) -> bool:
         """Does what a line asks for; False if that is to end."""

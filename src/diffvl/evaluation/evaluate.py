@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 from rich.console import Console
 
-from diffvl.config.objectives import ArObjective, BlockDiffusionObjective, Objective
+from diffvl.config.objectives import ArObjective, BlockDiffusionObjective, DraftObjective, Objective
 from diffvl.config.recipe import Data
 from diffvl.config.sources import DataSource
 from diffvl.data.loader import batches_of
@@ -21,13 +21,13 @@ from diffvl.data.mixture import Mixture
 from diffvl.data.problems import Problem, advice_on, as_error, is_forgiven
 from diffvl.data.records import Record, Unpaired
 from diffvl.data.sample_dataset import SampleDataset
-from diffvl.data.samples import Sample, collate, on_device
+from diffvl.data.samples import Sample, chat_before, collate, on_device
 from diffvl.data.source_records import iterate_source, source_at
 from diffvl.data.sources import eval_settings, own_settings
 from diffvl.data.table import open_records
 from diffvl.data.textscore import edit_similarity, is_exact
 from diffvl.decode.answer import Decoder, answer_chats, check_settings, context_length, load_for_decoding
-from diffvl.evaluation.questions import answer_turns, asked, chat_before
+from diffvl.evaluation.questions import answer_turns, asked
 from diffvl.evaluation.scored import BATCH_SIZE, answer_records
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.settings_diffvl import DecodeSettings, keyword
@@ -137,6 +137,8 @@ def own_objective(config: DiffVLConfig) -> Objective:
     """Gives the objective that a checkpoint was trained on, as far as measuring needs it."""
     if config.decoding == "ar":
         return ArObjective()
+    if config.gated_adapter is not None:
+        return DraftObjective(block_size=config.block_size, forwards="one")
     return BlockDiffusionObjective.model_validate(
         {"block_size": config.block_size, "context": config.context, "grid": config.grid, "target": config.target}
     )

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from diffvl.data.records import Record
+from diffvl.data.samples import chat_before
 from diffvl.data.textscore import edit_similarity, is_exact
 from diffvl.decode.answer import Answer, Decoder, answer_chats
-from diffvl.evaluation.questions import chat_before, questions
+from diffvl.evaluation.questions import questions
 from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.terminal.bars import track
 

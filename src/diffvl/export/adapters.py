@@ -22,6 +22,8 @@ TENSORS = "adapter_model.safetensors"
 
 def require_adapters(run: Run, layout: str) -> None:
     """Raises UsageError unless there are adapters that can be kept apart in this layout."""
+    if run.is_lossless:
+        raise UsageError("--keep-adapters has no effect: a lossless conversion's adapters are never merged; leave it out")
     if layout != "native":
         raise UsageError(f"--keep-adapters has no effect with --layout {layout}: its callers know no adapters; leave it out")
     if not (run.directory / ADAPTER / TENSORS).is_file():

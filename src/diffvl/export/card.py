@@ -125,7 +125,7 @@ def card(run: Run, layout: str, text_only: bool, adapters: bool, figures: Mappin
         head = {"license": licence, **head}
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
-        f"# {source}, block diffusion in blocks of {run.config.block_size}\n",
+        f"# {source}, {'lossless drafts' if run.is_lossless else 'block diffusion in blocks'} of {run.config.block_size}\n",
         _what(run, layout, text_only),
         _source(run, source, licence),
         _stages(run),
@@ -144,12 +144,24 @@ def _what(run: Run, layout: str, text_only: bool) -> str:
     part = "The text part of a block-diffusion vision-language model" if text_only else "A block-diffusion vision-language model"
     if config.decoding == "ar":
         return f"{part}, of which this is the state before block diffusion: it answers token by token. Layout `{layout}`.\n"
+    if run.is_lossless:
+        return (
+            f"A vision-language model that answers as its parent does, in fewer forwards: adapters of rank {_rank(run)} draft "
+            f"{config.block_size} tokens at a time, and the parent's own weights, which are here unchanged, check them. Greedy "
+            f"answers are the parent's, in 16 bits up to rounding. Loading needs peft. Layout `{layout}`.\n"
+        )
     return (
         f"{part}: answers come in blocks of {config.block_size} tokens, whose masks (token {config.mask_token_id}) are filled in "
         f"a few steps. Blocks begin {'at multiples of their size' if config.grid == 'absolute' else 'with the answer'}; a clean "
         f"token sees {'its whole block' if config.context == 'block' else 'what stands before it'}; a position predicts "
         f"{'its own' if config.target == 'same' else 'the next'} token. Layout `{layout}`.\n"
     )
+
+
+def _rank(run: Run) -> int | str:
+    """The rank of the adapters, as their stage set it."""
+    loras = [stage.lora for stage in run.recipe.stages.values() if stage.lora is not None]
+    return loras[-1].rank if loras else "unknown"
 
 
 def _source(run: Run, source: str, licence: str | None) -> str:

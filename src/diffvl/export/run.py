@@ -96,12 +96,19 @@ def _write_provenance(run: Run, layout: str, directory: Path, figures: dict[str,
 
 def _require_layout(run: Run, layout: str, out: Path) -> None:
     """Raises UnsupportedModelError if the layout cannot express the model; names those that can."""
-    if faults := LAYOUTS[layout].faults(run):
-        fitting = [name for name, other in LAYOUTS.items() if not other.faults(run)]
+    if faults := _faults(run, layout):
+        fitting = [name for name in LAYOUTS if not _faults(run, name)]
         raise UnsupportedModelError(
             f"{run.directory}: the layout {layout} cannot express this model: {'; '.join(faults)}. "
             f"{' and '.join(fitting)} can: {shell_line('diffvl', 'export', run.directory, '--layout', fitting[0], '-o', out)}"
         )
+
+
+def _faults(run: Run, layout: str) -> list[str]:
+    """Lists what a layout cannot express of a run; of gated adapters only the native one knows anything."""
+    if run.is_lossless and layout != "native":
+        return ["its adapters act on drafts only, so they cannot be merged into its weights"]
+    return LAYOUTS[layout].faults(run)
 
 
 def _require_free(out: Path) -> None:

@@ -22,15 +22,22 @@ DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F6
 
 @dataclass(frozen=True)
 class Run:
-    """A finished directory. headers: its tensors by name. dtype: that of its weights, in config.json's words."""
+    """A finished directory. weights: where its weights lie, which for gated adapters is their base. headers: its tensors by name.
+    dtype: that of its weights, in config.json's words."""
 
     directory: Path
+    weights: Path
     config: DiffVLConfig
     processor: DiffVLProcessor
     headers: dict[str, Header]
     dtype: str
     state: dict[str, Any]
     recipe: Recipe
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether gated adapters stand on weights that never changed."""
+        return self.config.gated_adapter is not None
 
 
 def read_run(directory: Path) -> Run:
@@ -43,7 +50,8 @@ def read_run(directory: Path) -> Run:
     _require_finished(directory)
     config, processor = checkpoint.load_description(directory)
     state, recipe = checkpoint.read_state(directory), checkpoint.recipe_of(directory)
-    headers = read_headers(directory)
+    weights = checkpoint.weights_place(directory)
+    headers = read_headers(weights)
     dtype = str(config.dtype).removeprefix("torch.")
     expected = DTYPES.get(dtype)
     if other := sorted(name for name, header in headers.items() if header.dtype != expected):
@@ -52,7 +60,7 @@ def read_run(directory: Path) -> Run:
             f"{found.file}: {some(other)}: stored as {found.dtype}, expected {expected} (config.json says dtype {dtype}). "
             "Set it right there, or make the checkpoint again"
         )
-    return Run(directory, config, processor, headers, dtype, state, recipe)
+    return Run(directory, weights, config, processor, headers, dtype, state, recipe)
 
 
 def _require_finished(directory: Path) -> None:

@@ -72,8 +72,11 @@ def calling_sequence(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, t
     sees = (block[:, None] >= block[None]).float()[None]
     positions = torch.arange(ids.shape[1])[None]
     cache = DynamicCache()
+    is_gated = getattr(model.config, "gated_adapter", None) is not None
 
     def call(begin: int, end: int, store: bool, **more: Any) -> torch.Tensor:
+        if is_gated:  # its adapters act where they are told to
+            more["noisy"] = ids[:, begin:end] == mask_id
         logits = model(
             ids[:, begin:end],
             attention_mask=sees[:, begin:end, :end],

@@ -5,16 +5,16 @@ Shapes: B batch, L prompt length, D block size, M masked tokens of the batch, V 
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.utils.generic import ModelOutput
 
 from .blocks_diffvl import Prefix
-from .configuration_diffvl import never_predicted
 from .decoder_diffvl import BlockDecoder
+from .judge_diffvl import Sampling
 from .settings_diffvl import DecodeSettings
 
 LONGEST_UNIT = 64  # tokens of a repeated unit that is looked for
@@ -38,34 +38,17 @@ class Prediction:
 Picker = Callable[[torch.Tensor], Prediction]
 
 
-def picker(settings: DecodeSettings, device: torch.device, config: Any) -> Picker:
+def picker(sampling: Sampling, settings: DecodeSettings) -> Picker:
     """logits [M, V] -> Prediction. Entropies, which cost another pass over all logits, only where remasking asks for them."""
-    forbidden: dict[int, torch.Tensor] = {}  # by vocabulary, which the first logits tell
-    generator = torch.Generator(device=device).manual_seed(settings.seed)
-    # The warpers look at the scores alone.
-    no_ids: Any = None
-    warpers = LogitsProcessorList()
-    if settings.top_k:
-        warpers.append(TopKLogitsWarper(settings.top_k))
-    if settings.top_p is not None and settings.top_p < 1.0:
-        warpers.append(TopPLogitsWarper(settings.top_p))
-    temperature = None if settings.is_greedy else TemperatureLogitsWarper(settings.temperature)
 
     def pick(logits: torch.Tensor) -> Prediction:
-        vocabulary = logits.shape[-1]
-        if vocabulary not in forbidden:
-            forbidden[vocabulary] = never_predicted(config, vocabulary, logits.device)
-        logits = logits.masked_fill(forbidden[vocabulary], float("-inf"))
-        if temperature is not None:
-            logits = temperature(no_ids, logits)
-        distribution = logits.softmax(-1)
-        entropy = torch.special.entr(distribution).sum(-1) if settings.remasking == "entropy" else None
-        if temperature is None:
-            confidence, ids = distribution.max(-1)
+        found = sampling.distributions(logits)
+        entropy = torch.special.entr(found.plain).sum(-1) if settings.remasking == "entropy" else None
+        if sampling.is_greedy:
+            confidence, ids = found.plain.max(-1)
         else:
-            kept = warpers(no_ids, logits).softmax(-1) if len(warpers) else distribution
-            ids = torch.multinomial(kept, 1, generator=generator)[:, 0] if len(kept) else kept.new_empty(0, dtype=torch.long)
-            confidence = distribution.gather(1, ids[:, None])[:, 0]
+            ids = sampling.draw(found.kept)
+            confidence = found.plain.gather(1, ids[:, None])[:, 0]
         return Prediction(ids, confidence, entropy)
 
     return pick
@@ -174,12 +157,51 @@ def _loop_end(answer: Sequence[int], seen: int, repeats: int) -> list[int]:
 
 
 @dataclass
+class DraftFigures:
+    """What became of drafts, summed over the samples of a batch. rounds: drafts that were checked. drafted, accepted: their
+    tokens. reached: for each place of a draft how many were checked there, all before it being accepted; agreed: and were
+    accepted there too."""
+
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    reached: list[int] = field(default_factory=list)
+    agreed: list[int] = field(default_factory=list)
+
+    def note(self, count: int, accepted: int) -> None:
+        """A draft of `count` tokens of which the first `accepted` were kept; no draft where there were none."""
+        self.rounds += count > 0
+        self.drafted += count
+        self.accepted += accepted
+        for place in range(min(count, accepted + 1)):
+            if place == len(self.reached):
+                self.reached.append(0)
+                self.agreed.append(0)
+            self.reached[place] += 1
+            self.agreed[place] += place < accepted
+
+    def add(self, other: "DraftFigures") -> None:
+        """Those of another batch as well."""
+        self.rounds, self.drafted, self.accepted = (
+            self.rounds + other.rounds,
+            self.drafted + other.drafted,
+            self.accepted + other.accepted,
+        )
+        self.reached = [one + more for one, more in zip_longest(self.reached, other.reached, fillvalue=0)]
+        self.agreed = [one + more for one, more in zip_longest(self.agreed, other.agreed, fillvalue=0)]
+
+    @property
+    def accepted_per_round(self) -> float:
+        return self.accepted / self.rounds if self.rounds else 0.0
+
+
+@dataclass
 class BlockGenerationOutput(ModelOutput):
     """sequences: [B, L + new] prompt and answer, padded after the stop. tokens: answer tokens up to and including the stop,
     summed over the batch. forwards: passes of the trunk. prefill_seconds: until the prompt was in and the first tokens were
     predicted; decode_seconds: the rest. settling: for each sample the denoising step at which each answer token settled, counted
-    over its answer; None where tokens come one by one. prefix: of one prompt, for the next turn of the conversation; reused:
-    tokens of this prompt that were not computed again."""
+    over its answer; None where tokens come one by one. drafts: what became of them, in mode "speculative". prefix: of one
+    prompt, for the next turn of the conversation; reused: tokens of this prompt that were not computed again."""
 
     sequences: torch.Tensor | None = None
     tokens: int | None = None
@@ -187,6 +209,7 @@ class BlockGenerationOutput(ModelOutput):
     prefill_seconds: float | None = None
     decode_seconds: float | None = None
     settling: list[list[int]] | None = None
+    drafts: DraftFigures | None = None
     prefix: Prefix | None = None
     reused: int | None = None
 
@@ -217,6 +240,7 @@ class BatchAnswers:
     Attributes:
         live: numbers of the samples that are still decoded, in the order of the decoder's rows.
         settling: see BlockGenerationOutput; filled by whoever decodes in blocks.
+        figures: of drafts; filled by whoever checks some.
         stops: says of an answer whether it ends with its last token, besides what the settings say; None for never.
     """
 
@@ -226,6 +250,7 @@ class BatchAnswers:
         self.answers: list[list[int]] = [[] for _ in self.live]
         self.settling: list[list[int]] | None = None
         self.stops: Callable[[list[int]], bool] | None = None
+        self.figures = DraftFigures()
         self._streamed = 0  # tokens
         self._start = _moment(decoder.device)
         self._first: Any = None
@@ -287,6 +312,7 @@ class BatchAnswers:
             prefill_seconds=_seconds(self._start, first),
             decode_seconds=_seconds(first, now),
             settling=settling,
+            drafts=self.figures if self.settings.mode == "speculative" else None,
             prefix=self.decoder.prefix() if len(self.answers) == 1 and settling is not None else None,
             reused=self.decoder.reused,
         )

@@ -2,31 +2,33 @@
 
 Self-speculation: blocks are drafted by denoising and kept as far as the weights' own causal logits agree. It is for checkpoints
 whose clean stream is token-causal, and best with an AR loss on it (`ar_weight`): such a model can check its own drafts, as a
-second model does in speculative decoding (arXiv 2211.17192; here greedy, so that the answer is the AR answer of the same weights,
-token for token). A round takes the draft's forwards and one to check it, and gives at least two tokens.
+second model does in speculative decoding (arXiv 2211.17192). So the answer is the AR answer of the same weights: greedily token
+for token in fp32 (in less precision up to rounding: a check of several tokens rounds otherwise than a step of one), in sampling
+in distribution (`judge_diffvl`). A round takes the draft's forwards and one to check it, and gives at least two tokens.
 
-Shapes: B batch, D block size.
+Shapes: B batch, D block size, V vocabulary.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import StoppingCriteria
 
-from .answers_diffvl import BatchAnswers, Picker, quota, settled
+from .answers_diffvl import BatchAnswers, quota, settled
 from .blocks_diffvl import OpenBlock, Piece, Places, clean
 from .cache_diffvl import on_every_device
 from .configuration_diffvl import never_predicted
 from .decoder_diffvl import BlockDecoder
+from .judge_diffvl import Drafts, Judge, Sampling
 from .settings_diffvl import DecodeSettings
 
 # --- checked drafts ---------------------------------------------------------------------------------------------------------
 
 
-def speculate(answers: BatchAnswers, settings: DecodeSettings, pick: Picker) -> None:
+def speculate(answers: BatchAnswers, settings: DecodeSettings, sampling: Sampling) -> None:
     """Decodes every sample of a batch to its end."""
-    decoder = answers.decoder
+    decoder, judge = answers.decoder, Judge(sampling)
     decoder.committed.has_gaps = True  # what does not agree stays in the cache as padding
     ended = [False] * len(answers.answers)
     known = _take_in_prompt(decoder)
@@ -34,19 +36,21 @@ def speculate(answers: BatchAnswers, settings: DecodeSettings, pick: Picker) -> 
         # 1. Draft: the last known token goes in as a clean one and says the next; the rest of its block is denoised.
         live = ~torch.tensor(ended, device=decoder.device)
         masked = decoder.block.open_BD & live[:, None]
-        drafted = _draft(decoder, known, masked, settings, pick)
+        drafted = _draft(decoder, known, masked, settings, judge)
         answers.note_prediction()
         # 2. Check: the drafted tokens go in as clean ones, and each must be what the one before it says.
-        kept, correction = _check(decoder, drafted, masked, pick)
+        kept, correction = _check(decoder, drafted, masked, judge)
         # 3. What agreed and the first correction are final.
+        ids = drafted.ids
         for sample in range(len(ended)):
             if not ended[sample]:
-                final = [*drafted[sample][kept[sample]].tolist(), int(correction[sample])]
+                final = [*ids[sample][kept[sample]].tolist(), int(correction[sample])]
+                answers.figures.note(int(masked[sample].sum()) - 1, len(final) - 2)  # the first is no guess
                 ended[sample] = answers.extend(sample, final)
         if all(ended):
             return
         live = ~torch.tensor(ended, device=decoder.device)
-        known = _go_on(decoder, drafted, kept, correction, live)
+        known = _go_on(decoder, ids, kept, correction, live)
 
 
 def _take_in_prompt(decoder: BlockDecoder) -> Piece:
@@ -66,13 +70,33 @@ def _take_in_prompt(decoder: BlockDecoder) -> Piece:
     return Piece(prompt.ids.gather(1, last), layout, prompt.rope.at(last), image_index)
 
 
-def _draft(decoder: BlockDecoder, known: Piece, masked: torch.Tensor, settings: DecodeSettings, pick: Picker) -> torch.Tensor:
-    """Tokens for the masked places, ids [B, D]; the first of each sample is what its known token says, so it is final already."""
+@dataclass
+class _Drafted:
+    """ids: tokens for the masked places of a block, [B, D]; the first of each sample is final, as its known token says it. kept:
+    in sampling, the distributions that the others were drawn from, [B, D, V]."""
+
+    ids: torch.Tensor
+    kept: torch.Tensor | None = None
+
+    def note(self, where: torch.Tensor, kept: torch.Tensor | None) -> None:
+        """Notes the distributions [n, V] of the places that are True in `where`."""
+        if kept is None:
+            return
+        if self.kept is None:
+            self.kept = kept.new_zeros(*where.shape, kept.shape[-1])
+        self.kept[where] = kept
+
+
+def _draft(decoder: BlockDecoder, known: Piece, masked: torch.Tensor, settings: DecodeSettings, judge: Judge) -> _Drafted:
+    """Tokens for the masked places. In sampling they settle from the left: only then is each drawn from the distribution that it
+    is judged by, whatever the others became."""
     steps = settings.denoising_steps
     assert steps is not None
+    order = settings if judge.sampling.is_greedy else replace(settings, remasking="sequential")
     first = masked & (masked.long().cumsum(1) == 1)
     waiting: Piece | None = known
     left, count = masked.clone(), masked.sum(1) - 1
+    drafted = _Drafted(decoder.block.ids_BD)
     for step in range(steps):
         # A shifted target is read at the token before; the first masked token needs none, the causal logits have it.
         open_BD = left & ~first
@@ -86,38 +110,46 @@ def _draft(decoder: BlockDecoder, known: Piece, masked: torch.Tensor, settings: 
         of_known, logits = decoder.forward(waiting, read, at_known, wanted)
         ids = decoder.block.ids_BD.clone()
         if waiting is not None:
-            following = pick(of_known).ids
-            ids = torch.where(first, following[:, None], ids)
+            ids = torch.where(first, judge.drafts(of_known[:, None]).ids, ids)
             left = left & ~first
         chosen = torch.zeros_like(left)
         if read is not None:
-            prediction = pick(logits)
+            found = judge.drafts(logits[None])
             confidence = torch.zeros(left.shape, device=left.device)
-            ids[open_BD], confidence[open_BD] = prediction.ids, prediction.confidence
+            ids[open_BD], confidence[open_BD] = found.ids[0], found.certainty[0]
             quota_B = torch.minimum(quota(count, step, steps), open_BD.sum(1))
-            chosen = settled(settings, quota_B, open_BD, confidence)
+            chosen = settled(order, quota_B, open_BD, confidence)
+            drafted.note(open_BD, None if found.kept is None else found.kept[0])  # those of the last step in which it was open
         ids_BD = torch.where(chosen | (first & (waiting is not None)), ids, decoder.block.ids_BD)
         decoder.block = replace(decoder.block, ids_BD=ids_BD)
         left, waiting = left & ~chosen, None
-    return decoder.block.ids_BD
+    drafted.ids = decoder.block.ids_BD
+    return drafted
 
 
-def _check(decoder: BlockDecoder, drafted: torch.Tensor, masked: torch.Tensor, pick: Picker) -> tuple[torch.Tensor, torch.Tensor]:
-    """Commits the drafted tokens as clean ones and turns those that do not agree into padding.
+def _check(decoder: BlockDecoder, drafted: _Drafted, masked: torch.Tensor, judge: Judge) -> tuple[torch.Tensor, torch.Tensor]:
+    """Commits the drafted tokens as clean ones and turns those that are not accepted into padding.
 
     Returns:
         bool [B, D], the drafted tokens that are kept; and [B], the token that follows them.
     """
-    number, position = decoder.block.number_B[:, None].expand_as(drafted), decoder.block.position_BD
-    piece = Piece(drafted, clean(position, number, masked, decoder.config.context), decoder.prompt.rope.at(position), None)
-    following = torch.zeros_like(drafted)
-    following[masked] = pick(decoder.forward(piece, None, Places.true_in(masked, int(masked.sum())), None)[0]).ids
-    agrees = torch.ones_like(masked)
-    agrees[:, 1:] = (drafted[:, 1:] == following[:, :-1]) | ~masked[:, :-1]
-    kept = masked & (agrees | ~masked).long().cumprod(1).bool()
-    decoder.committed.keep_last(kept)
-    last = torch.where(kept, torch.arange(kept.shape[1], device=kept.device), -1).max(1, keepdim=True).values
-    return kept, following.gather(1, last.clamp_min(0))[:, 0]
+    ids = drafted.ids
+    number, position = decoder.block.number_B[:, None].expand_as(ids), decoder.block.position_BD
+    piece = Piece(ids, clean(position, number, masked, decoder.config.context), decoder.prompt.rope.at(position), None)
+    places = Places.true_in(masked, int(masked.sum()))
+    logits = decoder.forward(piece, None, places, None)[0]
+    # From here on each sample's places are counted from its first masked one, which is final already.
+    place = torch.arange(ids.shape[1], device=ids.device)
+    first_B = masked.long().argmax(1)
+    says = logits.new_zeros(*ids.shape, logits.shape[-1])
+    says[places.sample, places.place - first_B[places.sample]] = logits
+    behind = (first_B[:, None] + place[None, 1:]).clamp_max(ids.shape[1] - 1)
+    kept = None if drafted.kept is None else drafted.kept[torch.arange(len(ids), device=ids.device)[:, None], behind]
+    guesses = ids.gather(1, behind)
+    verdict = judge.verdict(says, Drafts(guesses, torch.zeros_like(guesses).float(), kept, (masked.sum(1) - 1).clamp_min(0)))
+    accepted = masked & (place[None] <= (first_B + verdict.accepted_B)[:, None])
+    decoder.committed.keep_last(accepted)
+    return accepted, verdict.following_B
 
 
 def _go_on(
@@ -181,9 +213,9 @@ class _Follower(StoppingCriteria):
         return torch.tensor(self.ended, device=input_ids.device)
 
 
-def token_by_token(answers: BatchAnswers, settings: DecodeSettings, pick: Picker) -> None:
+def token_by_token(answers: BatchAnswers, settings: DecodeSettings, sampling: Sampling) -> None:
     """transformers' own `generate` on the trunk: one token a forward, the weights' own causal logits, its own cache and sampler
-    (`pick` is not used)."""
+    (`sampling` is not used)."""
     decoder, model = answers.decoder, answers.decoder.model
     if decoder.counts.has_empty:
         raise ValueError("mode='ar' goes on from a prompt, but one is empty")

@@ -306,6 +306,20 @@ class Prefix:
         """Turns those of the last tokens into padding that `kept` [B, n] does not mark."""
         self.layout.valid[:, -kept.shape[1] :] = kept
 
+    def crop_last(self, count: int) -> None:
+        """Forgets the last `count` tokens of every sample."""
+        if count:
+            length = self.length - count
+            self.ids, self.layout = self.ids[:, :length], self.layout.part(slice(length))
+            self.cache.crop(-count)
+
+    def close_gaps(self, longest: int) -> None:
+        """Moves the tokens of every sample together; `longest` is the number of those that have most."""
+        order = torch.argsort((~self.layout.valid).to(torch.int8), dim=1, stable=True)[:, :longest]
+        self.ids = self.ids.gather(1, order)
+        self.layout = self.layout.with_rows({name: row.gather(1, order) for name, row in self.layout.rows.items()})
+        self.cache.rearrange(order)
+
     def select(self, keep: torch.Tensor) -> None:
         """Goes on with some samples only."""
         self.ids, self.layout = self.ids[keep], self.layout.selected(keep)

@@ -5,7 +5,8 @@ rest. So whatever comes in is written after the committed tokens, where attentio
 decides how much of it stays. Windows live in the masks: every layer keeps all tokens.
 
 There are two kinds. A `BlockCache` grows. A `StaticBlockCache` never moves, so that the trunk can be compiled for it: once the
-prompt is in, block decoding has two forwards only, [masks] and [finished block | masks], and both then have fixed shapes. On a
+prompt is in, block decoding has two forwards only, [masks] and [finished block | masks], and both then have fixed shapes. So have
+drafts and their checks (`drafts_diffvl`). On a
 GPU they are replayed as CUDA graphs, without a kernel launched from Python. The arguments are those of transformers:
 `generate(..., cache_implementation="static", compile_config=..., disable_compile=...)`. The prompt goes in over a cache that
 grows, as ever, and its tokens then move into the buffers. What is compiled depends on where the buffers lie; so they stay with
@@ -91,6 +92,18 @@ class BlockCache(Cache):
         super().__init__(layer_class_to_replicate=lambda: BufferLayer(self))  # type: ignore[arg-type]
         self.store: bool | int = True
 
+    def rearrange(self, order: torch.Tensor) -> None:
+        """Puts the committed tokens in another order, int64 [B, n] of their places, and forgets the others."""
+        layers: list[Any] = self.layers
+        for layer in layers:
+            layer.keys, layer.values = (_ordered(states, order) for states in (layer.keys, layer.values))
+            layer.room = None
+
+
+def _ordered(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Keys or values [B, H, C, head] of the tokens [B, n] of each sample."""
+    return states.gather(2, order[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[-1]))
+
 
 class StaticBufferLayer(StaticLayer):
     """One layer of a StaticBlockCache, [B, H, capacity, head]: incoming tokens are written from the cache's cursor on, and
@@ -136,6 +149,18 @@ class StaticBlockCache(Cache):
     def advance(self, tokens: int) -> None:
         if tokens:
             self.move_to(self.committed + tokens)
+
+    def crop(self, tokens: int) -> None:
+        """Forgets the last tokens, whose number is given with a minus as transformers' caches take it."""
+        self.move_to(self.committed + tokens)
+
+    def rearrange(self, order: torch.Tensor) -> None:
+        """As `BlockCache.rearrange`."""
+        layers: list[Any] = self.layers
+        for layer in layers:
+            for states in (layer.keys, layer.values):
+                states[:, :, : order.shape[1]] = _ordered(states, order)
+        self.move_to(order.shape[1])
 
     def clear(self) -> None:
         """Empties the buffers: what is hidden still counts, as nothing times what stands there, and must be a number."""

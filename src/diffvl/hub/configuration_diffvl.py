@@ -54,6 +54,8 @@ class DiffVLConfig(PreTrainedConfig):
         block_size: tokens of a block. context: how clean tokens see each other, "block" (their whole block and all before it) or
             "causal". grid: where blocks begin, "absolute" (at multiples of the size from token 0) or "response" (at the start of
             every answer). target: which token a position predicts, its own ("same") or the next ("shift").
+        gated_adapter: of a lossless conversion, else None: the weights are its parent's, and adapters that act on noisy tokens
+            only lie beside them (see `gate_diffvl`). `block_size` is then the longest draft.
     """
 
     model_type = "diffvl"
@@ -90,6 +92,7 @@ class DiffVLConfig(PreTrainedConfig):
         context: str = "causal",
         grid: str = "response",
         target: str = "shift",
+        gated_adapter: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.source_config = _sub_config(source_config)
@@ -119,6 +122,7 @@ class DiffVLConfig(PreTrainedConfig):
         self.context = context
         self.grid = grid
         self.target = target
+        self.gated_adapter = gated_adapter
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}")
@@ -139,10 +143,12 @@ class DiffVLConfig(PreTrainedConfig):
         self.image_inputs = ["pixel_values"] if tiling is None else list(TILED_INPUTS)
 
     def to_dict(self) -> dict[str, Any]:
-        """As saved: the text configuration inside a source's is not written twice, and nothing of tiles that are not cut."""
+        """As saved: the text configuration inside a source's is not written twice, and nothing of tiles that are not cut and of
+        adapters that are not there."""
         settings = super().to_dict()
-        if self.tiling is None:
-            settings.pop("tiling", None)
+        for name in ("tiling", "gated_adapter"):
+            if getattr(self, name) is None:
+                settings.pop(name, None)
         if self.source_config is not None:
             settings.pop("text_config", None)
         if self.video_token_id is None:

@@ -11,6 +11,7 @@ Shapes: B batch, L prompt length, D block size, P waiting tokens, Q = P + D, M m
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +32,7 @@ class BlockDecoder:
         committed: the tokens in the cache. waiting: tokens that the next forward commits, if any.
         last_logits: [B, V], what the last committed token of each sample predicts, where a shifted target asks for it.
         reused: tokens of the prompt that an earlier turn had computed. forwards: passes of the trunk so far.
+        asks_all: whether the logits of every token of a fixed shape are asked for, not only those of an open block.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class BlockDecoder:
         self.waiting: Piece | None = None
         self.last_logits: torch.Tensor | None = None
         self.reused = self.forwards = 0
+        self.asks_all = False
         self._masks: Any = None  # of the open block read alone, which every step but the first does
         if prefix is not None:
             self._reuse(prefix)
@@ -219,12 +222,13 @@ class BlockDecoder:
         of_stored = 0 if asked_stored is None else len(asked_stored.sample)
         return logits[:of_stored], logits[of_stored:]
 
-    def _has_fixed_shape(self, piece: Piece, stored: int, stores_block: bool) -> bool:
-        """Whether a forward is one of those that a static trunk is compiled for: [masks], [finished block], or both; after
-        something that is committed."""
+    def _has_fixed_shape(self, piece: Piece, stored: int, is_block: bool) -> bool:
+        """Whether a forward is one of those that a static trunk is compiled for: of blocks [masks], [finished block], or both; of
+        drafts, all; after something that is committed."""
+        if self.static is None or not self.committed.length or piece.image_index is not None or not is_block:
+            return False
         size, read = self.config.block_size, piece.ids.shape[1] - stored
-        in_shape = read in (0, size) and stored in (0, size) and stores_block
-        return self.static is not None and self.committed.length > 0 and piece.image_index is None and in_shape
+        return self.asks_all or (read in (0, size) and stored in (0, size))
 
     def _trunk(self, piece: Piece, stored: int, rows: torch.Tensor, compiled: bool) -> torch.Tensor:
         """Logits of the tokens at `rows` of the flattened piece, whose first `stored` tokens stay in the cache."""
@@ -250,6 +254,8 @@ class BlockDecoder:
         # The beginning of a causal prompt needs no mask: the trunk's own attention is right.
         if committed.length or stored < piece.ids.shape[1] or not self.has_plain_attention:
             arguments |= {"attention_mask": self._masks_of(piece, stored), "position_ids": piece.rope_ids}
+        if (noisy := self._noisy(piece, stored)) is not None:
+            arguments["noisy"] = noisy
         return self.model(
             piece.ids, past_key_values=committed.cache, use_cache=True, logits_rows=rows, **arguments
         ).logits.float()
@@ -260,11 +266,17 @@ class BlockDecoder:
         assert self.static is not None
         tokens = piece.ids.shape[1]
         before = stored > 0 and self.config.target == "shift"
-        keep = max(tokens - stored + before, 1)
-        logits = self.static.logits(piece.ids, self._masks_of(piece, stored), piece.rope_ids, keep)
+        keep = tokens if self.asks_all else max(tokens - stored + before, 1)
+        masks, gate = self._masks_of(piece, stored), self.model.gate
+        with nullcontext() if gate is None else gate.opened(self._noisy(piece, stored)):
+            logits = self.static.logits(piece.ids, masks, piece.rope_ids, keep)
         sample = torch.div(rows, tokens, rounding_mode="floor")
         place = (rows % tokens - (tokens - keep)).clamp_min(0)  # a sample that has ended has no last token
         return logits.flatten(0, 1)[sample * keep + place].float()
+
+    def _noisy(self, piece: Piece, stored: int) -> torch.Tensor | None:
+        """The tokens that gated adapters act on, bool [B, n]; None where the model has none, or all tokens are clean."""
+        return None if self.model.gate is None or stored == piece.ids.shape[1] else piece.layout.noisy.bool()
 
     def _masks_of(self, piece: Piece, stored: int) -> Any:
         """Who sees whom in a forward, as the trunk takes it; kept from step to step of a block, where only ids change."""

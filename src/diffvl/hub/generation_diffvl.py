@@ -17,18 +17,24 @@ import torch
 from transformers import GenerationConfig
 
 from .answers_diffvl import BatchAnswers, BlockGenerationOutput, DenoisingStep, OnStep, Picker, picker, quota, settled
+from .arguments_diffvl import Arguments, settings_of
 from .autoregressive_diffvl import speculate, token_by_token
 from .blocks_diffvl import Places, Prefix
 from .cache_diffvl import StaticTrunk, compile_config_for, many_forms, static_trunk
 from .decoder_diffvl import BlockDecoder
+from .drafts_diffvl import speculate_gated
+from .judge_diffvl import Sampling
 from .masks_diffvl import block_kernels
-from .settings_diffvl import Arguments, DecodeSettings, settings_of
+from .settings_diffvl import DecodeSettings
+
+Loop = Callable[[BatchAnswers, DecodeSettings, Sampling], None]
 
 
 class BlockGeneration:
     """`generate` for a DiffVL model."""
 
     config: Any
+    gate: Any = None
     generation_config: GenerationConfig | None
     trunk: Any
     images: Any
@@ -98,17 +104,27 @@ class BlockGeneration:
         compiling = many_forms() if settings.compile_config is not None else nullcontext()
         kernels = block_kernels(self.trunk) if settings.mode != "ar" else nullcontext()
         with compiling, kernels:
-            LOOPS[settings.mode](answers, settings, picker(settings, decoder.device, self.config))
+            self._loop(settings)(answers, settings, Sampling(settings, decoder.device, self.config))
         answers.finish()
         assert settings.pad_token_id is not None
         sequences = _sequences(input_ids, answers.answers, settings.pad_token_id)
         return answers.output(sequences) if settings.return_dict_in_generate else sequences
 
+    def _loop(self, settings: DecodeSettings) -> Loop:
+        """What decodes."""
+        if settings.mode == "speculative":
+            return speculate if self.gate is None else speculate_gated
+        return decode_blocks if settings.mode == "blocks" else token_by_token
+
     def _static_trunk_for(self, settings: DecodeSettings, input_ids: torch.Tensor) -> StaticTrunk | None:
-        if not settings.is_static or settings.mode != "blocks":
+        if not settings.is_static or settings.mode == "ar":
             return None
         # Whole blocks, one that is cut at either end, and the masks after the last.
-        tokens = input_ids.shape[1] + settings.max_new_tokens + 3 * self.config.block_size
+        more = 3 * self.config.block_size
+        if settings.mode == "speculative":
+            assert settings.draft_length is not None
+            more = 4 * (settings.draft_length + 1) ** 2  # two rounds, and as many tokens that were refused
+        tokens = input_ids.shape[1] + settings.max_new_tokens + more
         return static_trunk(self, len(input_ids), tokens, settings.compile_config)
 
 
@@ -118,9 +134,9 @@ def _stops(criteria: Any, input_ids: torch.Tensor, answer: list[int]) -> bool:
     return any(bool(torch.as_tensor(one(sequence, None)).all()) for one in criteria)
 
 
-def decode_blocks(answers: BatchAnswers, settings: DecodeSettings, pick: Picker) -> None:
+def decode_blocks(answers: BatchAnswers, settings: DecodeSettings, sampling: Sampling) -> None:
     """The block loop: denoise, collect, commit."""
-    decoder = answers.decoder
+    decoder, pick = answers.decoder, picker(sampling, settings)
     answers.settling = [[] for _ in answers.live]
     ended = [False] * len(answers.live)
     decoder.prefill()
@@ -180,13 +196,6 @@ def denoise(answers: BatchAnswers, settings: DecodeSettings, pick: Picker) -> to
 def _written(values: torch.Tensor, places: Places, into: torch.Tensor) -> torch.Tensor:
     """A copy of `into` [B, D] with values [M] at the places."""
     return into.flatten().index_copy(0, places.flat(into.shape[1]), values).view_as(into)
-
-
-LOOPS: dict[str, Callable[[BatchAnswers, DecodeSettings, Picker], None]] = {
-    "blocks": decode_blocks,
-    "speculative": speculate,
-    "ar": token_by_token,
-}
 
 
 def _sequences(input_ids: torch.Tensor, answers: list[list[int]], pad: int) -> torch.Tensor:

@@ -42,15 +42,48 @@ def flat_rows(rows: torch.Tensor | None) -> torch.Tensor:
 
 
 def mapped_rows(
-    trunk: Any, trunk_pass: Callable[[], Any], rows: torch.Tensor, row_map: Callable[[torch.Tensor, slice], torch.Tensor]
+    trunk: Any,
+    trunk_pass: Callable[[], Any],
+    rows: torch.Tensor,
+    row_map: Callable[[torch.Tensor, slice], torch.Tensor],
+    earlier: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`row_map` over the logits at `rows`, chunk by chunk; [M, ...].
 
     Args:
         trunk: the causal LM, possibly wrapped by peft. trunk_pass: runs it on the whole batch.
-        rows: int64 [M], indices into the flattened tokens of the batch.
+        rows: int64 [M], indices into the flattened tokens of the batch; or [M, k] of tokens that `row_map` is given together.
+        earlier: final hidden states [B, C, H] of tokens that stand before those of the batch, and are counted with them.
     """
     stock = trunk.get_base_model() if hasattr(trunk, "get_base_model") else trunk
+    body, output, one_logit_row = _body_pass(stock, trunk_pass)
+    states = output.last_hidden_state
+    states = states if earlier is None else torch.cat([earlier.to(states.dtype), states], 1)
+    hidden = states.flatten(0, 1)[rows]
+    # Only the form of the first pass's output is used; the trunk's own output must not be held through it.
+    like = _with_hidden(output, hidden[:0])
+
+    def chunk(hidden_mH: torch.Tensor, which: slice) -> torch.Tensor:
+        with _returning(body, _with_hidden(like, hidden_mH.flatten(0, -2)[None])):
+            logits = stock(input_ids=torch.zeros(1, 1, dtype=torch.long, device=rows.device), use_cache=False).logits
+        return row_map(logits[0].unflatten(0, hidden_mH.shape[:-1]), which)
+
+    size = max(CHUNK_LOGITS // (one_logit_row.shape[-1] * max(rows[:1].numel(), 1)), 1)
+    chunks = [slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size)] or [slice(0, 0)]
+    if len(chunks) == 1:
+        return chunk(hidden, chunks[0])
+    run: Any = _recomputed if torch.is_grad_enabled() else lambda function, *arguments: function(*arguments)
+    return torch.cat([run(chunk, hidden[which], which) for which in chunks])
+
+
+def last_states(trunk: Any, trunk_pass: Callable[[], Any]) -> torch.Tensor:
+    """The final hidden states of a pass, [B, T, H], of which the head sees one row."""
+    stock = trunk.get_base_model() if hasattr(trunk, "get_base_model") else trunk
+    return _body_pass(stock, trunk_pass)[1].last_hidden_state
+
+
+def _body_pass(stock: Any, trunk_pass: Callable[[], Any]) -> tuple[Any, Any, torch.Tensor]:
+    """One pass with the head on a single row: the module below the head, its output, and that row's logits."""
     head = stock.get_output_embeddings()
     with _recorded_outputs(stock) as seen:
         hook = head.register_forward_pre_hook(lambda _, arguments: (arguments[0].flatten(0, -2)[:1][None],))
@@ -60,21 +93,7 @@ def mapped_rows(
             hook.remove()
     body, output = seen[-1]
     _BODIES[stock] = body
-    hidden = output.last_hidden_state.flatten(0, 1)[rows]
-    # Only the form of the first pass's output is used; the trunk's own output must not be held through it.
-    like = _with_hidden(output, hidden[:0])
-
-    def chunk(hidden_mH: torch.Tensor, which: slice) -> torch.Tensor:
-        with _returning(body, _with_hidden(like, hidden_mH[None])):
-            logits = stock(input_ids=torch.zeros(1, 1, dtype=torch.long, device=rows.device), use_cache=False).logits
-        return row_map(logits[0], which)
-
-    size = max(CHUNK_LOGITS // one_logit_row.shape[-1], 1)
-    chunks = [slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size)] or [slice(0, 0)]
-    if len(chunks) == 1:
-        return chunk(hidden, chunks[0])
-    run: Any = _recomputed if torch.is_grad_enabled() else lambda function, *arguments: function(*arguments)
-    return torch.cat([run(chunk, hidden[which], which) for which in chunks])
+    return body, output, one_logit_row
 
 
 # For each stock model the module below its head: the outermost one that returns hidden states. Models name it differently.

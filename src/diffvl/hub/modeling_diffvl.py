@@ -27,20 +27,21 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .adapter_diffvl import WithGatedAdapters
+from .arguments_diffvl import refuse_videos
 from .cache_diffvl import ReadingCache
 from .configuration_diffvl import DiffVLConfig
 from .connector_diffvl import Connector, fresh_newline
 from .generation_diffvl import BlockGeneration
-from .head_diffvl import flat_rows, head_on, mapped_rows
+from .head_diffvl import flat_rows, head_on, last_states, mapped_rows
 from .images_diffvl import ImageRows, NativeImages, OwnImages, Shown, is_visual, placed_images, settle_frozen, stock
 from .layout_diffvl import Layout, Rope, clean_layout
 from .masks_diffvl import GivenMask, attention_masks, check_mask, masks_for
-from .settings_diffvl import refuse_videos
 from .spans_diffvl import span_ids
 from .tiling_diffvl import NUM_TILES
 
 
-class DiffVLPreTrainedModel(PreTrainedModel):
+class DiffVLPreTrainedModel(WithGatedAdapters, PreTrainedModel):
     config_class = DiffVLConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
@@ -215,6 +216,9 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         row_map: Callable[[torch.Tensor, slice], torch.Tensor] | None = None,
         answer_index: torch.Tensor | None = None,
         text_only: bool = False,
+        noisy: torch.Tensor | None = None,
+        keep_states: bool = False,
+        earlier_states: torch.Tensor | None = None,
         **pixels: Any,
     ) -> CausalLMOutputWithPast:
         """One pass of the trunk.
@@ -237,12 +241,18 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
                 in reading order. A noisy copy of a placeholder names the row of its clean counterpart.
             rows: what `images.encode` gave, in the place of pixels that were encoded before.
             text_only: the caller knows that no token shows an image; else this is looked at, which waits for the device.
+            noisy: bool [B, T], of a model with gated adapters: the tokens on which these act. Default: none, and the model is the
+                one that the adapters stand on.
             answer_index: not used here; accepted, so that what `processor.apply_chat_template` gives can be passed whole.
+            keep_states: the head stays out; `.hidden_states` has the final hidden states [B, T, H], and `.logits` is None.
+            earlier_states: such states of all tokens in the cache, which `logits_rows` then counts first in each sample. Needs
+                `row_map`.
             logits_rows: bool [B, T], or int64 [M] indices into the flattened [B * T]; the head runs on these rows only and
                 `.logits` is [M, V], in row-major order or in the order of the indices.
-            row_map: needs `logits_rows`. The head then runs on a bounded number of rows at a time, and `row_map(logits [m, V],
-                which of the M rows)` -> [m, ...] takes their place: `.logits` is what it gave, [M, ...]. Logits are computed
-                again in the backward pass where there is more than one such chunk, so they never stand in memory all at once.
+            row_map: needs `logits_rows`, also of the form [M, k]: the logits of k tokens are then judged together, [m, k, V]. The
+                head then runs on a bounded number of rows at a time, and `row_map(logits [m, V], which of the rows)` -> [m, ...]
+                takes their place: `.logits` is what it gave, [M, ...]. Logits are computed again in the backward pass where there
+                is more than one such chunk, so they never stand in memory all at once.
         Returns:
             logits [B, T, V] (or [M, V]) and the cache.
         Raises:
@@ -251,6 +261,8 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         if self.config.video_token_id is None:
             refuse_videos(pixel_values_videos=pixel_values_videos)
         refuse_videos(image_sizes_videos=image_sizes_videos)
+        if noisy is not None and self.gate is None:
+            raise ValueError("noisy has no effect: this model has no gated adapters")
         pixels |= {"pixel_values": pixel_values, "image_sizes": image_sizes, "pixel_values_videos": pixel_values_videos}
         seen = self.pixels_of(pixels)
         if rows is None and seen and not text_only:
@@ -259,27 +271,36 @@ class DiffVLForConditionalGeneration(DiffVLPreTrainedModel, BlockGeneration, Gen
         kept = DynamicCache() if use_cache and past_key_values is None else past_key_values
         masks, position_ids = self._masks(attention_mask, position_ids, input_ids, kept, seen, rows)
         cache = kept if kept is None or store_kv or past_key_values is None else ReadingCache(kept)
-        logits = self._logits(self.images.arguments(input_ids, rows, shown), masks, position_ids, cache, logits_rows, row_map)
+        inputs = self.images.arguments(input_ids, rows, shown)
+        inputs = {**inputs, "position_ids": position_ids, "past_key_values": cache, "use_cache": cache is not None}
+        with nullcontext() if self.gate is None else self.gate.opened(noisy):
+            if keep_states:
+                states = last_states(self.trunk, self._pass(inputs, masks))
+                return CausalLMOutputWithPast(hidden_states=(states,), past_key_values=kept)
+            logits = self._logits(self._pass(inputs, masks), logits_rows, row_map, earlier_states)
         return CausalLMOutputWithPast(logits=logits, past_key_values=kept)
 
-    def _logits(
-        self,
-        inputs: dict[str, Any],
-        masks: Any,
-        position_ids: torch.Tensor,
-        cache: Cache | None,
-        rows: torch.Tensor | None,
-        row_map: Callable[[torch.Tensor, slice], torch.Tensor] | None,
-    ) -> torch.Tensor:
-        """The trunk's logits, or what `row_map` makes of them; see `forward`."""
-        inputs = {**inputs, "position_ids": position_ids, "past_key_values": cache, "use_cache": cache is not None}
+    def _pass(self, inputs: dict[str, Any], masks: Any) -> Callable[[], Any]:
+        """What runs the trunk on these inputs."""
 
         def trunk_pass() -> Any:
             with masks_for(self.trunk, masks, self.config.masks_at) as given:
                 return self.trunk(**inputs, attention_mask=given)
 
+        return trunk_pass
+
+    def _logits(
+        self,
+        trunk_pass: Callable[[], Any],
+        rows: torch.Tensor | None,
+        row_map: Callable[[torch.Tensor, slice], torch.Tensor] | None,
+        earlier: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The trunk's logits, or what `row_map` makes of them; see `forward`."""
         if row_map is not None:
-            return mapped_rows(self.trunk, trunk_pass, flat_rows(rows), row_map)
+            return mapped_rows(self.trunk, trunk_pass, flat_rows(rows), row_map, earlier)
+        if earlier is not None:
+            raise ValueError("earlier_states needs row_map")
         with head_on(self.trunk, rows):
             logits = trunk_pass().logits
         return logits if rows is None else logits[0]

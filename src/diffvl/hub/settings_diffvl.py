@@ -1,21 +1,21 @@
-"""The settings of decoding: one frozen object with the names of `generate`, read from a call and checked here and nowhere else.
+"""The settings of decoding: one frozen object with the names of `generate`, checked here and nowhere else.
 
-As in transformers, an argument that the caller leaves out, or gives as None, is taken from the `generation_config` that was
-passed, then from the model's own. Arguments that block decoding does not know are refused wherever they stand, unless they say
-what happens anyway: nothing that was asked for is ignored in silence. Nothing heavy is imported, so that a command line can make
-its flags of the fields before it loads anything.
+Nothing heavy is imported, so that a command line can make its flags of the fields before it loads anything. How they are read
+from a call stands in `arguments_diffvl`.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 MODES = ("blocks", "speculative", "ar")
+DRAFTING = ("fused", "separate")
 STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "sequential", "entropy")
 CACHES = ("dynamic", "static")
 COLDEST, HOTTEST = 1e-4, 1e4  # temperatures between which logits stay numbers
 DEFAULT_THRESHOLD = 0.9
 DEFAULT_BUDGET = 0.35  # nats, as SDAR's entropy_bounded
+DRAWN_DRAFT = 4  # tokens of a draft in sampling, where a choice by the clock would take the meaning from a seed
 
 Spelling = Callable[..., str]
 
@@ -36,9 +36,13 @@ class DecodeSettings:
 
     max_new_tokens: tokens of the longest answer.
     denoising_steps: forwards per block, 1 to the block size; by default that size, and 1 for drafts.
-    mode: "blocks"; "speculative" (blocks drafted by denoising, kept as far as the weights' own causal logits agree: the greedy AR
-        answer in fewer forwards, for checkpoints with context "causal"); "ar" (transformers' own generate on the trunk, token by
-        token).
+    mode: "blocks"; "speculative" (drafts that are kept as far as the weights' own causal logits agree: the AR answer in fewer
+        forwards, for checkpoints with context "causal"); "ar" (transformers' own generate on the trunk, token by token). Default:
+        "speculative" for a checkpoint with gated adapters, which draft; "blocks" for any other.
+    draft_length, drafting, draft_threshold: of a checkpoint with gated adapters, see `drafts_diffvl`. draft_length: tokens of a
+        draft; by default what pays on this machine, in sampling a fixed number. drafting: "fused" (the forward that checks drafts
+        makes the next ones) or "separate" (a forward each). draft_threshold: a draft ends before its first token whose
+        distribution is less certain.
     remasking, threshold, entropy_budget: which tokens settle in a step; see `answers_diffvl.settled`.
     do_sample, temperature, top_k, top_p: as in transformers. Without any, or at temperature 0, decoding is greedy.
     seed: of the sampling generator.
@@ -52,7 +56,18 @@ class DecodeSettings:
 
     max_new_tokens: int = _setting(128, "Longest answer.", least=1)
     denoising_steps: int | None = _setting(None, "Denoising steps per block. Default: one token per step.")
-    mode: str = _setting("blocks", "Blocks; blocks checked by the weights' own AR logits; or token by token.", choices=MODES)
+    mode: str | None = _setting(
+        None, "Blocks; drafts checked by the weights' own AR logits; or token by token. Default: the checkpoint's.", choices=MODES
+    )
+    draft_length: int | None = _setting(
+        None, "Tokens of a draft, of a lossless checkpoint. Default: what pays on this machine.", least=1
+    )
+    drafting: str | None = _setting(
+        None, "Whether drafts are checked and made in one forward, or in one each. Default: what pays.", choices=DRAFTING
+    )
+    draft_threshold: float | None = _setting(
+        None, "A draft ends before a token less certain than this. Default: never.", least=0, most=1
+    )
     remasking: str = _setting(
         "low_confidence_static",
         "Which tokens a step fills in: the surest; all above a threshold; from the left; all within a budget.",
@@ -124,7 +139,7 @@ class DecodeSettings:
         for one in fields(self):
             value, least, most = getattr(self, one.name), one.metadata.get("least"), one.metadata.get("most")
             choices = CACHES if one.name == "cache_implementation" else one.metadata.get("choices")
-            if choices and value not in choices:
+            if choices and value not in choices and not (value is None and one.default is None):
                 raise ValueError(f"{spell(one.name)} is {value!r}, expected one of {', '.join(choices)}")
             if value is not None and least is not None and not least <= value <= (value if most is None else most):
                 expected = f"{least} or more" if most is None else f"{least} to {most}"
@@ -133,21 +148,22 @@ class DecodeSettings:
             raise ValueError(f"{spell('stop_strings', '')} is in every text: name a text that ends the answer")
 
     def _check_mode(self, asked: Collection[str], spell: Spelling) -> None:
-        if self.mode == "blocks":
+        if self.mode is None:
             return
         mode = spell("mode", self.mode)
-        why = "decodes token by token" if self.mode == "ar" else "keeps what its AR logits agree with"
-        for name in ("denoising_steps", "remasking") if self.mode == "ar" else ("remasking",):
+        drafts = ("draft_length", "drafting", "draft_threshold")
+        whys = {
+            "blocks": (drafts, "checks no drafts"),
+            "speculative": (("remasking",), "keeps what its AR logits agree with"),
+            "ar": (("denoising_steps", "remasking", *drafts), "decodes token by token"),
+        }
+        names, why = whys[self.mode]
+        for name in names:
             if name in asked:
                 raise ValueError(f"{spell(name)} has no effect with {mode}, which {why}")
-        for name in ("threshold", "entropy_budget"):
+        for name in ("threshold", "entropy_budget") if self.mode != "blocks" else ():
             if name in asked:
                 raise ValueError(f"{spell(name, getattr(self, name))} has no effect with {mode}: leave it out")
-        if self.mode == "speculative" and self.is_static:
-            static = spell("cache_implementation", self.cache_implementation)
-            raise ValueError(f"{static} has no effect with {mode}, whose forwards have many shapes: leave it out")
-        if self.mode == "speculative" and not self.is_greedy:
-            raise ValueError(f"{spell('temperature', self.temperature)} has no effect with {mode}, which is greedy: leave it out")
 
     def _check_remasking(self, asked: Collection[str], spell: Spelling) -> None:
         for name, needed in (("threshold", "low_confidence_dynamic"), ("entropy_budget", "entropy")):
@@ -185,20 +201,22 @@ class DecodeSettings:
         Raises:
             ValueError: if the checkpoint cannot be decoded like this.
         """
+        gated = getattr(config, "gated_adapter", None) is not None
+        if self.mode is None:
+            chosen = replace(self, mode="speculative" if gated else "blocks")
+            asked = {one.name for one in fields(self) if getattr(self, one.name) != one.default}
+            chosen._check_mode(asked, spell)
+            return chosen.for_checkpoint(config, spell)
         size, steps = config.block_size, self.denoising_steps
         if steps is not None and not 1 <= steps <= size:
             most = f"{size}, which has seen the next-token objective only" if config.decoding == "ar" else str(size)
             raise ValueError(
                 f"{spell('denoising_steps')} is {steps}, expected 1 to the block size, {most}: a block has no more tokens"
             )
-        if self.mode == "speculative" and config.context != "causal":
-            raise ValueError(
-                f"{spell('mode', self.mode)} needs a checkpoint trained with context: causal (and best with an AR loss, "
-                f"ar_weight), whose own AR logits check the drafts; this one has context: {config.context}. Use "
-                f"{spell('mode', 'blocks')} or {spell('mode', 'ar')}"
-            )
+        if self.mode == "speculative":
+            self._check_drafts(config, gated, spell)
         stops = frozenset(config.stop_token_ids) if self.eos_token_id is None else self.eos_token_id
-        pads = [token for token in (*sorted(stops), *config.stop_token_ids) if _is_token(token, config)]
+        pads = [token for token in (*sorted(stops), *config.stop_token_ids) if is_token(token, config)]
         filled: dict[str, Any] = {
             "temperature": 0.0 if self.is_greedy else self.temperature,
             "do_sample": not self.is_greedy,
@@ -207,159 +225,53 @@ class DecodeSettings:
         }
         if steps is None and self.mode != "ar":
             filled["denoising_steps"] = size if self.mode == "blocks" else 1
+        if self.mode == "speculative" and gated:
+            filled |= self._filled_drafts(size)
         if self.threshold is None and self.remasking == "low_confidence_dynamic":
             filled["threshold"] = DEFAULT_THRESHOLD
         if self.entropy_budget is None and self.remasking == "entropy":
             filled["entropy_budget"] = DEFAULT_BUDGET
         return replace(self, **filled)
 
+    def _check_drafts(self, config: Any, gated: bool, spell: Spelling) -> None:
+        """Raises ValueError if a checkpoint cannot draft like this."""
+        mode = spell("mode", self.mode)
+        if config.context != "causal":
+            raise ValueError(
+                f"{mode} needs a checkpoint trained with context: causal (and best with an AR loss, ar_weight), whose own AR "
+                f"logits check the drafts; this one has context: {config.context}. Use {spell('mode', 'blocks')} or "
+                f"{spell('mode', 'ar')}"
+            )
+        if not gated:
+            self._check_ungated(mode, spell)
+        elif self.draft_length is not None and self.draft_length > config.block_size:
+            most = f"1 to {config.block_size}, the longest draft of this checkpoint"
+            raise ValueError(f"{spell('draft_length')} is {self.draft_length}, expected {most}")
+        elif self.drafting == "fused" and self.denoising_steps not in (None, 1):
+            fused, separate = spell("drafting", "fused"), spell("drafting", "separate")
+            raise ValueError(f"{spell('denoising_steps')} has no effect with {fused}: use {separate}, or leave it out")
 
-# --- the arguments of a call ------------------------------------------------------------------------------------------------
+    def _check_ungated(self, mode: str, spell: Spelling) -> None:
+        """Raises ValueError for what a checkpoint that drafts with its own weights does not know."""
+        for name in ("draft_length", "drafting", "draft_threshold"):
+            if getattr(self, name) is not None:
+                needed = "a checkpoint with gated adapters, of a lossless conversion"
+                raise ValueError(f"{spell(name)} has no effect here: it needs {needed}")
+        if self.is_static:
+            static = spell("cache_implementation", self.cache_implementation)
+            raise ValueError(f"{static} has no effect with {mode}, whose forwards have many shapes here: leave it out")
 
-KNOWN = frozenset(one.name for one in fields(DecodeSettings)) | {"max_length"}
-# Arguments that mean the same wherever they stand. The others are read one by one below.
-PLAIN = ("mode", "denoising_steps", "remasking", "threshold", "entropy_budget", "seed", "repetition_stop", "tokenizer")
-SAMPLING = ("temperature", "top_k", "top_p")
-VIDEOS = ("pixel_values_videos", "image_sizes_videos")
-# What a GenerationConfig says of its checkpoint, and asks nothing with.
-FACTS = frozenset(("bos_token_id", "mask_token_id", "block_size", "transformers_version"))
-# What arguments that are not known may say; so may None, False, 0 and empty lists.
-NEUTRAL: dict[str, Any] = {
-    "use_cache": True,
-    **dict.fromkeys(("num_beams", "num_return_sequences", "num_beam_groups"), 1),
-    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "length_penalty", "typical_p", "guidance_scale"), 1.0),
-}
-
-
-class Arguments:
-    """The arguments of a call, the nearest source first: the caller, the `generation_config` given, the model's own."""
-
-    def __init__(self, caller: Mapping[str, Any], given: Any, own: Any) -> None:
-        """`given` and `own` are GenerationConfigs or None. Raises ValueError for arguments that block decoding does not know."""
-        refuse_videos(**{name: caller.get(name) for name in VIDEOS})
-        configs = [dict(vars(config)) for config in (given, own) if config is not None]
-        self._sources: list[Mapping[str, Any]] = [caller, *configs]
-        odd = sorted(f"{name}={value!r}" for name, value in caller.items() if not _known(name, value))
-        for config in configs:
-            asking = {name: value for name, value in config.items() if name not in FACTS and not name.startswith("_")}
-            odd += sorted(f"{name}={value!r} (in generation_config)" for name, value in asking.items() if not _known(name, value))
-        if odd:
-            raise ValueError(f"block decoding knows no {', '.join(odd)}")
-
-    def get(self, name: str) -> Any:
-        """What the nearest source says; None where none does."""
-        return next((source[name] for source in self._sources if source.get(name) is not None), None)
-
-    def by_caller(self, name: str) -> Any:
-        return self._sources[0].get(name)
-
-    def configured(self, name: str) -> Any:
-        """What the nearest GenerationConfig says."""
-        return next((source[name] for source in self._sources[1:] if source.get(name) is not None), None)
-
-    def nearest(self, *names: str) -> dict[str, Any]:
-        """What the nearest source that says any of the names says of them."""
-        each = ({name: source[name] for name in names if source.get(name) is not None} for source in self._sources)
-        return next((found for found in each if found), {})
+    def _filled_drafts(self, size: int) -> dict[str, Any]:
+        """How drafts are made, where that is left open; a length of None goes by the clock."""
+        length = self.draft_length
+        if length is None and (self.is_static or not self.is_greedy):
+            length = size if self.is_static else min(size, DRAWN_DRAFT)
+        drafting = self.drafting
+        if drafting is None and (length is not None or self.denoising_steps is not None):
+            drafting = "fused" if self.denoising_steps is None else "separate"
+        return {"draft_length": length, "drafting": drafting}
 
 
-def _known(name: str, value: Any) -> bool:
-    neutral = NEUTRAL.get(name)
-    if name in KNOWN or value is None or value == neutral:
-        return True
-    return neutral is None and (value is False or (isinstance(value, int | float | list | tuple | str | dict) and not value))
-
-
-def refuse_videos(**given: Any) -> None:
-    """Raises ValueError unless every one of these arguments of SDAR-VL's callers is None, as they are where no video is shown."""
-    shown = [name for name, value in given.items() if value is not None]
-    if shown:
-        raise ValueError(f"video is not supported: {' and '.join(shown)} must be None; give single frames as images")
-
-
-def settings_of(arguments: Arguments, config: Any, prompt_length: int) -> DecodeSettings:
-    """What a call asks for, checked, with everything filled in.
-
-    Raises:
-        ValueError: if settings do not fit together, or not the checkpoint.
-    """
-    values = {
-        **{name: arguments.get(name) for name in PLAIN},
-        "max_new_tokens": _longest_answer(arguments, prompt_length),
-        "return_dict_in_generate": bool(arguments.get("return_dict_in_generate")),
-        **_sampling(arguments),
-        **_ends(arguments, config),
-        **_cache(arguments),
-    }
-    settings = DecodeSettings(**{name: value for name, value in values.items() if value is not None})
-    settings.check()
-    if settings.stop_strings and settings.tokenizer is None:
-        raise ValueError("stop_strings needs the tokenizer: generate(..., stop_strings=[...], tokenizer=processor.tokenizer)")
-    return settings.for_checkpoint(config)
-
-
-def _longest_answer(arguments: Arguments, prompt_length: int) -> int | None:
-    lengths = arguments.nearest("max_new_tokens", "max_length")
-    limit, whole = lengths.get("max_new_tokens"), lengths.get("max_length")
-    if limit is None and whole is not None and whole <= prompt_length:
-        raise ValueError(f"max_length is {whole}, and the prompt has {prompt_length} tokens already: raise it")
-    if limit is None and whole is not None:
-        limit = whole - prompt_length
-    return None if limit is None else int(limit)
-
-
-def _sampling(arguments: Arguments) -> dict[str, Any]:
-    """The sampling settings. A greedy call leaves aside what a GenerationConfig says of them, but not what the caller says."""
-    do_sample, temperature = arguments.by_caller("do_sample"), arguments.by_caller("temperature")
-    if do_sample is None:
-        samples = bool(arguments.configured("do_sample") if temperature is None else temperature)
-    else:
-        samples = bool(do_sample)
-    if samples:
-        values = {name: arguments.get(name) for name in SAMPLING}
-        return {**values, "do_sample": True, "temperature": 1.0 if values["temperature"] is None else values["temperature"]}
-    configured = arguments.configured("temperature")
-    if do_sample is None and temperature is None and configured not in (None, 0, 1):
-        raise ValueError(f"temperature {configured} (in generation_config) has no effect without do_sample=True there")
-    return {**{name: arguments.by_caller(name) for name in SAMPLING}, "do_sample": False}
-
-
-def _ends(arguments: Arguments, config: Any) -> dict[str, Any]:
-    """What ends an answer, and what stands after one. A configured padding that is no token (-1: never) is not taken: no
-    tokenizer and no embedding would take it."""
-    stops, strings = arguments.get("eos_token_id"), arguments.get("stop_strings")
-    pad, configured = arguments.by_caller("pad_token_id"), arguments.configured("pad_token_id")
-    if pad is not None:
-        pad = _ids(pad)[0]
-    elif configured is not None:
-        pad = next((token for token in _ids(configured) if _is_token(token, config)), None)
-    return {
-        "eos_token_id": None if stops is None else frozenset(_ids(stops)),
-        "pad_token_id": pad,
-        "stop_strings": (strings,) if isinstance(strings, str) else tuple(strings or ()),
-    }
-
-
-def _cache(arguments: Arguments) -> dict[str, Any]:
-    """How keys and values are kept. For a cache that grows, a configured way to compile counts only where the caller leaves the
-    choice of the cache to the configuration."""
-    chosen = arguments.get("cache_implementation")
-    if chosen in (None, "dynamic"):
-        asked = arguments.by_caller("cache_implementation") is not None
-        compile_config = arguments.by_caller("compile_config") or (None if asked else arguments.configured("compile_config"))
-        return {"compile_config": compile_config, "disable_compile": bool(arguments.by_caller("disable_compile"))}
-    return {
-        "cache_implementation": chosen,
-        "compile_config": arguments.get("compile_config"),
-        "disable_compile": bool(arguments.get("disable_compile")),
-    }
-
-
-def _ids(given: Any) -> list[int]:
-    """Token ids, however transformers lets one write them."""
-    plain = given.tolist() if hasattr(given, "tolist") else given
-    return list(plain) if isinstance(plain, Iterable) else [plain]
-
-
-def _is_token(token: int, config: Any) -> bool:
+def is_token(token: int, config: Any) -> bool:
+    """Whether a checkpoint's tokenizer has this id."""
     return 0 <= token < config.vocabulary_size

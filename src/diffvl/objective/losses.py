@@ -14,22 +14,38 @@ tokens, V vocabulary.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional
 
-from diffvl.attention.block_mask import FLEX, bucket, training_masks
-from diffvl.config.objectives import ArObjective, BlockDiffusionObjective, FullDiffusionObjective, Noise, Objective, UniformNoise
+from diffvl.attention.block_mask import training_masks
+from diffvl.config.objectives import (
+    ArObjective,
+    BlockDiffusionObjective,
+    DraftObjective,
+    FullDiffusionObjective,
+    Noise,
+    Objective,
+    UniformNoise,
+)
 from diffvl.data.samples import Batch, is_filler
 from diffvl.hub.configuration_diffvl import DiffVLConfig, never_predicted
-from diffvl.hub.images_diffvl import Shown, is_visual, placed_images
-from diffvl.hub.layout_diffvl import Layout, NoisyStream, Rope, block_index, clean_layout, noisy_layout, noisy_stream
-from diffvl.hub.spans_diffvl import answer_cells, span_ids
+from diffvl.hub.layout_diffvl import NoisyStream, block_index, clean_layout, noisy_layout, noisy_stream
+from diffvl.objective.drafts import DRAFT_SUMS, draft, draft_rates
 from diffvl.objective.noise import mask_probabilities, mask_ratios, masked_tokens, noise_state
 from diffvl.objective.normaliser import shares
-from diffvl.objective.packing import Packed, pack
+from diffvl.objective.packing import Packed
+from diffvl.objective.streams import (
+    Draw,
+    LossOutput,
+    clean_rope,
+    mark_spans,
+    packed_rows,
+    scores_dtype,
+    shown_images,
+    token_cross_entropy,
+)
 from diffvl.seeding import sample_generator
 
 
@@ -53,35 +69,6 @@ def block_weights(
     return (eligible / masked.clamp_min(1.0)).gather(1, block_BR)
 
 
-def token_cross_entropy(logits_MV: torch.Tensor, targets_M: torch.Tensor, forbidden_V: torch.Tensor) -> torch.Tensor:
-    """Computes the cross-entropy of each row in fp32, [M]; forbidden tokens (the mask token, padding rows of the table) get no
-    probability."""
-    return functional.cross_entropy(logits_MV.float().masked_fill(forbidden_V, float("-inf")), targets_M, reduction="none")
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Where in a run the noise is drawn: its generators are seeded by (seed, step, sample); progress moves curricula."""
-
-    seed: int
-    step: int
-    progress: float
-
-
-@dataclass(frozen=True)
-class LossOutput:
-    """loss: summed over tokens, with its graph; divide by the normaliser of the whole optimiser step.
-
-    sums: counts and sums without a graph, over answer tokens and their first stop only (padding stops left out):
-    `predicted`, `correct`, `cross_entropy`, and under block diffusion `eligible`.
-    tokens: positions that went through the trunk.
-    """
-
-    loss: torch.Tensor
-    tokens: int
-    sums: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
 class Corruption:
     """One draw over a batch's noisy stream, each [S, R]: which tokens are masked, and with what probability they were."""
@@ -96,6 +83,8 @@ def loss_of(model: Any, config: DiffVLConfig, batch: Batch, objective: Objective
         return ar(model, config, batch)
     if isinstance(objective, FullDiffusionObjective):
         return full_diffusion(model, config, batch, objective, draw)
+    if isinstance(objective, DraftObjective):
+        return draft(model, config, batch, objective, draw)
     return block_diffusion(model, config, batch, objective, draw)
 
 
@@ -112,6 +101,8 @@ def measure(model: Any, config: DiffVLConfig, batches: Iterable[Any], objective:
         objective = objective.model_copy(update=plain)
     elif isinstance(objective, FullDiffusionObjective):
         objective = objective.model_copy(update={"noise": MEASURE_NOISE})
+    elif isinstance(objective, DraftObjective):
+        objective = objective.model_copy(update={"block_curriculum": {}})
     totals: dict[str, torch.Tensor] = {}
     for batch in batches:
         sums = loss_of(model, config, batch, objective, Draw(seed=0, step=0, progress=0.0)).sums
@@ -126,14 +117,18 @@ def curriculum_state(objective: Objective, progress: float) -> dict[str, float]:
     """Tells where the objective's curricula stand at a point of the stage; empty for an objective that does not move."""
     if isinstance(objective, ArObjective):
         return {}
-    state: dict[str, float] = {f"noise_{name}": value for name, value in noise_state(objective.noise, progress).items()}
-    if isinstance(objective, BlockDiffusionObjective) and objective.block_curriculum:
+    state: dict[str, float] = {}
+    if not isinstance(objective, DraftObjective):
+        state = {f"noise_{name}": value for name, value in noise_state(objective.noise, progress).items()}
+    if not isinstance(objective, FullDiffusionObjective) and objective.block_curriculum:
         state["block_size"] = objective.block_size_at(progress)
     return state
 
 
 def measured_sums(objective: Objective) -> list[str]:
     """Gives the names of what `measure` sums under an objective."""
+    if isinstance(objective, DraftObjective):
+        return list(DRAFT_SUMS)
     names = ["correct", "cross_entropy", "predicted"]
     return names if isinstance(objective, ArObjective) else ["correct", "cross_entropy", "eligible", "predicted"]
 
@@ -142,12 +137,12 @@ def ar(model: Any, config: DiffVLConfig, batch: Batch) -> LossOutput:
     """Computes next-token cross-entropy on answers: position i - 1 predicts token i, under the trunk's own causal attention."""
     ids, valid = batch["input_ids"], batch["valid"]
     layout = clean_layout(torch.zeros_like(ids), valid, context="causal")
-    _mark_spans(layout, batch, config)
+    mark_spans(layout, batch, config)
     rope = clean_rope(model, config, batch)
     packed = packed_rows(layout, batch["row"], config)
     at = followed_by_answer(batch["answer_index"])
     targets = ids[at[0], at[1] + 1]
-    shown = _shown_images(config, batch)
+    shown = shown_images(config, batch)
     entropy, correct = _predict(model, config, batch, packed, rope.at(layout.position), ids, shown, packed.place[at], targets)
     counted = torch.ones_like(targets).sum()
     sums = {"predicted": counted, "correct": correct.sum(), "cross_entropy": entropy.detach().sum()}
@@ -165,7 +160,7 @@ def block_diffusion(model: Any, config: DiffVLConfig, batch: Batch, objective: B
     copies = corrupt(stream, objective, draw, batch["sample"])
     # 3. Clean tokens first, noisy ones after them, on the positions of their clean counterparts; then samples into rows.
     layout = clean_layout(block, valid, objective.context)
-    _mark_spans(layout, batch, config)
+    mark_spans(layout, batch, config)
     rope = clean_rope(model, config, batch)
     rotations = [rope.at(layout.position), *[rope.of_stream(stream) for _ in copies]]
     for number in range(len(copies)):
@@ -173,7 +168,7 @@ def block_diffusion(model: Any, config: DiffVLConfig, batch: Batch, objective: B
     packed = packed_rows(layout, batch["row"], config)
     clean_of_noisy = ids.gather(1, stream.source)
     noisy_ids = [clean_of_noisy.masked_fill(copy.masked, config.mask_token_id) for copy in copies]
-    image = _shown_images(config, batch)
+    image = shown_images(config, batch)
     # 4. One forward; the head runs where a masked token is predicted, and for the AR term where an answer's token follows.
     clean_length, noisy_length = ids.shape[1], stream.source.shape[1]
     at = [
@@ -229,7 +224,7 @@ def full_diffusion(model: Any, config: DiffVLConfig, batch: Batch, objective: Fu
     # 3. One forward; the head runs where a masked token is predicted, which is never the first one of a sample.
     sample, place = noised.masked.nonzero(as_tuple=True)
     at = packed.place[sample, place if objective.target == "same" else place - 1]
-    noisy_ids, image = ids.masked_fill(noised.masked, config.mask_token_id), _shown_images(config, batch)
+    noisy_ids, image = ids.masked_fill(noised.masked, config.mask_token_id), shown_images(config, batch)
     rope = clean_rope(model, config, batch).at(layout.position)
     entropy, correct = _predict(model, config, batch, packed, rope, noisy_ids, image, at, ids[noised.masked])
     weights = block_weights(objective.weight, noised.p, noised.masked, stream.eligible, turn)[noised.masked]
@@ -298,34 +293,6 @@ def followed_by_answer(answer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return (answer[:, 1:] > 0).nonzero(as_tuple=True)  # type: ignore[return-value]
 
 
-def packed_rows(streams: Layout, row_S: torch.Tensor, config: DiffVLConfig) -> Packed:
-    """Samples into rows; with FlexAttention of a length for which kernels are compiled once."""
-    return pack(streams, row_S, bucket if config.text_config._attn_implementation == FLEX else int)
-
-
-def _shown_images(config: DiffVLConfig, batch: Batch) -> torch.Tensor:
-    """Gives for each clean token the image token that it shows, counted over the batch, -1 for text; [S, L]."""
-    return placed_images(batch["input_ids"], config, batch["valid"])
-
-
-def clean_rope(model: Any, config: DiffVLConfig, batch: Batch) -> Rope:
-    """Gives the position ids of the clean tokens, as the model numbers text and images."""
-    if config.source_config is None:
-        return Rope()
-    stock: Any = model.module if hasattr(model, "module") else model  # data parallelism wraps it
-    return stock.images.rope(batch["input_ids"], batch["valid"], batch.get("pixels", {}), Shown.in_batch(batch))
-
-
-def _mark_spans(layout: Layout, batch: Batch, config: DiffVLConfig) -> None:
-    """Lets the clean tokens of an image see each other, as the model wants it."""
-    layout.image_attention = config.image_attention
-    if config.image_attention == "causal":
-        return
-    ids, answer, valid = batch["input_ids"], batch["answer_index"].abs(), batch["valid"]
-    cut = answer_cells(layout.block, answer)
-    layout.span = span_ids(is_visual(ids, config), answer, valid, cut, config.image_attention)
-
-
 def _predict(
     model: Any,
     config: DiffVLConfig,
@@ -364,18 +331,11 @@ def _predict(
     return judged[:, 0], judged[:, 1]
 
 
-def scores_dtype(model: Any, device_type: str) -> torch.dtype:
-    """Gives the type in which the trunk computes attention scores. A mask that eager attention adds to them must have it: one in
-    fp32 would turn bf16 scores, the largest tensors of such a layer, into fp32 ones."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
-    return next((parameter.dtype for parameter in parameters if parameter.is_floating_point()), torch.float32)
-
-
 def rates(sums: dict[str, float]) -> dict[str, float]:
     """Computes the training figures of a log line."""
     predicted = max(sums["predicted"], 1.0)
+    if "drafts" in sums:
+        return draft_rates(sums)
     if "eligible" not in sums:
         return {"next_token_accuracy": sums["correct"] / predicted}
     return {"mask_ratio": sums["predicted"] / max(sums["eligible"], 1.0), "masked_accuracy": sums["correct"] / predicted}
@@ -383,6 +343,8 @@ def rates(sums: dict[str, float]) -> dict[str, float]:
 
 def scores(sums: dict[str, float]) -> dict[str, float]:
     """Computes the held-out figures, over answer tokens and first stops."""
+    if "drafts" in sums:
+        return {**draft_rates(sums), "tokens": sums["predicted"]}
     kind = "masked" if "eligible" in sums else "next_token"
     predicted = sums["predicted"]
     return {

@@ -21,6 +21,7 @@ from diffvl.config.recipe import PREPARED, Recipe
 from diffvl.config.resolve import dump, read_yaml, resolve
 from diffvl.errors import CheckpointError, UsageError, first_line
 from diffvl.hub import configuration_diffvl
+from diffvl.hub.adapter_diffvl import BaseRefusedError, base_place
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
@@ -214,9 +215,17 @@ def require_diffvl(directory: Path) -> None:
 def _explain_damage(directory: Path, load: Callable[[], T]) -> T:
     try:
         return load()
+    except (BaseRefusedError, ImportError) as error:
+        raise CheckpointError(f"{directory}: {error}") from error
     except (SafetensorError, OSError, ValueError) as error:
         message = f"the checkpoint cannot be read, a file is damaged or missing ({first_line(error)}); copy it or make it again"
         raise CheckpointError(f"{directory}: {message}") from error
+
+
+def weights_place(directory: Path) -> Path:
+    """Gives the directory that holds a checkpoint's weights: its own, but for gated adapters over a base that lies elsewhere."""
+    gated = read_json(directory / "config.json").get("gated_adapter")
+    return directory if gated is None else Path(base_place(gated["base"], str(directory)))
 
 
 def saved_dtype(directory: Path) -> torch.dtype:

@@ -60,7 +60,8 @@ def track(
     console: Console,
     iterable: Iterable[T],
     total: int | None,
-    text: str,
+    text: str | Callable[[], str],
+    done: int = 0,
     *,
     every: float = PLAIN_EVERY,
     clock: Callable[[], float] = time.monotonic,
@@ -69,25 +70,41 @@ def track(
     gives way to the number of items that there were.
 
     It may run inside a `TrainingProgress`: its bar then stands below the other one (rich 14.1 and later).
+
+    Args:
+        text: what is being done; a function is asked again with every item.
+        done: how many of `total` were done before; the items are the rest.
     """
+
+    def told() -> str:
+        return text if isinstance(text, str) else text()
+
     if console.is_interactive:
         name, left = TextColumn("{task.description}", markup=False), TimeRemainingColumn(elapsed_when_finished=True)
         with Progress(name, BarColumn(), MofNCompleteColumn(), left, console=console) as progress:
-            task = progress.add_task(text, total=total)
-            for done, item in enumerate(iterable, start=1):
+            task = progress.add_task(told(), total=total, completed=done)
+            for count, item in enumerate(iterable, start=done + 1):
                 yield item
-                progress.update(task, completed=done, total=total if total is None else max(total, done))
+                most = total if total is None else max(total, count)
+                progress.update(task, completed=count, total=most, description=told())
             progress.update(task, total=progress.tasks[task].completed)
         return
-    out_of = "" if total is None else f"/{total}"
     began = last_line = clock()
-    done = 0
-    for done, item in enumerate(iterable, start=1):
+    count = done
+    for count, item in enumerate(iterable, start=done + 1):
         yield item
         if clock() - last_line >= every:
             last_line = clock()
-            say(console, f"{text}: {done}{out_of}")
-    say(console, f"{text}: {done}{out_of and f'/{done}'} done in {duration(clock() - began)}")
+            out_of = "" if total is None else f"/{total}"
+            left = "" if total is None or isinstance(text, str) else _left(last_line - began, count - done, total - count)
+            say(console, f"{told()}: {count}{out_of}{left}")
+    out_of = "" if total is None else f"/{count}"
+    say(console, f"{told()}: {count}{out_of} done in {duration(clock() - began)}")
+
+
+def _left(seconds: float, done: int, rest: int) -> str:
+    """How long the rest will take, if it goes on as it went."""
+    return f", {duration(seconds / done * max(rest, 0))} left"
 
 
 def number(value: float, digits: int = 4) -> str:

@@ -18,11 +18,10 @@ from torch import nn
 
 from diffvl.config.families import ALL_LINEAR
 from diffvl.config.recipe import Lora, Part, Stage
-from diffvl.errors import ConfigError
+from diffvl.errors import ConfigError, UnsupportedModelError
+from diffvl.hub.gate_diffvl import MASK_ROW
 from diffvl.hub.images_diffvl import stock, vision_parameters
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
-
-MASK_ROW = "mask_row"
 
 
 def parts_of(model: DiffVLForConditionalGeneration) -> dict[str, Part]:
@@ -63,24 +62,13 @@ def image_encoder(source: Any) -> nn.Module:
     return encoder if isinstance(encoder, nn.Module) and encoder is not source else nn.Module()
 
 
-def attach_mask_row(model: DiffVLForConditionalGeneration) -> None:
-    """Makes the embedding of the mask token a parameter of the model, in fp32. Its output row needs none: the mask token is
-    never predicted."""
-    embedding: Any = model.get_input_embeddings()
-    mask_id = model.config.mask_token_id
-    row = embedding.weight.detach()[mask_id].float().clone()
-    model.register_parameter(MASK_ROW, nn.Parameter(row))
-
-    def replace(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-        is_mask = (inputs[0] == mask_id)[..., None]
-        scaled = getattr(model, MASK_ROW) * getattr(module, "embed_scale", 1.0)
-        return torch.where(is_mask, scaled.to(output.dtype), output)
-
-    model.mask_row_hook = embedding.register_forward_hook(replace)  # type: ignore[assignment]
-
-
 def fold_mask_row(model: DiffVLForConditionalGeneration) -> None:
-    """Writes the trained mask row back into the embedding table and removes the parameter."""
+    """Writes the trained mask row back into the embedding table and removes the parameter.
+
+    Raises:
+        UnsupportedModelError: in a model with gated adapters, whose table is its parent's.
+    """
+    _refuse_gated(model, "its mask row cannot be folded into the table, which its parent's answers come from")
     embedding: Any = model.get_input_embeddings()
     with torch.no_grad():
         embedding.weight[model.config.mask_token_id] = getattr(model, MASK_ROW).to(embedding.weight.dtype)
@@ -178,6 +166,16 @@ def _text_linears(source: Any, targets: str) -> str:
 
 
 def merge_adapters(model: DiffVLForConditionalGeneration) -> None:
-    """Adds the adapters into the trunk's weights and unwraps it. Nothing to do without adapters."""
+    """Adds the adapters into the trunk's weights and unwraps it. Nothing to do without adapters.
+
+    Raises:
+        UnsupportedModelError: if the adapters have a gate.
+    """
+    _refuse_gated(model, "its adapters cannot be merged, because the same weights serve the clean tokens")
     if isinstance(model.trunk, PeftModel):
         model.put_trunk(model.trunk.merge_and_unload())
+
+
+def _refuse_gated(model: DiffVLForConditionalGeneration, told: str) -> None:
+    if model.gate is not None:
+        raise UnsupportedModelError(f"a lossless conversion changes no weight: {told}")

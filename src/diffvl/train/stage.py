@@ -18,7 +18,7 @@ from rich.console import Console
 
 from diffvl.attention.choose import choose, set_attention
 from diffvl.config.families import family_of
-from diffvl.config.objectives import Objective
+from diffvl.config.objectives import ArObjective, DraftObjective, FullDiffusionObjective, Objective
 from diffvl.config.recipe import Recipe, Stage, StageName
 from diffvl.config.resolve import dump
 from diffvl.data.fingerprint import FileRecord, data_record, facts_of, is_same_data, write_data_record
@@ -28,6 +28,7 @@ from diffvl.data.mixture import Mixture
 from diffvl.data.sample_dataset import SampleDataset
 from diffvl.data.samples import collate
 from diffvl.errors import ConfigError
+from diffvl.hub.gate_diffvl import attach_mask_row
 from diffvl.hub.images_diffvl import Pixels
 from diffvl.hub.layout_diffvl import longest_sample
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
@@ -38,13 +39,14 @@ from diffvl.store import checkpoint
 from diffvl.store.files import Writing
 from diffvl.store.metrics import METRICS_FILE
 from diffvl.train import checkpoints
-from diffvl.train.adapters import write_adapters
+from diffvl.train.adapters import write_adapters, write_gated
 from diffvl.train.checkpoints import CHECKPOINTS
 from diffvl.train.four_bits import is_in_four_bits, load_in_four_bits, require_four_bits, take_over
+from diffvl.train.gated import fit_to_drafts
 from diffvl.train.gathering import write_gathered
 from diffvl.train.launch import agreed, is_to_shard, main_first, main_only, make_accelerator, precision, process_state
 from diffvl.train.loop import Loop
-from diffvl.train.parts import add_adapters, attach_mask_row, fold_mask_row, freeze_others, merge_adapters, upcast
+from diffvl.train.parts import add_adapters, fold_mask_row, freeze_others, merge_adapters, upcast
 from diffvl.train.progress import MetricsLog, TrainingProgress, Watchers
 from diffvl.train.sharding import is_sharded, learns_to_see, shard
 
@@ -103,7 +105,7 @@ def train(
     if stage.data.row_length is not None:
         data = replace(data, train=data.train.packed(stage.data.row_length, recipe.seed))
     attention = str(model.config.text_config._attn_implementation)
-    fit_to_stage(model, stage, recipe.seed)
+    stage = fit_to_stage(model, stage, recipe.seed)
     place(model, stage, own_dtype, sharded)
     last = agreed(lambda: checkpoints.newest(work)) if resume else None
     accelerator = make_accelerator(stage, recipe.trackers, work)
@@ -122,8 +124,11 @@ def train(
     accelerator.free_memory()
     del loop  # the optimiser's state is as large as two models
     gc.collect()
-    model = as_stored(model, start, stage, recipe.seed)
-    _write(model, processor, stage, own_dtype, attention, work)
+    if model.gate is None:
+        model = as_stored(model, start, stage, recipe.seed)
+        _write(model, processor, stage, own_dtype, attention, work)
+    else:
+        _write_lossless(model, processor, start, own_dtype, attention, work)
     main_only(lambda: checkpoint.write_state(work, recipe, state))
     if accelerator.is_main_process:
         _tell_left_out(stage_name, left_out.kinds(), directory)
@@ -176,6 +181,19 @@ def _write(
     if model.config.text_config._attn_implementation != attention:
         set_attention(model.trunk, attention)
     main_only(lambda: checkpoint.write_checkpoint(model, processor, work, not sharded))
+
+
+def _write_lossless(
+    model: DiffVLForConditionalGeneration, processor: DiffVLProcessor, base: Path, dtype: torch.dtype, attention: str, work: Path
+) -> None:
+    """Writes what drafts over an unchanged base, as `_write` does for a model that has changed."""
+    write_gated(model, base, dtype, work)
+    model.config.dtype = dtype
+    if not is_sharded(model):
+        checkpoint.cast_weights(model, dtype)
+    if model.config.text_config._attn_implementation != attention:
+        set_attention(model.trunk, attention)
+    main_only(lambda: checkpoint.write_checkpoint(model, processor, work, weights=False))
 
 
 def require_machine(stage: Stage) -> bool:
@@ -285,31 +303,45 @@ def _tell_left_out(stage_name: StageName, left_out: dict[str, int], directory: P
 # --- fitting a model to a stage and back ---------------------------------------------------------------------------------
 
 
-def fit_to_stage(model: DiffVLForConditionalGeneration, stage: Stage, seed: int, device: torch.device | None = None) -> None:
+def fit_to_stage(model: DiffVLForConditionalGeneration, stage: Stage, seed: int, device: torch.device | None = None) -> Stage:
     """Records the objective in the configuration, chooses the attention implementation, wraps adapters, attaches the mask row,
     freezes the rest. In place.
 
     Args:
         seed: of fresh adapters, which must be the same in every process and in every run of a recipe.
         device: that it will train on; default: this machine's GPU, or its CPU where there is none.
+    Returns:
+        the stage, with what it left to the model to decide.
     """
-    objective = stage.objective
-    if objective.kind == "ar":
-        model.config.set_decoding("ar", block_size=1, context="causal", grid="response", target="shift")
-    elif objective.kind == "full_diffusion":
-        model.config.set_decoding("blocks", objective.block_size, "block", "response", objective.target)
+    _record(model, stage.objective)
+    family_targets = family_of(model.config.text_config.model_type).lora_targets
+    if isinstance(stage.objective, DraftObjective) and stage.lora is not None:
+        stage = fit_to_drafts(model, stage, seed, family_targets)
     else:
-        model.config.set_decoding("blocks", objective.block_size, objective.context, objective.grid, objective.target)
-    choose(model.trunk, stage.attention, device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    if stage.lora is not None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            add_adapters(model, stage.lora, family_of(model.config.text_config.model_type).lora_targets)
+        choose(model.trunk, stage.attention, device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        if stage.lora is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                add_adapters(model, stage.lora, family_targets)
     if "mask_row" in stage.trainable:
         attach_mask_row(model)
     freeze_others(model, stage)
     if stage.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        around = {} if model.gate is None else {"context_fn": model.gate.contexts}
+        model.activation_checkpointing_enable({"use_reentrant": False, **around})
+    return stage
+
+
+def _record(model: DiffVLForConditionalGeneration, objective: Objective) -> None:
+    """Says in the configuration how the weights are trained."""
+    if objective.kind == "ar":
+        model.config.set_decoding("ar", block_size=1, context="causal", grid="response", target="shift")
+    elif objective.kind == "full_diffusion":
+        model.config.set_decoding("blocks", objective.block_size, "block", "response", objective.target)
+    elif objective.kind == "draft":
+        model.config.set_decoding("blocks", objective.block_size, "causal", "response", "shift")
+    else:
+        model.config.set_decoding("blocks", objective.block_size, objective.context, objective.grid, objective.target)
 
 
 def unfit(model: DiffVLForConditionalGeneration, stage: Stage, dtype: torch.dtype) -> None:
@@ -328,7 +360,7 @@ def longest_trainable(text_config: Any, objective: Objective) -> int | None:
         ConfigError: if a block is longer than the trunk's context.
     """
     context = getattr(text_config, "max_position_embeddings", None)
-    if objective.kind != "block_diffusion":
+    if isinstance(objective, ArObjective | FullDiffusionObjective):
         return context
     largest = objective.largest_block
     if context is not None and largest > context:
@@ -336,5 +368,6 @@ def longest_trainable(text_config: Any, objective: Objective) -> int | None:
         told = f"objective.{name} has blocks of {largest} tokens, but this trunk's context has {context} positions: set it lower"
         raise ConfigError(told)
     sizes = {objective.block_size, *objective.block_curriculum.values()}
-    limits = [longest_sample(context, size, objective.grid) for size in sizes]
+    grid = "response" if isinstance(objective, DraftObjective) else objective.grid
+    limits = [longest_sample(context, size, grid) for size in sizes]
     return None if context is None else min(limit for limit in limits if limit is not None)
