@@ -258,10 +258,6 @@ def test_words_of_generate_that_exclude_each_other(words: str, says: str, run_cl
             "--mode speculative --strategy entropy",
             "--strategy has no effect with --mode speculative, which keeps what its AR log",
         ),
-        (
-            "--mode speculative --temperature 1",
-            "--temperature 1.0 has no effect with --mode speculative, which is greedy: leave it",
-        ),
         ("--top-k 5", "--top-k has no effect with temperature 0, which takes the likeliest token: add --temperature"),
         ("--top-p 0.5 --temperature 0", "--top-p has no effect with temperature 0, which takes the likeliest token: add --temp"),
         ("--seed 0", "--seed has no effect with temperature 0, which takes the likeliest token: add --temperature"),

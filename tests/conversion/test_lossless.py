@@ -327,7 +327,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(prepared: Callable[[str], Path],
     recipe = write_recipe(tmp_path / "recipe.yaml", tower, diffuse=section)
     words = ("convert", "--from", prepared("llama"), "--stage", "diffuse", "--recipe", recipe, "--out")
     succeed(*words, tmp_path / "whole")
-    whole = loop.Loop._train_step
+    whole = loop.Loop.train_step
 
     def train_step(self: Any, *arguments: Any) -> float:
         if self.step == 3:
@@ -335,7 +335,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(prepared: Callable[[str], Path],
         return whole(self, *arguments)
 
     with monkeypatch.context() as patch, pytest.raises(Crash):
-        patch.setattr(loop.Loop, "_train_step", train_step)
+        patch.setattr(loop.Loop, "train_step", train_step)
         command(*words, tmp_path / "cut")
     succeed(*words, tmp_path / "cut", "--resume")
     files = [tmp_path / name / "diffuse" / "gated_adapter" / "adapter_model.safetensors" for name in ("whole", "cut")]

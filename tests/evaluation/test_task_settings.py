@@ -75,8 +75,8 @@ def test_what_cannot_be_heard_is_told():
     asked = {"num_beams": 5, "image_aspect_ratio": "original", "repetition_penalty": 1.0, "length_penalty": None}
     found = settings_for_task(DecodeSettings(), (), asked, "t")
     assert found.unused == ("image_aspect_ratio='original'", "num_beams=5")
-    with pytest.raises(UsageError, match="task t: .*greedy"):
-        settings_for_task(read_settings({"mode": "speculative"}), {"mode"}, {"temperature": 0.5}, "t")
+    with pytest.raises(UsageError, match="task t: .*max_new_tokens"):
+        settings_for_task(read_settings({"mode": "speculative"}), {"mode"}, {"max_new_tokens": 0}, "t")
 
 
 def test_an_answer_is_cut_where_the_task_ends_it():

@@ -27,7 +27,8 @@ from diffvl.data.samples import chat_before
 from diffvl.data.source_records import iterate_source, source_at
 from diffvl.decode.answer import Decoder, Message, decode, encode
 from diffvl.errors import UsageError
-from diffvl.evaluation.evaluate import questions, reading_of
+from diffvl.evaluation.evaluate import reading_of
+from diffvl.evaluation.questions import questions
 from diffvl.hub.answers_diffvl import DraftFigures
 from diffvl.hub.costs_diffvl import Acceptance, Costs, measured
 from diffvl.hub.settings_diffvl import DRAFTING, DecodeSettings

@@ -16,10 +16,11 @@ from diffvl.bench.published_decoder import require_same_target
 from diffvl.bench.random_model import NUM_SPECIAL, STOP_TOKEN, TrunkSize, build_model
 from diffvl.config.recipe import Data
 from diffvl.data.records import iterate_records
+from diffvl.data.samples import chat_before
 from diffvl.decode.answer import Decoder, context_length, encode, load_for_decoding
 from diffvl.errors import UsageError
 from diffvl.evaluation.evaluate import reading_of
-from diffvl.evaluation.questions import answer_turns, chat_before
+from diffvl.evaluation.questions import answer_turns
 from diffvl.hub.processing_diffvl import pixels_in
 
 # Tokens of the prompts of a batch, repeated for larger ones; the first is that of batch 1.

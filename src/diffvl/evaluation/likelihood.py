@@ -14,7 +14,7 @@ from diffvl.decode.answer import Decoder, Message
 from diffvl.hub.configuration_diffvl import never_predicted
 
 
-def is_exact(decoder: Decoder, mode: str) -> bool:
+def is_exact(decoder: Decoder, mode: str | None) -> bool:
     """Tells whether a checkpoint decodes by next-token probabilities, so that an answer has a likelihood that can be computed."""
     return mode == "ar" or decoder.model.config.decoding == "ar"
 

@@ -184,7 +184,8 @@ def _checked(make: Callable[[], DecodeSettings], config: DiffVLConfig) -> Decode
         settings.check(spell=spell)
         return settings.for_checkpoint(config, spell=spell)
     except (ValueError, OverflowError) as error:
-        raise wrong(spelled[0] if spelled else None, str(error)) from error
+        told = (word for word in spelled if word in str(error))  # what was asked about on the way is not all at fault
+        raise wrong(next(told, None), str(error)) from error
 
 
 def _stops(stop: Any) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from transformers import BatchFeature
 
 from diffvl.hub.answers_diffvl import Picker, cut, picker
 from diffvl.hub.decoder_diffvl import BlockDecoder
+from diffvl.hub.judge_diffvl import Sampling
 from diffvl.hub.masks_diffvl import block_kernels
 from diffvl.hub.pixels_diffvl import join_pixels
 from diffvl.hub.processing_diffvl import TEXT_INPUTS, pixels_in
@@ -195,10 +196,10 @@ class Batch:
         if settings.is_greedy:
             has_entropy = settings.remasking == "entropy"
             if has_entropy not in self._greedy:
-                self._greedy[has_entropy] = picker(settings, device, self.model.config)
+                self._greedy[has_entropy] = picker(Sampling(settings, device, self.model.config), settings)
             return self._greedy[has_entropy]
         if sample.draw is None:
-            sample.draw = picker(settings, device, self.model.config)
+            sample.draw = picker(Sampling(settings, device, self.model.config), settings)
         return sample.draw
 
     @staticmethod
