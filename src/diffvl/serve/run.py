@@ -34,8 +34,8 @@ def serve(directory: Path, host: str, port: int, keys: Sequence[str], name: str 
         decoder = load_for_decoding(directory)
         if decoder.model.gate is not None:
             raise UsageError(
-                f"{directory} is a lossless conversion, whose drafts a server does not decode yet: answer with diffvl generate, or "
-                "serve a converted checkpoint"
+                f"{directory} is a lossless conversion, whose drafts a server does not decode yet: answer with diffvl generate, "
+                "or serve a converted checkpoint"
             )
         service = Service(decoder, name or directory.resolve().name, limits)
         config = uvicorn.Config(
