@@ -224,7 +224,7 @@ def test_a_damaged_video_is_told_with_its_place(read: Callable[..., list[Record]
     texts = {f"{number}.json": json.dumps(ASKED).encode() for number in range(2)}
     file = write_tar(tmp_path / "a.tar", {name: (members | texts)[name] for name in sorted(members | texts)})
     for number, record in enumerate(read(file)):
-        with pytest.raises(DataError, match=rf"^a.tar:{number + 1}: the video '.*{number}.mp4 in .*a.tar' cannot be read \("):
+        with pytest.raises(DataError, match=rf"^a.tar:{number + 1}: the video '.*a.tar' cannot be read \("):
             open_video(record.videos[0], record.source, SAMPLER)
 
 
