@@ -189,7 +189,7 @@ def test_adapters_are_merged(run: tiny_runs.Run, tmp_path: Path):
     assert recipe_of(written).stages["diffuse"].lora is not None
     before, after = weights_of(run.align), weights_of(written)
     assert after.keys() == before.keys()
-    assert not [name for name in after if "lora" in name] and not list(written.glob("adapter_*"))
+    assert not [name for name in after if "lora" in name] and not list(written.glob("adapter_*.safetensors"))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     projections = {name for name in before if name.startswith("language_model.") and name.endswith("_proj.weight")}
     table = "language_model.model.embed_tokens.weight"

@@ -14,7 +14,7 @@ from helpers import metrics, stage_recipe, text_only, trunks, weights_of
 from tiny_runs import short_records
 from training_runs import BETA, crash, require_same_steps, run, run_two
 
-from diffvl.config.recipe import Recipe
+from diffvl.config.recipe import Recipe, Stage
 from diffvl.store.checkpoint import partial
 from diffvl.train import loop
 from diffvl.train import stage as training
@@ -173,9 +173,10 @@ def watch(start: Path, recipe: Recipe, directory: Path, patch: pytest.MonkeyPatc
     def snapshot(model: Any) -> dict[str, torch.Tensor]:
         return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
-    def fit_and_look(model: Any, *arguments: Any) -> None:
-        fit(model, *arguments)
+    def fit_and_look(model: Any, *arguments: Any) -> Stage:
+        fitted = fit(model, *arguments)
         seen["first"], seen["mask_row"] = snapshot(model), model.config.mask_token_id
+        return fitted
 
     def look_and_unfit(model: Any, *arguments: Any) -> None:
         seen["last"] = snapshot(model)

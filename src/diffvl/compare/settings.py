@@ -14,10 +14,16 @@ def ways_to_decode(config: DiffVLConfig, new_tokens: int) -> dict[str, tuple[str
     """Gives name -> (family, settings), the run's own way first.
 
     An AR run decodes token by token, by transformers' own `generate`; a block-diffusion run in fewer and fewer denoising steps,
-    under thresholds, and where its context is causal checked by its own AR logits.
+    under thresholds, and where its context is causal checked by its own AR logits. A lossless one drafts and checks, or does
+    neither.
     """
     if config.decoding == "ar":
         return {TOKEN_BY_TOKEN: (SINGLE, DecodeSettings(mode="ar", max_new_tokens=new_tokens))}
+    if config.gated_adapter is not None:
+        return {
+            SPECULATIVE: (SINGLE, DecodeSettings(mode="speculative", max_new_tokens=new_tokens)),
+            TOKEN_BY_TOKEN: (SINGLE, DecodeSettings(mode="ar", max_new_tokens=new_tokens)),
+        }
     ways = {}
     steps = config.block_size
     while steps:

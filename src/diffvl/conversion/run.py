@@ -164,7 +164,7 @@ def _tidy(directory: Path) -> None:
 
 def _say_next(directory: Path, plan: Plan, console: Console) -> None:
     """Prints what was written, and commands to go on with."""
-    base = checkpoint.weights_place(directory)
+    base = checkpoint.weights_place(directory) if (directory / "config.json").is_file() else directory
     whole = "a checkpoint" if base == directory else f"adapters over {base}, a checkpoint"
     say(console, "\nwrote ", (str(directory), "bold"), f" ({whole} that loads without diffvl, and report.html)")
     for name in stages_after(plan.stages[-1], tuple(plan.recipe.stages))[:1]:

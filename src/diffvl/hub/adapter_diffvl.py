@@ -58,7 +58,7 @@ class WithGatedAdapters:
         config = named.get("config")
         if not isinstance(config, PreTrainedConfig):
             config = cls.config_class.from_pretrained(name, **download)
-        if config.gated_adapter is None:
+        if getattr(config, "gated_adapter", None) is None:  # configurations of other layouts know nothing of it
             if base is not None:
                 raise ValueError(f"base has no effect: {name} has no gated adapters")
             return load(name, *arguments, **named)
