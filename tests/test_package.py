@@ -4,6 +4,7 @@ import ast
 import re
 import sys
 import tomllib
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -20,6 +21,7 @@ def declared(requirements: list[str]) -> set[str]:
     return {normal(re.split(r"[\s\[<>=!~;]", requirement)[0]) for requirement in requirements}
 
 
+@cache
 def imported(folder: Path) -> set[str]:
     """Top-level modules that the files of a folder import, at the top or inside functions, but for the standard library."""
     names: set[str] = set()
@@ -32,9 +34,13 @@ def imported(folder: Path) -> set[str]:
     return names - set(sys.stdlib_module_names)
 
 
+distributions = cache(packages_distributions)
+
+
+@cache
 def needed(folder: Path) -> set[str]:
     """The distributions that the files of a folder import."""
-    providers = packages_distributions()
+    providers = distributions()
     return {normal(name) for module in imported(folder) - {"diffvl"} for name in providers.get(module, [module])}
 
 

@@ -92,8 +92,12 @@ def test_the_smallest_change_that_fits(prepared: Callable[[str], Path], data: Pa
     assert not remedied.fits(between) and remedied.remedy is not None
     assert remedied.remedy[0].settings == ("gradient_checkpointing=true",)
     assert remedied.remedy[1].most <= between.memory
-    hopeless = look(prepared("llama"), data, replace(ONE, memory=1000), batch_size=4)
-    assert hopeless.remedy is None and not hopeless.fits(replace(ONE, memory=1000))
+
+
+def test_what_nothing_makes_fit(prepared: Callable[[str], Path], data: Path) -> None:
+    tiny = replace(ONE, memory=1000)
+    hopeless = look(prepared("llama"), data, tiny, batch_size=4)
+    assert hopeless.remedy is None and not hopeless.fits(tiny)
 
 
 def test_the_longest_batch_is_as_long_as_may_come(prepared: Callable[[str], Path], data: Path) -> None:
