@@ -60,7 +60,7 @@ def take_steps(
     sharded = require_machine(stage)
     if stage.data.row_length is not None:
         data = replace(data, train=data.train.packed(stage.data.row_length, seed))
-    fit_to_stage(model, stage, seed)
+    stage = fit_to_stage(model, stage, seed)
     place(model, stage, own_dtype, sharded)
     with tempfile.TemporaryDirectory() as folder, TrainingProgress(console, name) as bar:
         work = Path(folder)
