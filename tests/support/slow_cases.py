@@ -1,7 +1,7 @@
-"""Cases that `make test-slow` runs and `make test` does not: the dearest of one run (`pytest --durations=150`, two cores of an AMD
-EPYC, 2026-11-29). Most are one more architecture or way of what stays by default. Four are not, and only the slow run proves them:
-the plan of a model in parts, the plan without a connection, the control that differs by its objective alone, and the run that
-answering does not change."""
+"""Cases that `make test-slow` runs and `make test` does not: the dearest of one run (`pytest --durations=150`, two cores of an
+AMD EPYC, 2026-11-29). Most are one more architecture or way of what stays by default. Four are not, and only the slow run proves
+them: the plan of a model in parts, the plan without a connection, the control that differs by its objective alone, and the run
+that answering does not change."""
 
 # By the end of their names.
 SLOW_CASES = (
