@@ -158,11 +158,16 @@ def test_the_flags_of_decoding_are_its_settings():
             assert option.min == about["least"] or name in ("denoising_steps", "temperature", "top_k", "seed")
 
 
-@pytest.mark.parametrize("verb", ["", *VERBS])
+@pytest.mark.parametrize("verb", ["", "bench", *VERBS])
 def test_help_has_an_example(verb: str, run_cli):
     code, out, _ = run_cli(*verb.split(), "--help")
     assert code == 0
     assert f"Example:  diffvl {verb}" in out if verb else all(verb.split()[0] in out for verb in VERBS)
+
+
+def test_help_names_what_to_install(run_cli):
+    # An extra stands in brackets, which rich takes for its own unless they are escaped.
+    assert "pip install 'diffvl[serve]'" in run_cli("serve", "--help")[1]
 
 
 def children_seconds() -> float:

@@ -40,7 +40,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-app.add_typer(bench, name="bench")
+app.add_typer(bench, name="bench", epilog="Example:  diffvl bench decode runs/demo/diffuse --data test.json --sweep")
 
 MODEL_HELP = "A name from `diffvl models`, a hub id, a directory or a .gguf file; --stage diffuse can do without."
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of every random draw.")]

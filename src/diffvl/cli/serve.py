@@ -35,7 +35,7 @@ def serve(
         bool, typer.Option("--fetch-images", help="Allow images by public http(s) addresses; else only data URLs.")
     ] = Limits.fetches_images,
 ) -> None:
-    """Answer over HTTP as OpenAI's chat completions do, and show a page to try it. Needs `pip install 'diffvl[serve]'`."""
+    """Answer over HTTP as OpenAI's chat completions do, and show a page to try it. Needs `pip install 'diffvl\\[serve]'`."""
     limits = Limits(
         samples=batch_size,
         waiting=queue,
