@@ -32,7 +32,7 @@ def test_a_plan_says_what_each_stage_takes(
 
 def test_a_plan_needs_neither_checkpoint_nor_data(run_cli: RunCli, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """No hub is reached in tests. A trunk of 0.5 B for GPUs that are not here; the recipe says how many records there are."""
-    settings = ["data.records=558128", "data.max_length=1024", "batch_size=2"]
+    settings = ["data.records=558128", "data.max_length=1024", "data.row_length=1024", "batch_size=2", "epochs=1"]
     words = [word for setting in settings for word in ("--set", f"stages.align.{setting}")]
     code, out, err = run_cli(
         "convert", "qwen2.5-0.5b", "--stage", "align", *words, "--dry-run", "--for", "8x80GB", "--out", str(tmp_path / "run")
@@ -41,6 +41,7 @@ def test_a_plan_needs_neither_checkpoint_nor_data(run_cli: RunCli, tmp_path: Pat
     assert "planning by the sizes that diffvl knows of it" in caplog.text
     assert "for 8 GPUs with 80 GB each" in out
     assert "558,128 records (as the recipe says: the data is not here)" in out and "it fits" in out
+    assert "at most 34,883 steps (fewer where records share a row) of 16 rows" in out
 
 
 @pytest.mark.parametrize(

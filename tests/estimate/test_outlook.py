@@ -156,7 +156,13 @@ def test_a_made_up_batch_has_as_many_image_tokens_as_tiles_may_give() -> None:
     assert config.tiles is not None
     sizes = [(rows * config.tiles.pixels, columns * config.tiles.pixels) for rows, columns in config.tiles.grids]
     assert tokens == max(map(config.tiles.tokens, sizes)) and int(batch["valid"].sum()) == 8192
-    short = made_up(config, stage.model_copy(update={"data": stage.data.model_copy(update={"max_length": 300})}))[0]
+
+    def of_length(length: int) -> dict[str, Any]:
+        return made_up(config, stage.model_copy(update={"data": stage.data.model_copy(update={"max_length": length})}))[0]
+
+    smaller = of_length(tokens)  # no room for the largest image: for a smaller one
+    assert 0.5 * tokens < int((smaller["input_ids"] == config.image_token_id).sum()) < tokens - 40
+    short = of_length(300)
     assert "pixels" not in short and int(short["valid"].sum()) == 300
 
 

@@ -108,14 +108,15 @@ def _stretched(batch: dict[str, Any], targets: torch.Tensor) -> dict[str, Any]:
 
 def made_up(config: DiffVLConfig, stage: Stage) -> list[dict[str, Any]]:
     """Makes a micro-batch for a stage of which no data is here: samples of `max_length` with one image, in as many tokens as it
-    may have; the rest is half answer."""
+    may have there; the rest is half answer."""
     tiling = config.tiles
     side, length = config.image_size, stage.data.max_length
     if tiling is None:
         pixels, tokens = {"pixel_values": torch.zeros(1, 3, side, side)}, config.image_tokens
     else:
         sizes = [(rows * tiling.pixels, columns * tiling.pixels) for rows, columns in tiling.grids]
-        size = max(sizes, key=tiling.tokens)
+        room = length - QUESTION  # the largest image of those that a sample has room for
+        size = max([size for size in sizes if tiling.tokens(size) <= room] or sizes[:1], key=tiling.tokens)
         shown = torch.zeros(1, tiling.views(size), 3, side, side)
         pixels, tokens = {"pixel_values": shown, "image_sizes": torch.tensor([size])}, tiling.tokens(size)
     if tokens + QUESTION > length:

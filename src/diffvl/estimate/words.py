@@ -32,6 +32,8 @@ def tell_stage(name: str, outlook: Outlook, machine: Machine, console: Console) 
     if outlook.records is not None and not outlook.looked_at:
         records += " (as the recipe says: the data is not here)"
     steps = "steps: nobody knows" if outlook.steps is None else f"{outlook.steps:,} steps"
+    if outlook.steps is not None and not stage.steps and not outlook.looked_at and stage.data.row_length is not None:
+        steps = f"at most {steps} (fewer where records share a row)"
     say(console, (name, "bold"), f" {records}; {steps} of {outlook.rows_per_step:,} rows")
     say(console, "  tokens of a step: ", _tokens(outlook))
     if outlook.flops:
