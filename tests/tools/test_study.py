@@ -235,3 +235,17 @@ def test_a_study_runs_to_its_page_and_goes_on_where_it_was_left(
     made = tiny_runs.tree(tmp_path)
     program.main([*words, "--only", "a,f"])
     assert tiny_runs.tree(tmp_path).keys() == made.keys() and "0 runs to make" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_lossless_variant_drafts_for_the_twin_and_answers_as_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("diffvl.conversion.run.SAMPLE_SETTINGS", DecodeSettings(max_new_tokens=4))
+    words = ["--quick", "--out", str(tmp_path), "--seeds", "1"]
+    with pytest.raises(SystemExit):
+        program.main([*words, "--only", "h"])  # there is no twin yet
+    assert not (tmp_path / "results" / "h-1.json").exists()
+    program.main([*words, "--only", "h,a"])
+    twin, ours = read_results(tmp_path / "results")
+    assert (twin.variant, ours.variant) == ("a", "h") and ours.ways.keys() == {"speculative", "token by token"}
+    assert all(way.exact == twin.own.exact and way.similarity == twin.own.similarity for way in ours.ways.values())
+    assert ours.ways["speculative"].tokens_per_forward > ours.ways["token by token"].tokens_per_forward

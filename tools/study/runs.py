@@ -22,6 +22,7 @@ from diffvl.data.records import Record, iterate_records
 from diffvl.decode.answer import Decoder, load_for_decoding
 from diffvl.demo.shapes import write_shapes
 from diffvl.evaluation.questions import questions
+from diffvl.errors import UsageError
 from diffvl.evaluation.scored import answer_records
 from diffvl.terminal.bars import duration
 from diffvl.terminal.console import say
@@ -101,8 +102,10 @@ def align(study: Study, seed: int, console: Console) -> Path:
 
 
 def train(study: Study, variant: Variant, seed: int, console: Console) -> Path:
-    """Trains a variant from its seed's align checkpoint."""
-    start = align(study, seed, console)
+    """Trains a variant from its seed's align checkpoint, or from its AR twin."""
+    start = study.directory(TWIN, seed) if variant.after_twin else align(study, seed, console)
+    if variant.after_twin and not any(start.glob(WEIGHTS)):
+        raise UsageError(f"({variant.key}) of seed {seed} starts from the AR twin, and {start} is not there: run ({TWIN}) too")
     file = study.out / "recipes" / f"{variant.key}-{seed}.yaml"
     recipe = write_recipe(variant, study.size, study.data, study.tower, [*study.assignments, f"seed={seed}"], file)
     root = study.directory(variant.key, seed).parent

@@ -1,7 +1,8 @@
 """What the fidelity study compares: one finetuning, its objective in several forms, everything else the same.
 
 All start from one align checkpoint of their seed, see the same samples in the same order, and take as many steps with the same
-learning rates (`recipes/demo.yaml`). From (b) to (e) one thing is added at a time; (g) is (b) with another noise.
+learning rates (`recipes/demo.yaml`). From (b) to (e) one thing is added at a time; (g) is (b) with another noise. (h) starts from
+the AR twin, which it leaves as it is, and takes as many steps again: its answers are the twin's, what it can gain is speed.
 
 In one thing all are alike that the papers do otherwise: a position predicts the token after it (`target: shift`), as the AR model
 does. In place (`same`) a few hundred steps teach a model of this size hardly anything, and nothing could be told apart.
@@ -23,12 +24,14 @@ _BLOCKS = {"kind": "block_diffusion", "block_size": 4, "grid": "response", "targ
 
 @dataclass(frozen=True)
 class Variant:
-    """One form. about: in a few words. objective: its settings; recipe: a recipe whose diffuse stage is taken in their place."""
+    """One form. about: in a few words. objective: its settings; recipe: a recipe whose diffuse stage is taken in their place.
+    after_twin: it starts from the finished AR twin."""
 
     key: str
     about: str
     objective: dict[str, Any] = field(default_factory=dict)
     recipe: str | None = None
+    after_twin: bool = False
 
     def skipped(self) -> str | None:
         """Says why it cannot be run, if it cannot."""
@@ -73,7 +76,7 @@ _VARIANTS = (
     Variant(
         "g", "the published ramp: t grows along the sample, weight 1/t", {**_BLOCKS, "weight": "1/t", "noise": _noise("ramp")}
     ),
-    Variant("h", "lossless: frozen weights, adapters on noisy tokens", recipe=LOSSLESS),
+    Variant("h", "lossless: adapters that draft for the AR twin", recipe=LOSSLESS, after_twin=True),
 )
 VARIANTS: dict[str, Variant] = {variant.key: variant for variant in _VARIANTS}
 

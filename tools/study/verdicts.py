@@ -133,6 +133,8 @@ CLAIMS = [
         ".2f",
     ),
     Claim("this project", "self-speculation of (f) is faster than AR", "f", TWIN, speculative_speedup, 1.0, ".2f"),
+    Claim("this project", "(h) answers as the AR twin does", "h", TWIN, share, CLOSE, ".3f"),
+    Claim("this project", "(h) is faster than AR", "h", TWIN, speculative_speedup, 1.0, ".2f"),
 ]
 
 
