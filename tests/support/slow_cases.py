@@ -1,7 +1,7 @@
 """Cases that `make test-slow` runs and `make test` does not: the dearest of one run (`pytest --durations=150`, two cores of an
-AMD EPYC, 2026-11-29). Most are one more architecture or way of what stays by default. Four are not, and only the slow run proves
-them: the plan of a model in parts, the plan without a connection, the control that differs by its objective alone, and the run
-that answering does not change."""
+AMD EPYC, 2026-11-29). Most are one more architecture or way of what stays by default. Six are not, and only the slow run proves
+them: the plan of a model in parts, the plan without a connection, the control that differs by its objective alone, the run
+that answering does not change, the run that goes on with more data, and the one message of a process of its own."""
 
 # By the end of their names.
 SLOW_CASES = (
@@ -36,4 +36,13 @@ SLOW_CASES = (
     "train/test_sharding.py::test_what_is_gathered_is_what_a_whole_model_writes[lora]",
     "gates/test_native.py::test_a_bf16_source[gemma3]",
     "conversion/test_start.py::test_a_stage_loads_its_model_and_measures_its_data_once[1]",
+    "conversion/test_bad_data.py::test_a_bad_image_in_a_process_of_its_own[diffvl]",
+    "decode/test_decode.py::test_a_compiled_trunk_says_the_same",
+    "gates/test_training_runs.py::test_a_resumed_run_is_the_uninterrupted_one[lora]",
+    "gates/test_training_runs.py::test_a_resumed_run_is_the_uninterrupted_one_in_every_family[gpt2]",
+    "bench/test_bench_train.py::test_a_run_prints_tables_with_machine_and_kernels",
+    "conversion/test_kill.py::test_a_killed_run_goes_on_as_if_nothing_had_been[plain-last checkpoint renamed]",
+    "gates/test_native_videos.py::test_training_logits_are_decoding_logits[llava_onevision-way7]",
+    "gates/test_native_videos.py::test_generated_tokens_do_not_depend_on_the_batch[llava_onevision]",
+    "train/test_curriculum.py::test_a_run_goes_on_with_more_data_only_if_told_to",
 )
