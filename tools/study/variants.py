@@ -123,7 +123,7 @@ def write_recipe(variant: Variant, size: Size, data: Path, tower: Path, more: Se
     if variant.recipe is not None:
         own = read_yaml(find_recipe(variant.recipe))["stages"]["diffuse"]
         stage = {key: stage[key] for key in ("data", "attention", "batch_size", "optim")} | {
-            key: value for key, value in own.items() if key not in ("data", "steps", "epochs", "batch_size")
+            key: value for key, value in own.items() if key not in ("data", "steps", "epochs", "batch_size", "accumulation")
         }
     else:
         stage["objective"] = variant.objective
