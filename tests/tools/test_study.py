@@ -32,7 +32,7 @@ from tools.study.variants import NIGHT, QUICK, TWIN, VARIANTS, Variant, write_re
 from tools.study.verdicts import CLAIMS, NOT_RUN, REFUTED, REPRODUCED, UNDECIDED, judge, judge_all, mean_interval
 
 ROOT = Path(__file__).parents[2]
-MACHINE = {"cores": 2, "cpu": "a CPU", "torch": "2", "date": "2026-01-01"}
+MACHINE = {"cores": 2, "threads": 2, "cpu": "a CPU", "torch": "2", "date": "2026-01-01"}
 
 
 def result(variant: str, seed: int, match: float, speed: float = 1.0, noise: float = 0.1, **changes: Any) -> Result:
@@ -148,7 +148,7 @@ def test_without_results_the_page_says_what_a_night_costs(tmp_path: Path):
     write_pilot(measured, tmp_path)
     runs = [("a", 0), ("b", 0), ("a", 1)]
     one = pilot.run_seconds(measured, NIGHT)
-    assert one == (NIGHT.steps * 8 + 7 * NIGHT.answers + 8 * NIGHT.test + 2.5 * 9 * NIGHT.timed * NIGHT.rounds) / 2
+    assert one == (NIGHT.steps * 8 + 6 * NIGHT.answers + 8 * NIGHT.test + 2.5 * 9 * NIGHT.timed * NIGHT.rounds) / 2
     assert pilot.night_seconds(measured, NIGHT, runs) == 3 * one + 2 * NIGHT.align_steps * 2.0 / 2
     text = write_study_page(tmp_path, tmp_path / "docs").read_text(encoding="utf-8")
     hours = pilot.night_seconds(measured, NIGHT, [(key, seed) for seed in range(3) for key in "abcdefg"]) / 3600

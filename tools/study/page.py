@@ -28,7 +28,8 @@ On the built-in scenes, with SmolLM2-135M-Instruct and DINOv2-small, one finetun
 the same align checkpoint, see the same samples in the same order and take as many steps, with the learning rates of
 `recipes/demo.yaml` (LoRA of rank 32, blocks of 4). Every diffusion form predicts the token after a position (`target: shift`), as
 the AR model does. The papers' own forms predict in place, which this few steps may be too few for; that can be studied too, in a
-folder of its own, by the third command.
+folder of its own, by the third command. (h) starts from the finished AR twin and takes as many steps again: its answers are the
+twin's, and the question is how fast it gives them.
 
 ```
 make study                                   # what is missing, then this page
@@ -111,8 +112,8 @@ def _cost(results: Sequence[Result], pilot: Pilot | None) -> Iterator[str]:
         machine = first.machine
         yield (
             f"{len(results)} runs of {first.steps} steps took {duration(total)} together, measuring included, on "
-            f"{machine['cores']} cores of {machine['cpu']}, torch {machine['torch']}, {machine['date']}. "
-            f"{first.settings['test']} test questions, {first.settings['answers']} answered in each evaluation during training.\n"
+            f"{machine['cores']} cores of {machine['cpu']}, {machine['threads']} of them to a run, torch {machine['torch']}, "
+            f"{machine['date']}. {first.settings['test']} test questions, {first.settings['answers']} answered in each evaluation during training.\n"
         )
     elif pilot is not None:
         runs = [(key, seed) for seed in SEEDS for key in VARIANTS if VARIANTS[key].recipe is None]

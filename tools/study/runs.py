@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from diffvl.bench.machine import describe_machine
@@ -131,7 +132,7 @@ def measure(study: Study, variant: Variant, seed: int, console: Console) -> Resu
         ways=ways,
         speeds=speeds,
         settings=study.settings,
-        machine=describe_machine(),
+        machine=describe_machine() | {"threads": torch.get_num_threads()},
         seconds=round(seconds + time.monotonic() - began, 1),
     )
 
