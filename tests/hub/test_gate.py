@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from diffvl.config.recipe import Lora
 from diffvl.errors import ConfigError, UnsupportedModelError
 from diffvl.hub.gate_diffvl import AdapterGate, attach_mask_row, require_gate
+from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.store.checkpoint import load_checkpoint
 from diffvl.train.gated import add_gated_adapters
 from diffvl.train.parts import fold_mask_row, merge_adapters
@@ -231,3 +232,10 @@ def test_a_fitted_model_trains_adapters_and_mask_row_alone(model_type: str, prep
     assert trains == {name for name, _ in model.named_parameters() if ".lora_" in name or name == "mask_row"}
     config = model.config
     assert (config.context, config.grid, config.target, config.block_size) == ("causal", "response", "shift", 4)
+
+
+def test_what_still_trains_drafts_and_checks(prepared: Prepared):
+    """Answers during training are the parent's too, which blocks without a check are not."""
+    model = gated(prepared, "llama")
+    model.config.set_decoding("blocks", 4, "causal", "response", "shift")
+    assert DecodeSettings().for_checkpoint(model.config).mode == "speculative"

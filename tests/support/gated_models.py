@@ -32,7 +32,6 @@ def gated_model(directory: Path) -> Loaded:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.data.normal_(0, 0.3)
-    model.config.gated_adapter = {"rank": 4}
     return model, processor
 
 

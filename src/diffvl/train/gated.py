@@ -124,6 +124,8 @@ def add_gated_adapters(model: DiffVLForConditionalGeneration, lora: Lora, family
     )
     model.trunk.add_adapter(config)
     model.gate = AdapterGate.attach(model.trunk)
+    # Decoding asks the configuration whether adapters draft, while they train too. Whose they are is said where they are written.
+    model.config.gated_adapter = {}
     try:
         require_gate(model)
     except ValueError as error:
