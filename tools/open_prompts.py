@@ -32,14 +32,14 @@ INSTRUCTIONS = (
     "Compare {} with something similar.",
     "List five words that go with {}, and say why.",
 )
-TOPICS = (
-    "photosynthesis, the printing press, bread baking, chess, volcanoes, the human heart, cycling, rain, honey bees, bridges, gravity, "
-    "gardening, the violin, glaciers, coffee, libraries, magnets, migration of birds, the number zero, soap, sailing, tea, earthquakes, "
-    "maps, sleep, fermentation, the moon, public transport, paper, electric motors, rainforests, clocks, poetry, vaccines, salt, "
-    "swimming, deserts, wool, telescopes, lighthouses, rice farming, steel, comedy, recycling, whales, mirrors, rivers, algebra, "
-    "running, cheese, radio, coral reefs, pottery, satellites, trees, windmills, jazz, batteries, markets, snow, the alphabet, "
-    "photography, mushrooms, canals"
-).split(", ")
+TOPICS = """
+    photosynthesis; the printing press; bread baking; chess; volcanoes; the human heart; cycling; rain; honey bees;
+    bridges; gravity; gardening; the violin; glaciers; coffee; libraries; magnets; migration of birds; the number zero;
+    soap; sailing; tea; earthquakes; maps; sleep; fermentation; the moon; public transport; paper; electric motors;
+    rainforests; clocks; poetry; vaccines; salt; swimming; deserts; wool; telescopes; lighthouses; rice farming; steel;
+    comedy; recycling; whales; mirrors; rivers; algebra; running; cheese; radio; coral reefs; pottery; satellites; trees;
+    windmills; jazz; batteries; markets; snow; the alphabet; photography; mushrooms; canals
+"""
 
 
 def prompts(topics: list[str], count: int, draw: random.Random) -> list[str]:
@@ -55,12 +55,13 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    held_out = len(TOPICS) // 8
+    held_out = len(TOPICS.split(";")) // 8
     for limit, count in ((len(TOPICS) - held_out, given.train), (held_out, given.test)):
         if not 0 < count <= limit * len(INSTRUCTIONS):
             parser.error(f"{count} prompts: expected 1 to {limit * len(INSTRUCTIONS)}")
     draw = random.Random(given.seed)
-    topics = draw.sample(TOPICS, len(TOPICS))
+    every = [topic.strip() for topic in TOPICS.split(";")]
+    topics = draw.sample(every, len(every))
     given.folder.mkdir(parents=True, exist_ok=True)
     parts = {"test": (topics[:held_out], given.test), "train": (topics[held_out:], given.train)}
     for part, (about, count) in parts.items():

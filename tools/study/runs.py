@@ -22,8 +22,8 @@ from diffvl.conversion.run import convert
 from diffvl.data.records import Record, iterate_records
 from diffvl.decode.answer import Decoder, load_for_decoding
 from diffvl.demo.shapes import write_shapes
-from diffvl.evaluation.questions import questions
 from diffvl.errors import UsageError
+from diffvl.evaluation.questions import questions
 from diffvl.evaluation.scored import answer_records
 from diffvl.terminal.bars import duration
 from diffvl.terminal.console import say
