@@ -113,8 +113,8 @@ def _cost(results: Sequence[Result], pilot: Pilot | None) -> Iterator[str]:
         yield (
             f"{len(results)} runs of {first.steps} steps took {duration(total)} together, measuring included, on "
             f"{machine['cores']} cores of {machine['cpu']}, {machine['threads']} of them to a run, torch {machine['torch']}, "
-            f"{machine['date']}. {first.settings['test']} test questions, {first.settings['answers']} answered in each evaluation "
-            "during training.\n"
+            f"{machine['date']}. {first.settings['test']} test questions, {first.settings['answers']} answered in each "
+            "evaluation during training.\n"
         )
     elif pilot is not None:
         runs = [(key, seed) for seed in SEEDS for key in VARIANTS if VARIANTS[key].recipe is None]
