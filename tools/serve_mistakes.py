@@ -60,13 +60,13 @@ NO_WHOLE: tuple[Any, ...] = ("1", True, 1.5, [], {})
 NO_FLAG: tuple[Any, ...] = ("true", 1, 0, [], {})
 NO_TEXT: tuple[Any, ...] = (1, True, [], {})
 WRONG_VALUES: dict[str, tuple[Any, ...]] = {
-    "temperature": (*NO_NUMBER, -1, -0.1, 1e9, 1e-9),
+    "temperature": (*NO_NUMBER, -1, -0.1, 1e9, 1e-9, 10**400),
     "top_p": (*NO_NUMBER, 0.5),  # without a temperature it has no effect
-    "top_k": (*NO_WHOLE, -1, 5),
+    "top_k": (*NO_WHOLE, -1, 5, 2**63),
     "seed": (*NO_WHOLE, -1, 2**63),
     "max_tokens": (*NO_WHOLE, 0, -1, 10**9),
     "max_completion_tokens": (*NO_WHOLE, 0, -5, 10**9),
-    "denoising_steps": (*NO_WHOLE, 0, -1, 10**6),
+    "denoising_steps": (*NO_WHOLE, 0, -1, 10**6, 10**1000),
     "remasking": (*NO_TEXT, "random", "low-confidence"),
     "threshold": (*NO_NUMBER, 0.5),  # without low_confidence_dynamic it has no effect
     "entropy_budget": (*NO_NUMBER, 0.5),
@@ -189,6 +189,7 @@ WRONG_BODIES: tuple[tuple[str, bytes], ...] = (
     ("messages", b'{"messages": [], "messages": []}'),
     ("nested", b"[" * 200_000),
     ("nested", b'{"a":' * 100_000),
+    ("commas", b'{"messages": [' + b"[]," * 300_000 + b"[]]}"),
     ("UTF-8", b'{"messages": "\xff"}'),
     ("UTF-8", b"\x80\x81"),
     ("object", b"[]"),

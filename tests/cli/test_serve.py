@@ -19,6 +19,8 @@ from live_server import Reply, text_chat
 from tiny_runs import command
 
 from diffvl.cli import main as cli
+from diffvl.errors import UsageError
+from diffvl.serve import run
 
 
 def test_without_its_extra_one_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -44,6 +46,11 @@ def test_what_cannot_be_served_ends_in_one_message(tmp_path: Path):
     for key in ("", "two words", "schlüssel"):
         wrong = command("serve", tmp_path, "--api-key", key)
         assert wrong.code == 2 and "--api-key" in wrong.err
+
+
+def test_a_second_server_is_refused_while_the_first_reads_its_weights():
+    with run._bound("127.0.0.1", 0) as taken, pytest.raises(UsageError, match="Address already in use"):
+        run._bound(*taken.getsockname())
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from tiny_runs import refused, stage, succeed, write_recipe
 from diffvl.bench.turns import Speed, speed_of
 from diffvl.compare import compare as comparing
 from diffvl.compare import settings
-from diffvl.compare.compare import spread_out
+from diffvl.compare.compare import merged, spread_out
 from diffvl.compare.entrants import distinct_names
 from diffvl.compare.settings import ways_to_decode
 from diffvl.decode.answer import Answer
@@ -149,3 +149,9 @@ def test_speed_is_summed_over_a_round_and_its_median_taken():
 def test_questions_come_from_all_over_the_set():
     asked: list[Any] = list(range(10))
     assert spread_out(asked, 4) == [0, 2, 5, 7] and spread_out(asked, 20) == asked
+
+
+def test_all_number_formats_are_told():
+    """An AR checkpoint as published has often another one than what became of it."""
+    machines: list[dict[str, Any]] = [{"cores": 2, "dtype": dtype} for dtype in ("bfloat16", "float32", "float32")]
+    assert merged(machines) == {"cores": 2, "dtype": "bfloat16, float32"}

@@ -2,6 +2,7 @@
 
 import io
 import random
+from urllib.parse import quote
 
 import pytest
 from PIL import Image, features
@@ -60,6 +61,17 @@ def test_pixels_are_counted_over_a_request_before_they_are_decoded():
     for sides in ((60_000, 60_000), (20_000, 20_000), (4000, 4000)):
         with pytest.raises(Refusal, match="pixels|cannot be|can be read"):
             seen(bomb(*sides))
+
+
+def test_base64_may_be_spelled_for_a_url_in_its_own_signs_only():
+    """What is unquoted sign by sign takes a hundred times its size in memory."""
+    head, _, body = data_url(written("PNG")).partition(",")
+    assert {"+", "/", "="} <= set(body)
+    for spelled in (body, quote(body, safe=""), body.replace("+", "%2b").replace("/", "%2f").replace("=", "%3d")):
+        source = ImageSource("image 0", f"{head},{spelled}")
+        assert open_images([source], Limits(), None)["image 0"].size == (40, 30)
+    with pytest.raises(Refusal, match="is no base64"):
+        open_images([ImageSource("image 0", f"{head},{''.join(f'%{ord(sign):02X}' for sign in body)}")], Limits(), None)
 
 
 def layout(*parts: str) -> str:

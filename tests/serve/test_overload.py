@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,7 +15,8 @@ from live_server import JSON, live, text_chat
 from shared_fixtures import Loaded
 
 from diffvl.decode.answer import Decoder
-from diffvl.serve import app
+from diffvl.hub.settings_diffvl import DecodeSettings
+from diffvl.serve import app, batch
 from diffvl.serve.batch import Batch
 from diffvl.serve.limits import Limits
 from diffvl.serve.service import Service
@@ -120,6 +122,21 @@ def test_a_stream_that_takes_too_long_ends_with_words(decoder: Decoder, monkeypa
         server.wait_until(server.is_empty)
 
 
+async def ask_directly(service: Service, request: dict[str, Any], send: Any) -> None:
+    """Asks the application without a connection: whoever gives `send` decides how the client reads."""
+    received = iter([{"type": "http.request", "body": json.dumps(request).encode(), "more_body": False}])
+
+    async def receive() -> Any:
+        return next(received, None) or await asyncio.Event().wait()
+
+    scope = {
+        **{"type": "http", "http_version": "1.1", "scheme": "http", "method": "POST", "path": PATH, "raw_path": PATH.encode()},
+        **{"headers": [(b"content-type", b"application/json")], "query_string": b"", "root_path": ""},
+        **{"client": None, "server": ("127.0.0.1", 80)},
+    }
+    await app.make_app(service, ())(scope, receive, send)
+
+
 def test_a_client_that_reads_no_more_holds_no_place(decoder: Decoder, monkeypatch: pytest.MonkeyPatch):
     """What is sent to it waits for ever; its time runs out all the same."""
     monkeypatch.setattr(app, "LAST_WORDS", 0.1)
@@ -127,27 +144,13 @@ def test_a_client_that_reads_no_more_holds_no_place(decoder: Decoder, monkeypatc
     async def asked() -> tuple[Service, list[str]]:
         service, sent = Service(decoder, "tiny", Limits(seconds=1.0)), list[str]()
         service.start()
-        body = json.dumps(text_chat("Hi", max_tokens=40, stream=True)).encode()
-        received = iter([{"type": "http.request", "body": body, "more_body": False}])
-
-        async def receive() -> Any:
-            return next(received, None) or await asyncio.Event().wait()
 
         async def send(message: Any) -> None:
             sent.append(message["type"])
             if len(sent) > 3:
                 await asyncio.Event().wait()
 
-        headers = [(b"content-type", b"application/json")]
-        scope = {"type": "http", "method": "POST", "path": PATH, "headers": headers, "query_string": b"", "client": None}
-        scope |= {
-            "http_version": "1.1",
-            "scheme": "http",
-            "server": ("127.0.0.1", 80),
-            "root_path": "",
-            "raw_path": PATH.encode(),
-        }
-        await asyncio.wait_for(app.make_app(service, ())(scope, receive, send), 20)
+        await asyncio.wait_for(ask_directly(service, text_chat("Hi", max_tokens=40, stream=True), send), 20)
         await service.close()
         return service, sent
 
@@ -155,15 +158,46 @@ def test_a_client_that_reads_no_more_holds_no_place(decoder: Decoder, monkeypatc
     assert service.inside == 0 and not service.engine.running and len(sent) == 5
 
 
+@pytest.mark.parametrize("streams", [True, False])
+def test_who_is_still_there_when_the_server_ends_is_told(decoder: Decoder, monkeypatch: pytest.MonkeyPatch, streams: bool):
+    """It cancels what takes too long then."""
+    decode_block = Batch.decode_block
+    monkeypatch.setattr(Batch, "decode_block", lambda batch: time.sleep(0.02) or decode_block(batch))
+
+    async def asked() -> tuple[Service, list[Any]]:
+        service, sent = Service(decoder, "tiny", Limits()), list[Any]()
+        service.start()
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        task = asyncio.create_task(ask_directly(service, text_chat("Hi", max_tokens=400, stream=streams), send))
+        while len(sent) < 3 if streams else not service.engine.running:
+            await asyncio.sleep(0.005)
+        task.cancel()
+        await asyncio.wait_for(task, 20)
+        await service.close()
+        return service, sent
+
+    service, sent = asyncio.run(asked())
+    assert service.inside == 0 and sent[0]["status"] == (200 if streams else 503)
+    told = json.loads(sent[-1]["body"].removeprefix(b"data: "))
+    assert told["error"]["code"] == "shutting_down" and not sent[-1].get("more_body")
+    assert b'diffvl_requests_total{status="503"} 1.0' in service.figures.text()
+
+
 # --- faults ------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_prompt_that_the_model_fails_at_fails_alone(decoder: Decoder, monkeypatch: pytest.MonkeyPatch, held: Held):
-    """Those that came with it, and those in the batch, go on."""
-    take_in, limit = Batch.take_in, 40
+    """Those that came with it, and those in the batch, go on; and nothing of the failure stands in their way in memory."""
+    take_in, limit, tensors, freed = Batch.take_in, 40, list[Any](), list[bool]()
 
     def failing(batch: Batch, samples: Any) -> Any:
+        freed.append(all(tensor() is None for tensor in tensors))
         if any(sample.prompt_tokens > limit for sample in samples):
+            much = torch.zeros(1)
+            tensors.append(weakref.ref(much))
             raise torch.OutOfMemoryError("no room")
         return take_in(batch, samples)
 
@@ -179,6 +213,26 @@ def test_a_prompt_that_the_model_fails_at_fails_alone(decoder: Decoder, monkeypa
         refused = next(one.result() for one in others if one.result().status == 503)
         assert refused.error["type"] == "server_error" and refused.error["code"] == "out_of_memory"
         server.wait_until(server.is_empty)
+    assert len(tensors) == 2 and all(freed)
+
+
+def test_a_sample_that_cannot_be_drawn_fails_alone(decoder: Decoder, monkeypatch: pytest.MonkeyPatch, held: Held):
+    """A setting that nobody had thought of does not end the answers of others."""
+    picker = batch.picker
+
+    def failing(sampling: Any, settings: DecodeSettings) -> Any:
+        if settings.temperature == 0.5:
+            raise ValueError("no such temperature")
+        return picker(sampling, settings)
+
+    monkeypatch.setattr(batch, "picker", failing)
+    with live(decoder) as server, ThreadPoolExecutor(2) as clients:
+        first = clients.submit(server.ask, text_chat("Hi", max_tokens=8))
+        server.wait_until(lambda: len(server.service.engine.running) == 1)
+        second = clients.submit(server.ask, text_chat("Hi", max_tokens=8, temperature=0.5))
+        server.wait_until(lambda: len(server.service.engine.waiting) == 1)
+        held.let_go()
+        assert (first.result().status, second.result().status) == (200, 500)
 
 
 def test_a_block_that_fails_ends_its_answers_and_nothing_else(decoder: Decoder, monkeypatch: pytest.MonkeyPatch):

@@ -76,6 +76,15 @@ def test_a_stream_comes_block_by_block_and_says_the_same(server: Live, settings:
     assert len({chunk["id"] for chunk in chunks}) == 1 and all("usage" not in chunk for chunk in chunks)
 
 
+def test_a_number_may_be_written_as_a_whole_one(server: Live):
+    """As JavaScript writes 1.0. Neither answer is an error of the model, which would be one of all in its batch."""
+    request = text_chat("Hi", max_tokens=8, seed=2**63 - 1, top_k=2**63 - 1)
+    answers = [
+        server.ask({**request, "temperature": warmth, "top_p": most}).text for warmth, most in ((1, 1), (1.0, 1.0), (9, 0))
+    ]
+    assert answers[0] == answers[1] and answers[0]
+
+
 def test_without_a_seed_each_answer_is_another(server: Live):
     request = text_chat("Hi", max_tokens=12, temperature=1.0)
     assert len({server.ask(request).text for _ in range(4)}) > 1

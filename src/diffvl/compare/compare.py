@@ -123,11 +123,12 @@ def compare(request: CompareRequest, console: Console) -> Compared:
     held_out = records_to_ask(entrants, request.data, request.limit)
     say(console, f"asking {held_out.told()}")
     ways: list[Way] = []
+    machines: list[dict[str, Any]] = []
     for entrant in entrants:
         decoder = _load(entrant, console)
         require_all_fit(decoder, held_out)
         ways += _answers(entrant, decoder, held_out, request.max_new_tokens, console)
-        run = describe_run(decoder.model.device, decoder.model.trunk.dtype, load_before)
+        machines.append(describe_run(decoder.model.device, decoder.model.trunk.dtype, load_before))
         del decoder
         gc.collect()
     means, differences, similar = _intervals(ways, request.seed)
@@ -138,7 +139,12 @@ def compare(request: CompareRequest, console: Console) -> Compared:
     ]
     told = {"seed": request.seed, "draws": DRAWS, "records": len(held_out.records), "data": str(held_out.path)}
     told |= {"max_new_tokens": request.max_new_tokens, "timed_questions": TIMED, "rounds": ROUNDS, "timed": request.speed}
-    return Compared(entrants, held_out, rows, run | told)
+    return Compared(entrants, held_out, rows, merged(machines) | told)
+
+
+def merged(machines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Describes the machine that all runs were measured on, with every number format that their weights have."""
+    return machines[0] | {"dtype": ", ".join(dict.fromkeys(one["dtype"] for one in machines))}
 
 
 def _load(entrant: Entrant, console: Console) -> Decoder:

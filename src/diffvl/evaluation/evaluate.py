@@ -100,7 +100,6 @@ def _open(path: Path, reading: Data, limit: int | None, decoder: Decoder, consol
         samples = SampleDataset(table, path, table.usable, decoder.processor, longest, names=source.names)
     else:
         records = list(islice(iterate_source(source, reading.unpaired_turns), limit))
-        longest = context_length(decoder)
         samples = SampleDataset(records, path, numpy.arange(len(records)), decoder.processor, longest, names=source.names)
     require_fitting(samples)
     return samples

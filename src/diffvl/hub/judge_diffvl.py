@@ -41,7 +41,7 @@ class Sampling:
             self._warpers.append(TopKLogitsWarper(settings.top_k))
         if settings.top_p is not None and settings.top_p < 1.0:
             self._warpers.append(TopPLogitsWarper(settings.top_p))
-        self._temperature = None if settings.is_greedy else TemperatureLogitsWarper(settings.temperature)
+        self._temperature = None if settings.is_greedy else TemperatureLogitsWarper(float(settings.temperature))
 
     def allowed(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits [M, V], with minus infinity at what is never predicted."""

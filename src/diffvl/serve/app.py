@@ -24,7 +24,7 @@ from diffvl.serve.denoising import Step
 from diffvl.serve.engine import Tokens
 from diffvl.serve.figures import CONTENT_TYPE
 from diffvl.serve.limits import BODY_SECONDS, Limits
-from diffvl.serve.refusals import Refusal, json_bytes, short
+from diffvl.serve.refusals import Refusal, ending, json_bytes, short
 from diffvl.serve.replies import AnswerText, Completion, event
 from diffvl.serve.service import Service, Visit
 
@@ -178,6 +178,9 @@ async def _complete(request: Request, service: Service) -> Response:
     except TimeoutError as error:
         visit.status = 504
         raise _too_slow(service.limits) from error
+    except asyncio.CancelledError as error:  # by the server alone, when it ends
+        visit.status = 503
+        raise ending() from error
     except Refusal as error:
         visit.status = error.status
         raise
@@ -249,6 +252,8 @@ class EventStream(Response):
                     await _until_gone(receive, self._send_all(send))
             except TimeoutError:
                 await self._break_off(send, _too_slow(self._service.limits))
+            except asyncio.CancelledError:  # by the server alone, when it ends
+                await self._break_off(send, ending())
             except Refusal as error:
                 await self._break_off(send, error)
         finally:

@@ -15,7 +15,7 @@ from typing import Any
 from diffvl.data.content import kind_of
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.settings_diffvl import DecodeSettings
-from diffvl.serve.limits import MOST_STOPS, Limits
+from diffvl.serve.limits import MOST_MESSAGES, MOST_PARTS, MOST_STOPS, SIGNS_PER_PART, Limits
 from diffvl.serve.messages import Conversation, conversation_of
 from diffvl.serve.refusals import Refusal, short, wrong
 
@@ -47,20 +47,21 @@ NOT_DONE: dict[str, tuple[tuple[Any, ...], str]] = {
     "mode": (("blocks",), "a server decodes in blocks; diffvl generate has the other modes"),
 }
 UNUSED = ("user", "safety_identifier")  # names for the caller's own records, which ask for nothing
+NUMBER = (int, float)
 SETTINGS: dict[str, tuple[str, type | tuple[type, ...], str]] = {  # key: field of DecodeSettings, types, their names
-    "temperature": ("temperature", (int, float), "a number"),
-    "top_p": ("top_p", (int, float), "a number"),
+    "temperature": ("temperature", NUMBER, "a number"),
+    "top_p": ("top_p", NUMBER, "a number"),
     "top_k": ("top_k", int, "a whole number"),
     "seed": ("seed", int, "a whole number"),
     "denoising_steps": ("denoising_steps", int, "a whole number"),
     "remasking": ("remasking", str, "a string"),
-    "threshold": ("threshold", (int, float), "a number"),
-    "entropy_budget": ("entropy_budget", (int, float), "a number"),
+    "threshold": ("threshold", NUMBER, "a number"),
+    "entropy_budget": ("entropy_budget", NUMBER, "a number"),
     "repetition_stop": ("repetition_stop", int, "a whole number"),
 }
 OTHERS = ("model", "messages", "max_tokens", "max_completion_tokens", "stop", "stream", "stream_options", "show_steps")
 KNOWN = frozenset((*SETTINGS, *OTHERS, *NOT_DONE, *UNUSED))
-MOST_SEEDS = 2**63
+MOST_WHOLE = 2**63  # what torch takes as a number
 API_NAMES = {"max_new_tokens": "max_tokens", "stop_strings": "stop"}
 
 
@@ -82,7 +83,7 @@ class Asked:
 
 def asked_in(body: bytes, config: DiffVLConfig, tokenizer: Any, name: str, limits: Limits) -> Asked:
     """Raises Refusal for a body that asks for nothing, or for what is not to be had."""
-    given = {key: value for key, value in _object_in(body).items() if value is not None}
+    given = {key: value for key, value in _object_in(body, limits).items() if value is not None}
     _refuse_unknown(given)
     _check_model(given, name)
     settings, names_limit = _settings(given, config, tokenizer, limits)
@@ -96,7 +97,7 @@ def asked_in(body: bytes, config: DiffVLConfig, tokenizer: Any, name: str, limit
     return Asked(conversation, settings, names_limit, streams, _includes_usage(given, streams), show_steps)
 
 
-def _object_in(body: bytes) -> dict[str, Any]:
+def _object_in(body: bytes, limits: Limits) -> dict[str, Any]:
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is no JSON")
 
@@ -109,6 +110,10 @@ def _object_in(body: bytes) -> dict[str, Any]:
 
     if not body:
         raise wrong(None, "the body is empty: expected a JSON object with messages")
+    # Nobody is served while JSON is read: millions of values would stop all streams for seconds.
+    signs, most = sum(map(body.count, (b",", b"[", b"{"))), limits.letters + SIGNS_PER_PART * MOST_MESSAGES * MOST_PARTS
+    if signs > most:
+        raise wrong(None, f"the body has {signs} commas and brackets, more than the {most} of the longest messages: shorten them")
     try:
         found = json.loads(body.decode("utf-8"), parse_constant=refuse, object_pairs_hook=unique)
     except UnicodeDecodeError as error:
@@ -159,16 +164,26 @@ def _settings(
         if key in given:
             if not isinstance(given[key], kinds) or isinstance(given[key], bool):
                 raise _of_kind(key, given[key], described)
-            values[name] = given[key]
-    if not 0 <= values.get("seed", 0) < MOST_SEEDS:
-        raise wrong("seed", f"seed is {short(values['seed'])}, expected 0 to {MOST_SEEDS - 1}")
+            values[name] = _number(key, given[key]) if kinds == NUMBER else given[key]
+            if kinds is int and abs(given[key]) >= MOST_WHOLE:
+                raise wrong(key, f"{key} is {short(given[key])}, expected less than {MOST_WHOLE}")
+    if values.get("seed", 0) < 0:
+        raise wrong("seed", f"seed is {values['seed']}, expected 0 to {MOST_WHOLE - 1}")
     if not values.get("temperature"):
         values.pop("seed", None)  # the likeliest token is the same with every seed
     else:
-        values.setdefault("seed", secrets.randbelow(MOST_SEEDS))
+        values.setdefault("seed", secrets.randbelow(MOST_WHOLE))
     values["stop_strings"] = _stops(given.get("stop"))
     names_limit, values["max_new_tokens"] = _limit(given, limits)
     return _checked(lambda: DecodeSettings(**values, tokenizer=tokenizer), config), names_limit
+
+
+def _number(key: str, value: int | float) -> float:
+    """The number as a float: to JSON 1 and 1.0 are the same, to what samples they are not."""
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise wrong(key, f"{key} is {short(value)}, which is too large a number") from error
 
 
 def _checked(make: Callable[[], DecodeSettings], config: DiffVLConfig) -> DecodeSettings:

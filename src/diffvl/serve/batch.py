@@ -91,6 +91,8 @@ class Batch:
         A sample whose first open block shows an image is decoded up to the next block here: the rows of its image are not
         known to the batch.
         """
+        for sample in samples:
+            self._picker(sample, self.model.device)  # a setting that nothing can be drawn by fails here, and not the whole batch
         ids, valid, marks, pixels = self._inputs(samples)
         with block_kernels(self.model.trunk):
             decoder = BlockDecoder(self.model, ids, valid, marks, pixels)

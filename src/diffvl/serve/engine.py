@@ -7,6 +7,7 @@ call is the fault of the requests that it was made for: they hear of it, the oth
 import asyncio
 import logging
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.serve.batch import Batch, Sample
 from diffvl.serve.denoising import Step
 from diffvl.serve.limits import Limits
-from diffvl.serve.refusals import Refusal
+from diffvl.serve.refusals import Refusal, ending
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -143,7 +144,7 @@ class Engine:
         """Nothing is decoded any more: whoever waits is told, however it came to that."""
         if not task.cancelled() and (fault := task.exception()) is not None:
             log.critical("the engine has stopped", exc_info=fault)
-        self._refuse([*self.running, *self.waiting], Refusal(503, "the server is shutting down", code="shutting_down"))
+        self._refuse([*self.running, *self.waiting], ending())
         self.running = []
         self.waiting.clear()
         self.batch.clear()
@@ -202,6 +203,8 @@ class Engine:
         future = asyncio.get_running_loop().run_in_executor(self._thread, work, *given)
         await asyncio.wait([future])
         fault = future.exception()
+        if fault is not None:
+            traceback.clear_frames(fault.__traceback__)  # or their tensors stay in memory as long as it is known what failed
         return (future.result(), None) if fault is None else (None, fault)
 
     # --- what jobs hear --------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 MOST_MESSAGES = 256  # of a conversation: a chat template is asked about each of its turns
 MOST_PARTS = 256  # of a message
+SIGNS_PER_PART = 4  # commas and brackets that a part of a message takes in JSON
 MOST_STOPS = 16
 LETTERS_PER_TOKEN = 16  # a text with more letters for each token that a prompt may have is refused before it is tokenised
 BODY_SECONDS = 30.0  # in which a request must have arrived
@@ -27,3 +28,8 @@ class Limits:
     body_bytes: int = 20_000_000
     seconds: float = 600.0
     fetches_images: bool = False
+
+    @property
+    def letters(self) -> int:
+        """Letters of all texts of a request together."""
+        return self.prompt_tokens * LETTERS_PER_TOKEN

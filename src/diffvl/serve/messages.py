@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Any
 
 from diffvl.data.content import kind_of
-from diffvl.serve.limits import LETTERS_PER_TOKEN, MOST_MESSAGES, MOST_PARTS, Limits
+from diffvl.serve.limits import MOST_MESSAGES, MOST_PARTS, Limits
 from diffvl.serve.refusals import short, wrong
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -63,7 +63,7 @@ def conversation_of(messages: Any, limits: Limits) -> Conversation:
     if len(conversation.images) > limits.images:
         raise wrong("messages", f"the messages show {len(conversation.images)} images, at most {limits.images} are taken")
     letters = sum(len(part) for _, parts in turns for part in parts if isinstance(part, str))
-    if letters > limits.prompt_tokens * LETTERS_PER_TOKEN:
+    if letters > limits.letters:
         raise wrong(
             "messages",
             f"the messages have {letters} letters, and a prompt at most {limits.prompt_tokens} tokens: shorten them",

@@ -34,6 +34,11 @@ def wrong(param: str | None, message: str, code: str | None = None) -> Refusal:
     return Refusal(400, message, param, code)
 
 
+def ending() -> Refusal:
+    """What is told to whoever is still there when the server ends."""
+    return Refusal(503, "the server is shutting down", code="shutting_down")
+
+
 def json_bytes(value: Any) -> bytes:
     """JSON of any text: half a surrogate pair, which UTF-8 has no bytes for, is spelled out as JSON spells it."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")

@@ -34,9 +34,9 @@ class AnswerText:
         """Takes further tokens; returns the text that can be sent now."""
         self.ids += tokens
         known = self._text(self.ids if has_ended else self.ids[: certain(self.ids, self.settings)], has_ended)
-        if not known.startswith(self.sent):  # a tokenizer that takes back what it said
-            return ""
-        piece, self.sent = known[len(self.sent) :], known
+        piece = known[len(self.sent) :]  # of a tokenizer that takes back what it said, what comes after that all the same
+        if piece:
+            self.sent = known
         return piece
 
     def whole(self) -> str:

@@ -57,13 +57,14 @@ def serve(directory: Path, host: str, port: int, keys: Sequence[str], name: str 
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    """A socket with the address, on which nothing listens yet."""
+    """A socket that listens at the address, so that no other server gets it; who connects now waits for the weights."""
     taken: socket.socket | None = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         taken = socket.socket(family, kind, protocol)
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(address)
+        taken.listen()
     except (OSError, UnicodeError) as error:
         if taken is not None:
             taken.close()
