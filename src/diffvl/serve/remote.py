@@ -23,6 +23,11 @@ MOST_REDIRECTS = 3
 PORTS = {"http": 80, "https": 443}
 PIECE = 1 << 16
 _EMBEDDED = ipaddress.ip_network("64:ff9b::/96")  # IPv6 addresses of IPv4 ones
+_ISATAP = (0x00005EFE, 0x02005EFE)  # the third quarter of an IPv6 address whose last is an IPv4 one inside a site
+# What older lists of special addresses lack, and the address at which a cloud answers its own machines.
+_SPECIAL = [
+    ipaddress.ip_network(text) for text in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "3fff::/20", "5f00::/16")
+]
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -36,10 +41,12 @@ def is_public(address: Address) -> bool:
             inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         if inner is not None and not is_public(inner):
             return False
-        if address.is_site_local or address.scope_id is not None:
+        if int(address) >> 32 & 0xFFFFFFFF in _ISATAP or address.is_site_local or address.scope_id is not None:
             return False
         if address.ipv4_mapped is not None:
             return True
+    if any(address in network for network in _SPECIAL):
+        return False
     return address.is_global and not address.is_multicast and not address.is_reserved and not address.is_unspecified
 
 
