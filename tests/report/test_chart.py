@@ -52,11 +52,12 @@ def test_ticks_lie_in_the_plot(last: float, whole: bool, expected: list[float]):
 
 def test_runs_on_top_of_each_other_keep_their_colours():
     """A run without a curve leaves its colour out; losses of different objectives are told apart."""
-    first = measures_of([{"step": step, "loss": 1.0, "eval_masked_loss": 2.0, "eval_masked_accuracy": 0.5} for step in (1, 2)])
+    answers = {"eval_exact_match": 0.5, "eval_edit_similarity": 0.75}
+    first = measures_of([{"step": step, "loss": 1.0, "eval_masked_loss": 2.0, **answers} for step in (1, 2)])
     third = measures_of([{"step": step, "loss": 3.0, "eval_next_token_loss": 1.0} for step in (1, 2)])
     figures = draw_overlaid({"a": first, "b": {}, "c": third})
     assert [figure.partition("</h3>")[0].removeprefix("<figure><h3>") for figure in figures] == [
-        *("Training loss", "Held-out loss", "Held-out answers")
+        *("Training loss", "Held-out loss", "Held-out exact match", "Held-out edit similarity")
     ]
     assert "a: loss" in figures[0] and "c: loss" in figures[0] and 'class="h2"' in figures[0] and 'class="h1"' not in figures[0]
     assert "different scales" in figures[1] and "a: eval_masked_loss" in figures[1]

@@ -17,7 +17,13 @@ _CHARTS = {  # title: what stands in the names of its curves
     "Learning rate": ("learning_rate",),
     "Gradient norm": ("grad_norm",),
 }
-_OF_SEVERAL = {"Training loss": ("loss",), "Held-out loss": ("eval_", "loss"), "Held-out answers": ("eval_",)}
+_OF_SEVERAL = {  # title: whether it is of held-out samples, and what stands in the names of its curves
+    "Training loss": (False, "loss"),
+    "Held-out loss": (True, "loss"),
+    "Held-out accuracy": (True, "accuracy"),
+    "Held-out exact match": (True, "match"),
+    "Held-out edit similarity": (True, "similarity"),
+}
 _SCALES = "Training loss carries the settings' weights, held-out loss need not: compare shapes, not heights."
 
 
@@ -89,21 +95,16 @@ def draw_overlaid(runs: Mapping[str, Mapping[str, Measure]]) -> list[str]:
         runs: name of a run -> its measures.
     """
     figures = []
-    for title, parts in _OF_SEVERAL.items():
-        held_out = parts[0] == "eval_"
+    for title, (held_out, part) in _OF_SEVERAL.items():
         chosen = [
             (hue, name, measure)
             for hue, (name, measures) in enumerate(runs.items())
             for measure in measures.values()
-            if measure.points and measure.key.startswith("eval_") == held_out and _is_of(title, measure.key)
+            if measure.points and measure.key.startswith("eval_") == held_out and part in measure.key
         ]
         if chosen:
             figures.append(_overlaid(title, chosen, held_out))
     return figures
-
-
-def _is_of(title: str, key: str) -> bool:
-    return ("loss" in key) if "loss" in title else is_named(key, SHARES)
 
 
 def _overlaid(title: str, chosen: Sequence[tuple[int, str, Measure]], held_out: bool) -> str:
