@@ -30,6 +30,7 @@ from tools import llava_data
 
 ROWS = {"align": 128, "diffuse": 256}  # samples of a step, as published
 MODEL, TRUNK, TOWER = "qwen2.5-7b", "qwen2", "siglip"
+SMOKE = Path("runs") / "smoke"  # everything of a smoke run, which each one begins anew
 INTERRUPTED = 130  # 128 + SIGINT
 NUM_HELD_OUT = 200  # records that are answered
 FIGURES = ("exact_match", "edit_similarity", "answers")
@@ -237,7 +238,7 @@ def chosen(given: argparse.Namespace) -> Choice:
         raise UsageError(f"GPUS={given.gpus}: expected 1 or more")
     smoke = given.scale == "smoke"
     processes = int(machine[1]) if machine else given.gpus or (1 if smoke else max(1, torch.cuda.device_count()))
-    root = Path("runs") / "smoke"
+    root = SMOKE
     return Choice(
         recipe=given.recipe,
         model=str(root / "models" / f"trunk-{TRUNK}") if smoke else given.model,
@@ -276,8 +277,8 @@ def follow(choice: Choice, given: argparse.Namespace) -> None:
     if not (given.yes or agrees()):
         print_line("nothing was trained")
         return
-    if choice.smoke:
-        for old in (choice.out, _control_of(choice)):
+    for old in (choice.out, _control_of(choice)):
+        if SMOKE in old.parents:  # what somebody named with --out is theirs
             shutil.rmtree(old, ignore_errors=True)
     run(launcher(choice), [*convert_words(choice), "--resume"])
     figures = {"block diffusion": evaluated(choice, choice.out / "diffuse")}

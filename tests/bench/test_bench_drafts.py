@@ -9,14 +9,14 @@ import pytest
 from gated_models import LONGEST, gated_model
 from tiny_runs import command
 
-from diffvl.bench import drafts
+from diffvl.bench import answers
 from diffvl.decode.answer import Decoder
 
 
 @pytest.fixture
 def tiny(prepared: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory that loads as a tiny gated model."""
-    monkeypatch.setattr(drafts, "load_block_decoder", lambda directory, device: Decoder(*gated_model(directory)))
+    monkeypatch.setattr(answers, "load_block_decoder", lambda directory, device: Decoder(*gated_model(directory)))
     return prepared("llama")
 
 
@@ -46,6 +46,6 @@ def test_a_mistake_ends_in_one_message(tiny: Path, shapes: dict[str, Path], monk
         model.gate = None
         return Decoder(model, processor)
 
-    monkeypatch.setattr(drafts, "load_block_decoder", plain)
+    monkeypatch.setattr(answers, "load_block_decoder", plain)
     ended = command("bench", "drafts", tiny, "--data", shapes["test"])
     assert ended.code == 2 and "no gated adapters there; expected a checkpoint of a lossless conversion" in ended.err

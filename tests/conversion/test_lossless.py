@@ -185,6 +185,10 @@ def test_another_base_is_refused(finished: Any, tmp_path: Path):
     assert ended.code == 2
     assert "is another base than these adapters were trained on" in ended.err
     assert ended.err.count("\n") <= 2
+    (base / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    ended = command("generate", directory, "--prompt", "What?")
+    assert ended.code == 2
+    assert "holds no weights: fetch it again" in ended.err
     shutil.rmtree(base)
     ended = command("generate", directory, "--prompt", "What?")
     assert ended.code == 2
@@ -224,6 +228,10 @@ WRONG = {
     "connector": ("trainable.connector=1.0e-5", "and nothing else; connector cannot be in it"),
     "trunk itself": ("lora=null", "without lora the trunk itself would train"),
     "no mask row": ("trainable={trunk: 1.0e-3}", "mask_row is missing"),
+    "answers": (
+        "eval_every=1 --set stages.diffuse.data.holdout=1 --set stages.diffuse.eval_answers=1",
+        "eval_answers has no effect",
+    ),
     "tiles": ("tiling={kind: none}", "tiling would show it other images"),
     "attention": ("objective.forwards=two --set stages.diffuse.attention=tiled", "attention: tiled is for a whole row"),
     "decay": ("objective.block_size=1 --set stages.diffuse.objective.decay=0.5", "decay has no effect with block_size: 1"),

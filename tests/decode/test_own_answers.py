@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diffvl.data.records import iterate_records
 from diffvl.decode import own_answers
+from diffvl.errors import UsageError
 
 NEW = 6
 
@@ -129,6 +130,31 @@ def test_a_killed_run_goes_on_to_the_same_file(source: Any, tmp_path: Path, monk
     assert asked(source("qwen2"), data, out, *words, "--resume") == whole and len(calls) == 2
 
 
+@pytest.mark.parametrize("room", [2, 0])
+def test_an_answer_ends_where_the_context_does(room: int, source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An earlier answer may have more tokens when it is read again, which nobody knows before; the file goes on."""
+    data = write(tmp_path / "p.jsonl", {"prompt": "a"}, {"conversations": [human("b"), human("c")]})
+    answer, out = own_answers.answer_chats, tmp_path / "own.jsonl"
+
+    def full(decoder: Any, chats: list[Any], settings: Any) -> Any:
+        if len(chats) == 1 and settings.max_new_tokens == NEW:
+            length = own_answers.encode(decoder, chats)["input_ids"].shape[1]
+            monkeypatch.setattr(own_answers, "context_length", lambda _: length + room)
+            raise UsageError("does not fit")
+        return answer(decoder, chats, settings)
+
+    monkeypatch.setattr(own_answers, "answer_chats", full)
+    ended = command("answers", source("qwen2"), "--data", data, "--out", out, "--max-new-tokens", NEW)
+    if not room:
+        assert ended.code == 2 and "p.jsonl:2: " in ended.err and "which leave no room for the next one" in ended.err
+        return
+    assert ended.code == 0 and "3 of 3 answers end at --max-new-tokens" in ended.err
+    monkeypatch.undo()
+    whole = asked(source("qwen2"), data, tmp_path / "whole.jsonl")[1]["conversations"][3]["value"]
+    said = read(out)[1]["conversations"][3]["value"]
+    assert 0 < len(said) <= 2 < len(whole)
+
+
 def test_markers_in_an_answer_are_text(source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A model may write what a record would take for an image."""
     text = r"see <image> and <|image|> and \<image>"
@@ -153,7 +179,7 @@ def test_what_is_told_of_the_answers(source: Any, tmp_path: Path, monkeypatch: p
     (tmp_path / "there").mkdir()
     ended = succeed("answers", source("qwen2"), "--data", data, "--out", tmp_path / "there/o.jsonl", "--max-new-tokens", NEW)
     assert "1 answers are empty; training takes none: set data.on_error=skip to leave them out" in ended.err
-    assert f"1 of 2 answers end at --max-new-tokens {NEW}" in ended.err
+    assert f"1 of 2 answers end at --max-new-tokens {NEW}, or where the context does" in ended.err
     assert f"relative paths of images in it start at {tmp_path}: set data.image_folder to it" in ended.err
 
 

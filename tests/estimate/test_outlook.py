@@ -63,6 +63,18 @@ def test_steps_and_tokens_are_those_of_training(model_type: str, prepared: Calla
     assert outlook.memory and all(memory.total > 0 for _, memory in outlook.memory), outlook.why_uncounted
 
 
+@pytest.mark.parametrize(("model_type", "forwards"), [("llama", "auto"), ("qwen2_5_vl", "one")])
+def test_a_stage_of_drafts_is_planned(model_type: str, forwards: str, prepared: Callable[[str], Path], data: Path) -> None:
+    """Over a trunk that does not train: what is written, and what AdamW holds, are adapters and a row alone."""
+    objective = {"kind": "draft", "block_size": 3, "drafts": 2, "forwards": forwards}
+    settings = {"objective": objective, "trainable": {"trunk": 1e-3, "mask_row": 1e-3}, "lora": {"rank": 2}}
+    outlook = look(prepared(model_type), data, **settings)
+    assert not outlook.why_uncounted and outlook.flops > 0
+    own, other = (memory for _, memory in outlook.memory)
+    assert 0 < outlook.written * 2 == own.optimiser < own.weights and own.activations >= other.activations > 0
+    assert outlook.tokens.noisy > outlook.tokens.predicted > 0 <= outlook.tokens.padding
+
+
 def test_memory_follows_what_is_changed(prepared: Callable[[str], Path], data: Path) -> None:
     outlook = look(prepared("llama"), data, TWO, sharding="full")
     found = {variant.told: memory for variant, memory in outlook.memory}

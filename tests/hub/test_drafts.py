@@ -14,7 +14,7 @@ from shared_fixtures import Loaded
 from diffvl.hub import drafts_diffvl
 from diffvl.hub.blocks_diffvl import Prefix
 from diffvl.hub.cache_diffvl import StaticBlockCache
-from diffvl.hub.costs_diffvl import Costs
+from diffvl.hub.costs_diffvl import Acceptance, Costs, measured
 from diffvl.hub.decoder_diffvl import BlockDecoder
 
 WAYS: list[dict[str, Any]] = [
@@ -153,6 +153,8 @@ def test_the_parent_is_the_default_with_mode_ar(gated: Callable[[str], Loaded]):
         generated(gated("llama"), CHATS[:1], draft_length=5)
     with pytest.raises(ValueError, match="denoising_steps has no effect with drafting='fused': use drafting='separate'"):
         generated(gated("llama"), CHATS[:1], denoising_steps=2, drafting="fused")
+    with pytest.raises(ValueError, match="denoising_steps=3 has no effect with draft_length=2"):
+        generated(gated("llama"), CHATS[:1], denoising_steps=3, draft_length=2, drafting="separate")
     with pytest.raises(ValueError, match="mode='speculative' goes on from a prompt, but one is empty"):
         model.generate(torch.full((2, 3), 40), attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]]))  # type: ignore[arg-type]
 
@@ -194,3 +196,23 @@ def test_the_length_that_pays(
     assert answers(gated("qwen2"), CHATS, max_new_tokens=24, eos_token_id=-1) == truth
     if length is not None:
         assert set(widths[1:]) == {length}
+
+
+def test_a_draft_takes_a_forward_for_each_token_at_most(gated: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch):
+    """And the plan counts them: a short draft is not charged for steps that it does not take, nor a long one let off."""
+    costs = Costs((1, 256), (1.0, 1.0), (1.0, 1.0))
+    likely = Acceptance()
+    speeds = [costs.tokens_per_second("separate", length, 1, likely, steps=4) for length in (1, 4)]
+    assert speeds == [(2 + likely.expected(1)) / 2, (2 + likely.expected(4)) / 5]
+    monkeypatch.setattr("diffvl.hub.costs_diffvl.PayingPlan.masks", lambda self, checking, batch: 0 if checking else 1)
+    monkeypatch.setattr("diffvl.hub.costs_diffvl.measured", lambda model, most: costs)
+    settings: dict[str, Any] = {"max_new_tokens": 9, "eos_token_id": -1, "drafting": "separate"}
+    one, four = (generated(gated("llama"), CHATS[:1], denoising_steps=steps, **settings) for steps in (1, 4))
+    assert one.forwards == four.forwards and torch.equal(one.sequences, four.sequences)
+
+
+def test_forwards_are_timed_on_text(gated: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch):
+    """The image token of some models is among the first of the vocabulary."""
+    model, _ = gated("llama")
+    monkeypatch.setattr(model.config, "image_token_id", 10)
+    assert all(second > 0 for second in measured(model, 2).plain)

@@ -103,6 +103,8 @@ def test_a_report_that_is_torn_is_made_anew(tmp_path: Path):
         assert program.read_before(tmp_path / "report.json", False) == []
     done = Outcome("a", "done", ["a"], 1.0, figures={"x": 1})
     program.write_report(tmp_path, "command", False, [done])
+    apart = Outcome("sharding", "done", ["x"], figures={"agrees": False})
+    assert program.has_failed(apart) and not program.has_failed(done), "figures that must agree and do not are a failure"
     assert program.read_before(tmp_path / "report.json", False) == [done]
     assert program.read_before(tmp_path / "report.json", True) == [], "tiny figures and real ones are never in one report"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]

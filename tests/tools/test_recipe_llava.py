@@ -243,6 +243,18 @@ def test_the_whole_on_stand_ins(
     assert re.search(r"block diffusion.*0\.\d{4}.*0\.\d{4}.*2", capsys.readouterr().out) and len(in_process) == 3
 
 
+def test_a_folder_that_somebody_named_is_not_emptied(in_process: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A smoke run begins its own folder anew, and no other."""
+    monkeypatch.setattr(recipe_llava, "provide", lambda choice: None)
+    monkeypatch.setattr(recipe_llava, "run", lambda *_, **__: "")
+    monkeypatch.setattr(recipe_llava, "evaluated", lambda *_: dict.fromkeys(recipe_llava.FIGURES, 0))
+    for out in ("mine", "runs/smoke/llava"):
+        (tmp_path / out).mkdir(parents=True)
+        words = given("--scale", "smoke", "--yes", "--out", out)
+        follow(chosen(words), words)
+        assert (tmp_path / out).exists() == (out == "mine")
+
+
 @pytest.mark.slow
 def test_make_on_stand_ins_in_two_processes_with_its_control(tmp_path: Path):
     """As typed; a model in parts over two processes that meet over gloo."""

@@ -23,7 +23,7 @@ REPORT, PAGE = "report.json", "report.md"
 
 
 def main(arguments: list[str] | None = None, run: Launch | None = None) -> int:
-    """Runs the report. Returns 0, or 1 if a part failed or a test did.
+    """Runs the report. Returns 0, or 1 if a part failed, a test did, or two ways that must agree do not.
 
     Args:
         run: what starts a part's program; default: `launch`.
@@ -60,8 +60,13 @@ def main(arguments: list[str] | None = None, run: Launch | None = None) -> int:
         request, lambda line: print(line, file=sys.stderr, flush=True), save, run or partial(launch, on_cpu=given.quick)
     )
     print(given.out / PAGE)
-    failed = [one for one in outcomes if one.state == "failed" or (one.figures or {}).get("failed")]
-    return 1 if failed else 0
+    return 1 if any(map(has_failed, outcomes)) else 0
+
+
+def has_failed(outcome: Outcome) -> bool:
+    """Whether a part, one of its tests or the comparison that it makes has failed."""
+    figures = outcome.figures or {}
+    return outcome.state == "failed" or bool(figures.get("failed")) or not figures.get("agrees", True)
 
 
 def read_before(file: Path, quick: bool) -> list[Outcome]:

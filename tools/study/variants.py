@@ -130,7 +130,9 @@ def write_recipe(variant: Variant, size: Size, data: Path, tower: Path, more: Se
         if variant.objective["kind"] == "ar":
             stage["trainable"] = {part: rate for part, rate in stage["trainable"].items() if part != "mask_row"}
     stage |= {"steps": size.steps, "eval_every": size.eval_every, "save_every": size.eval_every}
-    stage |= {"eval_limit": size.eval_limit, "eval_answers": size.answers}
+    stage["eval_limit"] = size.eval_limit
+    if stage["objective"]["kind"] != "draft":  # whose answers are the twin's all along
+        stage["eval_answers"] = size.answers
     stage["data"] = {**stage["data"], "train": str(data / "train.json"), "eval": str(data / "test.json")}
     align = tree["stages"]["align"]
     align |= {"steps": size.align_steps, "save_every": size.align_steps}

@@ -116,16 +116,16 @@ def _figures(row: AnswersRow) -> str:
 # --- both ------------------------------------------------------------------------------------------------------------------
 
 
-def load_questions(request: AnswersBench) -> tuple[Decoder, list[Question]]:
-    """Loads the checkpoint, and (record, turn) of each question.
+def load_questions(directory: Path, data: Path, limit: int | None, device: str) -> tuple[Decoder, list[Question]]:
+    """Loads a checkpoint, and (record, turn) of each question of a file.
 
     Raises:
         CheckpointError, DataError, UsageError: as `diffvl evaluate`; and for a checkpoint that does not decode in blocks.
     """
-    decoder = load_block_decoder(request.directory, pick_device(request.device))
-    reading = reading_of(request.directory, request.data)
-    records = iterate_source(source_at(request.data, reading), reading.unpaired_turns)
-    return decoder, list(islice(questions(records), request.limit))
+    decoder = load_block_decoder(directory, pick_device(device))
+    reading = reading_of(directory, data)
+    records = iterate_source(source_at(data, reading), reading.unpaired_turns)
+    return decoder, list(islice(questions(records), limit))
 
 
 def answer_all(
@@ -133,7 +133,7 @@ def answer_all(
 ) -> tuple[dict[str, Any], dict[str, list[ScoredAnswer]]]:
     """Answers every question under each of the settings, which have names; returns what it ran on, and the answers by name."""
     load_before = load_average()
-    decoder, turns = load_questions(request)
+    decoder, turns = load_questions(request.directory, request.data, request.limit, request.device)
     players = {name: Player(decoder, chosen) for name, chosen in settings.items()}
     calls = answer_in_turns(players, [[question] for question in turns], 1, console, "answering")
     scored = {name: [one for call in of_player for one in call] for name, of_player in calls.items()}

@@ -11,24 +11,20 @@ length should gain, and the row `auto` is what decoding chooses by itself.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from rich.console import Console
 
+from diffvl.bench.answers import load_questions
 from diffvl.bench.comparison import Comparison, DraftRow
 from diffvl.bench.decode import parse_numbers
-from diffvl.bench.machine import describe_run, load_average, pick_device
+from diffvl.bench.machine import describe_run, load_average
 from diffvl.bench.timing import schedule
-from diffvl.bench.workload import load_block_decoder
 from diffvl.data.samples import chat_before
-from diffvl.data.source_records import iterate_source, source_at
 from diffvl.decode.answer import Decoder, Message, decode, encode
 from diffvl.errors import UsageError
-from diffvl.evaluation.evaluate import reading_of
-from diffvl.evaluation.questions import questions
 from diffvl.hub.answers_diffvl import DraftFigures
 from diffvl.hub.costs_diffvl import Acceptance, Costs, measured
 from diffvl.hub.settings_diffvl import DRAFTING, DecodeSettings
@@ -95,8 +91,8 @@ def compare_drafts(request: DraftsBench, console: Console) -> Comparison[DraftRo
     Raises:
         UsageError, CheckpointError, DataError: on arguments that do not fit together, or a checkpoint or file that is wrong.
     """
-    load_before, device = load_average(), pick_device(request.device)
-    decoder = load_block_decoder(request.directory, device)
+    load_before = load_average()
+    decoder, asked = load_questions(request.directory, request.data, request.limit or QUESTIONS, request.device)
     model, config = decoder.model, decoder.model.config
     if model.gate is None:
         raise UsageError(f"{request.directory}: no gated adapters there; expected a checkpoint of a lossless conversion")
@@ -105,9 +101,6 @@ def compare_drafts(request: DraftsBench, console: Console) -> Comparison[DraftRo
     batches = parse_numbers("--batch", request.batch, BATCHES)
     lengths = parse_numbers("--lengths", request.lengths, tuple(dict.fromkeys((1, 2, config.block_size))))
     ways = request.ways(config.block_size, lengths)
-    reading = reading_of(request.directory, request.data)
-    records = iterate_source(source_at(request.data, reading), reading.unpaired_turns)
-    asked = list(islice(questions(records), request.limit or QUESTIONS))
     chats = [chat_before(*one, decoder.processor.sampler) for one in asked]
     with spinner_or_line(console, "timing forwards"):
         costs = measured(model, max(batches) * (max(lengths) + 1) ** 2)
@@ -119,7 +112,7 @@ def compare_drafts(request: DraftsBench, console: Console) -> Comparison[DraftRo
         plan = schedule(list(ways), len(groups))
         for number, name in track(console, plan, len(plan), f"answering, batch {batch}"):
             sums[name, batch].add(decoder, groups[number], ways[name])
-    run = describe_run(device, model.trunk.dtype, load_before) | {
+    run = describe_run(model.device, model.trunk.dtype, load_before) | {
         "model": f"{request.directory} ({config.text_config.model_type})",
         "questions": len(chats),
         "settings": {"data": str(request.data), "max_new_tokens": ways[AR].max_new_tokens, "threshold": request.threshold},
@@ -160,6 +153,7 @@ def _cost_table(costs: Costs) -> list[dict[str, Any]]:
 def draft_tables(comparison: Comparison[DraftRow]) -> list[tuple[list[str], list[tuple[str, ...]]]]:
     """The figures as tables: costs, then ways."""
     costs = [(str(row["tokens"]), f"{row['plain_ms']:.1f}", f"{row['adapted_ms']:.1f}") for row in comparison.more["costs"]]
+    single = comparison.rows[0].batch
     headings = ["way", "batch", "accepted/round", "by place", "tokens/forward", "tokens/s", "/ ar", "expected", "equal to ar"]
     rows = [
         (
@@ -167,7 +161,7 @@ def draft_tables(comparison: Comparison[DraftRow]) -> list[tuple[list[str], list
             " ".join(f"{rate:.2f}" for rate in row.accepted_by_place) or "-",
             *(f"{row.tokens_per_forward:.2f}", f"{row.tokens_per_second:.1f}", f"{row.ratio_to_ar:.2f}"),
             "-" if row.expected_ratio is None else f"{row.expected_ratio:.2f}",
-            f"{row.equal} of {row.answers} (at batch 1: {row.equal_to_single})",
+            f"{row.equal} of {row.answers} (at batch {single}: {row.equal_to_single})",
         )
         for row in comparison.rows
     ]

@@ -64,7 +64,9 @@ def answers(
     if written.empty:
         terminal.complain(f"{written.empty} answers are empty; training takes none: set data.on_error=skip to leave them out")
     if written.cut:
-        terminal.complain(f"{written.cut} of {written.answers} answers end at --max-new-tokens {max_new_tokens}")
+        terminal.complain(
+            f"{written.cut} of {written.answers} answers end at --max-new-tokens {max_new_tokens}, or where the context does"
+        )
     if data.absolute().parent != out.absolute().parent and image_folder is None:
         terminal.complain(f"relative paths of images in it start at {data.absolute().parent}: set data.image_folder to it")
     terminal.put(str(out))

@@ -328,6 +328,8 @@ class Stage(Section):
         if odd := sorted(self.trainable.keys() ^ {"trunk", "mask_row"}):
             given = f"{odd[0]} cannot be in it" if odd[0] in self.trainable else f"{odd[0]} is missing"
             raise ValueError(f"{rule}: trainable names trunk (the adapters on it) and mask_row, and nothing else; {given}")
+        if self.eval_answers:
+            raise ValueError(f"{rule}: its answers are the parent's all along, so eval_answers has no effect. Leave it out")
         if self.tiling is not None:
             raise ValueError(f"{rule}: tiling would show it other images. Leave it out")
         if objective.forwards == "two" and self.attention not in ("auto", "sdpa", "eager"):

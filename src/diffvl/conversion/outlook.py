@@ -38,9 +38,6 @@ def tell_outlook(plan: Plan, inputs: Inputs, machine_text: str | None, console: 
         tell_prepared(start, plan.start, console)
     for step in steps:
         name, stage, data = step.name, step.recipe.stages[step.stage], inputs.data.get(step.name)
-        if stage.objective.kind == "draft":
-            say(console, (name, "bold"), " drafts: what a lossless stage takes is not planned yet; docs/lossless.md has figures")
-            continue
         processor = start.processor if data is None else data.train.processor
         start = Start(start.config, start.dtype, processor, start.seed)
         with spinner_or_line(console, f"planning {name}: a step without numbers, a few times over"):

@@ -21,7 +21,7 @@ from diffvl.data.problems import Problem, as_error
 from diffvl.data.prompts import Prompt, PromptReader
 from diffvl.data.questions import summary
 from diffvl.data.samples import chat_before, encode_record
-from diffvl.decode.answer import Answer, Decoder, answer_chats, check_settings, context_length
+from diffvl.decode.answer import Answer, Decoder, Message, answer_chats, check_settings, context_length, encode
 from diffvl.decode.parents import LanguageModel, load_parent
 from diffvl.errors import DataError, UsageError
 from diffvl.hub.settings_diffvl import DecodeSettings
@@ -49,7 +49,7 @@ class AnswersRequest:
 @dataclass
 class Written:
     """What was written, in figures of this run; an interrupted one before it had its own. records: of the whole file.
-    empty: answers without text. cut: answers that `max_new_tokens` ended."""
+    empty: answers without text. cut: answers that `max_new_tokens` ended, or the context (see `_answer_turn`)."""
 
     records: int = 0
     answers: int = 0
@@ -63,13 +63,13 @@ class Written:
         """Tokens a second."""
         return self.tokens / max(time.monotonic() - self.began, 1e-9)
 
-    def count(self, answers: list[Answer], limit: int) -> None:
-        """Counts the answers of one record."""
+    def count(self, answers: list[Answer], cut: int) -> None:
+        """Counts the answers of one record, of which so many were cut."""
         self.records += 1
         self.answers += len(answers)
         self.tokens += sum(answer.tokens for answer in answers)
         self.empty += sum(not answer.text for answer in answers)
-        self.cut += sum(answer.tokens >= limit for answer in answers)
+        self.cut += cut
 
 
 def write_answers(request: AnswersRequest, console: Console) -> Written:
@@ -94,10 +94,10 @@ def write_answers(request: AnswersRequest, console: Console) -> Written:
     rest = islice(_prompts(reader), begun, None)
     with Writing(work), work.open("a", encoding="utf-8") as lines:
         shown = track(console, _answered(decoder, rest, request, begun), total, lambda: _so_far(written), begun)
-        for prompt, answers in shown:
+        for prompt, answers, cut in shown:
             value = prompt.with_answers([answer.text for answer in answers])
             lines.write(json.dumps(value, ensure_ascii=False) + "\n")
-            written.count(answers, request.settings.max_new_tokens)
+            written.count(answers, cut)
             if not written.records % request.batch_size:
                 lines.flush()
     work.replace(request.out)
@@ -214,21 +214,51 @@ def _check_fit(decoder: Decoder, reader: PromptReader, settings: DecodeSettings,
 
 def _answered(
     decoder: Decoder, prompts: Iterator[Prompt], request: AnswersRequest, begun: int
-) -> Iterator[tuple[Prompt, list[Answer]]]:
-    """Answers batch by batch, in order; `begun` records went before."""
+) -> Iterator[tuple[Prompt, list[Answer], int]]:
+    """Answers batch by batch, in order; `begun` records went before. Gives each record, its answers and how many were cut."""
     number = begun // request.batch_size
     while batch := list(islice(prompts, request.batch_size)):
         answers: list[list[Answer]] = [[] for _ in batch]
+        cut = [0] * len(batch)
         for turn in range(max(len(prompt.turns) for prompt in batch)):
             rows = [row for row, prompt in enumerate(batch) if len(prompt.turns) > turn]
             chats = [_chat(batch[row], answers[row], decoder) for row in rows]
             settings = request.settings
             if not settings.is_greedy:
                 settings = replace(settings, seed=batch_seed(settings.seed, number, turn))
-            for row, answer in zip(rows, answer_chats(decoder, chats, settings), strict=True):
+            given, longest = _answer_turn(decoder, chats, settings, [batch[row] for row in rows])
+            for row, answer in zip(rows, given, strict=True):
                 answers[row].append(answer)
-        yield from zip(batch, answers, strict=True)
+                cut[row] += answer.tokens >= longest
+        yield from zip(batch, answers, cut, strict=True)
         number += 1
+
+
+def _answer_turn(
+    decoder: Decoder, chats: list[list[Message]], settings: DecodeSettings, prompts: list[Prompt]
+) -> tuple[list[Answer], int]:
+    """Answers a question of each record of a batch, and says how long an answer could be.
+
+    An earlier answer that is read again may have more tokens than were written (half a character is three of them), so that what
+    was sure to fit does not. Such answers end where the context does: the file goes on.
+
+    Raises:
+        DataError: for a question that does not fit at all.
+    """
+    try:
+        return answer_chats(decoder, chats, settings), settings.max_new_tokens
+    except UsageError:
+        limit = context_length(decoder)
+        lengths = [encode(decoder, [chat])["input_ids"].shape[1] for chat in chats]
+        if limit is None or max(lengths) + settings.max_new_tokens <= limit:
+            raise
+    length, prompt = max(zip(lengths, prompts, strict=True), key=lambda one: one[0])
+    if length >= limit:
+        raise DataError(
+            f"{prompt.record.source}: {length} tokens with its earlier answers, which leave no room for the next one in the "
+            f"context of {limit}: remove the record, or begin anew with fewer --max-new-tokens"
+        )
+    return answer_chats(decoder, chats, replace(settings, max_new_tokens=limit - length)), limit - length
 
 
 def _chat(prompt: Prompt, answers: list[Answer], decoder: Decoder) -> list[dict[str, Any]]:

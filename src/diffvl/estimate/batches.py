@@ -59,15 +59,16 @@ def count_tokens(model: DiffVLForConditionalGeneration, stage: Stage, batch: dic
     """Counts the positions of a micro-batch by laying it out as training does, in front of a model that does nothing."""
     found: list[Tokens] = []
 
-    def layout_of(input_ids: torch.Tensor, image_index: torch.Tensor, logits_rows: torch.Tensor, **_: Any) -> Any:
+    def layout_of(input_ids: torch.Tensor, image_index: torch.Tensor, logits_rows: Any = (), **_: Any) -> Any:
         found.append(Tokens(0, int((image_index >= 0).sum()), 0, input_ids.numel(), len(logits_rows)))
-        return SimpleNamespace(logits=torch.zeros(len(logits_rows), 2))
+        return SimpleNamespace(logits=torch.zeros(len(logits_rows), 2), hidden_states=(None,), past_key_values=None)
 
     looks: Any = type("Layouts", (), {"images": model.images, "__call__": staticmethod(layout_of)})()
     with torch.no_grad():
         used = loss_of(looks, model.config, batch, stage.objective, Draw(0, 0, 1.0)).tokens  # type: ignore[arg-type]
-    clean, image, all_places = int(batch["valid"].sum()), int(found[0].image), int(found[0].padding)
-    return Tokens(clean - image, image, used - clean, all_places - used, found[0].predicted)
+    # Drafts may take two forwards, of clean tokens and of masks.
+    clean, image, all_places = int(batch["valid"].sum()), int(found[0].image), int(sum(one.padding for one in found))
+    return Tokens(clean - image, image, used - clean, all_places - used, found[-1].predicted)
 
 
 def longest(batches: list[dict[str, Any]], stage: Stage) -> dict[str, Any]:

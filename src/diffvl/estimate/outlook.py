@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from diffvl.config.objectives import DraftObjective
 from diffvl.config.recipe import Lora, Stage
 from diffvl.data.loader import StageData
 from diffvl.data.samples import collate
@@ -25,6 +26,7 @@ from diffvl.hub.configuration_diffvl import DiffVLConfig
 from diffvl.hub.modeling_diffvl import DiffVLForConditionalGeneration
 from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.train.feed import feed_of
+from diffvl.train.gated import wanted_forwards
 from diffvl.train.launch import precision
 
 MOST_PROCESSES = 64  # that a plan looks for
@@ -108,6 +110,7 @@ def look_ahead(start: Start, stage: Stage, data: StageData | None, machine: Mach
     micro_steps = own.accumulation * machine.processes
     sizes = {id(parameter): parameter for parameter in model.parameters()}.values()
     trained = sum(parameter.numel() for parameter in sizes if parameter.requires_grad)
+    written = trained if isinstance(own.objective, DraftObjective) else parameters_of(start)
     outlook = partial(
         Outlook,
         stage=own,
@@ -117,7 +120,7 @@ def look_ahead(start: Start, stage: Stage, data: StageData | None, machine: Mach
         looked_at=looked_at,
         tokens=mean.times(micro_steps),
         checkpoint=(4 + MOMENTS) * trained,
-        written=parameters_of(start) * start.dtype.itemsize,
+        written=written * start.dtype.itemsize,
     )
     look = _Lookout(start, machine, worst)
     try:
@@ -151,6 +154,8 @@ class _Lookout:
         )
         model = _model(self.start, stage, self.machine)
         predicted = count_tokens(model, stage, batch).predicted
+        if isinstance(stage.objective, DraftObjective):
+            predicted *= 2  # the head is also asked what the parent says there
         count = count_step(model, stage, batch, stage.precision == "bf16", predicted)
         self.flops = self.flops or count.flops
         return memory_of(model, stage, count, variant.processes)
@@ -182,7 +187,11 @@ def _on(machine: Machine, stage: Stage) -> Stage:
         packed = stage.lora is not None and stage.lora.bits is not None
         sharding = "full" if machine.is_gpu and machine.processes > 1 and not packed else "none"
     chosen = stage.precision if stage.precision != "auto" else "bf16" if machine.is_gpu else precision(stage)
-    return stage.model_copy(update={"precision": chosen, "sharding": sharding})
+    settled: dict[str, Any] = {"precision": chosen, "sharding": sharding}
+    if isinstance(stage.objective, DraftObjective):
+        forwards = wanted_forwards(stage, stage.objective)
+        settled["objective"] = stage.objective.model_copy(update={"forwards": forwards})
+    return stage.model_copy(update=settled)
 
 
 def _model(start: Start, stage: Stage, machine: Machine) -> Any:

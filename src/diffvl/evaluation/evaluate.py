@@ -69,7 +69,7 @@ def evaluate_directory(directory: Path, data: Path, limit: int | None, settings:
     """
     console = terminal.console(stderr=True)
     decoder = load_for_decoding(directory)
-    check_settings(settings, decoder.model.config)
+    config, filled = decoder.model.config, check_settings(settings, decoder.model.config)
     samples = _open(data, reading_of(directory, data), limit, decoder, console)
     count = len(samples)
     figures: dict[str, float | int | str] = {
@@ -86,7 +86,7 @@ def evaluate_directory(directory: Path, data: Path, limit: int | None, settings:
         "edit_similarity": sum(one.similarity for one in scored) / len(scored),
         "answer_tokens": sum(one.answer.tokens for one in scored),
         "forwards": answered.forwards,
-        "decoding": decoder.model.config.decoding,
+        "decoding": config.decoding if config.gated_adapter is None else str(filled.mode),
     }
     chosen = [keyword(*pair) for pair in settings.chosen().items()]
     return figures | ({"settings": ", ".join(chosen)} if chosen else {})

@@ -155,6 +155,8 @@ def _entries(file: Path) -> Iterator[tuple[Path, str, int, int]]:
     """(file, name with type and shape, first byte, number of bytes) of each tensor."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
+        if length > file.stat().st_size:  # a pointer to a large file that was never fetched begins with words
+            raise BaseRefusedError(f"{file} holds no weights: fetch it again")
         header = json.loads(opened.read(length))
     for name, entry in header.items():
         if name != "__metadata__":

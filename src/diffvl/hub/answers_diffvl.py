@@ -14,7 +14,7 @@ from transformers.utils.generic import ModelOutput
 
 from .blocks_diffvl import Prefix
 from .decoder_diffvl import BlockDecoder
-from .judge_diffvl import Sampling
+from .judge_diffvl import Sampling, note_places
 from .settings_diffvl import DecodeSettings
 
 LONGEST_UNIT = 64  # tokens of a repeated unit that is looked for
@@ -173,12 +173,7 @@ class DraftFigures:
         self.rounds += count > 0
         self.drafted += count
         self.accepted += accepted
-        for place in range(min(count, accepted + 1)):
-            if place == len(self.reached):
-                self.reached.append(0)
-                self.agreed.append(0)
-            self.reached[place] += 1
-            self.agreed[place] += place < accepted
+        note_places(self.reached, self.agreed, count, accepted)
 
     def add(self, other: "DraftFigures") -> None:
         """Those of another batch as well."""

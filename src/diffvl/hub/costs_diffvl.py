@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from .blocks_diffvl import Piece, Places, clean
+from .configuration_diffvl import never_predicted
 from .decoder_diffvl import BlockDecoder
+from .judge_diffvl import note_places
 from .layout_diffvl import Layout
 from .settings_diffvl import DecodeSettings
 
@@ -42,12 +44,7 @@ class Acceptance:
 
     def note(self, count: int, accepted: int) -> None:
         """A draft of `count` tokens of which the first `accepted` were kept."""
-        for place in range(min(count, accepted + 1)):
-            if place == len(self.tried):
-                self.tried.append(0.0)
-                self.kept.append(0.0)
-            self.tried[place] += 1
-            self.kept[place] += place < accepted
+        for place in range(note_places(self.tried, self.kept, count, accepted)):
             if self.tried[place] > MEMORY:
                 self.tried[place] /= 2
                 self.kept[place] /= 2
@@ -83,15 +80,17 @@ class Costs:
         share = (tokens - start) / (end - start)
         return known[right - 1] + share * max(known[right] - known[right - 1], 0.0)
 
-    def tokens_per_second(self, drafting: str, length: int, batch: int, acceptance: Acceptance) -> float:
-        """What a sample of a batch gains by drafts of this length; of none it is one token a forward."""
+    def tokens_per_second(self, drafting: str, length: int, batch: int, acceptance: Acceptance, steps: int = 1) -> float:
+        """What a sample of a batch gains by drafts of this length, made in so many forwards; of none it is one token a
+        forward."""
         if not length:
             return 1 / self.seconds(batch, False)
         accepted = acceptance.expected(length)
         if drafting == "fused":
             return (1 + accepted) / self.seconds(batch * (length + 1) ** 2, True)
         once = batch * (length + 1)
-        return (2 + accepted) / (self.seconds(once, True) + self.seconds(once, False))
+        more = (min(steps, length) - 1) * self.seconds(batch * length, True)
+        return (2 + accepted) / (self.seconds(once, True) + more + self.seconds(once, False))
 
 
 def timed_tokens(most: int) -> tuple[int, ...]:
@@ -106,7 +105,8 @@ def timed_tokens(most: int) -> tuple[int, ...]:
 def measured(model: Any, most: int) -> Costs:
     """Times forwards of the model, as it is and where it is."""
     table = model.get_input_embeddings().weight
-    ids = torch.arange(PROMPT, device=table.device)[None] % model.config.vocabulary_size
+    text = (~never_predicted(model.config, len(table), table.device)).nonzero()[:, 0]  # some models' image token is the tenth
+    ids = text[torch.arange(PROMPT, device=table.device) % len(text)][None]
     decoder = BlockDecoder(model, ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids), {})
     decoder.committed.has_gaps = True
     decoder.forward(decoder.prompt.beginning(PROMPT, torch.ones_like(ids, dtype=torch.bool), "causal", False), None, None, None)
@@ -174,10 +174,11 @@ class DraftPlan:
 
 
 class PayingPlan(DraftPlan):
-    """Drafts of the length that pays, which may be none."""
+    """Drafts of the length that pays, which may be none. steps: forwards of a draft, one for each of its tokens at most."""
 
-    def __init__(self, model: Any, longest: int, drafting: str | None, batch: int) -> None:
+    def __init__(self, model: Any, longest: int, drafting: str | None, batch: int, steps: int) -> None:
         super().__init__(longest, drafting or "fused")
+        self.steps = steps
         self.ways = [drafting] if drafting else ["fused", "separate"]
         self.longest, self.idle = longest, 0
         self.costs = _costs_of(model, batch * (longest + 1) ** 2)
@@ -189,7 +190,7 @@ class PayingPlan(DraftPlan):
         if checking and not self.is_fused:
             return 0  # the second forward of a round
         choices = [("fused", 0), *((way, length) for way in self.ways for length in range(1, self.longest + 1))]
-        way, length = max(choices, key=lambda one: self.costs.tokens_per_second(*one, batch, self.acceptance))
+        way, length = max(choices, key=lambda one: self.costs.tokens_per_second(*one, batch, self.acceptance, self.steps))
         self.idle = 0 if length else self.idle + 1
         if self.idle > WAIT:  # the text may have become easier to guess
             self.idle, way, length = 0, self.ways[0], 1
@@ -214,4 +215,5 @@ def plan_of(decoder: BlockDecoder, settings: DecodeSettings) -> DraftPlan:
     if settings.draft_length is not None:
         assert settings.drafting is not None
         return DraftPlan(settings.draft_length, settings.drafting)
-    return PayingPlan(decoder.model, decoder.config.block_size, settings.drafting, len(decoder.prompt.ids))
+    batch, steps = len(decoder.prompt.ids), settings.denoising_steps or 1
+    return PayingPlan(decoder.model, decoder.config.block_size, settings.drafting, batch, steps)

@@ -32,9 +32,7 @@ from .judge_diffvl import Drafts, Judge, Sampling
 from .layout_diffvl import Layout
 from .settings_diffvl import DecodeSettings
 
-LONGEST_FUSED = (
-    1024  # tokens of a prompt that goes in together with the first masks; a longer one needs no mask where it goes alone
-)
+LONGEST_FUSED = 1024  # tokens of a prompt that goes in together with the first masks; a longer one that goes alone needs no mask
 GAPS = 0.25  # share of padding in the cache that is let be
 
 
@@ -159,8 +157,8 @@ class Drafter:
         Greedily the surest settle first. In sampling they settle from the left: only then is each drawn from the distribution
         that it is judged by, whatever the others became.
         """
-        steps = self.settings.denoising_steps
-        if steps is None or steps == 1:
+        steps = min(self.settings.denoising_steps or 1, drafts.ids.shape[1])
+        if steps == 1:
             return drafts
         order = self.settings if self.judge.sampling.is_greedy else replace(self.settings, remasking="sequential")
         at_B, size = self.at_B + accepted_B + 1, drafts.ids.shape[1]

@@ -111,6 +111,19 @@ class Verdict:
     following_B: torch.Tensor
 
 
+def note_places(reached: list[Any], agreed: list[Any], count: int, accepted: int) -> int:
+    """Counts a draft of `count` tokens of which the first `accepted` were kept, in place, and returns the places it was checked
+    at: where all before it had been kept (`reached`), and where it was kept too (`agreed`)."""
+    checked = min(count, accepted + 1)
+    for place in range(checked):
+        if place == len(reached):
+            reached.append(0)
+            agreed.append(0)
+        reached[place] += 1
+        agreed[place] += place < accepted
+    return checked
+
+
 class Judge:
     """Draws drafts, and judges them."""
 

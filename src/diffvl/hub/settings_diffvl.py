@@ -247,6 +247,9 @@ class DecodeSettings:
         elif self.draft_length is not None and self.draft_length > config.block_size:
             most = f"1 to {config.block_size}, the longest draft of this checkpoint"
             raise ValueError(f"{spell('draft_length')} is {self.draft_length}, expected {most}")
+        elif self.draft_length is not None and self.denoising_steps is not None and self.denoising_steps > self.draft_length:
+            steps, length = (spell(name, getattr(self, name)) for name in ("denoising_steps", "draft_length"))
+            raise ValueError(f"{steps} has no effect with {length}: a draft is made in a forward for each of its tokens at most")
         elif self.drafting == "fused" and self.denoising_steps not in (None, 1):
             fused, separate = spell("drafting", "fused"), spell("drafting", "separate")
             raise ValueError(f"{spell('denoising_steps')} has no effect with {fused}: use {separate}, or leave it out")

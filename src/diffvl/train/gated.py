@@ -30,11 +30,14 @@ WHOLE_ROWS = ("tiled", "flex_attention")  # attention that needs all tokens of a
 SAME = 1e-2  # std of the states: what rounding may do in bf16; a lost cache does far more
 
 
-def fit_to_drafts(model: DiffVLForConditionalGeneration, stage: Stage, seed: int, family_targets: str) -> Stage:
-    """Puts gated adapters into the trunk and chooses its attention for the objective's forwards, in place.
+def fit_to_drafts(
+    model: DiffVLForConditionalGeneration, stage: Stage, seed: int, family_targets: str, device: torch.device
+) -> Stage:
+    """Puts gated adapters into the trunk and chooses its attention for the objective's forwards, in place. A model on the meta
+    device, of which a plan is made, has no numbers to prove anything by: it is taken for one that will pass.
 
     Args:
-        seed: of the fresh adapters.
+        seed: of the fresh adapters. device: that it will train on.
     Returns:
         the stage with the objective's forwards settled.
     Raises:
@@ -49,18 +52,29 @@ def fit_to_drafts(model: DiffVLForConditionalGeneration, stage: Stage, seed: int
         add_gated_adapters(model, stage.lora, family_targets)
     forwards = _forwards(model, stage, objective)
     if forwards == "one" or stage.attention != "auto":
-        choose(model.trunk, stage.attention, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        choose(model.trunk, stage.attention, device)
     return stage.model_copy(update={"objective": objective.model_copy(update={"forwards": forwards})})
+
+
+def wanted_forwards(stage: Stage, objective: DraftObjective) -> str:
+    """What `forwards` will be if the trunk allows it."""
+    if objective.forwards == "auto":
+        return "one" if stage.attention in WHOLE_ROWS else "two"
+    return objective.forwards
+
+
+def _is_empty(model: DiffVLForConditionalGeneration) -> bool:
+    return model.trunk.device.type == "meta"
 
 
 def _forwards(model: DiffVLForConditionalGeneration, stage: Stage, objective: DraftObjective) -> str:
     """Settles `forwards`. Raises ConfigError where two are asked for and the trunk's cache does not allow them."""
-    if objective.forwards == "one" or (objective.forwards == "auto" and stage.attention in WHOLE_ROWS):
+    if wanted_forwards(stage, objective) == "one":
         return "one"
     for layer in decoder_layers(model):
         # The masks only read the cache of the clean tokens, which their repetition in the backward pass finds as it was.
         layer._can_checkpoint_with_cache = True  # pyright: ignore[reportArgumentType]
-    if _goes_on_from_cache(model, stage.gradient_checkpointing):
+    if _is_empty(model) or _goes_on_from_cache(model, stage.gradient_checkpointing):
         return "two"
     without = " under gradient_checkpointing" if stage.gradient_checkpointing else ""
     told = f"{model.trunk.config.model_type} does not go on from its cache{without}, as forwards: two wants it"
@@ -110,7 +124,7 @@ def add_gated_adapters(model: DiffVLForConditionalGeneration, lora: Lora, family
     """
     targets = lora.targets or family_targets
     linears = _meant(model, targets)
-    seen = _gateable(model, linears)
+    seen = [name for name in linears if ".experts." not in name] if _is_empty(model) else _gateable(model, linears)
     if not seen:
         raise ConfigError(f"lora.targets {targets!r} does not fit this trunk: it names no linear layer that a gate can be put on")
     _tell_left_out(model, [name for name in linears if name not in seen])
@@ -126,6 +140,8 @@ def add_gated_adapters(model: DiffVLForConditionalGeneration, lora: Lora, family
     model.gate = AdapterGate.attach(model.trunk)
     # Decoding asks the configuration whether adapters draft, while they train too. Whose they are is said where they are written.
     model.config.gated_adapter = {}
+    if _is_empty(model):
+        return
     try:
         require_gate(model)
     except ValueError as error:

@@ -315,10 +315,11 @@ def fit_to_stage(model: DiffVLForConditionalGeneration, stage: Stage, seed: int,
     """
     _record(model, stage.objective)
     family_targets = family_of(model.config.text_config.model_type).lora_targets
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(stage.objective, DraftObjective) and stage.lora is not None:
-        stage = fit_to_drafts(model, stage, seed, family_targets)
+        stage = fit_to_drafts(model, stage, seed, family_targets, device)
     else:
-        choose(model.trunk, stage.attention, device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        choose(model.trunk, stage.attention, device)
         if stage.lora is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
