@@ -207,7 +207,8 @@ def test_a_draft_takes_a_forward_for_each_token_at_most(gated: Callable[[str], L
     monkeypatch.setattr("diffvl.hub.costs_diffvl.PayingPlan.masks", lambda self, checking, batch: 0 if checking else 1)
     monkeypatch.setattr("diffvl.hub.costs_diffvl.measured", lambda model, most: costs)
     settings: dict[str, Any] = {"max_new_tokens": 9, "eos_token_id": -1, "drafting": "separate"}
-    one, four = (generated(gated("llama"), CHATS[:1], denoising_steps=steps, **settings) for steps in (1, 4))
+    both: list[Any] = [generated(gated("llama"), CHATS[:1], denoising_steps=steps, **settings) for steps in (1, 4)]
+    one, four = both
     assert one.forwards == four.forwards and torch.equal(one.sequences, four.sequences)
 
 
