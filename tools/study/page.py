@@ -205,8 +205,11 @@ def _masked(run: Result) -> Curve:
 
 
 def _steps(runs: Sequence[Result], levels: Sequence[float], curve: Callable[[Result], Curve], rising: bool) -> Iterator[str]:
-    """Gives the mean steps to each level; where a run does not get there, how many do."""
+    """Gives the mean steps to each level; where a run does not get there, how many do. Nothing of runs without a curve."""
     for level in levels:
+        if not any(map(curve, runs)):
+            yield NONE
+            continue
         reached = [value for run in runs if (value := steps_to(curve(run), level, rising)) is not None]
         if len(reached) == len(runs):
             yield f"{statistics.fmean(reached):.0f}"
