@@ -14,7 +14,7 @@ from diffvl.terminal.console import visible
 Point = tuple[float, float]
 
 MARKED = ("dots", "points", "raw marked")
-HUES = ("#2563eb", "#c2570c", "#0f766e", "#7c3aed", "#be185d", "#4d7c0f", "#0369a1", "#a16207")  # on a light page
+HUES = ("#2563eb", "#c2570c", "#0f766e", "#7c3aed", "#be185d", "#4d7c0f", "#0369a1", "#374151")  # on a light page
 _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 300, 64, 606, 14, 258  # SVG units, 640 wide; the last four bound the plot
 _LEGEND_LINE = 20  # SVG units of a line of the legend, in a file
 _FILE_STYLE = """

@@ -7,10 +7,10 @@ from diffvl.report.chart import escape
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --card: #f6f7f9; --ink: #1c2128; --dim: #5c6570; --edge: #d8dce2;
   --right: #15803d; --wrong: #b42318; --hue0: #2563eb; --hue1: #c2570c; --hue2: #0f766e; --hue3: #7c3aed;
-  --hue4: #be185d; --hue5: #4d7c0f; --hue6: #0369a1; --hue7: #a16207 }
+  --hue4: #be185d; --hue5: #4d7c0f; --hue6: #0369a1; --hue7: #374151 }
 @media (prefers-color-scheme: dark) { :root { --back: #14171b; --card: #1d2127; --ink: #e6e9ed; --dim: #9aa4af; --edge: #363c45;
   --right: #5bd08a; --wrong: #ff8f85; --hue0: #7aa7ff; --hue1: #ffa25f; --hue2: #4fd1b8; --hue3: #c4a5ff;
-  --hue4: #ff8ac0; --hue5: #a3d65c; --hue6: #67c1f5; --hue7: #e0b94a } }
+  --hue4: #ff8ac0; --hue5: #a3d65c; --hue6: #67c1f5; --hue7: #cbd5e1 } }
 body { margin: auto; max-width: 1180px; padding: 24px; background: var(--back); color: var(--ink); font: 15px/1.5 sans-serif }
 h1 { font-size: 1.5em; margin: 0 } h2 { font-size: 1.15em; margin: 2em 0 .6em } h3 { font-size: 1em; margin: 0 }
 p, dl, dd, ul, figure { margin: 0; padding: 0 } p, dt, figcaption { color: var(--dim); font-size: .87em } p { margin-bottom: 8px }
