@@ -10,6 +10,8 @@ FOLDER (default: OUT).
 """
 
 import argparse
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -34,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m tools.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of everything that is made")
-    parser.add_argument("--page", type=Path, help="folder of fidelity.md and fidelity/; default: OUT")
+    parser.add_argument("--page", type=Path, help="folder of fidelity.md and fidelity/; goes on from its results; default: OUT")
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder that tools/fetch_demo_models.py filled")
     parser.add_argument("--only", default=",".join(VARIANTS), help="variants, with commas")
     parser.add_argument("--seeds", default=SEEDS, help="seeds, with commas")
@@ -61,12 +63,22 @@ def _main(given: argparse.Namespace, out: Console) -> None:
         write_pilot(pilot, given.out / "results")
         say(out, f"the processor's seconds: {pilot.step:.1f} a step, {pilot.answer:.2f} an answer")
     elif not given.no_runs:
+        _take_results(given.page, study)
         _say_time(study, out)
         run_study(study, out)
     folder = given.page or given.out
     results = folder / FOLDER if given.no_runs else given.out / "results"
     page = write_study_page(results, folder, quick=given.quick)
     say(out, "page: ", (str(page), "bold"))
+
+
+def _take_results(page: Path | None, study: Study) -> None:
+    """Takes over the results beside a page that have the same settings: a study goes on from them on another machine."""
+    for file in sorted((page / FOLDER).glob("*-*.json")) if page is not None else ():
+        settings = json.loads(file.read_text(encoding="utf-8"))["settings"]
+        if settings == study.settings and not (study.results / file.name).exists():
+            study.results.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, study.results)
 
 
 def study_of(given: argparse.Namespace) -> Study:

@@ -104,13 +104,21 @@ def align(study: Study, seed: int, console: Console) -> Path:
 
 def train(study: Study, variant: Variant, seed: int, console: Console) -> Path:
     """Trains a variant from its seed's align checkpoint, or from its AR twin."""
-    start = study.directory(TWIN, seed) if variant.after_twin else align(study, seed, console)
-    if variant.after_twin and not any(start.glob(WEIGHTS)):
-        raise UsageError(f"({variant.key}) of seed {seed} starts from the AR twin, and {start} is not there: run ({TWIN}) too")
+    start = twin_of(study, seed, console) if variant.after_twin else align(study, seed, console)
+    if start is None:
+        raise UsageError(f"({variant.key}) of seed {seed} starts from the AR twin, which is not there: run ({TWIN}) too")
     file = study.out / "recipes" / f"{variant.key}-{seed}.yaml"
     recipe = write_recipe(variant, study.size, study.data, study.tower, [*study.assignments, f"seed={seed}"], file)
     root = study.directory(variant.key, seed).parent
     return convert(ConvertRequest(start=start, stage="diffuse", recipe=str(recipe), out=root, resume=True))
+
+
+def twin_of(study: Study, seed: int, console: Console) -> Path | None:
+    """Finds the AR twin of a seed; trains it anew where only its result is left, as on another machine. None: it was not run."""
+    directory = study.directory(TWIN, seed)
+    if any(directory.glob(WEIGHTS)):
+        return directory
+    return train(study, VARIANTS[TWIN], seed, console) if result_file(study.results, TWIN, seed).is_file() else None
 
 
 def measure(study: Study, variant: Variant, seed: int, console: Console) -> Result:
@@ -153,8 +161,8 @@ def time_beside_twin(
     study: Study, decoder: Decoder, variant: Variant, seed: int, records: Sequence[Record], console: Console
 ) -> dict[str, float]:
     """Times every way by turns with the AR twin of the same seed; nothing where there is none yet."""
-    twin = study.directory(TWIN, seed)
-    if variant.key == TWIN or not any(twin.glob(WEIGHTS)):
+    twin = None if variant.key == TWIN else twin_of(study, seed, console)
+    if twin is None:
         return {}
     beside = load_for_decoding(twin)
     (twins_way,) = ways_to_decode(beside.model.config, study.size.new_tokens).values()
