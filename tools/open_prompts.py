@@ -55,12 +55,12 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    held_out = len(TOPICS.split(";")) // 8
-    for limit, count in ((len(TOPICS) - held_out, given.train), (held_out, given.test)):
+    every = [topic.strip() for topic in TOPICS.split(";")]
+    held_out = len(every) // 8
+    for limit, count in ((len(every) - held_out, given.train), (held_out, given.test)):
         if not 0 < count <= limit * len(INSTRUCTIONS):
             parser.error(f"{count} prompts: expected 1 to {limit * len(INSTRUCTIONS)}")
     draw = random.Random(given.seed)
-    every = [topic.strip() for topic in TOPICS.split(";")]
     topics = draw.sample(every, len(every))
     given.folder.mkdir(parents=True, exist_ok=True)
     parts = {"test": (topics[:held_out], given.test), "train": (topics[held_out:], given.train)}

@@ -61,7 +61,8 @@ def _leave_in_order() -> None:
 
     A sharded model holds the group until the very end, and with it gloo's threads. One of them may still have to drop a tensor of
     the last collective, for which it needs the interpreter: a thread that asks for it while the interpreter ends aborts the
-    process. So they get it once more (without it, 6 of 650 processes were aborted; with it, none).
+    process. So they get it once more (without it, 6 of 650 runs of two processes were aborted; with it,
+    none).
     """
 
     def leave() -> None:
