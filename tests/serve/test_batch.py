@@ -3,34 +3,21 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from io import BytesIO
 from typing import Any
 
 import pytest
 import torch
 from helpers import random_image
 from live_server import image_chat, live
-from PIL import Image
+from served import CHATS, alone, arrivals_of, sample, url_of
 from shared_fixtures import TILED, Loaded
 
 from diffvl.decode.answer import Decoder, answer_chats, user_message
 from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.serve import joining
-from diffvl.serve.batch import Batch, Sample
-from tools.serve_mistakes import data_url
+from diffvl.serve.block_batch import BlockBatch
+from diffvl.serve.sample import Sample
 
-IMAGE = random_image(seed=1)
-# Prompts of many lengths; an image last in its message stands in the first open block of a large enough grid.
-CHATS: list[list[dict[str, Any]]] = [
-    [{"role": "user", "content": "Hi"}],
-    [{"role": "user", "content": [{"type": "image", "image": IMAGE}, {"type": "text", "text": "What is to be seen here?"}]}],
-    [
-        {"role": "user", "content": "One?"},
-        {"role": "assistant", "content": "Yes, one."},
-        {"role": "user", "content": "And now a much longer question, with an end."},
-    ],
-    [{"role": "user", "content": [{"type": "text", "text": "What?"}, {"type": "image", "image": random_image(seed=2)}]}],
-]
 SETTINGS = [
     DecodeSettings(max_new_tokens=9, denoising_steps=2),
     DecodeSettings(max_new_tokens=17),
@@ -41,24 +28,10 @@ SETTINGS = [
 ]
 
 
-def alone(loaded: Loaded, chat: list[dict[str, Any]], settings: DecodeSettings) -> list[int]:
-    """What `generate` gives."""
-    model, processor = loaded
-    inputs = processor.apply_chat_template([chat], tokenize=True, add_generation_prompt=True)
-    ids: Any = model.generate(**inputs, **settings.arguments())
-    return ids[0, inputs["input_ids"].shape[1] :].tolist()
-
-
-def sample(loaded: Loaded, chat: list[dict[str, Any]], settings: DecodeSettings) -> Sample:
-    model, processor = loaded
-    inputs = processor.apply_chat_template([chat], tokenize=True, add_generation_prompt=True)
-    return Sample(inputs, replace(settings, tokenizer=processor.tokenizer).for_checkpoint(model.config))
-
-
 def staggered(loaded: Loaded, arrivals: list[list[Sample]], gone: Sample | None = None) -> None:
     """Decodes samples that come in groups, one group at each block border; `gone` leaves at the third."""
     model, processor = loaded
-    batch, waiting, border = Batch(model, processor.pad_token_id), list(arrivals), 0
+    batch, waiting, border = BlockBatch(model, processor.pad_token_id), list(arrivals), 0
     while batch.samples or waiting:
         border += 1
         if border == 3 and gone is not None:
@@ -69,11 +42,6 @@ def staggered(loaded: Loaded, arrivals: list[list[Sample]], gone: Sample | None 
         if batch.samples:
             ended = batch.decode_block()
             assert all(one.ended for one in ended) and not any(one.ended for one in batch.samples)
-
-
-def arrivals_of(samples: list[Sample]) -> list[list[Sample]]:
-    """One, then two together, then one at a time."""
-    return [samples[:1], samples[1:3], *([one] for one in samples[3:])]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +80,7 @@ def test_an_image_in_the_first_open_block_is_decoded_before_its_sample_joins(lla
     """The case is there: the first block shows an image. Its sample may also have ended by then."""
     llama[0].config.set_decoding("blocks", 24, "block", "absolute", "same")
     one, short = (sample(llama, CHATS[3], replace(SETTINGS[0], max_new_tokens=limit)) for limit in (20, 1))
-    decoder, going_on = Batch(llama[0], llama[1].pad_token_id).take_in([one, short])
+    decoder, going_on = BlockBatch(llama[0], llama[1].pad_token_id).take_in([one, short])
     assert going_on == [one] and one.answer and len(short.answer) == 1 and short.ended == "length"
     assert decoder.committed.rows is None and not decoder.block.shows_image
 
@@ -129,12 +97,6 @@ def test_a_whole_vision_language_model_is_served(loaded: Callable[[str], Loaded]
     with live(decoder) as server, ThreadPoolExecutor(3) as clients:
         asked = [clients.submit(server.ask, image_chat("What is it?", *one, max_tokens=8)) for one in urls]
         assert [one.result().text for one in asked] == wanted and len(set(wanted)) > 1
-
-
-def url_of(image: Image.Image) -> str:
-    out = BytesIO()
-    image.save(out, "PNG")
-    return data_url(out.getvalue())
 
 
 def test_a_checkpoint_that_was_not_trained_on_blocks_decodes_token_by_token(llama: Loaded):
@@ -175,7 +137,7 @@ def test_padding_that_is_seen_is_noticed(llama: Loaded, monkeypatch: pytest.Monk
 def test_a_batch_that_is_never_empty_does_not_grow(llama: Loaded):
     """Its cache is as long as the longest sample in it, whoever was there before."""
     model, processor = llama
-    batch, widths = Batch(model, processor.pad_token_id), []
+    batch, widths = BlockBatch(model, processor.pad_token_id), []
     for number in range(40):
         decoder, going_on = batch.take_in(
             [sample(llama, CHATS[0], DecodeSettings(max_new_tokens=6 + number % 5, denoising_steps=1))]

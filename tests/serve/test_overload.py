@@ -16,8 +16,8 @@ from shared_fixtures import Loaded
 
 from diffvl.decode.answer import Decoder
 from diffvl.hub.settings_diffvl import DecodeSettings
-from diffvl.serve import app, batch
-from diffvl.serve.batch import Batch
+from diffvl.serve import app, block_batch
+from diffvl.serve.block_batch import BlockBatch
 from diffvl.serve.limits import Limits
 from diffvl.serve.service import Service
 from tools.serve_mistakes import PATH
@@ -38,13 +38,13 @@ class Held:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._free = threading.Event()
-        decode_block = Batch.decode_block
+        decode_block = BlockBatch.decode_block
 
-        def held(batch: Batch) -> Any:
+        def held(batch: BlockBatch) -> Any:
             assert self._free.wait(30)
             return decode_block(batch)
 
-        monkeypatch.setattr(Batch, "decode_block", held)
+        monkeypatch.setattr(BlockBatch, "decode_block", held)
 
     def let_go(self) -> None:
         self._free.set()
@@ -113,8 +113,8 @@ def test_who_waits_too_long_is_told(decoder: Decoder, held: Held):
 
 
 def test_a_stream_that_takes_too_long_ends_with_words(decoder: Decoder, monkeypatch: pytest.MonkeyPatch):
-    decode_block = Batch.decode_block
-    monkeypatch.setattr(Batch, "decode_block", lambda batch: time.sleep(0.1) or decode_block(batch))
+    decode_block = BlockBatch.decode_block
+    monkeypatch.setattr(BlockBatch, "decode_block", lambda batch: time.sleep(0.1) or decode_block(batch))
     with live(decoder, Limits(samples=1, seconds=0.5)) as server:
         with server.begun(text_chat("Hi", max_tokens=400, stream=True)) as response:
             events = response.read().decode().split("\n\n")
@@ -161,8 +161,8 @@ def test_a_client_that_reads_no_more_holds_no_place(decoder: Decoder, monkeypatc
 @pytest.mark.parametrize("streams", [True, False])
 def test_who_is_still_there_when_the_server_ends_is_told(decoder: Decoder, monkeypatch: pytest.MonkeyPatch, streams: bool):
     """It cancels what takes too long then."""
-    decode_block = Batch.decode_block
-    monkeypatch.setattr(Batch, "decode_block", lambda batch: time.sleep(0.02) or decode_block(batch))
+    decode_block = BlockBatch.decode_block
+    monkeypatch.setattr(BlockBatch, "decode_block", lambda batch: time.sleep(0.02) or decode_block(batch))
 
     async def asked() -> tuple[Service, list[Any]]:
         service, sent = Service(decoder, "tiny", Limits()), list[Any]()
@@ -191,9 +191,9 @@ def test_who_is_still_there_when_the_server_ends_is_told(decoder: Decoder, monke
 
 def test_a_prompt_that_the_model_fails_at_fails_alone(decoder: Decoder, monkeypatch: pytest.MonkeyPatch, held: Held):
     """Those that came with it, and those in the batch, go on; and nothing of the failure stands in their way in memory."""
-    take_in, limit, tensors, freed = Batch.take_in, 40, list[Any](), list[bool]()
+    take_in, limit, tensors, freed = BlockBatch.take_in, 40, list[Any](), list[bool]()
 
-    def failing(batch: Batch, samples: Any) -> Any:
+    def failing(batch: BlockBatch, samples: Any) -> Any:
         freed.append(all(tensor() is None for tensor in tensors))
         if any(sample.prompt_tokens > limit for sample in samples):
             much = torch.zeros(1)
@@ -201,7 +201,7 @@ def test_a_prompt_that_the_model_fails_at_fails_alone(decoder: Decoder, monkeypa
             raise torch.OutOfMemoryError("no room")
         return take_in(batch, samples)
 
-    monkeypatch.setattr(Batch, "take_in", failing)
+    monkeypatch.setattr(BlockBatch, "take_in", failing)
     with live(decoder, Limits(samples=8)) as server, ThreadPoolExecutor(4) as clients:
         first = clients.submit(server.ask, text_chat("Hi", max_tokens=4))
         server.wait_until(lambda: len(server.service.engine.running) == 1)
@@ -218,14 +218,14 @@ def test_a_prompt_that_the_model_fails_at_fails_alone(decoder: Decoder, monkeypa
 
 def test_a_sample_that_cannot_be_drawn_fails_alone(decoder: Decoder, monkeypatch: pytest.MonkeyPatch, held: Held):
     """A setting that nobody had thought of does not end the answers of others."""
-    picker = batch.picker
+    picker = block_batch.picker
 
     def failing(sampling: Any, settings: DecodeSettings) -> Any:
         if settings.temperature == 0.5:
             raise ValueError("no such temperature")
         return picker(sampling, settings)
 
-    monkeypatch.setattr(batch, "picker", failing)
+    monkeypatch.setattr(block_batch, "picker", failing)
     with live(decoder) as server, ThreadPoolExecutor(2) as clients:
         first = clients.submit(server.ask, text_chat("Hi", max_tokens=8))
         server.wait_until(lambda: len(server.service.engine.running) == 1)
@@ -236,14 +236,14 @@ def test_a_sample_that_cannot_be_drawn_fails_alone(decoder: Decoder, monkeypatch
 
 
 def test_a_block_that_fails_ends_its_answers_and_nothing_else(decoder: Decoder, monkeypatch: pytest.MonkeyPatch):
-    decode_block, faults = Batch.decode_block, [RuntimeError("a kernel failed")]
+    decode_block, faults = BlockBatch.decode_block, [RuntimeError("a kernel failed")]
 
-    def failing(batch: Batch) -> Any:
+    def failing(batch: BlockBatch) -> Any:
         if faults:
             raise faults.pop()
         return decode_block(batch)
 
-    monkeypatch.setattr(Batch, "decode_block", failing)
+    monkeypatch.setattr(BlockBatch, "decode_block", failing)
     with live(decoder) as server:
         reply = server.ask(text_chat("Hi", max_tokens=4))
         assert reply.status == 500 and reply.error["code"] == "internal_error" and "kernel" not in reply.error["message"]

@@ -39,17 +39,21 @@ def gated_models(prepared: Callable[[str], Path]) -> Callable[[str], Loaded]:
     return cache(lambda model_type: gated_model(prepared(model_type)))
 
 
-def guess_well(patch: pytest.MonkeyPatch, truths: list[list[int]], rate: float = 0.7) -> None:
-    """Lets drafts be the true answers of a batch, but for some of their tokens."""
+def guess_well(
+    patch: pytest.MonkeyPatch, truths: list[list[int]], rate: float = 0.7, numbers: dict[Any, int] | None = None
+) -> None:
+    """Lets drafts be the true answers of a batch, but for some of their tokens. numbers: which answer is whose, where samples are
+    not their own numbers."""
     longest = max(map(len, truths)) + LONGEST + 2
     truth = torch.tensor([answer + [0] * (longest - len(answer)) for answer in truths])
     generator = torch.Generator().manual_seed(0)
 
-    def told(self: Drafter, drafts: Drafts, accepted_B: torch.Tensor, following_B: torch.Tensor) -> Drafts:
+    def told(self: Drafter, drafts: Drafts, at_B: torch.Tensor, following_B: torch.Tensor) -> Drafts:
         prompt: Any = self.decoder.prompt
-        first = self.at_B + accepted_B + 2 - prompt.length_B
+        first = at_B + 1 - prompt.length_B
         place = (first[:, None] + torch.arange(drafts.ids.shape[1])).clamp(0, longest - 1)
-        ids = truth[self.answers.live].gather(1, place)
+        rows = [one if numbers is None else numbers[one] for one in self.answers.live]
+        ids = truth[rows].gather(1, place)
         wrong = torch.rand(ids.shape, generator=generator) > rate
         return replace(drafts, ids=torch.where(wrong, (ids + 1) % 200, ids))
 

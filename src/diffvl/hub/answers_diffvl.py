@@ -255,6 +255,10 @@ class BatchAnswers:
         if self._first is None:
             self._first = _moment(self.decoder.device)
 
+    def note_drafts(self, sample: int, count: int, accepted: int) -> None:
+        """A draft of `count` tokens for a sample of which the first `accepted` were kept."""
+        self.figures.note(count, accepted)
+
     def extend(self, sample: int, tokens: list[int]) -> bool:
         """Adds final tokens to an answer; True if it ends there."""
         answer = self.answers[sample]

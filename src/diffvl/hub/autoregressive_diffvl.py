@@ -45,7 +45,7 @@ def speculate(answers: BatchAnswers, settings: DecodeSettings, sampling: Samplin
         for sample in range(len(ended)):
             if not ended[sample]:
                 final = [*ids[sample][kept[sample]].tolist(), int(correction[sample])]
-                answers.figures.note(int(masked[sample].sum()) - 1, len(final) - 2)  # the first is no guess
+                answers.note_drafts(sample, int(masked[sample].sum()) - 1, len(final) - 2)  # the first is no guess
                 ended[sample] = answers.extend(sample, final)
         if all(ended):
             return

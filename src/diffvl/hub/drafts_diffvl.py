@@ -21,13 +21,14 @@ Shapes: B batch, m drafts that are checked, k masks of a draft, V vocabulary.
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from .answers_diffvl import BatchAnswers, quota, settled
 from .blocks_diffvl import Piece, Places, clean
 from .costs_diffvl import DraftPlan, plan_of
+from .decoder_diffvl import BlockDecoder
 from .judge_diffvl import Drafts, Judge, Sampling
 from .layout_diffvl import Layout
 from .settings_diffvl import DecodeSettings
@@ -42,11 +43,22 @@ def speculate_gated(answers: BatchAnswers, settings: DecodeSettings, sampling: S
     Raises:
         ValueError: if a prompt is empty.
     """
-    if answers.decoder.counts.has_empty:
-        raise ValueError("mode='speculative' goes on from a prompt, but one is empty")
-    drafter = Drafter(answers, settings, Judge(sampling))
+    drafter = Drafter(answers, settings, Judge(sampling), plan_of(answers.decoder, settings))
     while drafter.go_on():
         pass
+
+
+class Answers(Protocol):
+    """Whose tokens are drafted: `BatchAnswers`, or whoever else keeps answers in its way. live: the samples, by the decoder's
+    rows."""
+
+    decoder: BlockDecoder
+    live: Any
+
+    def note_prediction(self) -> None: ...
+    def note_drafts(self, sample: Any, count: int, accepted: int) -> None: ...
+    def extend(self, sample: Any, tokens: list[int]) -> bool: ...
+    def drop(self, ended: list[bool]) -> bool: ...
 
 
 class Drafter:
@@ -55,14 +67,16 @@ class Drafter:
     Attributes:
         plan: how long drafts are and when they are made. at_B: position of the last known token of each sample, known_B: its id.
         live_B: samples that have not ended. drafts: what the next forward checks; has_drafts: whether any sample has some.
-        last_B: the last position whose prediction an answer may hold. fresh: whether the prompt is still to go in. filled: clean
-        tokens of each sample in the cache.
+        last_B: the last position whose prediction an answer may hold; by the settings, unless somebody sets it.
+        fresh: whether the prompt is still to go in. filled: clean tokens of each sample in the cache.
     """
 
-    def __init__(self, answers: BatchAnswers, settings: DecodeSettings, judge: Judge) -> None:
+    def __init__(self, answers: Answers, settings: DecodeSettings, judge: Judge, plan: DraftPlan) -> None:
+        """Raises ValueError if a prompt is empty."""
         decoder = answers.decoder
-        self.answers, self.decoder, self.settings, self.judge = answers, decoder, settings, judge
-        self.plan: DraftPlan = plan_of(decoder, settings)
+        if decoder.counts.has_empty:
+            raise ValueError("mode='speculative' goes on from a prompt, but one is empty")
+        self.answers, self.decoder, self.settings, self.judge, self.plan = answers, decoder, settings, judge, plan
         prompt, device = decoder.prompt, decoder.device
         self.at_B = prompt.length_B - 1
         self.known_B = prompt.ids.gather(1, self.at_B[:, None])[:, 0]
@@ -91,13 +105,14 @@ class Drafter:
         of_clean, of_masks = decoder.forward(stored, read, asked, every)
         self.answers.note_prediction()
         # 2. The verdict on the drafts, and the next ones: those behind the last that is accepted.
-        verdict = self.judge.verdict(of_clean.view(len(self.ended), checked + 1, -1), self.drafts)
+        verdict = self.judge.verdict(of_clean.view(len(self.ended), checked + 1, -1), self.drafts, self.at_B + 1)
         drafts = Drafts.none(len(self.ended), decoder.device)
         if masks:
             row = torch.arange(len(self.ended), device=decoder.device)
             chosen = of_masks.view(len(self.ended), checked + 1, masks, -1)[row, verdict.accepted_B]
-            drafts = self._refined(self.judge.drafts(chosen), verdict.accepted_B, verdict.following_B)
-            drafts = self._within(drafts, self.at_B + verdict.accepted_B + 1)
+            at_B = self.at_B + verdict.accepted_B + 1
+            drafts = self._refined(self.judge.drafts(chosen, at_B + 1), at_B, verdict.following_B)
+            drafts = self._within(drafts, at_B)
         # 3. Here the device is waited for, once a round.
         columns = [verdict.accepted_B, verdict.following_B, self.drafts.count_B, drafts.count_B]
         accepted, following, counts, fresh_counts = torch.stack(columns).tolist()
@@ -151,8 +166,9 @@ class Drafter:
 
     # --- drafts ----------------------------------------------------------------------------------------------------------------
 
-    def _refined(self, drafts: Drafts, accepted_B: torch.Tensor, following_B: torch.Tensor) -> Drafts:
-        """The drafts after further forwards of their block alone, in which the tokens that have settled stand in it.
+    def _refined(self, drafts: Drafts, at_B: torch.Tensor, following_B: torch.Tensor) -> Drafts:
+        """The drafts behind the tokens `following_B` at `at_B` after further forwards of their block alone, in which the tokens
+        that have settled stand in it.
 
         Greedily the surest settle first. In sampling they settle from the left: only then is each drawn from the distribution
         that it is judged by, whatever the others became.
@@ -161,7 +177,7 @@ class Drafter:
         if steps == 1:
             return drafts
         order = self.settings if self.judge.sampling.is_greedy else replace(self.settings, remasking="sequential")
-        at_B, size = self.at_B + accepted_B + 1, drafts.ids.shape[1]
+        size = drafts.ids.shape[1]
         position = at_B[:, None] + torch.arange(size, device=at_B.device)[None]
         block, one = at_B[:, None].expand_as(position), torch.ones(size, dtype=torch.long, device=at_B.device)
         read = self._piece(position, block, one, self.live_B[:, None] & (position <= self.last_B[:, None]))
@@ -174,7 +190,7 @@ class Drafter:
                 behind = torch.where(open_Bk, self.decoder.config.mask_token_id, drafts.ids)[:, :-1]
                 read = replace(read, ids=torch.cat([following_B[:, None], behind], 1))
                 logits = self.decoder.forward(None, read, None, every)[1]
-                found = self.judge.drafts(logits.view(len(position), size, -1))
+                found = self.judge.drafts(logits.view(len(position), size, -1), at_B + 1)
             quota_B = torch.full_like(at_B, quota(size, step, steps))
             chosen = settled(order, quota_B, open_Bk, found.certainty)
             drafts = _merged(drafts, found, chosen)
@@ -198,7 +214,7 @@ class Drafter:
             if not self.ended[row]:
                 final = [*drafted[row][: accepted[row]], following[row]]
                 self.plan.note(counts[row], accepted[row])
-                self.answers.figures.note(counts[row], accepted[row])
+                self.answers.note_drafts(sample, counts[row], accepted[row])
                 self.ended[row] = self.answers.extend(sample, final)
 
     def _moved(self, accepted_B: torch.Tensor, following_B: torch.Tensor, accepted: list[int], drafts: Drafts) -> bool:
@@ -216,6 +232,10 @@ class Drafter:
         self.known_B, self.drafts = following_B, drafts
         self.live_B = ~torch.tensor(self.ended, device=self.decoder.device)
         self._tidy()
+        return self.leave()
+
+    def leave(self) -> bool:
+        """Lets go of samples that have ended, when it is time; False if none is left."""
         kept = [row for row, done in enumerate(self.ended) if not done]
         before = len(self.ended)
         if self.answers.drop(self.ended):

@@ -124,13 +124,23 @@ def note_places(reached: list[Any], agreed: list[Any], count: int, accepted: int
     return checked
 
 
+def agreed(says: torch.Tensor, drafts: Drafts) -> Verdict:
+    """Keeps drafts up to the first that is not what the checking weights say, int64 [B, m + 1]; what they say there follows."""
+    most = drafts.ids.shape[1]
+    place = torch.arange(most, device=says.device)[None]
+    agrees = (drafts.ids == says[:, :most]) & (place < drafts.count_B[:, None])
+    accepted_B = agrees.long().cumprod(1).sum(1)
+    return Verdict(accepted_B, says.gather(1, accepted_B[:, None])[:, 0])
+
+
 class Judge:
-    """Draws drafts, and judges them."""
+    """Draws drafts, and judges them. `first_B`, int64 [B], is the position of the first token that is drawn or judged of each
+    sample: nothing to this judge, but there are others."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
 
-    def drafts(self, logits: torch.Tensor) -> Drafts:
+    def drafts(self, logits: torch.Tensor, first_B: torch.Tensor | None = None) -> Drafts:
         """Drafts of logits [B, m, V], all of which are checked."""
         batch, count = logits.shape[:2]
         found = self.sampling.distributions(logits.flatten(0, 1))
@@ -141,15 +151,12 @@ class Judge:
         all_B = torch.full((batch,), count, device=logits.device)
         return Drafts(ids.view(batch, count), certainty.view(batch, count), kept, all_B)
 
-    def verdict(self, logits: torch.Tensor, drafts: Drafts) -> Verdict:
+    def verdict(self, logits: torch.Tensor, drafts: Drafts, first_B: torch.Tensor | None = None) -> Verdict:
         """Judges drafts by the logits [B, m + 1, V] of the tokens that they may be, and of the token behind them."""
+        if self.sampling.is_greedy:
+            return agreed(self.sampling.allowed(logits.flatten(0, 1)).argmax(-1).view(logits.shape[:2]), drafts)
         most = drafts.ids.shape[1]
         place = torch.arange(most, device=logits.device)[None]
-        if self.sampling.is_greedy:
-            says = self.sampling.allowed(logits.flatten(0, 1)).argmax(-1).view(logits.shape[:2])
-            agrees = (drafts.ids == says[:, :most]) & (place < drafts.count_B[:, None])
-            accepted_B = agrees.long().cumprod(1).sum(1)
-            return Verdict(accepted_B, says.gather(1, accepted_B[:, None])[:, 0])
         p = self.sampling.distributions(logits.flatten(0, 1)).kept.view(logits.shape)
         accepted_B = torch.zeros(len(p), dtype=torch.long, device=p.device)
         if drafts.kept is not None and most:

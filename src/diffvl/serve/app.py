@@ -97,6 +97,7 @@ def _model(service: Service) -> dict[str, Any]:
         "owned_by": "diffvl",
         "diffvl": {
             "block_size": config.block_size,
+            "drafts": service.drafts,
             "context": config.context,
             "grid": config.grid,
             "max_tokens": limits.answer_tokens,
@@ -284,7 +285,8 @@ class EventStream(Response):
             elif isinstance(found, Tokens):
                 piece = text.add(found.tokens, bool(found.ended))
                 if piece or not found.ended:
-                    progress = {"blocks": found.blocks, "forwards": found.forwards, "tokens": len(text.ids)}
+                    blocks = {} if self._service.drafts else {"blocks": found.blocks}
+                    progress = {**blocks, "forwards": found.forwards, "tokens": len(text.ids)}
                     yield completion.chunk({"content": piece}, diffvl=progress)
                 if found.ended:
                     yield completion.chunk({}, found.ended, diffvl=visit.figures())

@@ -46,6 +46,16 @@ NOT_DONE: dict[str, tuple[tuple[Any, ...], str]] = {
     "prompt_cache_retention": ((), "prompts are not kept"),
     "mode": (("blocks",), "a server decodes in blocks; diffvl generate has the other modes"),
 }
+# Of a lossless checkpoint, whose drafts are no blocks.
+NOT_DRAFTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "mode": (("speculative",), "this model drafts and checks; diffvl generate has the other mode"),
+    "denoising_steps": ((1,), "this model drafts in one forward"),
+    "show_steps": ((False,), "this model drafts and checks: there are no denoising steps to show"),
+    **{
+        name: ((), "this model checks what it drafts: its answers do not depend on how drafts are filled in")
+        for name in ("remasking", "threshold", "entropy_budget")
+    },
+}
 UNUSED = ("user", "safety_identifier")  # names for the caller's own records, which ask for nothing
 NUMBER = (int, float)
 SETTINGS: dict[str, tuple[str, type | tuple[type, ...], str]] = {  # key: field of DecodeSettings, types, their names
@@ -84,7 +94,7 @@ class Asked:
 def asked_in(body: bytes, config: DiffVLConfig, tokenizer: Any, name: str, limits: Limits) -> Asked:
     """Raises Refusal for a body that asks for nothing, or for what is not to be had."""
     given = {key: value for key, value in _object_in(body, limits).items() if value is not None}
-    _refuse_unknown(given)
+    _refuse_unknown(given, NOT_DONE if config.gated_adapter is None else {**NOT_DONE, **NOT_DRAFTED})
     _check_model(given, name)
     settings, names_limit = _settings(given, config, tokenizer, limits)
     streams = _flag(given, "stream")
@@ -127,15 +137,15 @@ def _object_in(body: bytes, limits: Limits) -> dict[str, Any]:
     return found
 
 
-def _refuse_unknown(given: Mapping[str, Any]) -> None:
+def _refuse_unknown(given: Mapping[str, Any], not_done: Mapping[str, tuple[tuple[Any, ...], str]]) -> None:
     for key, value in given.items():
         if key not in KNOWN:
             near = difflib.get_close_matches(short(key), KNOWN, 1)
             raise wrong(
                 short(key), f"{short(key)!r} is not known here" + (f"; {near[0]!r} is" if near else ""), "unknown_parameter"
             )
-        if key in NOT_DONE:
-            neutral, why = NOT_DONE[key]
+        if key in not_done:
+            neutral, why = not_done[key]
             if not any(same(value, one) for one in neutral):
                 allowed = " or ".join(json.dumps(one) for one in neutral)
                 advice = f"leave it out, or send {allowed}" if neutral else "leave it out"

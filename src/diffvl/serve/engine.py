@@ -18,10 +18,12 @@ import torch
 from transformers import BatchFeature
 
 from diffvl.hub.settings_diffvl import DecodeSettings
-from diffvl.serve.batch import Batch, Sample
+from diffvl.serve.block_batch import BlockBatch
 from diffvl.serve.denoising import Step
+from diffvl.serve.draft_batch import DraftBatch
 from diffvl.serve.limits import Limits
 from diffvl.serve.refusals import Refusal, ending
+from diffvl.serve.sample import Sample
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -72,7 +74,10 @@ class Engine:
     """
 
     def __init__(self, model: Any, pad_token_id: int, limits: Limits) -> None:
-        self.batch, self.limits = Batch(model, pad_token_id), limits
+        self.batch: BlockBatch | DraftBatch = (
+            BlockBatch(model, pad_token_id) if model.gate is None else DraftBatch(model, pad_token_id, limits.samples)
+        )
+        self.limits = limits
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
         self.counts = Counts()

@@ -4,6 +4,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from diffvl.serve.draft_batch import DraftBatch
 from diffvl.serve.engine import Engine
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -53,6 +54,10 @@ class _OfEngine(Collector):
             "diffvl_forwards": ("Passes of the trunk.", engine.forwards),
             "diffvl_faults": ("Calls of the model that failed.", engine.counts.faults),
         }
+        if isinstance(engine.batch, DraftBatch):
+            del counters["diffvl_blocks"]
+            counters["diffvl_drafted_tokens"] = ("Tokens of drafts that were checked.", engine.batch.drafted)
+            counters["diffvl_accepted_tokens"] = ("Tokens of drafts that were kept.", engine.batch.accepted)
         return [
             *(GaugeMetricFamily(name, about, value) for name, (about, value) in gauges.items()),
             *(CounterMetricFamily(name, about, value) for name, (about, value) in counters.items()),

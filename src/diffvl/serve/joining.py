@@ -1,4 +1,4 @@
-"""Samples that join a batch which is being decoded, at a block border.
+"""Samples that join a batch which is being decoded, at a block border, or between two rounds of drafts.
 
 What a `BlockDecoder` holds between two blocks is rows: the cache, the layout of what is in it, the open blocks, what waits to be
 committed. Two decoders become one by putting their rows on top of each other and filling up with padding. Invariant: padding is
@@ -18,6 +18,8 @@ from torch.nn.functional import pad
 from diffvl.hub.blocks_diffvl import OpenBlock, Piece, Prefix, Prompt
 from diffvl.hub.cache_diffvl import BlockCache, BufferLayer
 from diffvl.hub.decoder_diffvl import BlockDecoder
+from diffvl.hub.drafts_diffvl import Drafter
+from diffvl.hub.judge_diffvl import Drafts
 from diffvl.hub.layout_diffvl import Layout, Rope
 
 
@@ -33,6 +35,22 @@ def join(first: BlockDecoder, second: BlockDecoder) -> None:
     first.prompt = _prompts(first.prompt, second.prompt)
     first.block = _blocks(first.block, second.block)
     first.last_logits = _logits(first.last_logits, second.last_logits, both)
+
+
+def join_drafters(first: Drafter, second: Drafter) -> None:
+    """Adds the samples of `second` behind those of `first`, between two rounds; `second` is used up. The blocks of the decoders
+    are not what is being decoded, and images are all in the cache."""
+    one, other = first.decoder, second.decoder
+    one.committed, one.prompt = _prefixes(one.committed, other.committed), _prompts(one.prompt, other.prompt)
+    one.committed.has_gaps = True  # of drafts that will not be accepted
+    one.block = _blocks(one.block, other.block)
+    first.at_B, first.known_B = _stacked(first.at_B, second.at_B), _stacked(first.known_B, second.known_B)
+    first.last_B, first.live_B = _stacked(first.last_B, second.last_B), _stacked(first.live_B, second.live_B)
+    first.drafts = Drafts(**_fields(first.drafts, second.drafts, {}), kept=None)
+    first.filled += second.filled
+    first.ended += second.ended
+    first.has_drafts |= second.has_drafts
+    first.answers.live += second.answers.live
 
 
 def _stacked(first: torch.Tensor, second: torch.Tensor, fill: int = 0) -> torch.Tensor:

@@ -32,11 +32,6 @@ def serve(directory: Path, host: str, port: int, keys: Sequence[str], name: str 
     taken = _bound(host, port)  # before the weights are read: what cannot be served need not be loaded
     with taken:
         decoder = load_for_decoding(directory)
-        if decoder.model.gate is not None:
-            raise UsageError(
-                f"{directory} is a lossless conversion, whose drafts a server does not decode yet: answer with diffvl generate, "
-                "or serve a converted checkpoint"
-            )
         service = Service(decoder, name or directory.resolve().name, limits)
         config = uvicorn.Config(
             make_app(service, keys),

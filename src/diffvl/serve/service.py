@@ -33,10 +33,16 @@ LONGEST_RETRY = 60  # seconds that a client is told to stay away
 
 
 class Service:
-    """A checkpoint that answers requests. name: under which it is served."""
+    """A checkpoint that answers requests.
+
+    Attributes:
+        name: under which it is served. drafts: whether it drafts and checks as a lossless checkpoint does,
+        and denoises no block.
+    """
 
     def __init__(self, decoder: Decoder, name: str, limits: Limits) -> None:
         self.decoder, self.name, self.limits = decoder, name, limits
+        self.drafts = decoder.model.gate is not None
         self.created = int(time.time())
         self.engine = Engine(decoder.model, decoder.processor.pad_token_id, limits)
         self.figures = Figures(self.engine)
@@ -157,8 +163,9 @@ class Visit:
         """What an answer has cost."""
         assert self.job is not None
         sample, joined = self.job.sample, self.job.joined or self.arrived
+        drafted = {"drafted": sample.drafted, "accepted": sample.accepted}
         return {
-            "blocks": sample.blocks,
+            **(drafted if self._service.drafts else {"blocks": sample.blocks}),
             "forwards": sample.forwards,
             "tokens_per_forward": round(len(sample.answer) / max(sample.forwards, 1), 3),
             "waited_seconds": round(joined - self.arrived, 4),

@@ -3,69 +3,25 @@
 Invariants: what a sample answers does not depend on its neighbours, greedy or sampled: every rule looks at its own rows, and a
 sample that draws has a generator of its own. Nothing here knows of clients; `engine.py` decides who joins.
 
-Shapes: B batch, D block size, M masked tokens, L prompt tokens.
+Shapes: B batch, D block size.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
 from transformers import BatchFeature
 
-from diffvl.hub.answers_diffvl import Picker, cut, picker
+from diffvl.hub.answers_diffvl import Picker, picker
 from diffvl.hub.decoder_diffvl import BlockDecoder
 from diffvl.hub.judge_diffvl import Sampling
 from diffvl.hub.masks_diffvl import block_kernels
-from diffvl.hub.pixels_diffvl import join_pixels
-from diffvl.hub.processing_diffvl import TEXT_INPUTS, pixels_in
-from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.serve.denoising import Group, Step, denoise
 from diffvl.serve.joining import join
+from diffvl.serve.sample import Sample, inputs_of
 
 
-@dataclass(eq=False)
-class Sample:
-    """One prompt on its way to an answer.
-
-    inputs: what the processor gave for it, alone; nothing any more once the prompt is taken in.
-    settings: checked and filled in for the checkpoint, with the tokenizer. on_step: is shown every denoising step, in the model's
-    thread; None for nobody. draw: what makes tokens of logits where the sample draws, with a generator of its own.
-    answer: its tokens so far. ended: why it has ended, "stop" or "length"; None while it goes on. blocks, forwards: so far.
-    """
-
-    inputs: BatchFeature
-    settings: DecodeSettings
-    on_step: Callable[[Step], None] | None = None
-    draw: Picker | None = None
-    answer: list[int] = field(default_factory=list)
-    ended: str | None = None
-    blocks: int = 0
-    forwards: int = 0
-    prompt_tokens: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.prompt_tokens = self.inputs["input_ids"].shape[1]
-
-    def extend(self, tokens: list[int]) -> None:
-        """Adds the tokens of a finished block, up to where the answer ends."""
-        before = len(self.answer)
-        self.answer.extend(tokens)
-        if cut(self.answer, before, self.settings):
-            self.ended = self._reason(before + len(tokens))
-
-    def _reason(self, whole: int) -> str:
-        """An answer that fills its limit without having been cut before ended for its length."""
-        stops = self.settings.eos_token_id
-        assert stops is not None
-        if len(self.answer) < min(whole, self.settings.max_new_tokens) or self.answer[-1] in stops:
-            return "stop"
-        text = self.settings.tokenizer.decode(self.answer, skip_special_tokens=False) if self.settings.stop_strings else ""
-        return "stop" if any(string in text for string in self.settings.stop_strings) else "length"
-
-
-class Batch:
+class BlockBatch:
     """Samples that are decoded together.
 
     Attributes:
@@ -93,9 +49,8 @@ class Batch:
         """
         for sample in samples:
             self._picker(sample, self.model.device)  # a setting that nothing can be drawn by fails here, and not the whole batch
-        ids, valid, marks, pixels = self._inputs(samples)
         with block_kernels(self.model.trunk):
-            decoder = BlockDecoder(self.model, ids, valid, marks, pixels)
+            decoder = BlockDecoder(self.model, *inputs_of(samples, self.pad_token_id, self.model.device))
             decoder.prefill()
             decoder.flush()
             going_on = list(samples)
@@ -164,20 +119,6 @@ class Batch:
         self.forwards += made
         for sample in samples:
             sample.forwards += made
-
-    # --- what goes in ----------------------------------------------------------------------------------------------------------
-
-    def _inputs(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """The prompts as one batch on the model's device: ids, valid tokens and earlier answers, [B, L], padded left; pixels."""
-        longest, device = max(sample.prompt_tokens for sample in samples), self.model.device
-
-        def rows(name: str, fill: int) -> torch.Tensor:
-            given = [sample.inputs[name] for sample in samples]
-            return torch.cat([pad(row, (longest - row.shape[1], 0), value=fill) for row in given]).to(device)
-
-        ids, valid, marks = (rows(name, self.pad_token_id if name == "input_ids" else 0) for name in TEXT_INPUTS)
-        pixels = join_pixels([pixels_in(sample.inputs) for sample in samples])
-        return ids, valid.bool(), marks, {name: value.to(device) for name, value in pixels.items()}
 
     # --- who chooses how -------------------------------------------------------------------------------------------------------
 
