@@ -208,8 +208,8 @@ def _number(value: Any) -> str:
 def parser() -> argparse.ArgumentParser:
     words = argparse.ArgumentParser(description="DiffusionVL's two stages: data, plan, question, training, evaluation.")
     words.add_argument("--recipe", default="llava", help="with the stages align and diffuse; a step gets the published samples")
-    words.add_argument("--model", default=MODEL, help="the language model")
-    words.add_argument("--data", type=Path, default=Path("data"), help="folder of the data, about 120 GB")
+    words.add_argument("--model", help=f"the language model; default: {MODEL}")
+    words.add_argument("--data", type=Path, help="folder of the data, about 120 GB; default: data")
     words.add_argument("--out", type=Path, help="where the run is written")
     words.add_argument("--gpus", type=int, help="GPUs of this machine that train; default: all")
     words.add_argument(
@@ -237,14 +237,17 @@ def chosen(given: argparse.Namespace) -> Choice:
     if given.gpus is not None and given.gpus < 1:
         raise UsageError(f"GPUS={given.gpus}: expected 1 or more")
     smoke = given.scale == "smoke"
+    for name in ("model", "data"):
+        if smoke and getattr(given, name) is not None:
+            raise UsageError(f"{name.upper()} has no effect with SCALE=smoke, which makes stand-ins: leave one of them out")
     processes = int(machine[1]) if machine else given.gpus or (1 if smoke else max(1, torch.cuda.device_count()))
-    root = SMOKE
+    root, model = SMOKE, given.model or MODEL
     return Choice(
         recipe=given.recipe,
-        model=str(root / "models" / f"trunk-{TRUNK}") if smoke else given.model,
-        data=root / "data" if smoke else given.data,
+        model=str(root / "models" / f"trunk-{TRUNK}") if smoke else model,
+        data=root / "data" if smoke else given.data or Path("data"),
         out=given.out
-        or (root / Path(given.recipe).stem if smoke else Path("runs") / f"{Path(given.model).name}-{Path(given.recipe).stem}"),
+        or (root / Path(given.recipe).stem if smoke else Path("runs") / f"{Path(model).name}-{Path(given.recipe).stem}"),
         processes=processes,
         machine=given.machine,
         smoke=smoke,

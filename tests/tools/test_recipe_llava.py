@@ -105,6 +105,8 @@ def test_several_processes_are_launched_by_accelerate():
         ),
         (["--recipe", "vlm", "--dry-run"], "RECIPE=vlm: has the stages diffuse, and this run trains align and diffuse"),
         (["--recipe", "lava", "--dry-run"], "--recipe 'lava': neither a file nor a known recipe"),
+        (["--scale", "smoke", "--yes", "--data", "d"], "DATA has no effect with SCALE=smoke, which makes stand-ins"),
+        (["--scale", "smoke", "--yes", "--model", "m"], "MODEL has no effect with SCALE=smoke, which makes stand-ins"),
         ([], "no terminal is there to ask on: say YES=1 to train without a question, or DRY_RUN=1 for the plan alone"),
     ],
 )

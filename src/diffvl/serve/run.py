@@ -32,6 +32,8 @@ def serve(directory: Path, host: str, port: int, keys: Sequence[str], name: str 
     taken = _bound(host, port)  # before the weights are read: what cannot be served need not be loaded
     with taken:
         decoder = load_for_decoding(directory)
+        if decoder.model.gate is not None:
+            log.info("%s drafts: timing forwards, to know which drafts pay on this machine", directory)
         service = Service(decoder, name or directory.resolve().name, limits)
         config = uvicorn.Config(
             make_app(service, keys),
