@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from browser import Browser, program
+from gated_models import gated_model
 from live_server import Live, image_chat, live, text_chat
 from shared_fixtures import Loaded
 
@@ -30,14 +31,24 @@ def server(loaded: Callable[[str], Loaded]) -> Iterator[Live]:
         yield started
 
 
-def test_openai_client(server: Live, tmp_path: Path):
+@pytest.fixture(scope="module")
+def drafting(prepared: Callable[[str], Path]) -> Iterator[Live]:
+    """A lossless checkpoint."""
+    with live(Decoder(*gated_model(prepared("qwen2"))), Limits(answer_tokens=300), keys=["secret"]) as started:
+        yield started
+
+
+@pytest.mark.parametrize("kind", ["server", "drafting"])
+def test_openai_client(kind: str, request: pytest.FixtureRequest, tmp_path: Path):
     """Whole and streamed, with a picture, 32 at once, and its mistakes as its own exceptions."""
+    server: Live = request.getfixturevalue(kind)
     python = FOLDER / "openai" / "bin" / "python"
     if not python.is_file():
         pytest.skip(f"no {python}: make this environment with the package openai in it, or set CLIENTS")
     requests = []
     for number in range(32):
-        more = {"model": "tiny", "max_tokens": 6 + number % 7, "extra_body": {"denoising_steps": 1 + number % 4}}
+        own = {"denoising_steps": 1 + number % 4} if kind == "server" else {}
+        more = {"model": "tiny", "max_tokens": 6 + number % 7, "extra_body": own}
         text = ("Hi", "What is it?", "Name every colour.")[number % 3]
         requests.append(image_chat(text, data_url(png(24 + number)), **more) if number % 2 else text_chat(text, **more))
     file = tmp_path / "requests.json"
@@ -48,10 +59,11 @@ def test_openai_client(server: Live, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     plain = [{**{key: value for key, value in one.items() if key != "extra_body"}, **one["extra_body"]} for one in requests]
-    expected = [server.ask(request, Authorization="Bearer secret").text for request in plain]
+    expected = [server.ask(one, Authorization="Bearer secret").text for one in plain]
     assert found["at_once"] == expected and len(set(expected)) > 8
     assert found["whole"] == [stream["text"] for stream in found["streamed"]] == expected[:4]
-    assert all(stream["pieces"] > 1 and stream["ended"] == "length" for stream in found["streamed"])
+    assert {stream["ended"] for stream in found["streamed"]} <= ({"length"} if kind == "server" else {"length", "stop"})
+    assert all(stream["pieces"] > 1 for stream in found["streamed"] if len(stream["text"]) > 1), found["streamed"]
     assert [stream["usage"] for stream in found["streamed"]] == found["usage"]
     assert found["models"] == ["tiny"] and found["model"] == "tiny"
     kinds = {name: told[:3] for name, told in found["refused"].items()}
@@ -137,6 +149,27 @@ def test_the_page_in_a_browser(server: Live, tmp_path: Path):
         browser.choose_file("#file", written(tmp_path / "b.png"))
         browser.wait("document.querySelectorAll('#thumbs img').length === 1")
         browser.photograph(tmp_path / "page.png")
+        assert not browser.faults, browser.faults
+
+
+def test_the_page_of_a_model_that_drafts(drafting: Live, tmp_path: Path):
+    """Without settings that would have no effect, and with what became of the drafts."""
+    if program() is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(f"http://127.0.0.1:{drafting.port}/")
+        browser.wait("document.getElementById('model').textContent.includes('API key')")
+        browser.run("document.getElementById('key').value = 'secret'; document.getElementById('key').onchange()")
+        browser.wait("document.getElementById('model').textContent === 'tiny, drafts of up to 4 tokens'")
+        browser.faults.clear()  # the answer 401 to the question for models
+        browser.run("document.querySelector('details').open = true; document.getElementById('max_tokens').value = 20")
+        assert browser.run("document.getElementById('remasking').offsetParent === null")
+        browser.run(ASK.replace("TEXT", '"What is it?"'))
+        browser.wait("document.getElementById('talk').textContent.includes('ended: ')")
+        said = browser.run("document.querySelector('.turn.assistant p').textContent")
+        assert said == drafting.ask(text_chat("What is it?", max_tokens=20), Authorization="Bearer secret").text
+        told = browser.run("document.querySelector('.turn.assistant small').textContent")
+        assert "forwards" in told and "tokens per forward" in told and "block" not in told
         assert not browser.faults, browser.faults
 
 

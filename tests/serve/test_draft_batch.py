@@ -22,7 +22,10 @@ GREEDY = [DecodeSettings(max_new_tokens=limit) for limit in (9, 17, 14, 6, 13, 1
 DRAWN = [DecodeSettings(max_new_tokens=12, temperature=1.0, seed=seed, top_k=20) for seed in range(3)]
 
 
-@pytest.fixture(params=["qwen2", pytest.param("gemma2", marks=pytest.mark.slow), "llava"])
+SLOW = [pytest.param(one, marks=pytest.mark.slow) for one in ("gemma2", "gemma3", "qwen3_vl")]
+
+
+@pytest.fixture(params=["qwen2", "llava", *SLOW])
 def gated(request: pytest.FixtureRequest, prepared: Callable[[str], Path]) -> Loaded:
     return gated_model(prepared(request.param))
 
