@@ -131,6 +131,19 @@ def test_the_page_is_made_of_the_results_alone(tmp_path: Path):
         assert f"(fidelity/{name}.svg)" in text and root.tag.endswith("svg")
 
 
+def test_the_page_says_which_run_was_made_on_which_machine(tmp_path: Path):
+    results = study_of_three_seeds()
+
+    def page() -> str:
+        for one in results:
+            write_result(one, tmp_path / "results")
+        return write_study_page(tmp_path / "results", tmp_path / "docs").read_text(encoding="utf-8")
+
+    assert "On 2 cores of a CPU, 2 of them to a run, torch 2, 2026-01-01." in page()
+    results[-1] = replace(results[-1], machine={**MACHINE, "cpu": "another"})
+    assert "b-2, c-0, c-1, c-2, f-0, f-1 on 2 cores of a CPU" in (text := page()) and "; f-2 on 2 cores of another, 2 of" in text
+
+
 def test_verdicts_turn_with_the_figures():
     worse = [replace(one, gradient_noise=0.9 + one.seed / 50) if one.variant == "c" else one for one in study_of_three_seeds()]
     answers = {(one.claim.text): one.answer for one in judge_all(by_variant(worse))}

@@ -107,14 +107,11 @@ def _variants(found: Sorted) -> Iterator[str]:
 
 def _cost(results: Sequence[Result], pilot: Pilot | None) -> Iterator[str]:
     if results:
-        first = results[0]
-        total = sum(one.seconds for one in results)
-        machine = first.machine
+        first, total = results[0], sum(one.seconds for one in results)
         yield (
-            f"{len(results)} runs of {first.steps} steps took {duration(total)} together, measuring included, on "
-            f"{machine['cores']} cores of {machine['cpu']}, {machine['threads']} of them to a run, torch {machine['torch']}, "
-            f"{machine['date']}. {first.settings['test']} test questions, {first.settings['answers']} answered in each "
-            "evaluation during training.\n"
+            f"{len(results)} runs of {first.steps} steps took {duration(total)} together, measuring included. "
+            f"{first.settings['test']} test questions, {first.settings['answers']} answered in each evaluation during training. "
+            f"{_machines(results)}\n"
         )
     elif pilot is not None:
         runs = [(key, seed) for seed in SEEDS for key in VARIANTS if VARIANTS[key].recipe is None]
@@ -126,6 +123,23 @@ def _cost(results: Sequence[Result], pilot: Pilot | None) -> Iterator[str]:
             f"torch {machine['torch']}, {machine['date']}. The processor's seconds, over all cores: {pilot.step:.1f} a step, "
             f"{pilot.align_step:.1f} a step of align, {pilot.answer:.2f} an answer in batches of 8.\n"
         )
+
+
+def _machines(results: Sequence[Result]) -> str:
+    """On what the runs were made. A later machine than a seed's first has its align checkpoint and its twin anew."""
+    runs: dict[tuple[str, str], list[str]] = {}
+    for one in results:
+        machine = one.machine
+        where = f"{machine['cores']} cores of {machine['cpu']}, {machine['threads']} of them to a run, torch {machine['torch']}"
+        runs.setdefault((where, machine["date"]), []).append(f"{one.variant}-{one.seed}")
+    if len(runs) == 1:
+        ((where, date),) = runs
+        return f"On {where}, {date}."
+    told = "; ".join(f"{', '.join(sorted(names))} on {where}, {date}" for (where, date), names in runs.items())
+    return (
+        f"Form and seed: {told}. Where the runs of a seed are spread over machines, each machine trained the seed's align "
+        "checkpoint and, to time beside, its AR twin anew; exact match is held against the first twin."
+    )
 
 
 # --- verdicts ----------------------------------------------------------------------------------------------------------------
