@@ -1,22 +1,25 @@
 """A lossless checkpoint behind a server: answers are its parent's, or drawn from its parent, whoever is decoded beside them."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from gated_models import LONGEST, gated_model, guess_well
-from live_server import image_chat, live
+from live_server import image_chat, live, text_chat
 from served import CHATS, IMAGE, alone, arrivals_of, sample, url_of
 from shared_fixtures import Loaded
 
 from diffvl.decode.answer import Decoder, answer_chats, user_message
 from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.serve import joining
+from diffvl.serve.asked import NOT_DRAFTED
 from diffvl.serve.coupling import PositionDraws
 from diffvl.serve.draft_batch import DraftBatch
 from diffvl.serve.sample import Sample
+from tools.serve_mistakes import mistakes
 
 GREEDY = [DecodeSettings(max_new_tokens=limit) for limit in (9, 17, 14, 6, 13, 1)]
 DRAWN = [DecodeSettings(max_new_tokens=12, temperature=1.0, seed=seed, top_k=20) for seed in range(3)]
@@ -107,6 +110,7 @@ def test_what_is_drawn_depends_on_the_seed_alone(length: int | None, qwen2: Load
     staggered(batch, arrivals_of(samples))
     assert [one.answer for one in samples[: len(DRAWN)]] == wanted and len({tuple(answer) for answer in wanted}) == len(DRAWN)
     assert samples[-1].answer == alone(qwen2, *asked[-1])
+    assert all(one.coupling is None for one in samples)  # the noise of who has ended is let go
     assert bool(batch.drafted) == (length != 0)
 
 
@@ -162,6 +166,49 @@ def test_a_batch_that_is_never_empty_does_not_grow(qwen2: Loaded):
     assert max(widths[20:]) <= max(widths[:20])
 
 
+def test_who_joins_drafts_as_the_batch_does(qwen2: Loaded):
+    """By a choice of its own a newcomer would widen the next round of everybody, or make it one in which nobody else drafts."""
+    batch, widths = batch_of(qwen2), list[int]()
+    for length in (0, 3):
+        batch.clear()
+        batch.plan.is_fused = False
+        batch.plan.masks = lambda checking, count, most=length: 0 if checking else most if count > 1 else 4  # type: ignore[method-assign]
+        endless = [DecodeSettings(max_new_tokens=16, temperature=1.0, seed=seed, eos_token_id=frozenset()) for seed in (1, 2)]
+        old = [sample(qwen2, CHATS[0], settings) for settings in endless]
+        batch.add(*batch.take_in(old))
+        while batch.samples and not any(one.ended for one in old):
+            batch.add(*batch.take_in([sample(qwen2, CHATS[0], DecodeSettings(max_new_tokens=16))]))
+            assert batch._drafter is not None
+            widths.append(batch._drafter.drafts.ids.shape[1])
+            batch.decode_block()
+        rounds = old[0].blocks
+        assert rounds > 6 and all(one.drafted >= length * (rounds // 2 - 1) for one in old)
+    assert set(widths) == {0, 3}
+
+
+def test_a_fault_is_told_to_whom_it_happened(qwen2: Loaded, monkeypatch: pytest.MonkeyPatch):
+    """A prompt that there is no room for fails alone; a round that fails ends its answers; then all is as before."""
+    go_on, faults = DraftBatch._go_on, list[Exception]()
+
+    def failing(batch: DraftBatch, drafter: Any) -> None:
+        if drafter.fresh and max(drafter.filled) > 200:
+            raise torch.OutOfMemoryError("no room")
+        if not drafter.fresh and faults:
+            raise faults.pop()
+        go_on(batch, drafter)
+
+    monkeypatch.setattr(DraftBatch, "_go_on", failing)
+    with live(Decoder(*qwen2)) as server, ThreadPoolExecutor(4) as clients:
+        wanted = server.ask(text_chat("Hi", max_tokens=12)).text
+        asked = [clients.submit(server.ask, text_chat(text, max_tokens=12)) for text in ("Hi", "x" * 250, "Ho", "Hi")]
+        assert [one.result().status for one in asked] == [200, 503, 200, 200]
+        assert asked[0].result().text == asked[3].result().text == wanted
+        faults.append(RuntimeError("a kernel failed"))
+        assert server.ask(text_chat("Hi", max_tokens=12)).status == 500
+        assert server.ask(text_chat("Hi", max_tokens=12)).text == wanted
+        server.wait_until(server.is_empty)
+
+
 def test_over_http(prepared: Callable[[str], Path]):
     """A picture, a stream and draws, asked at once; what an answer has cost; what a request cannot ask for."""
     model, processor = gated_model(prepared("qwen2"))
@@ -182,4 +229,6 @@ def test_over_http(prepared: Callable[[str], Path]):
             refused = server.ask({**picture, key: value})
             assert refused.status == 400 and refused.error["param"] == key and "draft" in refused.error["message"]
         assert server.ask({**picture, "stream": True, "show_steps": True}).error["param"] == "show_steps"
+        wrong = [one for one in mistakes() if one.named in NOT_DRAFTED]
+        assert wrong and all(one.named in server.ask(one.body).error["message"] for one in wrong)
         assert server.ask({**picture, "mode": "speculative", "denoising_steps": 1}).text == wanted

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import BatchFeature
 
-from diffvl.hub.costs_diffvl import PayingPlan
+from diffvl.hub.costs_diffvl import DraftPlan, PayingPlan
 from diffvl.hub.decoder_diffvl import BlockDecoder
 from diffvl.hub.drafts_diffvl import Drafter
 from diffvl.hub.masks_diffvl import block_kernels
@@ -51,7 +51,7 @@ class DraftBatch:
             decoder = BlockDecoder(self.model, *inputs_of(samples, self.pad_token_id, device))
             answers = _Answers(decoder, list(samples))
             judge = CoupledJudge(lambda: [sample.coupling for sample in answers.live], device, config)
-            drafter = Drafter(answers, DecodeSettings(), judge, self.plan)
+            drafter = Drafter(answers, DecodeSettings(), judge, self._joining_plan())
             new_B = torch.tensor([sample.settings.max_new_tokens for sample in samples], device=device)
             drafter.last_B = decoder.prompt.length_B + new_B - 2
             self._go_on(drafter)
@@ -90,6 +90,11 @@ class DraftBatch:
             self._drafter = None
         return [sample for sample in before if sample.ended]
 
+    def _joining_plan(self) -> DraftPlan:
+        """How samples draft as their prompts go in: as many tokens as the batch checks in its next round, which they join. By a
+        choice of their own that round would be longer for everybody, or the batch would not draft in it."""
+        return self.plan if self._drafter is None else DraftPlan(self._drafter.drafts.ids.shape[1], "separate")
+
     def _go_on(self, drafter: Drafter) -> None:
         """One round, and what it has cost and given."""
         before, samples = drafter.decoder.forwards, list(drafter.answers.live)
@@ -119,6 +124,8 @@ class _Answers:
 
     def extend(self, sample: Sample, tokens: list[int]) -> bool:
         sample.extend(tokens)
+        if sample.ended is not None:
+            sample.coupling = None  # its noise is as large as some logits, and a client may take long to read
         return sample.ended is not None
 
     def drop(self, ended: list[bool]) -> bool:
