@@ -48,7 +48,7 @@ NOT_DONE: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 # Of a lossless checkpoint, whose drafts are no blocks.
 NOT_DRAFTED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "mode": (("speculative",), "this model drafts and checks; diffvl generate has the other mode"),
+    "mode": (("speculative",), "this model drafts and checks; diffvl generate has the other modes"),
     "denoising_steps": ((1,), "this model drafts in one forward"),
     "show_steps": ((False,), "this model drafts and checks: there are no denoising steps to show"),
     **{

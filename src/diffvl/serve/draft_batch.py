@@ -64,6 +64,7 @@ class DraftBatch:
         """Lets samples join, whose prompts `take_in` has taken in."""
         if not samples:
             return
+        drafter.plan = self.plan
         if self._drafter is None:
             self._drafter = drafter
         else:
