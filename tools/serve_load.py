@@ -319,12 +319,14 @@ def started(directory: Path, words: Sequence[str]) -> Iterator[tuple[str, int]]:
     program = [sys.executable, "-m", "diffvl.cli", "serve", str(directory), "--port", "0", *words]
     with subprocess.Popen(program, stderr=subprocess.PIPE, text=True, env=os.environ) as running:
         assert running.stderr is not None
-        first = running.stderr.readline()
-        if " at http://" not in first:
-            raise LoadError(f"the server did not start: {first}{running.stderr.read()}")
+        told: list[str] = []  # it may say more before its address
+        while not told or " at http://" not in told[-1]:
+            told.append(running.stderr.readline())
+            if not told[-1]:
+                raise LoadError(f"the server did not start: {''.join(told)}")
         reader = threading.Thread(target=lambda log: [None for _ in log], args=(running.stderr,))
         reader.start()
-        address = urlsplit(first.partition(" at ")[2].partition(": ")[0])
+        address = urlsplit(told[-1].partition(" at ")[2].partition(": ")[0])
         try:
             assert address.hostname is not None and address.port is not None
             _wait_for(address.hostname, address.port)
