@@ -11,10 +11,10 @@ from gated_models import LONGEST, gated_models, guess_well
 from helpers import random_image
 from shared_fixtures import Loaded
 
-from diffvl.hub import drafts_diffvl
+from diffvl.hub import costs_diffvl
 from diffvl.hub.blocks_diffvl import Prefix
 from diffvl.hub.cache_diffvl import StaticBlockCache
-from diffvl.hub.costs_diffvl import Acceptance, Costs, measured
+from diffvl.hub.costs_diffvl import Acceptance, Costs, DraftPlan, PayingPlan, measured
 from diffvl.hub.decoder_diffvl import BlockDecoder
 
 WAYS: list[dict[str, Any]] = [
@@ -102,7 +102,7 @@ def test_nothing_goes_in_behind_the_context(gated: Callable[[str], Loaded]):
 
 def test_long_prompts_go_in_without_masks(gated: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch):
     truth = answers(gated("llama"), CHATS, mode="ar", max_new_tokens=9)
-    monkeypatch.setattr(drafts_diffvl, "LONGEST_FUSED", 10)
+    monkeypatch.setattr(costs_diffvl, "LONGEST_FUSED", 10)
     for way in (WAYS[1], WAYS[2], {**WAYS[1], **STATIC}):
         assert answers(gated("llama"), CHATS, max_new_tokens=9, **way) == truth
 
@@ -198,6 +198,19 @@ def test_the_length_that_pays(
         assert set(widths[1:]) == {length}
 
 
+def test_drafts_behind_an_answers_end_count_for_nothing(gated: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch):
+    """They may be as right as they like: where answers are short, longer drafts do not pay."""
+    settings: dict[str, Any] = {"max_new_tokens": 24, "draft_length": LONGEST, "drafting": "fused"}
+    truth = answers(gated("qwen2"), CHATS[:1], mode="ar", max_new_tokens=24, eos_token_id=-1)
+    end = next(place for place in range(1, LONGEST) if truth[0][place] not in truth[0][:place])
+    guess_well(monkeypatch, truth, 1.0)
+    noted: list[tuple[int, int]] = []
+    monkeypatch.setattr(DraftPlan, "note", lambda self, count, accepted: noted.append((count, accepted)))
+    output = generated(gated("qwen2"), CHATS[:1], eos_token_id=truth[0][end], **settings)
+    assert output.tokens == end + 1 and output.drafts is not None and output.drafts.accepted == LONGEST
+    assert noted == [(0, 0), (LONGEST, end)]
+
+
 def test_a_draft_takes_a_forward_for_each_token_at_most(gated: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch):
     """And the plan counts them: a short draft is not charged for steps that it does not take, nor a long one let off."""
     costs = Costs((1, 256), (1.0, 1.0), (1.0, 1.0))
@@ -210,6 +223,37 @@ def test_a_draft_takes_a_forward_for_each_token_at_most(gated: Callable[[str], L
     both: list[Any] = [generated(gated("llama"), CHATS[:1], denoising_steps=steps, **settings) for steps in (1, 4)]
     one, four = both
     assert one.forwards == four.forwards and torch.equal(one.sequences, four.sequences)
+
+
+@pytest.mark.parametrize(
+    ("costs", "tokens", "batch", "pays"),
+    [
+        (Costs((1, 256), (1.0, 1.0), (1.0, 1.0)), 1000, 1, True),  # tokens are free
+        (Costs((1, 257), (0.03, 0.158), (0.045, 0.237)), 10, 1, True),  # each is paid for, and half as much again with adapters
+        (Costs((1, 257), (0.03, 0.158), (0.045, 0.237)), 400, 1, False),
+        (Costs((1, 257), (0.03, 0.158), (0.045, 0.237)), 10, 9, False),  # one of many, who pay for it
+        (Costs((1, 256), (1.0, 1.0), (1.0, 1.0)), 1000, 9, True),
+    ],
+)
+@pytest.mark.parametrize("drafting", ["separate", "fused"])
+def test_masks_in_the_prompts_forward_where_that_pays(
+    costs: Costs,
+    tokens: int,
+    batch: int,
+    pays: bool,
+    drafting: str,
+    gated: Callable[[str], Loaded],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """There the whole prompt goes through the adapters, and all that it can save is a draft."""
+    monkeypatch.setattr("diffvl.hub.costs_diffvl.measured", lambda model, most: costs)
+    model, _ = gated("llama")
+    for held in ("_costs", "_acceptance"):
+        model.__dict__.pop(held, None)
+    plan = PayingPlan(model, LONGEST, drafting, 1, 1)
+    assert plan.pays_in_prompt(LONGEST, 1, tokens, batch) == pays and not plan.pays_in_prompt(0, 1, tokens, batch)
+    if batch == 1:
+        assert (plan.prompt_masks(1, tokens) > 0) == pays
 
 
 def test_forwards_are_timed_on_text(gated: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch):

@@ -255,6 +255,10 @@ class BatchAnswers:
         if self._first is None:
             self._first = _moment(self.decoder.device)
 
+    def length(self, sample: int) -> int:
+        """Tokens of an answer so far."""
+        return len(self.answers[sample])
+
     def note_drafts(self, sample: int, count: int, accepted: int) -> None:
         """A draft of `count` tokens for a sample of which the first `accepted` were kept."""
         self.figures.note(count, accepted)

@@ -28,6 +28,7 @@ MOST_TIMED = 256  # tokens; what longer forwards cost follows from the two longe
 FIRST_GUESS = 0.6  # of the acceptance at a place that no draft has reached
 WEIGHT = 4.0  # drafts that the guess counts as
 MEMORY = 512.0  # drafts at a place after which older ones count half
+LONGEST_FUSED = 1024  # tokens of a prompt that goes in together with the first masks, where nobody knows what that costs
 WAIT = 64  # forwards without drafts after which one is tried again
 
 
@@ -169,6 +170,10 @@ class DraftPlan:
         """How many masks stand behind each clean token of the coming forward. checking: it checks drafts. batch: samples."""
         return self.length if self.is_fused or not checking else 0
 
+    def prompt_masks(self, rows: int, tokens: int) -> int:
+        """How many masks stand behind the last token of each of some prompts; `tokens` of each, padding included."""
+        return self.masks(False, rows) if tokens <= LONGEST_FUSED else 0
+
     def note(self, count: int, accepted: int) -> None:
         """Hears of a draft of `count` tokens of which the first `accepted` were kept."""
 
@@ -196,6 +201,25 @@ class PayingPlan(DraftPlan):
             self.idle, way, length = 0, self.ways[0], 1
         self.is_fused, self.length = way == "fused", length
         return length
+
+    def prompt_masks(self, rows: int, tokens: int) -> int:
+        length = self.masks(False, rows)
+        return length if self.pays_in_prompt(length, rows, tokens, rows) else 0
+
+    def pays_in_prompt(self, length: int, rows: int, tokens: int, batch: int) -> bool:
+        """Whether masks in the forward of some prompts save more than they cost: all of its tokens go through the adapters then.
+        batch: samples that are decoded, those of the prompts among them."""
+        if not length:
+            return False
+        costs = self.costs
+        cost = costs.seconds(rows * (tokens + length), True) - costs.seconds(rows * tokens, False)
+        way = "fused" if self.is_fused else "separate"
+        of_token = 1 / costs.tokens_per_second(way, length, batch, self.acceptance, self.steps)
+        if self.is_fused or batch > rows:  # else nothing would be checked in the next forward
+            saved = self.acceptance.expected(length) * of_token * rows / batch
+        else:
+            saved = costs.seconds(rows * (length + 1), True) - of_token
+        return saved > cost
 
     def note(self, count: int, accepted: int) -> None:
         self.acceptance.note(count, accepted)

@@ -33,7 +33,6 @@ from .judge_diffvl import Drafts, Judge, Sampling
 from .layout_diffvl import Layout
 from .settings_diffvl import DecodeSettings
 
-LONGEST_FUSED = 1024  # tokens of a prompt that goes in together with the first masks; a longer one that goes alone needs no mask
 GAPS = 0.25  # share of padding in the cache that is let be
 
 
@@ -55,6 +54,7 @@ class Answers(Protocol):
     decoder: BlockDecoder
     live: Any
 
+    def length(self, sample: Any) -> int: ...
     def note_prediction(self) -> None: ...
     def note_drafts(self, sample: Any, count: int, accepted: int) -> None: ...
     def extend(self, sample: Any, tokens: list[int]) -> bool: ...
@@ -96,10 +96,9 @@ class Drafter:
         decoder = self.decoder
         # 1. One forward of clean tokens, and of masks behind each of them where drafts are to be made.
         checked = self.drafts.ids.shape[1]
-        masks = self.plan.masks(self.has_drafts, sum(not done for done in self.ended))
         stored, asked = self._prompt() if self.fresh else self._clean()
-        if self.fresh and stored.ids.shape[1] > LONGEST_FUSED:
-            masks = 0
+        live = sum(not done for done in self.ended)
+        masks = self.plan.prompt_masks(*stored.ids.shape) if self.fresh else self.plan.masks(self.has_drafts, live)
         read = self._masks(checked + 1, masks) if masks else None
         every = None if read is None else Places.true_in(torch.ones_like(read.layout.valid), read.ids.numel())
         of_clean, of_masks = decoder.forward(stored, read, asked, every)
@@ -213,9 +212,11 @@ class Drafter:
         for row, sample in enumerate(self.answers.live):
             if not self.ended[row]:
                 final = [*drafted[row][: accepted[row]], following[row]]
-                self.plan.note(counts[row], accepted[row])
                 self.answers.note_drafts(sample, counts[row], accepted[row])
+                before = self.answers.length(sample)
                 self.ended[row] = self.answers.extend(sample, final)
+                # What was drafted behind an answer's end has saved nothing, however right it was.
+                self.plan.note(counts[row], min(accepted[row], self.answers.length(sample) - before))
 
     def _moved(self, accepted_B: torch.Tensor, following_B: torch.Tensor, accepted: list[int], drafts: Drafts) -> bool:
         """Puts every sample where its last known token stands now; False if none is left."""

@@ -51,7 +51,12 @@ class DraftBatch:
             decoder = BlockDecoder(self.model, *inputs_of(samples, self.pad_token_id, device))
             answers = _Answers(decoder, list(samples))
             judge = CoupledJudge(lambda: [sample.coupling for sample in answers.live], device, config)
-            drafter = Drafter(answers, DecodeSettings(), judge, self._joining_plan())
+            plan = (
+                self.plan
+                if self._drafter is None
+                else _JoiningPlan(self.plan, self._drafter.drafts.ids.shape[1], len(self.samples))
+            )
+            drafter = Drafter(answers, DecodeSettings(), judge, plan)
             new_B = torch.tensor([sample.settings.max_new_tokens for sample in samples], device=device)
             drafter.last_B = decoder.prompt.length_B + new_B - 2
             self._go_on(drafter)
@@ -91,11 +96,6 @@ class DraftBatch:
             self._drafter = None
         return [sample for sample in before if sample.ended]
 
-    def _joining_plan(self) -> DraftPlan:
-        """How samples draft as their prompts go in: as many tokens as the batch checks in its next round, which they join. By a
-        choice of their own that round would be longer for everybody, or the batch would not draft in it."""
-        return self.plan if self._drafter is None else DraftPlan(self._drafter.drafts.ids.shape[1], "separate")
-
     def _go_on(self, drafter: Drafter) -> None:
         """One round, and what it has cost and given."""
         before, samples = drafter.decoder.forwards, list(drafter.answers.live)
@@ -110,11 +110,26 @@ class DraftBatch:
             sample.forwards += made
 
 
+class _JoiningPlan(DraftPlan):
+    """How samples draft as their prompts go in: as many tokens as the batch of `batch` samples checks in its next round, where
+    that pays. By a choice of their own that round would be longer for everybody, or the batch would not draft in it."""
+
+    def __init__(self, plan: PayingPlan, length: int, batch: int) -> None:
+        super().__init__(length, "separate")
+        self._plan, self._batch = plan, batch
+
+    def prompt_masks(self, rows: int, tokens: int) -> int:
+        return self.length if self._plan.pays_in_prompt(self.length, rows, tokens, self._batch + rows) else 0
+
+
 class _Answers:
     """Samples as the answers of a drafter: they leave as soon as they have ended."""
 
     def __init__(self, decoder: BlockDecoder, samples: list[Sample]) -> None:
         self.decoder, self.live = decoder, samples
+
+    def length(self, sample: Sample) -> int:
+        return len(sample.answer)
 
     def note_prediction(self) -> None:
         """Nobody asks when that was."""
