@@ -256,6 +256,17 @@ def test_masks_in_the_prompts_forward_where_that_pays(
         assert (plan.prompt_masks(1, tokens) > 0) == pays
 
 
+def test_a_slow_model_is_not_timed_for_minutes(gated: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch):
+    """Nor again at the next call."""
+    monkeypatch.setattr(costs_diffvl, "_seconds", lambda decoder, tokens, adapted: 0.2 * tokens)
+    model, _ = gated("llama")
+    model.__dict__.pop("_costs", None)
+    plan = PayingPlan(model, LONGEST, None, 32, 1)
+    assert plan.costs.tokens == (1, 2, 4, 8) and plan.costs.seconds(100, True) == pytest.approx(20)
+    assert PayingPlan(model, LONGEST, None, 32, 1).costs is plan.costs
+    model.__dict__.pop("_costs")  # no time of this machine
+
+
 def test_forwards_are_timed_on_text(gated: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch):
     """The image token of some models is among the first of the vocabulary."""
     model, _ = gated("llama")

@@ -25,6 +25,7 @@ from .settings_diffvl import DecodeSettings
 PROMPT = 64  # tokens behind which forwards are timed
 REPEATS = 3  # of which the fastest counts
 MOST_TIMED = 256  # tokens; what longer forwards cost follows from the two longest
+ENOUGH, SLOW = 8, 1.0  # tokens and seconds of a forward after which no longer one is timed: it would be for minutes
 FIRST_GUESS = 0.6  # of the acceptance at a place that no draft has reached
 WEIGHT = 4.0  # drafts that the guess counts as
 MEMORY = 512.0  # drafts at a place after which older ones count half
@@ -111,8 +112,13 @@ def measured(model: Any, most: int) -> Costs:
     decoder = BlockDecoder(model, ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids), {})
     decoder.committed.has_gaps = True
     decoder.forward(decoder.prompt.beginning(PROMPT, torch.ones_like(ids, dtype=torch.bool), "causal", False), None, None, None)
-    sizes = timed_tokens(most)
-    return Costs(sizes, *(tuple(_seconds(decoder, size, adapted) for size in sizes) for adapted in (False, True)))
+    sizes, plain, adapted = timed_tokens(most), list[float](), list[float]()
+    for size in sizes:
+        plain.append(_seconds(decoder, size, False))
+        adapted.append(_seconds(decoder, size, True))
+        if size >= ENOUGH and adapted[-1] > SLOW:
+            break
+    return Costs(sizes[: len(plain)], tuple(plain), tuple(adapted))
 
 
 def _seconds(decoder: BlockDecoder, tokens: int, adapted: bool) -> float:
@@ -227,11 +233,11 @@ class PayingPlan(DraftPlan):
 
 def _costs_of(model: Any, most: int) -> Costs:
     """The costs that are kept with a model; timed anew for longer forwards, and where it was moved or cast."""
-    kind = (model.trunk.dtype, model.trunk.device, torch.get_num_threads())
+    kind, most = (model.trunk.dtype, model.trunk.device, torch.get_num_threads()), min(most, MOST_TIMED)
     held = getattr(model, "_costs", None)
-    if held is None or held[0] != kind or held[1].tokens[-1] < min(most, MOST_TIMED):
-        model._costs = held = (kind, measured(model, most))
-    return held[1]
+    if held is None or held[0] != kind or held[1] < most:
+        model._costs = held = (kind, most, measured(model, most))
+    return held[2]
 
 
 def plan_of(decoder: BlockDecoder, settings: DecodeSettings) -> DraftPlan:
