@@ -43,7 +43,8 @@ _RULE = f"""## How a verdict is found
 Each seed gives a claim one figure, larger where the claim fits better: a difference or a ratio of two runs of that seed. From the
 seeds' figures comes their mean with a t interval of 95 %. A claim is *reproduced* if the whole interval lies above its bound,
 *refuted* if it lies below it, and *{UNDECIDED}* otherwise; so it is with fewer than two seeds too. Three seeds
-give wide intervals: only what all of them show clearly is decided.
+give wide intervals: only what all of them show clearly is decided. Every verdict is about this scale: a form that has not learnt
+the job after these few steps is refuted here where its quality counts, and may be as good after more.
 
 * converges faster: exact match on held-out questions, the mean over the evaluations after step 0, less that of the other; bound 0
 * trains more steadily: the logarithm of how many times less the gradient's norm varies; bound 0. (Gradient noise: its variance
