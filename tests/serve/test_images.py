@@ -18,7 +18,7 @@ FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", *(["AVIF"] if features.check("av
 
 def seen(*files: bytes, pixels: int = 10_000) -> list[Image.Image]:
     sources = [ImageSource(f"image {number}", data_url(data)) for number, data in enumerate(files)]
-    return list(open_images(sources, Limits(pixels=pixels), None).values())
+    return list(open_images(sources, Limits(pixels=pixels), {}).values())
 
 
 def written(kind: str, mode: str = "RGB", **more: object) -> bytes:
@@ -69,9 +69,9 @@ def test_base64_may_be_spelled_for_a_url_in_its_own_signs_only():
     assert {"+", "/", "="} <= set(body)
     for spelled in (body, quote(body, safe=""), body.replace("+", "%2b").replace("/", "%2f").replace("=", "%3d")):
         source = ImageSource("image 0", f"{head},{spelled}")
-        assert open_images([source], Limits(), None)["image 0"].size == (40, 30)
+        assert open_images([source], Limits(), {})["image 0"].size == (40, 30)
     with pytest.raises(Refusal, match="is no base64"):
-        open_images([ImageSource("image 0", f"{head},{''.join(f'%{ord(sign):02X}' for sign in body)}")], Limits(), None)
+        open_images([ImageSource("image 0", f"{head},{''.join(f'%{ord(sign):02X}' for sign in body)}")], Limits(), {})
 
 
 def layout(*parts: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from live_server import JSON, live, text_chat
+from live_server import JSON, image_chat, live, text_chat
 from shared_fixtures import Loaded
 
 from diffvl.decode.answer import Decoder
@@ -19,8 +19,8 @@ from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.serve import app, block_batch
 from diffvl.serve.block_batch import BlockBatch
 from diffvl.serve.limits import Limits
-from diffvl.serve.service import Service
-from tools.serve_mistakes import PATH
+from diffvl.serve.service import FETCHING, Service
+from tools.serve_mistakes import PATH, data_url, png
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +109,26 @@ def test_who_waits_too_long_is_told(decoder: Decoder, held: Held):
         reply = server.ask(text_chat("Hi", max_tokens=4))
         assert reply.status == 504 and reply.error["code"] == "timeout" and "0.4 seconds" in reply.error["message"]
         held.let_go()
+        server.wait_until(server.is_empty)
+
+
+def test_a_slow_host_holds_up_only_those_who_ask_for_images_of_the_net(decoder: Decoder):
+    """More of them than are fetched for, and prepared, at once; who brings a picture along is answered meanwhile."""
+    came, limits = threading.Event(), Limits(samples=2, fetches_images=True)
+
+    def slow(url: str, most_bytes: int) -> bytes:
+        assert url == "http://slow/a.png" and most_bytes == limits.body_bytes and came.wait(30)
+        return png()
+
+    with live(decoder, limits) as server, ThreadPoolExecutor(FETCHING + 2) as clients:
+        server.service._fetch = slow
+        request = image_chat("What?", "http://slow/a.png", max_tokens=4)
+        asked = [clients.submit(server.ask, request) for _ in range(FETCHING + 2)]
+        server.wait_until(lambda: server.service.inside == FETCHING + 2 and server.service._fetching.locked())
+        shown = server.ask(image_chat("What?", data_url(png()), max_tokens=4))
+        assert not any(one.done() for one in asked)
+        came.set()
+        assert {one.result().text for one in asked} == {shown.text}
         server.wait_until(server.is_empty)
 
 

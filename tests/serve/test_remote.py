@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from diffvl.serve.images import open_images
+from diffvl.serve.images import fetch_images, open_images
 from diffvl.serve.limits import Limits
 from diffvl.serve.messages import ImageSource
 from diffvl.serve.refusals import Refusal
 from diffvl.serve.remote import Address, RemoteImages, addresses_of, is_public
 from tools.serve_mistakes import png
 
+MOST_BYTES = 100_000
 HOME = ipaddress.ip_address("127.0.0.1")
 
 
@@ -48,7 +49,7 @@ def test_addresses_of_the_net_at_large(address: str):
 )
 def test_however_an_address_of_this_machine_is_written_it_is_not_asked(url: str):
     with pytest.raises(ValueError, match="not an address of the net at large|not known"):
-        RemoteImages(1000, 2.0)(url)
+        RemoteImages(2.0)(url, 1000)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_however_an_address_of_this_machine_is_written_it_is_not_asked(url: str)
 )
 def test_what_is_no_address_is_told(url: str):
     with pytest.raises(ValueError, match="address"):
-        RemoteImages(1000, 2.0, look_up=lambda *_: [HOME])(url)
+        RemoteImages(2.0, look_up=lambda *_: [HOME])(url, 1000)
 
 
 # --- a server of images ------------------------------------------------------------------------------------------------------
@@ -112,19 +113,19 @@ def fetching(port: int, **names: list[str]) -> RemoteImages:
             return [ipaddress.ip_address(left[host].pop(0))]
         return addresses_of(host, port)
 
-    return RemoteImages(100_000, 1.0, look_up, lambda address: address == HOME or is_public(address))
+    return RemoteImages(1.0, look_up, lambda address: address == HOME or is_public(address))
 
 
 def test_an_image_is_fetched_from_the_address_that_was_checked(port: int):
     """The name is looked up once: a second look would give another address."""
     fetch = fetching(port, pictures=["127.0.0.1", "10.0.0.1"])
-    assert fetch(f"http://pictures:{port}/a.png?size=1") == png()
+    assert fetch(f"http://pictures:{port}/a.png?size=1", MOST_BYTES) == png()
     assert Images.asked == [("/a.png?size=1", f"pictures:{port}")]
 
 
 def test_a_redirect_is_checked_like_the_first_address(port: int):
     fetch = fetching(port, pictures=["127.0.0.1"] * 9)
-    assert fetch(f"http://pictures:{port}/to//again") == png()
+    assert fetch(f"http://pictures:{port}/to//again", MOST_BYTES) == png()
     for target in (
         "http://10.0.0.1/",
         "http://[::1]/",
@@ -133,9 +134,9 @@ def test_a_redirect_is_checked_like_the_first_address(port: int):
         "//10.0.0.9/a.png",
     ):
         with pytest.raises(ValueError, match="not an address of the net at large|no address with http"):
-            fetching(port, pictures=["127.0.0.1"])(f"http://pictures:{port}/to/{target}")
+            fetching(port, pictures=["127.0.0.1"])(f"http://pictures:{port}/to/{target}", MOST_BYTES)
     with pytest.raises(ValueError, match="more than 3 times"):
-        fetching(port, pictures=["127.0.0.1"] * 9)(f"http://pictures:{port}/to//to//to//to//a")
+        fetching(port, pictures=["127.0.0.1"] * 9)(f"http://pictures:{port}/to//to//to//to//a", MOST_BYTES)
 
 
 @pytest.mark.parametrize(
@@ -143,14 +144,27 @@ def test_a_redirect_is_checked_like_the_first_address(port: int):
 )
 def test_what_does_not_come_is_told(port: int, path: str, told: str):
     with pytest.raises(ValueError, match=told):
-        fetching(port)(f"http://127.0.0.1:{port}/{path}")
+        fetching(port)(f"http://127.0.0.1:{port}/{path}", MOST_BYTES)
 
 
 def test_nobody_is_asked_where_it_is_not_allowed(port: int):
     source = ImageSource("messages[0].content[0].image_url.url", f"http://127.0.0.1:{port}/a.png")
     with pytest.raises(Refusal, match="fetches none") as refusal:
-        open_images([source], Limits(), None)
+        fetch_images([source], Limits(), None)
     assert refusal.value.status == 400 and refusal.value.param == source.param and not Images.asked
-    assert open_images([source], Limits(), fetching(port))[source.param].size == (8, 8)
+    fetched = fetch_images([source], Limits(), fetching(port))
+    assert open_images([source], Limits(), fetched)[source.param].size == (8, 8)
     with pytest.raises(Refusal, match="not an address of the net at large"):
-        open_images([source], Limits(), RemoteImages(1000, 1.0))
+        fetch_images([source], Limits(), RemoteImages(1.0))
+
+
+def test_the_images_of_a_request_have_their_bytes_together(port: int):
+    """As many as it may have that brings them along; which of them is too much is told."""
+    sources = [ImageSource(f"image {index}", f"http://127.0.0.1:{port}/{index}.png") for index in range(3)]
+    size = len(png())
+    assert list(fetch_images(sources, Limits(body_bytes=3 * size), fetching(port))) == ["image 0", "image 1", "image 2"]
+    with pytest.raises(
+        Refusal, match=f"more than {size - 1} bytes, which is all that its request's images may still have"
+    ) as refusal:
+        fetch_images(sources, Limits(body_bytes=3 * size - 1), fetching(port))
+    assert refusal.value.param == "image 2"

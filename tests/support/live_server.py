@@ -15,7 +15,7 @@ import uvicorn
 from diffvl.decode.answer import Decoder
 from diffvl.serve.app import make_app
 from diffvl.serve.limits import Limits
-from diffvl.serve.service import Service
+from diffvl.serve.service import FETCHING, Service
 
 COMPLETIONS = "/v1/chat/completions"
 JSON = {"Content-Type": "application/json"}
@@ -100,7 +100,7 @@ class Live:
         """Whether every place has been given back."""
         engine, service = self.service.engine, self.service
         held = service.inside + len(engine.running) + len(engine.waiting) + len(engine.batch.samples)
-        return held == 0 and service._ahead._value == service.limits.samples
+        return held == 0 and (service._ahead._value, service._fetching._value) == (service.limits.samples, FETCHING)
 
 
 @contextmanager

@@ -30,7 +30,9 @@ def serve(
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt, images included.")] = Limits.prompt_tokens,
     max_images: Annotated[int, typer.Option(min=0, help="Images in a request.")] = Limits.images,
     max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of a request's images together.")] = Limits.pixels,
-    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request, or of a fetched image.")] = Limits.body_bytes,
+    max_body: Annotated[
+        int, typer.Option(min=1, help="Bytes of a request, and of all images fetched for it.")
+    ] = Limits.body_bytes,
     fetch_images: Annotated[
         bool, typer.Option("--fetch-images", help="Allow images by public http(s) addresses; else only data URLs.")
     ] = Limits.fetches_images,

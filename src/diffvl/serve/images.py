@@ -1,7 +1,7 @@
 """The images of a request: data URLs, and addresses on the net where the server allows it -> RGB images as they are seen.
 
-Nothing of this machine is read: an image is in the request, or is fetched by `remote.py`. An image is refused by what its header
-says before it is decoded, so that a small file cannot become gigabytes.
+Nothing of this machine is read: an image is in the request, or is fetched by `remote.py` before any is opened. One is refused by
+what its header says before it is decoded, so that a small file cannot become gigabytes.
 """
 
 import base64
@@ -9,7 +9,7 @@ import binascii
 import io
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from PIL import Image, UnidentifiedImageError
 
@@ -28,27 +28,57 @@ FAULTS = (
     *(AttributeError, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning),
 )
 
-Fetch = Callable[[str], bytes]
+Fetch = Callable[[str, int], bytes]
 
 
-def open_images(sources: Sequence[ImageSource], limits: Limits, fetch: Fetch | None) -> dict[str, Image.Image]:
+def fetch_images(sources: Sequence[ImageSource], limits: Limits, fetch: Fetch | None) -> dict[str, bytes]:
+    """The bytes of those images that are addresses on the net, by where they stand in the request. Together they may have as many
+    as a request that brings its images along.
+
+    Args:
+        fetch: gets the bytes of an address, at most so many, or raises ValueError; None where that is not allowed.
+    Raises:
+        Refusal: naming the image that does not come.
+    """
+    fetched, left = {}, limits.body_bytes
+    for source in sources:
+        if source.is_on_the_net:
+            fetched[source.param] = _fetched(source, left, fetch)
+            left -= len(fetched[source.param])
+    return fetched
+
+
+def _fetched(source: ImageSource, most_bytes: int, fetch: Fetch | None) -> bytes:
+    if fetch is None:
+        raise wrong(
+            source.param,
+            f"{source.param} is an address on the net, and this server fetches none: send the image itself as a data URL",
+            "image_url_not_allowed",
+        )
+    try:
+        return fetch(source.url, most_bytes)
+    except ValueError as error:
+        raise wrong(source.param, f"{source.param} cannot be fetched: {error}", "invalid_image_url") from error
+
+
+def open_images(sources: Sequence[ImageSource], limits: Limits, fetched: Mapping[str, bytes]) -> dict[str, Image.Image]:
     """The images by where they stand in the request.
 
     Args:
-        fetch: gets the bytes of an address on the net, or raises ValueError; None where that is not allowed.
+        fetched: what `fetch_images` gave.
     Raises:
         Refusal: naming the image that is wrong.
     """
     images, pixels = {}, 0
     for source in sources:
-        image = _opened(source, limits.pixels - pixels, limits, fetch)
+        image = _opened(source, limits.pixels - pixels, limits, fetched)
         pixels += image.width * image.height
         images[source.param] = image
     return images
 
 
-def _opened(source: ImageSource, pixels_left: int, limits: Limits, fetch: Fetch | None) -> Image.Image:
-    data = _bytes_of(source, fetch)
+def _opened(source: ImageSource, pixels_left: int, limits: Limits, fetched: Mapping[str, bytes]) -> Image.Image:
+    data = fetched[source.param] if source.is_on_the_net else _bytes_of(source)
     Image.init()
     try:
         with Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN]) as image:
@@ -77,30 +107,15 @@ def _told(error: BaseException) -> str:
     )
 
 
-def _bytes_of(source: ImageSource, fetch: Fetch | None) -> bytes:
-    scheme = source.url.partition(":")[0].lower()
-    if scheme == "data":
-        return _data_url(source)
-    if scheme not in ("http", "https"):
+def _bytes_of(source: ImageSource) -> bytes:
+    """What a data URL holds."""
+    if source.scheme != "data":
         raise wrong(
             source.param,
             f"{source.param} is {short(source.url)!r}: expected a data URL, data:image/png;base64,...; files of this machine are "
             "not read",
             "invalid_image_url",
         )
-    if fetch is None:
-        raise wrong(
-            source.param,
-            f"{source.param} is an address on the net, and this server fetches none: send the image itself as a data URL",
-            "image_url_not_allowed",
-        )
-    try:
-        return fetch(source.url)
-    except ValueError as error:
-        raise wrong(source.param, f"{source.param} cannot be fetched: {error}", "invalid_image_url") from error
-
-
-def _data_url(source: ImageSource) -> bytes:
     head, comma, body = source.url.partition(",")
     kind = head[len("data:") :].lower()
     if not comma:

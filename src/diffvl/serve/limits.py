@@ -15,7 +15,7 @@ FETCH_SECONDS = 20.0  # in which an image of the net must have arrived
 class Limits:
     """samples: decoded together at most. waiting: further requests that wait for a place.
     images, pixels: of a request, all of its images together. prompt_tokens: images included. answer_tokens: that a request may
-    ask for. body_bytes: of a request, or of an image that is fetched.
+    ask for. body_bytes: of a request, and of the images that are fetched for it, together.
     seconds: for a request, from its arrival to the end of its answer. fetches_images: whether images may be addresses on the net.
     """
 

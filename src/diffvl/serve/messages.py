@@ -24,6 +24,14 @@ class ImageSource:
     param: str
     url: str
 
+    @property
+    def scheme(self) -> str:
+        return self.url.partition(":")[0].lower()
+
+    @property
+    def is_on_the_net(self) -> bool:
+        return self.scheme in ("http", "https")
+
 
 Part = str | ImageSource
 

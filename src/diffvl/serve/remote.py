@@ -60,21 +60,20 @@ def addresses_of(host: str, port: int) -> list[Address]:
 class RemoteImages:
     """Gets the bytes of images.
 
-    most_bytes: of an image. seconds: for all of it, redirects included.
+    seconds: for all of an image, redirects included.
     look_up, is_allowed: what a name means, and which addresses may be asked.
     """
 
-    most_bytes: int
     seconds: float
     look_up: Callable[[str, int], list[Address]] = addresses_of
     is_allowed: Callable[[Address], bool] = is_public
 
-    def __call__(self, url: str) -> bytes:
+    def __call__(self, url: str, most_bytes: int) -> bytes:
         """Raises ValueError, in words for whoever asked."""
         end = time.monotonic() + self.seconds
         try:
             for _ in range(MOST_REDIRECTS + 1):
-                found = self._asked(url, end)
+                found = self._asked(url, most_bytes, end)
                 if isinstance(found, bytes):
                     return found
                 url = found
@@ -84,7 +83,7 @@ class RemoteImages:
             raise ValueError(f"there is no answer from it ({type(error).__name__})") from error
         raise ValueError(f"it leads on more than {MOST_REDIRECTS} times")
 
-    def _asked(self, url: str, end: float) -> bytes | str:
+    def _asked(self, url: str, most_bytes: int, end: float) -> bytes | str:
         """The image, or the address that this one leads on to."""
         parts = self._parts(url)
         assert parts.hostname is not None
@@ -97,22 +96,22 @@ class RemoteImages:
         try:
             path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             connection.request("GET", path, headers={"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "diffvl"})
-            response = connection.getresponse()
-            if response.status in (301, 302, 303, 307, 308):
-                return urljoin(url, response.headers.get("Location") or "")
-            if response.status != 200:
-                raise ValueError(f"it answers {response.status}")
-            return self._read(response, end)
+            with connection.getresponse() as response:  # it holds the socket, which closing the connection leaves to it
+                if response.status in (301, 302, 303, 307, 308):
+                    return urljoin(url, response.headers.get("Location") or "")
+                if response.status != 200:
+                    raise ValueError(f"it answers {response.status}")
+                return self._read(response, most_bytes, end)
         finally:
             stop.cancel()
             connection.close()
 
-    def _read(self, response: http.client.HTTPResponse, end: float) -> bytes:
+    def _read(self, response: http.client.HTTPResponse, most_bytes: int, end: float) -> bytes:
         pieces, size = [], 0
         while piece := response.read1(PIECE):
             size += len(piece)
-            if size > self.most_bytes:
-                raise ValueError(f"it has more than {self.most_bytes} bytes")
+            if size > most_bytes:
+                raise ValueError(f"it has more than {most_bytes} bytes, which is all that its request's images may still have")
             pieces.append(piece)
         _left(end)  # what was cut off looks like an end
         return b"".join(pieces)

@@ -1,15 +1,17 @@
 """A request from its arrival to its end: a place, its body, its prompt, its job.
 
 Invariants: a place is given back however a request ends, and with it whatever it held. No more prompts are prepared than can join
-next, so what waits in memory is bodies, which are limited, and not images, which grow when they are decoded.
+next, so what waits in memory is bodies, which are limited, and not images, which grow when they are decoded. Images of the net
+come before that, by threads of their own: a slow host holds up those who ask for images of the net, and nobody else.
 """
 
 import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +22,7 @@ from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.serve.asked import Asked, asked_in
 from diffvl.serve.engine import Engine, Event, Job, Tokens
 from diffvl.serve.figures import Figures
-from diffvl.serve.images import Fetch, open_images
+from diffvl.serve.images import Fetch, fetch_images, open_images
 from diffvl.serve.limits import FETCH_SECONDS, Limits
 from diffvl.serve.refusals import Refusal, wrong
 from diffvl.serve.remote import RemoteImages
@@ -28,7 +30,7 @@ from diffvl.serve.remote import RemoteImages
 log = logging.getLogger(__name__)
 
 IMAGE_THREADS = 2  # each may hold an image of the largest size
-FETCH_THREADS = 8  # where they mostly wait
+FETCHING = 8  # requests at once whose images are fetched, or have come and are not yet opened
 LONGEST_RETRY = 60  # seconds that a client is told to stay away
 
 
@@ -49,17 +51,18 @@ class Service:
         self.inside = 0
         self._usual_seconds = 1.0  # of a request
         self._ahead = asyncio.Semaphore(limits.samples)
-        threads = FETCH_THREADS if limits.fetches_images else IMAGE_THREADS
-        self._images = ThreadPoolExecutor(threads, thread_name_prefix="images")
+        self._fetching = asyncio.Semaphore(FETCHING)
+        self._fetches = ThreadPoolExecutor(FETCHING, thread_name_prefix="fetches")
+        self._images = ThreadPoolExecutor(IMAGE_THREADS, thread_name_prefix="images")
         self._prompts = ThreadPoolExecutor(1, thread_name_prefix="prompts")
-        self._fetch: Fetch | None = RemoteImages(limits.body_bytes, FETCH_SECONDS) if limits.fetches_images else None
+        self._fetch: Fetch | None = RemoteImages(FETCH_SECONDS) if limits.fetches_images else None
 
     def start(self) -> None:
         self.engine.start()
 
     async def close(self) -> None:
         await self.engine.close()
-        for pool in (self._images, self._prompts):
+        for pool in (self._fetches, self._images, self._prompts):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def enter(self) -> "Visit":
@@ -87,17 +90,33 @@ class Service:
         model, processor = self.decoder.model, self.decoder.processor
         return asked_in(body, model.config, processor.tokenizer, self.name, self.limits)
 
+    @asynccontextmanager
+    async def fetched(self, asked: Asked) -> AsyncIterator[Mapping[str, bytes]]:
+        """The bytes of a request's images of the net, which may lie in memory for the block. Raises Refusal for one that does not
+        come."""
+        sources = [source for source in asked.conversation.images if source.is_on_the_net]
+        if not sources:
+            yield {}
+            return
+        async with self._fetching:
+            loop = asyncio.get_running_loop()
+            yield await loop.run_in_executor(self._fetches, fetch_images, sources, self.limits, self._fetch)
+
     async def turn_to_prepare(self) -> Callable[[], None]:
         """Waits until a prompt may be prepared; what it returns gives the turn back."""
         await self._ahead.acquire()
         return self._ahead.release
 
-    async def prepared(self, asked: Asked) -> tuple[BatchFeature, DecodeSettings]:
-        """The prompt as tensors, and the settings with its limit. Raises Refusal for a prompt that does not fit."""
+    async def prepared(self, asked: Asked, fetched: Mapping[str, bytes]) -> tuple[BatchFeature, DecodeSettings]:
+        """The prompt as tensors, and the settings with its limit. Raises Refusal for a prompt that does not fit.
+
+        Args:
+            fetched: its images of the net.
+        """
         loop, sources = asyncio.get_running_loop(), asked.conversation.images
         images: dict[str, Any] = {}
         if sources:
-            images = await loop.run_in_executor(self._images, open_images, sources, self.limits, self._fetch)
+            images = await loop.run_in_executor(self._images, open_images, sources, self.limits, fetched)
         return await loop.run_in_executor(self._prompts, self._encoded, asked, images)
 
     def _encoded(self, asked: Asked, images: dict[str, Any]) -> tuple[BatchFeature, DecodeSettings]:
@@ -138,10 +157,11 @@ class Visit:
         service.inside += 1
 
     async def submit(self, asked: Asked) -> Job:
-        """Prepares the prompt when it is its turn, and lets it wait for its place in the batch."""
+        """Fetches the images, prepares the prompt when it is its turn, and lets it wait for its place in the batch."""
         service = self._service
-        self._give_back_turn = await service.turn_to_prepare()
-        inputs, settings = await service.prepared(asked)
+        async with service.fetched(asked) as fetched:
+            self._give_back_turn = await service.turn_to_prepare()
+            inputs, settings = await service.prepared(asked, fetched)
         self.job = service.engine.submit(inputs, settings, asked.show_steps)
         self.job.arrived = self.arrived
         service.figures.prompt_tokens.inc(self.job.sample.prompt_tokens)

@@ -6,7 +6,9 @@ A model is fitted to its stage (objective recorded, attention chosen, adapters a
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +29,7 @@ from diffvl.data.loader import StageData, load_data
 from diffvl.data.mixture import Mixture
 from diffvl.data.sample_dataset import SampleDataset
 from diffvl.data.samples import collate
-from diffvl.errors import ConfigError
+from diffvl.errors import ConfigError, DiffvlError
 from diffvl.hub.gate_diffvl import attach_mask_row
 from diffvl.hub.images_diffvl import Pixels
 from diffvl.hub.layout_diffvl import longest_sample
@@ -105,8 +107,9 @@ def train(
     if stage.data.row_length is not None:
         data = replace(data, train=data.train.packed(stage.data.row_length, recipe.seed))
     attention = str(model.config.text_config._attn_implementation)
-    stage = fit_to_stage(model, stage, recipe.seed)
-    place(model, stage, own_dtype, sharded)
+    with _taken_back(work):
+        stage = fit_to_stage(model, stage, recipe.seed)
+        place(model, stage, own_dtype, sharded)
     last = agreed(lambda: checkpoints.newest(work)) if resume else None
     accelerator = make_accelerator(stage, recipe.trackers, work)
     left_out = LeftOut(work / LEFT_OUT_FILE, stage.data, data.parts(), accelerator.is_main_process)
@@ -136,6 +139,18 @@ def train(
     del model
     main_only(lambda: onlooker and onlooker.after(whole(), processor, held_out))
     return work
+
+
+@contextmanager
+def _taken_back(work: Path) -> Iterator[None]:
+    """Removes what an unfinished stage began, if its settings turn out wrong in the block before a step of it was saved: those
+    that are right may be given next. Every process comes to the same error, of the same settings."""
+    try:
+        yield
+    except DiffvlError:
+        if process_state().is_main_process and checkpoints.newest(work) is None:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
 
 
 def _itself(model: DiffVLForConditionalGeneration) -> DiffVLForConditionalGeneration:
