@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from forks import Forks
 from processes import on_processes
-from tiny_runs import Run, Workshop, copy, cut, refused, succeed, the_message, tree
-from transformers import AutoConfig, AutoModelForCausalLM, ResNetConfig, ResNetModel, SwinConfig, SwinModel
+from tiny_runs import Run, Workshop, copy, cut, refused, the_message, tree
+from transformers import AutoConfig, ResNetConfig, ResNetModel, SwinConfig, SwinModel
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 
 from diffvl.demo import standins
@@ -287,34 +286,6 @@ def test_objectives(changes: dict[str, str], says: str, convert: Workshop):
     """Each is one problem, and is told before anything is looked at."""
     settings = (word for key, value in changes.items() for word in ("--set", f"stages.diffuse.objective.{key}={value}"))
     convert.refuses(*settings, says=[f"recipe {convert.recipe}: 1 wrong setting\n", "  stages.diffuse.objective", says])
-
-
-@pytest.mark.parametrize("changes", ["block_size=513", "block_curriculum={0.0: 513, 0.5: 4}"])
-def test_a_block_longer_than_the_context(changes: str, convert: Workshop):
-    name = changes.partition("=")[0]
-    says = [f"diffuse: objective.{name} has blocks of 513 tokens, but this trunk's context has 512 positions: set it lower"]
-    convert.refuses("--set", f"stages.diffuse.objective.{changes}", says=says)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU takes flex_attention")
-@pytest.mark.parametrize("name", ["align", "diffuse"])
-def test_attention_that_needs_a_gpu(name: str, convert: Workshop):
-    """Found before anything is prepared, also where the stage comes last."""
-    says = f"{name}: attention: flex_attention needs a GPU to train (its CPU form has no backward); here: cpu"
-    convert.refuses("--set", f"stages.{name}.attention=flex_attention", says=[says])
-
-
-def test_attention_that_the_architecture_cannot_take(convert: Workshop, tmp_path: Path):
-    tokenizer = standins.make_tokenizer()
-    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "attention_types": [[["global"], 2]]}
-    config = AutoConfig.for_model("gpt_neo", **sizes, vocab_size=len(tokenizer), max_position_embeddings=512)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "neo")
-    tokenizer.save_pretrained(tmp_path / "neo")
-    says = ["diffuse: attention: gpt_neo cannot take tiled: its attention is not pluggable"]
-    convert.refuses("--set", "stages.diffuse.attention=tiled", model=tmp_path / "neo", says=says)
-    words = ("convert", tmp_path / "neo", "--recipe", convert.recipe, "--out", convert.out, "--dry-run")
-    succeed(*words)
-    succeed(*words, "--set", "stages.diffuse.attention=eager")
 
 
 # --- the words of the command ----------------------------------------------------------------------------------------------

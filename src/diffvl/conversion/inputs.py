@@ -29,7 +29,7 @@ from diffvl.prepare.tiling import processor_of_stage
 from diffvl.store import checkpoint
 from diffvl.terminal.bars import spinner_or_line
 from diffvl.train.launch import process_state
-from diffvl.train.parts import require_parts
+from diffvl.train.parts import require_parts, with_adapters
 from diffvl.train.stage import longest_trainable
 
 _NOWHERE = DataSource(path="data that no recipe names")
@@ -115,7 +115,8 @@ def _open_step(
 
 def _check_trunk(config: PretrainedConfig, stage: Stage, plan: Plan) -> None:
     """Asks an empty copy of the trunk whether it takes what a stage names. Raises ConfigError if it does not."""
-    if stage.attention == "auto" and not is_vlm(config):
+    targets = None if stage.lora is None else stage.lora.targets
+    if stage.attention == "auto" and targets is None and not is_vlm(config):
         return
     with torch.device("meta"):
         if is_vlm(config):
@@ -128,3 +129,5 @@ def _check_trunk(config: PretrainedConfig, stage: Stage, plan: Plan) -> None:
             empty = AutoModelForCausalLM.from_config(text_config, trust_remote_code=trusted)
     if stage.attention != "auto":
         choose(empty, stage.attention, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if stage.lora is not None and targets is not None and not is_vlm(config):
+        with_adapters(empty, stage.lora, targets)

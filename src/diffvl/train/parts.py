@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import PreTrainedModel
 
 from diffvl.config.families import ALL_LINEAR
 from diffvl.config.recipe import Lora, Part, Stage
@@ -134,12 +135,18 @@ def add_adapters(model: DiffVLForConditionalGeneration, lora: Lora, family_targe
     targets = lora.targets or family_targets
     if model.is_native:
         targets = _text_linears(model.source, targets)
+    model.put_trunk(with_adapters(model.trunk, lora, targets))
+
+
+def with_adapters(trunk: PreTrainedModel, lora: Lora, targets: str) -> PeftModel:
+    """A trunk, changed in place, in its wrapper. Raises ConfigError if the target expression matches no module that can have
+    adapters."""
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
     try:
         with warnings.catch_warnings():
             # peft asks transformers by the old name
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            model.put_trunk(get_peft_model(model.trunk, config))
+            return get_peft_model(trunk, config)  # type: ignore[return-value]
     except (ValueError, re.error) as error:
         raise ConfigError(f"lora.targets {targets!r} does not fit this trunk: {error}") from error
 
