@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,18 @@ def test_tokens_of_an_answer_are_its_own(mode: str, loaded: Callable[[str], Load
     for one, before in zip(together, free, strict=True):
         assert before.text.startswith(one.text) and one.tokens_per_forward == one.tokens / one.forwards
         assert one.forwards == together[0].forwards and one.seconds >= one.prefill_seconds + one.decode_seconds > 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_times_begin_before_images_are_encoded(mode: str, loaded: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch):
+    """Speeds are held against each other: what all must do belongs to each."""
+    model, processor = loaded("llama")
+    model.config.set_decoding("blocks", BLOCK, "causal", "absolute", "same")
+    encode = model.images.encode
+    monkeypatch.setattr(model.images, "encode", lambda pixels: (time.sleep(0.2), encode(pixels))[1])
+    chat = [{"role": "user", "content": [{"type": "image", "image": random_image()}, {"type": "text", "text": "What?"}]}]
+    (answer,) = answer_chats(Decoder(model, processor), [chat], DecodeSettings(max_new_tokens=4, mode=mode))
+    assert answer.prefill_seconds >= 0.2 and answer.decode_seconds > 0
 
 
 TIMES = ("prefill_seconds", "decode_seconds", "seconds", "accepted_per_round")

@@ -3,7 +3,6 @@
 Shapes: B batch, L prompt length, D block size, M masked tokens of the batch, V vocabulary.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -13,6 +12,7 @@ import torch
 from transformers.utils.generic import ModelOutput
 
 from .blocks_diffvl import Prefix
+from .clock_diffvl import moment, seconds_between
 from .decoder_diffvl import BlockDecoder
 from .judge_diffvl import Sampling, note_places
 from .settings_diffvl import DecodeSettings
@@ -193,8 +193,8 @@ class DraftFigures:
 @dataclass
 class BlockGenerationOutput(ModelOutput):
     """sequences: [B, L + new] prompt and answer, padded after the stop. tokens: answer tokens up to and including the stop,
-    summed over the batch. forwards: passes of the trunk. prefill_seconds: until the prompt was in and the first tokens were
-    predicted; decode_seconds: the rest. settling: for each sample the denoising step at which each answer token settled, counted
+    summed over the batch. forwards: passes of the trunk. prefill_seconds: until the images were encoded, the prompt was in and
+    the first tokens were predicted; decode_seconds: the rest. settling: for each sample the denoising step at which each answer token settled, counted
     over its answer; None where tokens come one by one. drafts: what became of them, in mode "speculative". prefix: of one
     prompt, for the next turn of the conversation; reused: tokens of this prompt that were not computed again."""
 
@@ -247,13 +247,12 @@ class BatchAnswers:
         self.stops: Callable[[list[int]], bool] | None = None
         self.figures = DraftFigures()
         self._streamed = 0  # tokens
-        self._start = _moment(decoder.device)
         self._first: Any = None
 
     def note_prediction(self) -> None:
         """Notes when the first tokens were there."""
         if self._first is None:
-            self._first = _moment(self.decoder.device)
+            self._first = moment(self.decoder.device)
 
     def length(self, sample: int) -> int:
         """Tokens of an answer so far."""
@@ -303,7 +302,7 @@ class BatchAnswers:
 
     def output(self, sequences: torch.Tensor) -> BlockGenerationOutput:
         """What `generate` returns beside the sequences."""
-        now = _moment(self.decoder.device)
+        now = moment(self.decoder.device)
         first = self._first if self._first is not None else now
         settling = None
         if self.settling is not None:
@@ -312,27 +311,10 @@ class BatchAnswers:
             sequences=sequences,
             tokens=sum(map(len, self.answers)),
             forwards=self.decoder.forwards,
-            prefill_seconds=_seconds(self._start, first),
-            decode_seconds=_seconds(first, now),
+            prefill_seconds=seconds_between(self.decoder.begun, first),
+            decode_seconds=seconds_between(first, now),
             settling=settling,
             drafts=self.figures if self.settings.mode == "speculative" else None,
             prefix=self.decoder.prefix() if len(self.answers) == 1 and settling is not None else None,
             reused=self.decoder.reused,
         )
-
-
-def _moment(device: torch.device) -> Any:
-    """A moment, on the device's own clock: on a GPU nobody waits for it."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(torch.cuda.current_stream(device))
-    return event
-
-
-def _seconds(first: Any, second: Any) -> float:
-    """The time between two moments."""
-    if isinstance(first, float):
-        return second - first
-    second.synchronize()
-    return first.elapsed_time(second) / 1e3

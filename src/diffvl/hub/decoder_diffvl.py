@@ -19,6 +19,7 @@ import torch
 
 from .blocks_diffvl import Counts, Piece, Places, Prefix, Prompt
 from .cache_diffvl import BlockCache, StaticBlockCache, StaticTrunk
+from .clock_diffvl import moment
 from .images_diffvl import ImageRows, Shown
 from .masks_diffvl import attention_masks
 
@@ -27,7 +28,8 @@ class BlockDecoder:
     """Opens blocks, predicts their masks and commits them, for a batch of prompts of any lengths.
 
     Attributes:
-        prompt, counts: the prompts, and what was counted of them on the way in.
+        begun: the moment at which the work began, before images are encoded. prompt, counts: the prompts, and what was counted of
+        them on the way in.
         block: the open block of every sample. A caller puts another one in its place as tokens settle.
         committed: the tokens in the cache. waiting: tokens that the next forward commits, if any.
         last_logits: [B, V], what the last committed token of each sample predicts, where a shifted target asks for it.
@@ -52,6 +54,7 @@ class BlockDecoder:
         Raises:
             ValueError: if images and placeholders do not match in number.
         """
+        self.begun = moment(input_ids.device)
         self.model, self.config, self.static = model, model.config, static
         self.prompt = Prompt.laid_out(input_ids, valid, answer_index, self.config)
         self.counts = self._count()
