@@ -137,8 +137,9 @@ def test_times_begin_before_images_are_encoded(mode: str, loaded: Callable[[str]
     """Speeds are held against each other: what all must do belongs to each."""
     model, processor = loaded("llama")
     model.config.set_decoding("blocks", BLOCK, "causal", "absolute", "same")
-    encode = model.images.encode
-    monkeypatch.setattr(model.images, "encode", lambda pixels: (time.sleep(0.2), encode(pixels))[1])
+    kind = type(model.images)
+    encode = kind.encode
+    monkeypatch.setattr(kind, "encode", lambda images, pixels: (time.sleep(0.2), encode(images, pixels))[1])
     chat = [{"role": "user", "content": [{"type": "image", "image": random_image()}, {"type": "text", "text": "What?"}]}]
     (answer,) = answer_chats(Decoder(model, processor), [chat], DecodeSettings(max_new_tokens=4, mode=mode))
     assert answer.prefill_seconds >= 0.2 and answer.decode_seconds > 0
