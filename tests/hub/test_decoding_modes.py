@@ -1,5 +1,6 @@
 """Decoding of real tiny models: what a mode, a neighbour or a stop may and may not change."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -8,13 +9,16 @@ import torch
 from decode_chats import CHATS, answers, generated
 from helpers import CONTEXTS, GRIDS, TARGETS, alternating, crossed, pairwise, random_image
 from shared_fixtures import Loaded
-from transformers import TextIteratorStreamer
+from transformers import GenerationConfig, TextIteratorStreamer
 
+from diffvl.config.families import ALL_LINEAR
+from diffvl.config.recipe import Lora
 from diffvl.hub import autoregressive_diffvl
 from diffvl.hub.answers_diffvl import DenoisingStep, certain, cut
 from diffvl.hub.blocks_diffvl import Places
 from diffvl.hub.decoder_diffvl import BlockDecoder
 from diffvl.hub.settings_diffvl import STRATEGIES, DecodeSettings
+from diffvl.train.parts import add_adapters
 
 # --- a batch is its prompts -----------------------------------------------------------------------------------------------------
 
@@ -382,6 +386,20 @@ def test_streamers_of_transformers(loaded: Callable[[str], Loaded]):
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=20)
     (answer,) = answers(loaded("qwen2"), [CHATS[1]], max_new_tokens=10, eos_token_id=-1, streamer=streamer)
     assert "".join(streamer) == tokenizer.decode(answer)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_ar_answers_by_the_logits_alone(wrapped: bool, loaded: Callable[[str], Loaded]):
+    """What a published checkpoint asks of `generate` besides, also in greedy decoding, would be in no other mode."""
+    model, processor = copy.deepcopy(loaded("llama"))
+    expected = answers((model, processor), CHATS, mode="ar", max_new_tokens=12)
+    habits = GenerationConfig(repetition_penalty=5.0, no_repeat_ngram_size=1, max_length=20)
+    model.trunk.generation_config = habits
+    if wrapped:
+        add_adapters(model, Lora(rank=2), ALL_LINEAR)
+    assert answers((model, processor), CHATS, mode="ar", max_new_tokens=12) == expected
+    assert model.trunk.generation_config is habits
+    assert any(len(set(answer)) < len(answer) for answer in expected), "a penalty would have changed none"
 
 
 def test_ar_follows_token_by_token(loaded: Callable[[str], Loaded]):

@@ -43,8 +43,8 @@ OTHER_DECODERS = ("sdar", "diffusionvl", "llada", "llava_llada")  # how model ty
 @dataclass(frozen=True)
 class Answer:
     """tokens: up to and including the stop. forwards: passes of the trunk, and tokens_per_forward what this answer got out of
-    each. prefill_seconds: until the first tokens were predicted, with encoding the images; decode_seconds: the rest; seconds: both
-    and what images take before they are encoded. accepted_per_round: drafted tokens that were kept of each draft, in mode
+    each. prefill_seconds: until the first tokens were predicted, with encoding the images; decode_seconds: the rest; seconds:
+    both and what images take before that. accepted_per_round: drafted tokens that were kept of each draft, in mode
     "speculative". Forwards, seconds and what was accepted of an answer that was decoded in a batch are those of the batch."""
 
     text: str

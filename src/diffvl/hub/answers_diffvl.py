@@ -195,8 +195,9 @@ class BlockGenerationOutput(ModelOutput):
     """sequences: [B, L + new] prompt and answer, padded after the stop. tokens: answer tokens up to and including the stop,
     summed over the batch. forwards: passes of the trunk. prefill_seconds: until the images were encoded, the prompt was in and
     the first tokens were predicted; decode_seconds: the rest. settling: for each sample the denoising step at which each answer
-    token settled, counted over its answer; None where tokens come one by one. drafts: what became of them, in mode "speculative". prefix: of one
-    prompt, for the next turn of the conversation; reused: tokens of this prompt that were not computed again."""
+    token settled, counted over its answer; None where tokens come one by one. drafts: what became of them, in mode
+    "speculative". prefix: of one prompt, for the next turn of the conversation; reused: tokens of this prompt that were not
+    computed again."""
 
     sequences: torch.Tensor | None = None
     tokens: int | None = None

@@ -9,11 +9,13 @@ in distribution (`judge_diffvl`). A round takes the draft's forwards and one to 
 Shapes: B batch, D block size, V vocabulary.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria
+from transformers import GenerationConfig, StoppingCriteria
 
 from .answers_diffvl import BatchAnswers, quota, settled
 from .blocks_diffvl import OpenBlock, Piece, Places, clean
@@ -230,7 +232,7 @@ def token_by_token(answers: BatchAnswers, settings: DecodeSettings, sampling: Sa
     vocabulary = trunk.get_output_embeddings().weight.shape[0]
     assert settings.eos_token_id is not None
     stops = sorted(token for token in settings.eos_token_id if 0 <= token < vocabulary)  # -1 says "never", and is no token
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _no_habits(trunk):
         torch.manual_seed(settings.seed)
         sequences = trunk.generate(
             **model.images.prompt(ids, pixels, decoder.committed.rows),
@@ -244,6 +246,18 @@ def token_by_token(answers: BatchAnswers, settings: DecodeSettings, sampling: Sa
             **_more_arguments(settings),
         )
     decoder.forwards += sequences.shape[1] - (ids.shape[1] if model.is_native else 0)
+
+
+@contextmanager
+def _no_habits(trunk: Any) -> Iterator[None]:
+    """In the block, leaves out what a published checkpoint's `generation_config.json` adds to whatever `generate` is asked for,
+    greedy or not (a penalty on repetitions, say): answers follow from the logits, as in every other mode."""
+    owner = next(module for module in trunk.modules() if "generation_config" in vars(module))  # below adapters
+    own, owner.generation_config = owner.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        owner.generation_config = own
 
 
 def _refuse_answers_in_spans(config: Any, prompt: Any) -> None:
