@@ -18,7 +18,7 @@ from diffvl.data.sources import eval_settings, find_source
 from diffvl.data.table import RecordTable, RecordTables
 from diffvl.decode.answer import Decoder, context_length
 from diffvl.errors import UsageError
-from diffvl.evaluation.evaluate import reading_of, require_fitting
+from diffvl.evaluation.evaluate import reading_of, require_fitting, usable_records
 from diffvl.store import checkpoint
 from diffvl.terminal import console as terminal
 
@@ -27,14 +27,39 @@ _QUIET = terminal.console(quiet=True)
 
 @dataclass(frozen=True)
 class HeldOut:
-    """path: what messages name. identity: what training would see of the records, in their order; () for a file that is named."""
+    """path: what messages name. left_out: records that cannot be asked, and that the runs' own settings leave out."""
 
     path: Path
     records: list[Record]
-    identity: tuple[int, ...] = ()
+    left_out: int = 0
 
     def told(self) -> str:
-        return f"{len(self.records)} records of {self.path}"
+        without = f" ({self.left_out} that cannot be used are left out, as in training)" if self.left_out else ""
+        return f"{len(self.records)} records of {self.path}{without}"
+
+
+@dataclass(frozen=True)
+class _Own:
+    """What a run has held out. identity: what training would see of the records, in their order."""
+
+    samples: SampleDataset | Mixture
+    data: Data
+    identity: tuple[int, ...]
+
+    def told(self) -> str:
+        return f"{len(self.samples)} records of {self.samples.path}"
+
+    def to_ask(self, limit: int | None) -> HeldOut:
+        """The first `limit` that can be used. Raises UsageError where there is none, DataError as training does."""
+        records: list[Record] = []
+        seen = 0
+        for seen in range(1, len(self.samples) + 1):
+            records += usable_records(self.samples, self.data, [seen - 1])
+            if len(records) == limit:
+                break
+        if not records:
+            raise UsageError(f"{self.told()}: none of them can be used; name records with --data FILE")
+        return HeldOut(self.samples.path, records, seen - len(records))
 
 
 def records_to_ask(entrants: Sequence[Entrant], data: Path | None, limit: int | None) -> HeldOut:
@@ -46,7 +71,7 @@ def records_to_ask(entrants: Sequence[Entrant], data: Path | None, limit: int | 
     """
     if data is not None:
         return _of_file(entrants, data, limit)
-    own = {one.name: found for one in entrants if (found := held_out_of(one)) is not None}
+    own = {one.name: found for one in entrants if (found := _held_out_of(one)) is not None}
     if not own:
         raise UsageError("none of these runs has held records out (data.eval or data.holdout): name records with --data FILE")
     first = next(iter(own.values()))
@@ -58,7 +83,7 @@ def records_to_ask(entrants: Sequence[Entrant], data: Path | None, limit: int | 
             + "\n".join(lines)
             + "\nname records that none of them was trained on with --data FILE"
         )
-    return HeldOut(first.path, first.records[:limit], first.identity)
+    return first.to_ask(limit)
 
 
 def _of_file(entrants: Sequence[Entrant], data: Path, limit: int | None) -> HeldOut:
@@ -69,21 +94,24 @@ def _of_file(entrants: Sequence[Entrant], data: Path, limit: int | None) -> Held
     return HeldOut(data, records)
 
 
-def held_out_of(entrant: Entrant) -> HeldOut | None:
+def _held_out_of(entrant: Entrant) -> _Own | None:
     """Opens what a run has held out, as its stage did; None where it has nothing held out or is no stage."""
     data, directory = entrant.data, entrant.directory
     if data is None or directory is None or (data.eval is None and not data.holdout):
         return None
-    data = data.model_copy(update={"row_length": None, "check_lengths": False})
+    data = data.model_copy(update={"check_lengths": False})
     _, processor = checkpoint.load_description(directory)
     settings = eval_settings(data)
     if settings is not None:
-        held: SampleDataset | Mixture | None = open_samples(find_source(settings), data, processor, _QUIET, RecordTables(_QUIET))
-    else:
+        unpacked = data.model_copy(update={"row_length": None})
+        held: SampleDataset | Mixture | None = open_samples(
+            find_source(settings), unpacked, processor, _QUIET, RecordTables(_QUIET)
+        )
+    else:  # from what is left once a packed stage has put aside the records that fit no row
         held = load_data(data, processor, None).held_out
     assert held is not None
     identity = tuple(digest for part in held.parts for digest in _digests(part))
-    return HeldOut(held.path, [held.record(place) for place in range(len(held))], identity)
+    return _Own(held, data, identity)
 
 
 def _digests(part: SampleDataset) -> list[int]:

@@ -4,7 +4,7 @@ Padding stops are left out of every figure. The masked-token measure draws its n
 (`objective.measure`); generated answers are given the true history of their conversation.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -159,7 +159,9 @@ def held_out_answers(
         DataError: if one of the records cannot be used and is not to be left out.
     """
     answered: list[dict[str, Any]] = []
-    records = _chosen(held_out, data, count)
+    count = min(count, len(held_out))
+    places = [int(number * len(held_out) / count) for number in range(count)]
+    records = list(usable_records(held_out, data, places))
     chunks = [records[start : start + BATCH_SIZE] for start in range(0, len(records), BATCH_SIZE)]
     for chunk in track(console, chunks, len(chunks), "answering held-out questions"):
         turns = [next(answer_turns(record)) for record in chunk]
@@ -188,15 +190,12 @@ def held_out_scores(answered: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def _chosen(held_out: SampleDataset | Mixture, data: Data, count: int) -> list[Record]:
-    """Gives up to `count` records from all over the set; those that cannot be used are left out, by the rule of `on_error`."""
-    count = min(count, len(held_out))
-    stride = len(held_out) / count
-    chosen = []
-    for place in (int(number * stride) for number in range(count)):
+def usable_records(held_out: SampleDataset | Mixture, data: Data, places: Iterable[int]) -> Iterator[Record]:
+    """Gives the records at some places of a set; those that cannot be used are left out, by the rules by which training leaves
+    records out. Raises DataError for one that is not to be left out."""
+    for place in places:
         (found,) = held_out[place]
         if isinstance(found, Sample):
-            chosen.append(held_out.record(place))
+            yield held_out.record(place)
         elif data.on_error == "stop" and not is_forgiven(found, data):
             raise as_error([found], held_out.path, advice_on([found]))
-    return chosen

@@ -1,0 +1,64 @@
+"""The records that `diffvl compare` asks: those that the runs have held out, and of them those that a run would use."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny_runs
+from helpers import random_image
+from tiny_runs import record, write_data
+
+from diffvl.compare.entrants import Entrant, open_entrants
+from diffvl.compare.held_out import records_to_ask
+from diffvl.config.recipe import Data
+from diffvl.data.loader import load_data
+from diffvl.errors import DataError, UsageError
+from diffvl.store import checkpoint
+
+
+@pytest.fixture(scope="module")
+def run(
+    tmp_path_factory: pytest.TempPathFactory, source: Callable[[str], Path], tower: Path, shapes: dict[str, Path]
+) -> tiny_runs.Run:
+    return tiny_runs.finished_run(tmp_path_factory, source, tower, shapes)
+
+
+def trained_on(run: tiny_runs.Run, data: Data) -> list[Entrant]:
+    """Two runs, as if their stages had had this data."""
+    return [replace(one, data=data) for one in open_entrants([str(run.align), str(run.diffuse)], trust_remote_code=False)]
+
+
+def answer_of(number: int) -> str:
+    return f"Dot {number}." if number % 7 else f"Dot {number}." + " Long." * 40
+
+
+def test_a_packed_run_is_asked_what_it_has_held_out(run: tiny_runs.Run, tmp_path: Path):
+    """It puts records aside that fit no row before it holds any out; others would have been trained on."""
+    random_image().save(tmp_path / "good.png")
+    file = write_data(tmp_path, *(record(answer=answer_of(number)) for number in range(60)))
+    data = Data(train=str(file), holdout=7, max_length=100, row_length=200, too_long="drop")
+    trained = load_data(data, checkpoint.load_description(run.diffuse)[1], None).train
+    seen = {trained.record(place).source for place in range(len(trained))}
+    asked = records_to_ask(trained_on(run, data), None, None)
+    assert len(asked.records) == 7 and len(seen) == 44 and asked.left_out == 0
+    assert not seen & {one.source for one in asked.records}
+
+
+def test_what_training_leaves_out_is_not_asked(run: tiny_runs.Run, tmp_path: Path):
+    random_image().save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_text("I am no image", encoding="utf-8")
+    records = [record(answer="One."), record(image="bad.png"), record(answer="Long. " * 60), record(answer="Two.")]
+    held = write_data(tmp_path, *records, name="held.json")
+    train = write_data(tmp_path, record())
+    data = Data(train=str(train), eval=str(held), max_length=100, too_long="drop", on_error="skip", max_skipped=0.5)
+    asked = records_to_ask(trained_on(run, data), None, None)
+    assert [one.turns[-1].text for one in asked.records] == ["One.", "Two."]
+    assert asked.told() == f"2 records of {held} (2 that cannot be used are left out, as in training)"
+    first = records_to_ask(trained_on(run, data), None, 1)
+    assert (len(first.records), first.left_out) == (1, 0)
+    with pytest.raises(DataError, match=f"{held}:3: image {tmp_path}/bad.png cannot be read"):
+        records_to_ask(trained_on(run, data.model_copy(update={"on_error": "stop"})), None, None)
+    worst = write_data(tmp_path, record(image="bad.png"), name="worst.json")
+    with pytest.raises(UsageError, match=f"1 records of {worst}: none of them can be used"):
+        records_to_ask(trained_on(run, data.model_copy(update={"eval": str(worst)})), None, None)
