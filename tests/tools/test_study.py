@@ -15,8 +15,10 @@ from diffvl.errors import DataError
 from diffvl.hub.settings_diffvl import DecodeSettings
 from tools.study import __main__ as program
 from tools.study import pilot, verdicts
-from tools.study.page import study_page, write_study_page
+from tools.study.page import study_page, with_picture, write_study_page
+from tools.study.picture import Picture, read_picture, write_picture
 from tools.study.results import (
+    CALL,
     Decoded,
     Pilot,
     Result,
@@ -144,6 +146,26 @@ def test_the_page_says_which_run_was_made_on_which_machine(tmp_path: Path):
     assert "b-2, c-0, c-1, c-2, f-0, f-1 on 2 cores of a CPU" in (text := page()) and "; f-2 on 2 cores of another, 2 of" in text
 
 
+def test_what_a_picture_costs_is_added_to_times_that_began_behind_it(tmp_path: Path):
+    """Ten tokens a second with answers of 20 tokens, and a picture of 5: 2.5 seconds an answer; twice the speed makes it 1.5,
+    where the bare ratio says 1.25."""
+    picture = Picture(tokens=5.0, answer=20.0, machine={**MACHINE, "dtype": "torch.float32"})
+    assert picture.included({TWIN: 10.0, "x": 20.0}) == pytest.approx({TWIN: 20 / 2.5, "x": 20 / 1.5})
+    assert picture.included({}) == {}
+    results = study_of_three_seeds()
+    early, late = with_picture(results, picture), with_picture([replace(one, clock=CALL) for one in results], picture)
+    assert [one.speeds for one in late] == [one.speeds for one in results] == [one.speeds for one in with_picture(results, None)]
+    assert all(one.speeds[name] < speed for one, was in zip(early, results, strict=True) for name, speed in was.speeds.items())
+    for one in results:
+        write_result(one, tmp_path / "results")
+    text = write_study_page(tmp_path / "results", tmp_path / "docs").read_text(encoding="utf-8")
+    assert "what that takes was not measured" in text and "2.01 times its speed" in text
+    write_picture(picture, tmp_path / "results")
+    text = write_study_page(tmp_path / "results", tmp_path / "docs").read_text(encoding="utf-8")
+    assert "as long as 5.00 tokens of the AR twin, of 20.0 in an answer" in text and "1.67 times its speed" in text
+    assert read_picture(tmp_path / "docs" / "fidelity") == picture
+
+
 def test_verdicts_turn_with_the_figures():
     worse = [replace(one, gradient_noise=0.9 + one.seed / 50) if one.variant == "c" else one for one in study_of_three_seeds()]
     answers = {(one.claim.text): one.answer for one in judge_all(by_variant(worse))}
@@ -173,7 +195,9 @@ def test_the_page_in_docs_is_that_of_the_results_beside_it():
     """A file that was edited by hand, or results that were added without it, are seen here."""
     folder = ROOT / "docs" / "fidelity"
     written = (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8")
-    assert written == study_page(read_results(folder), program.read_pilot(folder)), "run make study, or its --no-runs"
+    picture = read_picture(folder)
+    results = with_picture(read_results(folder), picture)
+    assert written == study_page(results, program.read_pilot(folder), picture), "run make study, or its --no-runs"
 
 
 # --- variants --------------------------------------------------------------------------------------------------------------
@@ -213,6 +237,7 @@ def test_a_variant_of_a_recipe_waits_for_it_and_takes_its_stage(tmp_path: Path, 
     [
         (["--only", "a,z"], "no variant z; there are a, b, c"),
         (["--seeds", "0,x"], "expected whole numbers"),
+        (["--picture", "--no-runs"], "--picture measures something: it goes with neither --pilot nor --no-runs"),
         (["--models", "none"], "none/smollm2-135m-instruct is not there"),
     ],
 )
@@ -250,6 +275,20 @@ def test_a_study_runs_to_its_page_and_goes_on_where_it_was_left(
     made = tiny_runs.tree(tmp_path)
     program.main([*words, "--only", "a,f"])
     assert tiny_runs.tree(tmp_path).keys() == made.keys() and "0 runs to make" in capsys.readouterr().err
+    program.main([*words, "--picture"])
+    picture = read_picture(tmp_path / "fidelity")
+    assert picture is not None and picture.tokens > 0 and 0 < picture.answer <= QUICK.new_tokens
+    # Another study into the same folder, or onto the same page.
+    steps = ["--set", "stages.diffuse.steps=3"]
+    for more in (
+        steps,
+        ["--out", str(tmp_path / "other"), "--page", str(tmp_path), *steps],
+    ):
+        before = tiny_runs.tree(tmp_path / "results"), (tmp_path / "fidelity.md").read_bytes()
+        with pytest.raises(SystemExit) as stop:
+            program.main([*words, *more])
+        assert stop.value.code == 2 and "was made with other settings (assignments)" in capsys.readouterr().err
+        assert before == (tiny_runs.tree(tmp_path / "results"), (tmp_path / "fidelity.md").read_bytes())
 
 
 @pytest.mark.slow

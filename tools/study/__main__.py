@@ -10,7 +10,6 @@ FOLDER (default: OUT).
 """
 
 import argparse
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -22,8 +21,9 @@ from diffvl.errors import EXIT_CODE, DiffvlError, UsageError
 from diffvl.terminal.bars import duration, quiet_libraries
 from diffvl.terminal.console import complain, console, say, streams
 from tools.study.page import FOLDER, write_study_page
+from tools.study.picture import PICTURE_FILE, measure_picture, write_picture
 from tools.study.pilot import night_seconds, run_pilot
-from tools.study.results import read_pilot, read_results, write_pilot
+from tools.study.results import read_pilot, read_results, require_settings, write_pilot
 from tools.study.runs import Study, run_study
 from tools.study.variants import NIGHT, PILOT, QUICK, VARIANTS
 
@@ -43,6 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="assignments", help="a setting of all runs")
     parser.add_argument("--keep", action="store_true", help="keep the weights of measured runs")
     parser.add_argument("--no-runs", action="store_true", help="only the page, of the results beside it in FOLDER")
+    parser.add_argument("--picture", action="store_true", help="only measure what a picture costs beside the first seed's twin")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--pilot", action="store_true", help="a few steps of one variant, to know what a step costs")
     kind.add_argument("--quick", action="store_true", help="tiny stand-ins; the figures mean nothing")
@@ -57,26 +58,35 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _main(given: argparse.Namespace, out: Console) -> None:
+    if given.picture and (given.pilot or given.no_runs):
+        raise UsageError("--picture measures something: it goes with neither --pilot nor --no-runs")
     study = study_of(given)
     if given.pilot:
         pilot = run_pilot(study, out)
         write_pilot(pilot, given.out / "results")
         say(out, f"the processor's seconds: {pilot.step:.1f} a step, {pilot.answer:.2f} an answer")
     elif not given.no_runs:
+        require_settings(study.results, study.settings)
         _take_results(given.page, study)
-        _say_time(study, out)
-        run_study(study, out)
-    folder = given.page or given.out
+        if given.picture:
+            write_picture(measure_picture(study, out), study.results)
+        else:
+            _say_time(study, out)
+            run_study(study, out)
+    folder = given.out if given.pilot or given.page is None else given.page  # a pilot's page would hide what was measured
     results = folder / FOLDER if given.no_runs else given.out / "results"
     page = write_study_page(results, folder, quick=given.quick)
     say(out, "page: ", (str(page), "bold"))
 
 
 def _take_results(page: Path | None, study: Study) -> None:
-    """Takes over the results beside a page that have the same settings: a study goes on from them on another machine."""
-    for file in sorted((page / FOLDER).glob("*-*.json")) if page is not None else ():
-        settings = json.loads(file.read_text(encoding="utf-8"))["settings"]
-        if settings == study.settings and not (study.results / file.name).exists():
+    """Takes over the results beside a page: a study goes on from them on another machine. Raises UsageError if they are another
+    study's."""
+    if page is None:
+        return
+    require_settings(page / FOLDER, study.settings)
+    for file in [*sorted((page / FOLDER).glob("?-*.json")), *(page / FOLDER).glob(PICTURE_FILE)]:
+        if not (study.results / file.name).exists():
             study.results.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, study.results)
 

@@ -3,13 +3,26 @@
 import shutil
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from diffvl.report.chart import Chart, Line, axis_note, ticks_of_shares, ticks_up_to, ticks_with_zero
 from diffvl.store.files import replace_text
 from diffvl.terminal.bars import duration, number
+from tools.study.picture import PICTURE_FILE, Picture, read_picture
 from tools.study.pilot import night_seconds
-from tools.study.results import PILOT_FILE, Curve, Pilot, Result, Sorted, by_variant, read_pilot, read_results, steps_to
+from tools.study.results import (
+    ENCODED,
+    PILOT_FILE,
+    Curve,
+    Pilot,
+    Result,
+    Sorted,
+    by_variant,
+    read_pilot,
+    read_results,
+    steps_to,
+)
 from tools.study.variants import NIGHT, TWIN, VARIANTS
 from tools.study.verdicts import CLAIMS, CLOSE, FASTER, KEPT, UNDECIDED, Verdict, judge_all, share, speedup
 
@@ -25,11 +38,12 @@ _HEAD = """# The fidelity study: do the published methods do what they claim?
 This page is made by `make study` out of the files in `docs/fidelity/`; nothing on it is written by hand.
 
 On the built-in scenes, with SmolLM2-135M-Instruct and DINOv2-small, one finetuning in several forms. Of each seed all start from
-the same align checkpoint, see the same samples in the same order and take as many steps, with the learning rates of
-`recipes/demo.yaml` (LoRA of rank 32, blocks of 4). Every diffusion form predicts the token after a position (`target: shift`), as
-the AR model does. The papers' own forms predict in place, which this few steps may be too few for; that can be studied too, in a
-folder of its own, by the third command. (h) starts from the finished AR twin and takes as many steps again: its answers are the
-twin's, and the question is how fast it gives them.
+the same align checkpoint (on another machine from one that is trained anew in the same way), see the same samples in the same
+order and take as many steps, with the learning rates of `recipes/demo.yaml` (LoRA of rank 32, blocks of 4). Every diffusion form
+predicts the token after a position (`target: shift`), as the AR model does. The papers' own forms predict in place, which this
+few steps may be too few for; that can be studied too, in a folder of its own, by the third command. (h) starts from the finished
+AR twin and takes as many steps again. In fp32 its answers are the twin's, in bf16 up to rounding; the question is how fast they
+come.
 
 ```
 make study                                   # what is missing, then this page
@@ -63,27 +77,36 @@ def write_study_page(results: Path, folder: Path, quick: bool = False) -> Path:
     Raises:
         DataError: results of two studies are mixed.
     """
-    found, pilot = read_results(results), read_pilot(results)
+    picture = read_picture(results)
+    found, pilot = with_picture(read_results(results), picture), read_pilot(results)
     beside = folder / FOLDER
     beside.mkdir(parents=True, exist_ok=True)
-    for file in [*results.glob("?-*.json"), *results.glob(PILOT_FILE)]:
+    for file in [*results.glob("?-*.json"), *results.glob(PILOT_FILE), *results.glob(PICTURE_FILE)]:
         if file.resolve().parent != beside.resolve():
             shutil.copyfile(file, beside / file.name)
     sorted_results = by_variant(found)
     for name, chart in charts(sorted_results).items():
         replace_text(beside / f"{name}.svg", chart.file())
     page = folder / "fidelity.md"
-    replace_text(page, study_page(found, pilot, quick))
+    replace_text(page, study_page(found, pilot, picture, quick))
     return page
 
 
-def study_page(results: Sequence[Result], pilot: Pilot | None, quick: bool = False) -> str:
-    """Writes the page."""
+def with_picture(results: Sequence[Result], picture: Picture | None) -> list[Result]:
+    """Adds to times that begin once the picture is encoded what that takes, where it was measured."""
+    return [
+        replace(one, speeds=picture.included(one.speeds)) if picture is not None and one.clock == ENCODED else one
+        for one in results
+    ]
+
+
+def study_page(results: Sequence[Result], pilot: Pilot | None, picture: Picture | None = None, quick: bool = False) -> str:
+    """Writes the page of results whose times have the picture in them, as far as it was measured."""
     found = by_variant(results)
     parts = [_HEAD]
     if quick:
         parts.append("**Made with `--quick`: tiny random models, a few steps. These figures mean nothing.**\n")
-    parts += ["## What was run\n", *_variants(found), *_cost(results, pilot)]
+    parts += ["## What was run\n", *_variants(found), *_cost(results, pilot), *_clock(results, picture)]
     if results:
         parts += ["## Verdicts\n", *_verdicts(judge_all(found)), *_goal(found)]
     else:
@@ -124,6 +147,23 @@ def _cost(results: Sequence[Result], pilot: Pilot | None) -> Iterator[str]:
             f"torch {machine['torch']}, {machine['date']}. The processor's seconds, over all cores: {pilot.step:.1f} a step, "
             f"{pilot.align_step:.1f} a step of align, {pilot.answer:.2f} an answer in batches of 8.\n"
         )
+
+
+def _clock(results: Sequence[Result], picture: Picture | None) -> Iterator[str]:
+    """Says what times are of, where not all are of whole calls."""
+    early = [f"{one.variant}-{one.seed}" for one in results if one.clock == ENCODED and one.speeds]
+    if not early:
+        return
+    told = f"Times are of whole calls. Those of {', '.join(early)} began once the picture was encoded"
+    if picture is None:
+        yield f"{told}; what that takes was not measured, so their speeds against the twin are a little too high.\n"
+        return
+    machine = picture.machine
+    yield (
+        f"{told}; what that takes is added here: as long as {picture.tokens:.2f} tokens of the AR twin, of "
+        f"{picture.answer:.1f} in an answer (`python -m tools.study --picture`; {machine['cores']} cores of {machine['cpu']}, "
+        f"{machine['threads']} of them used, {machine['dtype'].removeprefix('torch.')}, {machine['date']}).\n"
+    )
 
 
 def _machines(results: Sequence[Result]) -> str:

@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffvl.errors import DataError
+from diffvl.errors import DataError, UsageError
 from diffvl.store.files import read_json, replace_text
 from diffvl.store.metrics import measures_of, read_json_lines
 
 Curve = list[tuple[int, float]]
 PILOT_FILE = "pilot.json"
+ENCODED, CALL = "from the encoded picture on", "whole calls"  # what times are of
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Decoded:
 class Result:
     """A finished run. exact_match, masked_loss: at the evaluations; the latter is empty for an AR run. ways: its own way first.
     speeds: tokens per second of each way, and of the AR twin of the same seed, timed by turns; none where there was no twin.
-    settings: what all runs of a study share. seconds: of training and measuring."""
+    settings: what all runs of a study share. seconds: of training and measuring. clock: what the times behind `speeds` are of."""
 
     variant: str
     seed: int
@@ -44,6 +45,7 @@ class Result:
     settings: dict[str, Any]
     machine: dict[str, Any]
     seconds: float
+    clock: str = ENCODED
 
     @property
     def own(self) -> Decoded:
@@ -86,17 +88,28 @@ def read_results(folder: Path) -> list[Result]:
         results.append(Result(**tree))
     results.sort(key=lambda one: (one.variant, one.seed))
     for one in results:
-        if one.settings != results[0].settings:
+        if changed := _changed(one.settings, results[0].settings):
             first = results[0]
-            changed = {
-                key for key in first.settings.keys() | one.settings.keys() if first.settings.get(key) != one.settings.get(key)
-            }
             raise DataError(
                 f"{result_file(folder, one.variant, one.seed)} was made with other settings than "
-                f"{result_file(folder, first.variant, first.seed).name} ({', '.join(sorted(changed))}): keep the results of each "
+                f"{result_file(folder, first.variant, first.seed).name} ({changed}): keep the results of each "
                 "study in a folder of their own"
             )
     return results
+
+
+def require_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raises UsageError if a folder has results of another study, with which those of this one would be mixed."""
+    for file in sorted(folder.glob("?-*.json")):
+        if changed := _changed(read_json(file)["settings"], settings):
+            raise UsageError(
+                f"{file} was made with other settings ({changed}), and nothing was run: give each study an --out and a --page of "
+                "its own (`make study` names docs; call python -m tools.study)"
+            )
+
+
+def _changed(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    return ", ".join(sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key)))
 
 
 def read_pilot(folder: Path) -> Pilot | None:

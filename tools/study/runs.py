@@ -27,7 +27,7 @@ from diffvl.evaluation.questions import questions
 from diffvl.evaluation.scored import answer_records
 from diffvl.terminal.bars import duration
 from diffvl.terminal.console import say
-from tools.study.results import Decoded, Result, curves_of, result_file, write_result
+from tools.study.results import CALL, Decoded, Result, curves_of, result_file, write_result
 from tools.study.variants import TWIN, VARIANTS, Size, Variant, write_recipe
 
 DIFFUSE, WEIGHTS = "diffuse", "*.safetensors"
@@ -140,8 +140,9 @@ def measure(study: Study, variant: Variant, seed: int, console: Console) -> Resu
         ways=ways,
         speeds=speeds,
         settings=study.settings,
-        machine=describe_machine() | {"threads": torch.get_num_threads()},
+        machine=describe_machine() | {"threads": torch.get_num_threads(), "dtype": str(decoder.model.trunk.dtype)},
         seconds=round(seconds + time.monotonic() - began, 1),
+        clock=CALL,
     )
 
 

@@ -1,9 +1,9 @@
 """What the papers claim, and what the figures say of it: each verdict follows from a rule.
 
 The rule. Each seed gives one figure, larger where the claim fits better: a difference or a ratio of two runs of that seed, which
-share their start and their samples. From the seeds' figures comes their mean with a t interval of 95 %. The claim is `reproduced`
-if the whole interval lies above the claim's bound, `refuted` if it lies below it, and otherwise `undecided at this scale`; so
-it is with fewer than two seeds too.
+share their samples and their start, or one that was trained anew in the same way. From the seeds' figures comes their mean with a
+t interval of 95 %. The claim is `reproduced` if the whole interval lies above the claim's bound, `refuted` if it lies below it,
+and otherwise `undecided at this scale`; so it is with fewer than two seeds too.
 """
 
 import math
@@ -141,7 +141,15 @@ CLAIMS = [
         ".2f",
     ),
     Claim("this project", "self-speculation of (f) is faster than AR", "f", TWIN, speculative_speedup, 1.0, ".2f"),
-    Claim("this project", "(h) answers as the AR twin does", "h", TWIN, share, CLOSE, ".3f"),
+    Claim(
+        "this project",
+        "(h) is right as often as the AR twin",
+        "h",
+        TWIN,
+        share,
+        CLOSE,
+        ".3f",
+    ),
     Claim("this project", "(h) is faster than AR", "h", TWIN, speculative_speedup, 1.0, ".2f"),
 ]
 
