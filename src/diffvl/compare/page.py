@@ -78,7 +78,7 @@ def notes(compared: Compared) -> list[str]:
             "predicted. Tokens per forward: at batch 1 on these questions."
         )
     else:
-        said.append("Nothing was timed; tokens per forward are those of batches of 8.")
+        said.append(f"Nothing was timed: {machine['untimed']}. Tokens per forward are those of batches of 8.")
     said.append("AR runs decode with transformers' own generate. A forward of a block costs more than one of a token.")
     return said
 
