@@ -16,8 +16,10 @@ from diffvl.compare import compare as comparing
 from diffvl.compare import settings
 from diffvl.compare.compare import merged, spread_out
 from diffvl.compare.entrants import distinct_names
+from diffvl.compare.page import certainty, interval
 from diffvl.compare.settings import ways_to_decode
 from diffvl.decode.answer import Answer
+from diffvl.evaluation.bootstrap import Interval
 from diffvl.evaluation.scored import ScoredAnswer
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 
@@ -113,7 +115,18 @@ def test_what_runs_have_held_out_is_asked_where_it_is_the_same(
     page, other = tmp_path / "page.html", tmp_path / "other" / "diffuse"
     ended = succeed("compare", run.diffuse, other, "--out", page, "--no-speed", "--limit", 1, *TOKENS)
     assert f"asking 1 records of {shapes['train']}" in ended.err
-    assert "paired bootstrap over the records" in ended.out and f"page: {page}" in ended.out and "run/diffuse" in ended.out
+    assert f"page: {page}" in ended.out and "run/diffuse" in ended.out
+    # Of one record there is no interval, in the table and on the page.
+    for told in (ended.out, Page(page.read_text(encoding="utf-8")).text):
+        assert "There are no intervals: they take 5 records at least. Any difference may be chance." in " ".join(told.split())
+        assert "[" not in told.partition("run.yaml")[0]
+
+
+def test_a_figure_stands_with_its_interval_where_it_has_one():
+    assert (interval(Interval(0.25)), interval(Interval(0.0), "+.3f")) == ("0.250", "+0.000")
+    assert interval(Interval(0.0, -0.1135, 0.1135), "+.3f") == "+0.000 [-0.114, +0.114]"
+    machine = {"draws": 10_000, "seed": 0, "records": 5}
+    assert "paired bootstrap over the records (10,000 draws, seed 0)" in certainty(machine)
 
 
 def test_speed_is_measured_by_turns(run: tiny_runs.Run, shapes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
