@@ -99,6 +99,7 @@ def test_convert_takes_every_word_of_the_command(monkeypatch: pytest.MonkeyPatch
         **{"model": Path("dir"), "stage": "align", "recipe": "llava", "data": "a.json", "start": "s", "out": "o"},
         **dict.fromkeys(("lora", "resume", "accept_changed_data", "dry_run", "measure", "trust_remote_code"), True),
         "machine": "8x80GB",
+        "speed": False,
     }
     given = {"seed": 1, "stages.align.data.eval": Path("held out.json"), "stages.align.trainable": {"connector": 1e-5}}
     assert diffvl.convert(**words, settings=given) == Path("done")
@@ -119,6 +120,8 @@ def test_convert_without_words_asks_for_what_the_command_asks_for():
         diffvl.convert()
     with pytest.raises(UsageError, match="name a MODEL"):
         diffvl.convert(control=True)
+    with pytest.raises(UsageError, match="--no-speed has no effect without --control"):
+        diffvl.convert("llama", speed=False)
 
 
 def test_settings_reach_the_recipe_and_any_file_name_does(source: Callable[[str], Path], tower: Path, tmp_path: Path):

@@ -94,6 +94,14 @@ def test_nothing_cites_what_is_outside_of_the_repository():
     assert not [(file.relative_to(ROOT), found[0]) for file in files for found in OUTSIDE.finditer(explained_in(file))]
 
 
+def test_counts_of_the_study_stand_on_its_own_page_alone():
+    """That page is made of the results; counts that are written elsewhere by hand were of another study in the end."""
+    section = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8").partition("## The fidelity study\n")[2]
+    told = section.rpartition("```")[2]
+    counts = r"(?i)\b(\d[\d,]*|two|three|seven|eight|twenty-?\w*) (test |night |of )?(forms|seeds|runs|steps|questions|hours)\b"
+    assert "docs/fidelity.md" in told and not re.search(counts, told)
+
+
 # --- the map of rooms ------------------------------------------------------------------------------------------------------
 
 

@@ -39,6 +39,7 @@ def convert(
     measure: bool = False,
     trust_remote_code: bool = False,
     control: bool = False,
+    speed: bool = True,
 ) -> Path:
     """Converts a model, as `diffvl convert` does: prepares it, trains the stages, writes a checkpoint after each.
 
@@ -55,7 +56,8 @@ def convert(
         dry_run: True checks everything, prints the plan and writes nothing.
         machine: with `dry_run`, the GPUs to plan for, such as "8x80GB"; measure: True takes a few real steps of each stage.
         trust_remote_code: True runs the Python code that the checkpoint brings along.
-        control: True trains next-token finetuning beside it, and writes a page that compares both.
+        control: True trains next-token finetuning beside it, and writes a page that compares both; speed: False times nothing
+            there, so that one model at a time is in memory.
     Returns:
         the last directory written, which is not that of the control (with `dry_run`: the folder of the run).
     Raises:
@@ -81,6 +83,7 @@ def convert(
         measure=measure,
         trust_remote_code=trust_remote_code,
         control=control,
+        speed=speed,
     )
     with Writing():
         if not control:

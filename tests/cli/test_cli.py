@@ -65,7 +65,7 @@ FLAGS = {
     },
     "convert": {
         *("MODEL", "--stage", "--recipe", "--data", "--from", "--out", "--lora", "--set", "--resume", "--dry-run"),
-        *("--accept-changed-data", "--trust-remote-code", "--control", "--for", "--measure"),
+        *("--accept-changed-data", "--trust-remote-code", "--control", "--no-speed", "--for", "--measure"),
     },
     "compare": {
         *("RUN...", "--data", "--out", "--limit", "--max-new-tokens", "--speed", "--no-speed", "--seed", "--json"),
@@ -351,6 +351,7 @@ def test_convert_passes_every_flag_on(run_cli, monkeypatch: pytest.MonkeyPatch):
         "measure": False,
         "trust_remote_code": True,
         "control": False,
+        "speed": True,
     }
     nothing = dict.fromkeys(("model", "stage", "recipe", "data", "start", "out"))
     no_flags = dict.fromkeys(("lora", "resume", "accept_changed_data", "trust_remote_code", "control"), False)
@@ -359,6 +360,7 @@ def test_convert_passes_every_flag_on(run_cli, monkeypatch: pytest.MonkeyPatch):
         "dry_run": True,
         "machine": "24GB",
         "measure": True,
+        "speed": True,
     }
 
 
@@ -395,7 +397,8 @@ def test_convert_with_its_control_ends_with_the_comparison(run_cli, monkeypatch:
     pretend(monkeypatch, "diffvl.conversion.run", ConvertRequest=Settings.make, convert=convert)
     pretend(monkeypatch, "diffvl.compare.control", convert_with_control=convert_with_control)
     assert run_cli("convert", "m", "--control") == (0, "", "")
-    assert seen[0].values["control"] is True
+    assert run_cli("convert", "m", "--control", "--no-speed") == (0, "", "")
+    assert [(one.values["control"], one.values["speed"]) for one in seen] == [(True, True), (True, False)]
 
 
 def test_compare_refuses_an_out_that_it_could_not_write_before_anything(run_cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import tiny_runs
+import torch
 from pages import Page
 from tiny_runs import refused, stage, succeed, write_recipe
 
@@ -15,8 +16,10 @@ from diffvl.compare import compare as comparing
 from diffvl.compare import settings
 from diffvl.compare.compare import merged, spread_out
 from diffvl.compare.entrants import distinct_names
+from diffvl.compare.page import certainty, interval
 from diffvl.compare.settings import ways_to_decode
 from diffvl.decode.answer import Answer
+from diffvl.evaluation.bootstrap import Interval
 from diffvl.evaluation.scored import ScoredAnswer
 from diffvl.hub.configuration_diffvl import DiffVLConfig
 
@@ -112,7 +115,18 @@ def test_what_runs_have_held_out_is_asked_where_it_is_the_same(
     page, other = tmp_path / "page.html", tmp_path / "other" / "diffuse"
     ended = succeed("compare", run.diffuse, other, "--out", page, "--no-speed", "--limit", 1, *TOKENS)
     assert f"asking 1 records of {shapes['train']}" in ended.err
-    assert "paired bootstrap over the records" in ended.out and f"page: {page}" in ended.out and "run/diffuse" in ended.out
+    assert f"page: {page}" in ended.out and "run/diffuse" in ended.out
+    # Of one record there is no interval, in the table and on the page.
+    for told in (ended.out, Page(page.read_text(encoding="utf-8")).text):
+        assert "There are no intervals: they take 5 records at least. Any difference may be chance." in " ".join(told.split())
+        assert "[" not in told.partition("run.yaml")[0]
+
+
+def test_a_figure_stands_with_its_interval_where_it_has_one():
+    assert (interval(Interval(0.25)), interval(Interval(0.0), "+.3f")) == ("0.250", "+0.000")
+    assert interval(Interval(0.0, -0.1135, 0.1135), "+.3f") == "+0.000 [-0.114, +0.114]"
+    machine = {"draws": 10_000, "seed": 0, "records": 5}
+    assert "paired bootstrap over the records (10,000 draws, seed 0)" in certainty(machine)
 
 
 def test_speed_is_measured_by_turns(run: tiny_runs.Run, shapes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -128,6 +142,37 @@ def test_speed_is_measured_by_turns(run: tiny_runs.Run, shapes: dict[str, Path],
         assert all(min(value for name, value in one.items() if name != "spread") > 0 for one in row["speed"].values())
     seen = Page(page.read_text(encoding="utf-8"))
     assert "tokens per second, batch 1" in seen.text and "first token s, batch 8" in seen.text.replace("\xa0", " ")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_answers_are_kept_where_the_models_do_not_fit_together(
+    error: Exception, run: tiny_runs.Run, shapes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(settings, "THRESHOLDS", ())
+    monkeypatch.setattr(comparing, "answer_in_turns", fail)
+    page = tmp_path / "page.html"
+    ended = succeed("compare", run.align, run.diffuse, "--data", shapes["test"], "--limit", 1, "--out", page, *TOKENS, "--json")
+    assert ended.err.count("warning:") == 1 and "nothing is timed: memory ran out with all 2 models in it" in ended.err
+    told = json.loads(ended.out)
+    reason = str(error) or "MemoryError"
+    assert told["machine"]["timed"] is False and reason in told["machine"]["untimed"]
+    assert len(told["rows"]) == 4 and all(0 <= row["exact_match"]["value"] <= 1 and not row["speed"] for row in told["rows"])
+    seen = Page(page.read_text(encoding="utf-8")).text
+    assert f"Nothing was timed: memory ran out with all 2 models in it ({reason})." in seen and "tokens/s" not in seen
+
+
+def test_other_faults_in_timing_are_not_taken_for_a_lack_of_memory():
+    assert comparing.is_of_memory(torch.OutOfMemoryError()) and not comparing.is_of_memory(RuntimeError("shapes differ"))
 
 
 def test_speed_is_summed_over_a_round_and_its_median_taken():

@@ -3,7 +3,6 @@
 import re
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from pages import Page
 from tiny_runs import refused, stage, succeed, write_recipe
 
 from diffvl.compare import control
-from diffvl.compare.compare import CompareRequest
 from diffvl.config.objectives import ArObjective
 from diffvl.config.resolve import read_yaml, resolve
 from diffvl.demo import standin_dllms
@@ -37,9 +35,10 @@ def test_the_control_differs_by_its_objective_alone_and_a_page_compares_both(
     run: tiny_runs.Run, recipe: Path, tower: Path, shapes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(control, "NEW_TOKENS", 3)
-    monkeypatch.setattr(control, "CompareRequest", partial(CompareRequest, speed=False))
     out = tmp_path / "out"
-    words = ("convert", "--from", run.align, "--stage", "diffuse", "--recipe", recipe, "--out", out, "--control")
+    words = ("convert", "--from", run.align, "--stage", "diffuse", "--recipe", recipe, "--out", out)
+    refused(*words, "--no-speed", says=["--no-speed has no effect without --control"])
+    words = (*words, "--control", "--no-speed")
     planned = succeed(*words, "--dry-run").out
     assert "control ar; trains connector 0.001, trunk 0.001 with LoRA; 2 steps" in planned and not out.exists()
     assert f"compare {out}/control and {out}/diffuse -> {out}/compare.html" in planned
@@ -57,7 +56,8 @@ def test_the_control_differs_by_its_objective_alone_and_a_page_compares_both(
     weights, expected = weights_of(out / "control"), weights_of(tmp_path / "alone" / "diffuse")
     assert all(torch.equal(value, expected[name]) for name, value in weights.items())
     page = out / "compare.html"
-    assert "control, diffuse: compared" in Page(page.read_text(encoding="utf-8")).text
+    seen = Page(page.read_text(encoding="utf-8")).text
+    assert "control, diffuse: compared" in seen and "Nothing was timed: --no-speed was given." in seen
     # What is there stays; what is missing is made.
     shutil.rmtree(out / "control")
     page.unlink()

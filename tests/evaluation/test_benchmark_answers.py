@@ -139,6 +139,31 @@ def test_likelihoods_are_those_of_the_weights_token_by_token(size: int, decoder:
         assert answering(decoder, 1, DecodeSettings(mode="ar")).likelihoods([Choice(QUESTIONS[1], greedy)])[0][1]
 
 
+def test_choices_that_cannot_be_compared_are_all_told_before_the_first_is(decoder: Decoder, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(benchmark_answers, "likelihoods", lambda *_: pytest.fail("nothing may be computed"))
+    refused = Question("t", "task t, document 5", lambda: [{"role": 5}], {})
+    broken = Question("t", "task t, document 6", lambda: chat_of_text("x", [b"no image"], "task t, document 6"), {})
+    asked = [(QUESTIONS[0], "red"), (QUESTIONS[0], "red " * 3000), (refused, "a"), (broken, "a"), (broken, "b")]
+    with pytest.raises(UsageError) as error:
+        answering(decoder, 1, DecodeSettings(mode="ar")).likelihoods([Choice(*one) for one in asked])
+    told = str(error.value)
+    assert told.startswith("4 of 5 questions, each with an answer, cannot be compared; nothing was\n")
+    assert "tokens with an answer do not fit the context of" in told and "task t, document 5: a message has the role 5" in told
+    assert told.count("task t, document 6: an image cannot be read") == 1
+
+
+def test_a_question_and_its_answer_may_fill_the_context(decoder: Decoder, monkeypatch: pytest.MonkeyPatch):
+    choice = Choice(QUESTIONS[1], "red")
+    whole = [*QUESTIONS[1].chat(), {"role": "assistant", "content": "red"}]
+    length = len(decoder.processor.encode_chat(whole).ids)
+    found = answering(decoder, 1, DecodeSettings(mode="ar"))
+    monkeypatch.setattr(benchmark_answers, "context_length", lambda _: length)
+    assert -torch.inf < found.likelihoods([choice])[0][0] < 0
+    monkeypatch.setattr(benchmark_answers, "context_length", lambda _: length - 1)
+    with pytest.raises(UsageError, match=f"{length} tokens with an answer do not fit the context of {length - 1}"):
+        found.likelihoods([choice])
+
+
 def test_an_empty_answer_is_certain(decoder: Decoder):
     assert answering(decoder, 1, DecodeSettings(mode="ar")).likelihoods([Choice(QUESTIONS[0], " ")]) == [(0.0, True)]
 

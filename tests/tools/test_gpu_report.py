@@ -16,7 +16,7 @@ from diffvl.bench import machine
 from tools.gpu_report import __main__ as program
 from tools.gpu_report import gpu_tests, needs, sharding
 from tools.gpu_report.parts import PARTS, Part, chosen
-from tools.gpu_report.run import Ended, Outcome, Request, launch, run_parts
+from tools.gpu_report.run import Ended, Outcome, Request, has_failed, launch, run_parts
 from tools.gpu_report.tables import page
 
 
@@ -96,6 +96,31 @@ def test_what_is_done_is_not_done_again_and_the_rest_is():
     assert list(one) == ["late", "a", "failed", "stopped"], "parts that were not asked for stay"
 
 
+@pytest.mark.parametrize("figures", [{"passed": 1, "failed": {"b": "no"}}, {"agrees": False}])
+def test_a_part_in_which_something_failed_is_done_again(figures: dict[str, Any], tmp_path: Path):
+    """Its command ended well and is still the same; after a mend the report must be able to end well too."""
+    before = [Outcome("a", "done", ["a"], 1.0, figures=figures), Outcome("b", "done", ["b"], 1.0, figures={"failed": {}})]
+    again = Machine()
+    found = again.run([part("a"), part("b")], before=before)
+    assert [name for name, _ in again.launched] == ["a"] and found["b"] == before[1]
+    assert found["a"].figures == {"name": "a"} and not any(map(has_failed, found.values()))
+    assert Machine().run([part("a", 200)], before=before)["a"] == before[0], "what is skipped has still failed"
+
+
+def test_tiny_figures_never_take_the_place_of_real_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    program.write_report(tmp_path, "command", False, [Outcome("a", "done", ["a"], 1.0, figures={"x": 1})])
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    words = ["--quick", "--only", "tests", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit) as stop:
+        program.main(words, lambda *_: pytest.fail("nothing may be run"))
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'report.json'} holds real figures" in said and "name another folder with --out" in said
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    program.write_report(tmp_path, "command", True, [])
+    assert program.main(words, lambda *_: pytest.fail("the tests need a GPU")) == 0
+
+
 def test_a_report_that_is_torn_is_made_anew(tmp_path: Path):
     assert program.read_before(tmp_path / "report.json", False) == []
     for text in ("{", "[]", '{"parts": [{"name": "a"}]}'):
@@ -104,7 +129,7 @@ def test_a_report_that_is_torn_is_made_anew(tmp_path: Path):
     done = Outcome("a", "done", ["a"], 1.0, figures={"x": 1})
     program.write_report(tmp_path, "command", False, [done])
     apart = Outcome("sharding", "done", ["x"], figures={"agrees": False})
-    assert program.has_failed(apart) and not program.has_failed(done), "figures that must agree and do not are a failure"
+    assert has_failed(apart) and not has_failed(done), "figures that must agree and do not are a failure"
     assert program.read_before(tmp_path / "report.json", False) == [done]
     assert program.read_before(tmp_path / "report.json", True) == [], "tiny figures and real ones are never in one report"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
@@ -191,6 +216,21 @@ def test_sharding_that_computes_something_else_is_told(monkeypatch: pytest.Monke
     assert not figures["agrees"] and figures["largest_difference"] > 1e-4
     report = {"date": "2026-11-29", "command": "x", "quick": True, "machines": []}
     assert "DO NOT AGREE" in page(report, [Outcome("sharding", "done", [], 1.0, figures=figures)])
+
+
+def test_losses_that_are_not_finite_do_not_agree(monkeypatch: pytest.MonkeyPatch):
+    found = iter([[1.0, float("nan"), float("nan")], [1.0, float("nan"), 2.0]])
+
+    def steps_of(*_: Any) -> dict[str, Any]:
+        return {"losses": next(found), "step_seconds": 1.0, "peak_bytes": None}
+
+    monkeypatch.setattr(sharding, "steps_of", steps_of)
+    figures = sharding.compared(sharding.torch.device("cpu"), quick=True)
+    assert figures["agrees"] is False and figures["largest_difference"] is None
+    done = Outcome("sharding", "done", [], 1.0, figures=figures)
+    assert has_failed(done)
+    told = page({"date": "2026-11-29", "command": "x", "quick": True, "machines": []}, [done])
+    assert "Losses of 3 steps DO NOT AGREE: not all are finite." in told
 
 
 def test_failed_tests_are_figures_and_the_report_says_so(tmp_path: Path):

@@ -1,7 +1,7 @@
 """Everything that waits for a GPU, in one run: `make gpu-report`, or `python -m tools.gpu_report`.
 
-Parts are run in the order of worth, as long as the budget lasts; a later run goes on with what is not done. The folder gets
-`report.json` and `report.md`, the tables for docs/. `--needs` says what is to be installed beforehand.
+Parts are run in the order of worth, as long as the budget lasts; a later run goes on with what is not done or has failed. The
+folder gets `report.json` and `report.md`, the tables for docs/. `--needs` says what is to be installed beforehand.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tools.gpu_report.needs import tell_needs
 from tools.gpu_report.parts import PARTS, chosen
-from tools.gpu_report.run import Launch, Outcome, Request, launch, run_parts
+from tools.gpu_report.run import Launch, Outcome, Request, has_failed, launch, run_parts
 from tools.gpu_report.tables import machines_of, page
 
 BUDGET = 480  # seconds
@@ -52,6 +52,10 @@ def main(arguments: list[str] | None = None, run: Launch | None = None) -> int:
         parser.error(f"--budget {given.budget:g}: expected seconds above 0")
     if not given.quick and not _has_gpu():
         parser.error("torch sees no CUDA device here: run it where there is one, or see that it runs with --quick")
+    if given.quick and is_real(given.out / REPORT):
+        parser.error(
+            f"{given.out / REPORT} holds real figures, which those of --quick would replace: name another folder with --out"
+        )
     given.out.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python -m tools.gpu_report", *(sys.argv[1:] if arguments is None else arguments)])
     request = Request(parts, given.budget, given.quick, read_before(given.out / REPORT, given.quick))
@@ -63,10 +67,12 @@ def main(arguments: list[str] | None = None, run: Launch | None = None) -> int:
     return 1 if any(map(has_failed, outcomes)) else 0
 
 
-def has_failed(outcome: Outcome) -> bool:
-    """Whether a part, one of its tests or the comparison that it makes has failed."""
-    figures = outcome.figures or {}
-    return outcome.state == "failed" or bool(figures.get("failed")) or not figures.get("agrees", True)
+def is_real(file: Path) -> bool:
+    """Whether a report is there that was made without `--quick`; a torn one is none."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["quick"] is False
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def read_before(file: Path, quick: bool) -> list[Outcome]:

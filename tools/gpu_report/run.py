@@ -1,7 +1,8 @@
 """Runs the parts of a report: within a budget, each once, and what is done is kept.
 
-Invariant: every part is saved as soon as it has ended. A part that was done with the same command is not done again; one that
-would not fit into what is left of the budget is not begun; one that is begun is ended at the budget's end.
+Invariant: every part is saved as soon as it has ended. A part that was done with the same command, and in which nothing failed,
+is not done again; one that would not fit into what is left of the budget is not begun; one that is begun is ended at the budget's
+end.
 """
 
 import json
@@ -45,6 +46,12 @@ class Outcome:
     seconds: float | None = None
     why: str | None = None
     figures: dict[str, Any] | None = None
+
+
+def has_failed(outcome: Outcome) -> bool:
+    """Whether a part, one of its tests or the comparison that it makes has failed."""
+    figures = outcome.figures or {}
+    return outcome.state == "failed" or bool(figures.get("failed")) or not figures.get("agrees", True)
 
 
 Save = Callable[[list[Outcome]], None]
@@ -102,12 +109,15 @@ def run_parts(
     outcomes: list[Outcome] = []
     for part in request.parts:
         words = part.words(request.quick)
-        outcome = next((one for one in request.before if (one.name, one.state, one.words) == (part.name, "done", words)), None)
-        if outcome is not None:
+        done = next((one for one in request.before if (one.name, one.state, one.words) == (part.name, "done", words)), None)
+        if done is not None and not has_failed(done):
             say(f"{part.name}: done before")
-        else:
+            outcome = done
+        else:  # done again too, if something in it failed: the cause may be mended, which its command does not show
             left = request.budget - (clock() - begun)
             outcome = _run(part, words, left, request.quick, say, launch, clock)
+            if outcome.state == "skipped" and done is not None:
+                outcome = done  # its failures are not mended by leaving it out
         outcomes.append(outcome)
         save([*outcomes, *others])
     return [*outcomes, *others]

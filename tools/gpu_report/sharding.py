@@ -6,6 +6,7 @@ itself costs.
 import argparse
 import gc
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -54,19 +55,24 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def compared(device: torch.device, quick: bool) -> dict[str, Any]:
-    """The steps in one piece and sharded: losses, seconds of a step, peak of memory."""
+    """The steps in one piece and sharded: losses, seconds of a step, peak of memory.
+
+    They agree only if every loss is finite; where one is not there is no largest difference (`max` passes over a nan).
+    """
     load = load_average()
     stage = parse(Stage, STAGE, "tools.gpu_report.sharding")
     plain, sharded = (steps_of(device, quick, stage, in_parts) for in_parts in (False, True))
     dtype = "float32" if quick else "bfloat16"
-    apart = max(abs(one - other) / abs(one) for one, other in zip(plain["losses"], sharded["losses"], strict=True))
+    pairs = list(zip(plain["losses"], sharded["losses"], strict=True))
+    finite = all(math.isfinite(loss) for pair in pairs for loss in pair)
+    apart = max(abs(one - other) / abs(one) for one, other in pairs) if finite else None
     return {
         "machine": describe_run(device, getattr(torch, dtype), load),
         "processes": 1,
         "whole": plain,
         "sharded": sharded,
         "largest_difference": apart,
-        "agrees": apart <= TOLERANCE[dtype],
+        "agrees": apart is not None and apart <= TOLERANCE[dtype],
         "tolerance": TOLERANCE[dtype],
     }
 

@@ -148,8 +148,9 @@ def _sharding(figures: Figures) -> str:
         for name, one in (("whole", figures["whole"]), ("fully_shard, one process", figures["sharded"]))
     ]
     told = "agree" if figures["agrees"] else "DO NOT AGREE"
-    about = f"Losses of {len(figures['whole']['losses'])} steps {told}: largest difference {figures['largest_difference']:.1e} "
-    about += f"(allowed {figures['tolerance']:.0e}).\n\n"
+    apart = figures["largest_difference"]
+    how = "not all are finite" if apart is None else f"largest difference {apart:.1e} (allowed {figures['tolerance']:.0e})"
+    about = f"Losses of {len(figures['whole']['losses'])} steps {told}: {how}.\n\n"
     return f"## FSDP2 in one process\n\n{about}" + table(["model", "step s", "peak GB", "last loss"], rows)
 
 

@@ -94,6 +94,9 @@ def convert(
     control: Annotated[
         bool, typer.Option("--control", help="Train next-token finetuning beside it, and compare both on one page.")
     ] = False,
+    speed: Annotated[
+        bool, typer.Option(" /--no-speed", help="With --control: time nothing, so that one model at a time is in memory.")
+    ] = True,
 ) -> None:
     """Convert MODEL: connect a vision tower, align it, train block diffusion, write a checkpoint."""
     for flag, name in {
@@ -124,6 +127,7 @@ def convert(
         measure=measure,
         trust_remote_code=trust_remote_code,
         control=control,
+        speed=speed,
     )
     if not control:
         run_convert(request)

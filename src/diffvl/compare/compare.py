@@ -2,7 +2,7 @@
 
 In order: the runs and the records that all are asked; every run's answers under each of its ways to decode, with one model in
 memory at a time; intervals, by paired bootstrap over the records; then speed, for which all models stand in memory together,
-because only calls by turns in one process can be compared.
+because only calls by turns in one process can be compared. Where they do not fit, what was answered is kept, untimed.
 """
 
 import gc
@@ -12,6 +12,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from diffvl.bench.machine import describe_run, load_average
@@ -20,6 +21,7 @@ from diffvl.compare.entrants import Entrant, open_entrants
 from diffvl.compare.held_out import HeldOut, records_to_ask, require_all_fit
 from diffvl.compare.settings import NEW_TOKENS, ways_to_decode
 from diffvl.decode.answer import Decoder
+from diffvl.errors import first_line
 from diffvl.evaluation.bootstrap import DRAWS, Interval, bootstrap
 from diffvl.evaluation.questions import questions
 from diffvl.evaluation.scored import Answered, Question, answer_records
@@ -30,6 +32,7 @@ from diffvl.terminal.console import say
 BATCHES = (1, 8)
 TIMED = 8  # questions, one after the other at batch 1 and together at batch 8
 ROUNDS = 3
+NOT_ASKED = "--no-speed was given"
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Compared:
-    """All that was measured. machine: what it ran on and how."""
+    """All that was measured. machine: what it ran on and how; `untimed`: why there are no times, None where there are."""
 
     entrants: list[Entrant]
     held_out: HeldOut
@@ -132,14 +135,14 @@ def compare(request: CompareRequest, console: Console) -> Compared:
         del decoder
         gc.collect()
     means, differences, similar = _intervals(ways, request.seed)
-    speeds = _speeds(entrants, ways, held_out, console) if request.speed else {}
+    speeds, untimed = _speeds_that_fit(entrants, ways, held_out, console) if request.speed else ({}, NOT_ASKED)
     rows = [
         Row(way, mean, difference if number else None, similarity.value, speeds.get((way.run, way.name), {}))
         for number, (way, mean, difference, similarity) in enumerate(zip(ways, means, differences, similar, strict=True))
     ]
     told = {"seed": request.seed, "draws": DRAWS, "records": len(held_out.records), "data": str(held_out.path)}
-    told |= {"max_new_tokens": request.max_new_tokens, "timed_questions": TIMED, "rounds": ROUNDS, "timed": request.speed}
-    return Compared(entrants, held_out, rows, merged(machines) | told)
+    told |= {"max_new_tokens": request.max_new_tokens, "timed_questions": TIMED, "rounds": ROUNDS, "timed": untimed is None}
+    return Compared(entrants, held_out, rows, merged(machines) | told | {"untimed": untimed})
 
 
 def merged(machines: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -178,16 +181,41 @@ def _intervals(ways: Sequence[Way], seed: int) -> tuple[list[Interval], list[Int
 
 # --- speed -----------------------------------------------------------------------------------------------------------------
 
+Speeds = dict[tuple[str, str], dict[int, Speed]]  # of a run under a way to decode, by batch size
 
-def _speeds(
+
+def _speeds_that_fit(
     entrants: Sequence[Entrant], ways: Sequence[Way], held_out: HeldOut, console: Console
-) -> dict[tuple[str, str], dict[int, Speed]]:
+) -> tuple[Speeds, str | None]:
+    """Times every way; or warns and gives nothing and the reason, where memory ends: hours of answers must not be lost for it."""
+    try:
+        return _speeds(entrants, ways, held_out, console), None
+    except (MemoryError, RuntimeError) as error:  # torch's own errors of memory are RuntimeErrors
+        if not is_of_memory(error):
+            raise
+        untimed = f"memory ran out with all {len(entrants)} models in it ({first_line(error)})"
+    gc.collect()
+    say(
+        console,
+        ("warning:", "bold yellow"),
+        f" nothing is timed: {untimed}. The answers are kept. Times need more memory, or fewer runs in a `diffvl compare`; "
+        "--no-speed does not try",
+    )
+    return {}, untimed
+
+
+def is_of_memory(error: BaseException) -> bool:
+    """Tells whether memory ran out, of a GPU or of the machine; the allocator of CPUs has no type of error of its own."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _speeds(entrants: Sequence[Entrant], ways: Sequence[Way], held_out: HeldOut, console: Console) -> Speeds:
     """Times every way by turns, at each batch size."""
     say(console, f"timing by turns: all {len(entrants)} models are in memory together (--no-speed leaves it out)")
     decoders = {one.name: _load(one, console) for one in entrants}
     players = {f"{way.run}, {way.name}": Player(decoders[way.run], way.settings) for way in ways}
     asked = spread_out(list(questions(held_out.records)), TIMED)
-    speeds: dict[tuple[str, str], dict[int, Speed]] = {(way.run, way.name): {} for way in ways}
+    speeds: Speeds = {(way.run, way.name): {} for way in ways}
     for batch in BATCHES:
         groups = [list(islice(cycle(asked), start, start + batch)) for start in range(0, TIMED, batch)]
         calls = answer_in_turns(players, groups, ROUNDS, console, f"batch {batch}")

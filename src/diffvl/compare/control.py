@@ -29,6 +29,7 @@ def convert_with_control(request: ConvertRequest) -> tuple[Path, Compared | None
     if request.resume and page.is_file():
         say(console, ("compare", "bold"), f": finished already, kept: {page}")
         return directory, None
-    compared = compare(CompareRequest((str(directory.parent / CONTROL), str(directory)), max_new_tokens=NEW_TOKENS), console)
+    runs = (str(directory.parent / CONTROL), str(directory))
+    compared = compare(CompareRequest(runs, speed=request.speed, max_new_tokens=NEW_TOKENS), console)
     write_page(compared, page)
     return directory, compared

@@ -2,14 +2,14 @@
 differ. It is one file; nothing is fetched.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffvl.compare.compare import BATCHES, Compared, Row
 from diffvl.compare.settings import SINGLE, STEPS
 from diffvl.config.resolve import dump
-from diffvl.evaluation.bootstrap import LEVEL, Interval
+from diffvl.evaluation.bootstrap import FEWEST, LEVEL, Interval
 from diffvl.evaluation.questions import asked
 from diffvl.evaluation.scored import Question, ScoredAnswer
 from diffvl.report.chart import Chart, Line, axis_note, escape, ticks_up_to, ticks_with_zero
@@ -55,7 +55,9 @@ def _figures(row: Row) -> Iterator[str]:
 
 
 def interval(one: Interval, form: str = ".3f") -> str:
-    """Writes a figure with its interval."""
+    """Writes a figure with its interval, where it has one."""
+    if one.low is None or one.high is None:
+        return f"{one.value:{form}}"
     return f"{one.value:{form}} [{one.low:{form}}, {one.high:{form}}]"
 
 
@@ -65,9 +67,7 @@ def notes(compared: Compared) -> list[str]:
     said = [
         f"{len(compared.questions)} questions of {compared.held_out.told()}; answers of up to {machine['max_new_tokens']} "
         "tokens, greedy; exact match counts an answer if every word of it is right.",
-        f"In brackets: {LEVEL:.0%} intervals, paired bootstrap over the records ({machine['draws']:,} draws, seed "
-        f"{machine['seed']}). A difference whose interval holds 0 may be chance. Intervals know nothing of other seeds of "
-        "training.",
+        certainty(machine),
     ]
     if machine["timed"]:
         said.append(
@@ -78,9 +78,20 @@ def notes(compared: Compared) -> list[str]:
             "predicted. Tokens per forward: at batch 1 on these questions."
         )
     else:
-        said.append("Nothing was timed; tokens per forward are those of batches of 8.")
+        said.append(f"Nothing was timed: {machine['untimed']}. Tokens per forward are those of batches of 8.")
     said.append("AR runs decode with transformers' own generate. A forward of a block costs more than one of a token.")
     return said
+
+
+def certainty(machine: Mapping[str, Any]) -> str:
+    """Says how sure the figures are."""
+    if machine["records"] < FEWEST:
+        return f"There are no intervals: they take {FEWEST} records at least. Any difference may be chance."
+    return (
+        f"In brackets: {LEVEL:.0%} intervals, paired bootstrap over the records ({machine['draws']:,} draws, seed "
+        f"{machine['seed']}), and Wilson's bound where all records are alike. A difference whose interval holds 0 may be chance. "
+        "Intervals know nothing of other seeds of training."
+    )
 
 
 # --- the page --------------------------------------------------------------------------------------------------------------

@@ -52,7 +52,8 @@ COMPARED = "compare.html"  # of a conversion with its control
 
 @dataclass(frozen=True)
 class ConvertRequest:
-    """The arguments of the command. `start` is --from; `assignments` are the --set strings; `machine` is --for."""
+    """The arguments of the command. `start` is --from; `assignments` are the --set strings; `machine` is --for; `speed` is False
+    with --no-speed."""
 
     model: str | None = None
     stage: StageName | None = None
@@ -69,6 +70,7 @@ class ConvertRequest:
     measure: bool = False
     trust_remote_code: bool = False
     control: bool = False
+    speed: bool = True
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,8 @@ def _check_flags(request: ConvertRequest) -> None:
     """Raises UsageError for a flag without effect."""
     if request.accept_changed_data and not request.resume:
         raise UsageError("--accept-changed-data has no effect without --resume")
+    if not request.speed and not request.control:
+        raise UsageError("--no-speed has no effect without --control: only the comparison with the control times anything")
     for flag, given in (("--for", request.machine is not None), ("--measure", request.measure)):
         if given and not request.dry_run:
             raise UsageError(f"{flag} has no effect without --dry-run")

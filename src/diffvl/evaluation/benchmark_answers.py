@@ -1,7 +1,7 @@
 """Questions of benchmarks -> answers, in batches, and what they took.
 
 Place in the flow: between lmms-eval's model class and the decoder; nothing here knows lmms-eval. All questions are looked at
-before the first is answered, so that one that cannot be answered does not end a run of hours.
+before the first is answered, or the first given answer scored, so that one that cannot be does not end a run of hours.
 """
 
 import time
@@ -14,7 +14,7 @@ from rich.console import Console
 
 from diffvl.decode.answer import Answer, Decoder, Message, answer_chats, context_length
 from diffvl.errors import DiffvlError, UsageError, first_few
-from diffvl.evaluation.likelihood import is_exact, likelihoods
+from diffvl.evaluation.likelihood import is_exact, likelihoods, spoken
 from diffvl.evaluation.task_settings import TaskSettings, cut, settings_for_task
 from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.terminal.bars import track
@@ -110,13 +110,15 @@ class Answering:
         """The log-likelihood of each answer, and whether greedy decoding would write it.
 
         Raises:
-            UsageError: if the checkpoint, as it is to be decoded, has none that can be computed.
+            UsageError: if the checkpoint, as it is to be decoded, has none that can be computed; or naming the questions that it
+                does not take with their answers, before any is computed.
         """
         if choices and not is_exact(self.decoder, self.settings.mode):
             raise UsageError(
                 f"task {choices[0].question.task} compares likelihoods, of which block diffusion has a bound only: add mode=ar "
                 "(the same weights token by token, which have exact ones), or take a task that generates its answers"
             )
+        self._look_at(choices)
         found: list[tuple[float, bool]] = []
         batches = [
             alike[start : start + self.batch_size]
@@ -139,10 +141,8 @@ class Answering:
         due, problems, limit = [], [], context_length(self.decoder)
         for number, question in enumerate(track(self.console, questions, len(questions), "looking at the questions")):
             how = self._how(question)
-            try:
-                length = len(self.decoder.processor.encode_chat(question.chat(), add_generation_prompt=True).ids)
-            except (DiffvlError, ValueError) as error:
-                problems.append(str(error) if question.place in str(error) else f"{question.place}: {error}")
+            length = self._length(question, None, problems)
+            if length is None:
                 continue
             room = how.settings.max_new_tokens if limit is None else min(how.settings.max_new_tokens, limit - length)
             if room < 1:
@@ -150,10 +150,27 @@ class Answering:
                 continue
             # An answer ends where the context ends; by its own length, not by that of its neighbours.
             due.append(_Due(number, question, length, replace(how, settings=replace(how.settings, max_new_tokens=room))))
-        if problems:
-            lines = "\n  ".join(first_few(problems, NUM_SHOWN))
-            raise UsageError(f"{len(problems)} of {len(questions)} questions cannot be answered; nothing was\n  {lines}")
+        _refuse(problems, f"of {len(questions)} questions cannot be answered; nothing was")
         return due
+
+    def _look_at(self, choices: Sequence[Choice]) -> None:
+        """Raises UsageError with all questions that, with their answers, the checkpoint does not take."""
+        problems: list[str] = []
+        limit = context_length(self.decoder)
+        for one in track(self.console, choices, len(choices), "looking at the questions"):
+            length = self._length(one.question, one.answer, problems)
+            if length is not None and limit is not None and length > limit:
+                problems.append(f"{one.question.place}: {length} tokens with an answer do not fit the context of {limit}")
+        _refuse(problems, f"of {len(choices)} questions, each with an answer, cannot be compared; nothing was")
+
+    def _length(self, question: Question, answer: str | None, problems: list[str]) -> int | None:
+        """Counts the tokens of a question, or of it with an answer; where it is refused, None, and the reason in `problems`."""
+        try:
+            chat = question.chat() if answer is None else spoken(question.chat(), answer)
+            return len(self.decoder.processor.encode_chat(chat, add_generation_prompt=answer is None).ids)
+        except (DiffvlError, ValueError) as error:
+            problems.append(str(error) if question.place in str(error) else f"{question.place}: {error}")
+            return None
 
     def _how(self, question: Question) -> TaskSettings:
         """How a question is decoded; what its task asks for in vain is said once."""
@@ -176,3 +193,10 @@ class Answering:
             alike = list(found)
             for start in range(0, len(alike), self.batch_size):
                 yield alike[start : start + self.batch_size]
+
+
+def _refuse(problems: Sequence[str], what: str) -> None:
+    """Raises UsageError with the problems, if there are any; those that several answers of one question share are told once."""
+    if problems:
+        lines = "\n  ".join(first_few(list(dict.fromkeys(problems)), NUM_SHOWN))
+        raise UsageError(f"{len(problems)} {what}\n  {lines}")

@@ -19,6 +19,11 @@ def is_exact(decoder: Decoder, mode: str | None) -> bool:
     return mode == "ar" or decoder.model.config.decoding == "ar"
 
 
+def spoken(chat: list[Message], answer: str) -> list[Message]:
+    """Puts an answer behind the chat that asks for it."""
+    return [*chat, {"role": "assistant", "content": answer.strip()}]
+
+
 @torch.inference_mode()
 def likelihoods(decoder: Decoder, chats: Sequence[list[Message]], answers: Sequence[str]) -> list[tuple[float, bool]]:
     """The log-likelihood of an answer to each chat, without its stop token, and whether greedy decoding would write it.
@@ -26,8 +31,8 @@ def likelihoods(decoder: Decoder, chats: Sequence[list[Message]], answers: Seque
     Raises:
         ValueError: if the processor refuses a chat.
     """
-    spoken = [[*chat, {"role": "assistant", "content": answer.strip()}] for chat, answer in zip(chats, answers, strict=True)]
-    inputs = decoder.processor.apply_chat_template(spoken, tokenize=True).to(decoder.model.device)
+    whole = [spoken(chat, answer) for chat, answer in zip(chats, answers, strict=True)]
+    inputs = decoder.processor.apply_chat_template(whole, tokenize=True).to(decoder.model.device)
     asked_BL = _last_answers(inputs["answer_index"])
     row_B, place_B = asked_BL.nonzero(as_tuple=True)
     before_BL = torch.zeros_like(asked_BL)
@@ -37,7 +42,7 @@ def likelihoods(decoder: Decoder, chats: Sequence[list[Message]], answers: Seque
     log_MV = logits_MV.masked_fill(forbidden_V, -torch.inf).log_softmax(-1)
     ids_M = inputs["input_ids"][asked_BL]
     of_M, best_M = log_MV.gather(1, ids_M[:, None])[:, 0], log_MV.argmax(-1) == ids_M
-    return [(float(of_M[row_B == row].sum()), bool(best_M[row_B == row].all())) for row in range(len(spoken))]
+    return [(float(of_M[row_B == row].sum()), bool(best_M[row_B == row].all())) for row in range(len(whole))]
 
 
 def _last_answers(answer_BL: torch.Tensor) -> torch.Tensor:
