@@ -1,8 +1,11 @@
 """Images of the net: which addresses are asked, and that the one that was checked is the one that is asked."""
 
 import ipaddress
+import socket
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -145,6 +148,46 @@ def test_a_redirect_is_checked_like_the_first_address(port: int):
 def test_what_does_not_come_is_told(port: int, path: str, told: str):
     with pytest.raises(ValueError, match=told):
         fetching(port)(f"http://127.0.0.1:{port}/{path}", MOST_BYTES)
+
+
+@contextmanager
+def dripping(head: bytes, piece: bytes) -> Iterator[int]:
+    """A host, at the port that is given, that sends a head and then a piece now and then, for as long as anybody listens, but
+    for five seconds at most: a test that waits for more has failed."""
+    stop, end = threading.Event(), time.monotonic() + 5
+
+    def drip(listening: socket.socket) -> None:
+        with listening.accept()[0] as taken, suppress(OSError):
+            taken.recv(1 << 16)
+            taken.sendall(head)
+            while not stop.wait(0.1) and time.monotonic() < end:
+                taken.sendall(piece)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=drip, args=[listening], daemon=True)
+        thread.start()
+        yield listening.getsockname()[1]
+        stop.set()
+        thread.join(5)
+
+
+@pytest.mark.parametrize(
+    ("head", "piece"),
+    [
+        (b"HTTP/1.0 200 OK\r\n\r\n", b"x"),
+        (b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n", b"x"),
+        (b"HTTP/1.1 200 OK\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n", b"0"),  # a length without an end
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n", b"x"),
+        (b"HTTP/1.1 200 OK\r\nX: ", b"x"),
+    ],
+)
+def test_a_host_that_drips_is_cut_off_when_its_time_is_over(head: bytes, piece: bytes):
+    """However its answer is framed: each byte that comes would begin the wait anew."""
+    with dripping(head, piece) as port:
+        begun = time.monotonic()
+        with pytest.raises(ValueError, match="did not come within 1 seconds"):
+            fetching(port)(f"http://127.0.0.1:{port}/", MOST_BYTES)
+        assert 0.9 < time.monotonic() - begun < 2.5
 
 
 def test_nobody_is_asked_where_it_is_not_allowed(port: int):

@@ -77,9 +77,9 @@ class RemoteImages:
                 if isinstance(found, bytes):
                     return found
                 url = found
-        except TimeoutError as error:
-            raise ValueError(f"it did not come within {self.seconds:g} seconds") from error
         except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, TimeoutError) or time.monotonic() >= end:  # what was cut off fails in many ways
+                raise ValueError(f"it did not come within {self.seconds:g} seconds") from error
             raise ValueError(f"there is no answer from it ({type(error).__name__})") from error
         raise ValueError(f"it leads on more than {MOST_REDIRECTS} times")
 
@@ -109,6 +109,7 @@ class RemoteImages:
     def _read(self, response: http.client.HTTPResponse, most_bytes: int, end: float) -> bytes:
         pieces, size = [], 0
         while piece := response.read1(PIECE):
+            _left(end)
             size += len(piece)
             if size > most_bytes:
                 raise ValueError(f"it has more than {most_bytes} bytes, which is all that its request's images may still have")
@@ -145,6 +146,8 @@ class _Connection(http.client.HTTPConnection):
     def __init__(self, host: str, port: int, address: Address, is_secure: bool, end: float) -> None:
         super().__init__(host, port)
         self._address, self._is_secure, self._end = str(address), is_secure, end
+        # Held apart from `sock`, which is forgotten as soon as the headers of an answer without a length have come.
+        self._wire: socket.socket | None = None
         self.default_port = PORTS["https" if is_secure else "http"]
 
     def connect(self) -> None:
@@ -152,13 +155,18 @@ class _Connection(http.client.HTTPConnection):
         plain.settimeout(_left(self._end))
         self.sock: Any = plain
         if self._is_secure:
-            self.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=self.host)
+            context = ssl.create_default_context()
+            self.sock = context.wrap_socket(plain, server_hostname=self.host, do_handshake_on_connect=False)
+        self._wire = self.sock
+        if self._is_secure:
+            self.sock.do_handshake()
 
     def cut(self) -> None:
         """Ends whatever waits on the connection."""
-        if self.sock is not None:
+        if self._wire is not None:
             with contextlib.suppress(OSError):
-                self.sock.shutdown(socket.SHUT_RDWR)
+                # Not that of an SSL socket, which would take what still comes for plain bytes.
+                socket.socket.shutdown(self._wire, socket.SHUT_RDWR)
 
 
 def _left(end: float) -> float:
