@@ -18,6 +18,6 @@ class Retracting:
 def test_a_stream_goes_on_after_what_a_tokenizer_takes_back():
     """What was sent stays sent; what follows is not lost with it."""
     text = AnswerText(Retracting(), DecodeSettings())
-    pieces = [text.add([0], has_ended) for has_ended in (False, False, False, True)]
+    pieces = [text.add([0], length, has_ended=length == 4) for length in range(1, 5)]
     assert pieces == ["caf\u00e9", "", "\ufffd\ufffd and", " tea"]
     assert text.whole() == Retracting.texts[-1]

@@ -283,7 +283,7 @@ class EventStream(Response):
             if isinstance(found, Step):
                 yield completion.chunk({}, diffvl={"cells": text.cells(found)})
             elif isinstance(found, Tokens):
-                piece = text.add(found.tokens, bool(found.ended))
+                piece = text.add(found.tokens, found.length, bool(found.ended))
                 if piece or not found.ended:
                     blocks = {} if self._service.drafts else {"blocks": found.blocks}
                     progress = {**blocks, "forwards": found.forwards, "tokens": len(text.ids)}

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import BatchFeature
 
+from diffvl.hub.answers_diffvl import certain
 from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.serve.block_batch import BlockBatch
 from diffvl.serve.denoising import Step
@@ -33,9 +34,11 @@ TAKE_IN_TOKENS = 8192  # prompt tokens, padding included, that are taken in at o
 
 @dataclass(frozen=True)
 class Tokens:
-    """What an answer has gained. tokens: since the last event. ended: as of a Sample. blocks, forwards: so far."""
+    """What an answer has gained. tokens: since the last event. length: of the whole answer; where it is shorter than what was
+    told and these tokens, the rest is taken away again. ended: as of a Sample. blocks, forwards: so far."""
 
     tokens: list[int]
+    length: int
     ended: str | None
     blocks: int
     forwards: int
@@ -54,6 +57,7 @@ class Job:
     arrived: float = field(default_factory=time.monotonic)
     joined: float | None = None
     told: int = 0  # tokens of the answer
+    counted: int = 0  # of them, those that stay whatever comes
 
 
 @dataclass
@@ -219,8 +223,10 @@ class Engine:
             sample = job.sample
             fresh = sample.answer[job.told :]
             job.told = len(sample.answer)
-            self.counts.answer_tokens += len(fresh)
-            job.events.put_nowait(Tokens(fresh, sample.ended, sample.blocks, sample.forwards))
+            stays = len(sample.answer) if sample.ended else certain(sample.answer, sample.settings)
+            self.counts.answer_tokens += stays - job.counted
+            job.counted = stays
+            job.events.put_nowait(Tokens(fresh, len(sample.answer), sample.ended, sample.blocks, sample.forwards))
 
     def _refuse(self, jobs: Sequence[Job], refusal: Refusal) -> None:
         for job in jobs:

@@ -30,9 +30,11 @@ class AnswerText:
     ids: list[int] = field(default_factory=list)
     sent: str = ""
 
-    def add(self, tokens: list[int], has_ended: bool) -> str:
-        """Takes further tokens; returns the text that can be sent now."""
+    def add(self, tokens: list[int], length: int, has_ended: bool) -> str:
+        """Takes further tokens, of an answer that is `length` tokens long: a loop that closes takes some away. Returns the text
+        that can be sent now."""
         self.ids += tokens
+        del self.ids[length:]
         known = self._text(self.ids if has_ended else self.ids[: certain(self.ids, self.settings)], has_ended)
         piece = known[len(self.sent) :]  # of a tokenizer that takes back what it said, what comes after that all the same
         if piece:
