@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import SplitResult, urljoin, urlsplit
 
+from diffvl.serve.errand import Errand
 from diffvl.serve.refusals import short
 
 MOST_REDIRECTS = 3
 PORTS = {"http": 80, "https": 443}
 PIECE = 1 << 16
+HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "diffvl"}
 _EMBEDDED = ipaddress.ip_network("64:ff9b::/96")  # IPv6 addresses of IPv4 ones
 _ISATAP = (0x00005EFE, 0x02005EFE)  # the third quarter of an IPv6 address whose last is an IPv4 one inside a site
 # What older lists of special addresses lack, and the address at which a cloud answers its own machines.
@@ -60,7 +62,7 @@ def addresses_of(host: str, port: int) -> list[Address]:
 class RemoteImages:
     """Gets the bytes of images.
 
-    seconds: for all of an image, redirects included.
+    seconds: for all of an image, redirects included; an errand may leave it less.
     look_up, is_allowed: what a name means, and which addresses may be asked.
     """
 
@@ -68,22 +70,33 @@ class RemoteImages:
     look_up: Callable[[str, int], list[Address]] = addresses_of
     is_allowed: Callable[[Address], bool] = is_public
 
-    def __call__(self, url: str, most_bytes: int) -> bytes:
-        """Raises ValueError, in words for whoever asked."""
-        end = time.monotonic() + self.seconds
+    def __call__(self, url: str, most_bytes: int, errand: Errand | None = None) -> bytes:
+        """Raises ValueError, in words for whoever asked.
+
+        Args:
+            errand: of the request that shows the image; None for one of its own.
+        """
+        errand = errand or Errand(self.seconds)
+        end = min(time.monotonic() + self.seconds, errand.end)
         try:
             for _ in range(MOST_REDIRECTS + 1):
-                found = self._asked(url, most_bytes, end)
+                found = self._asked(url, most_bytes, end, errand)
                 if isinstance(found, bytes):
                     return found
                 url = found
         except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, TimeoutError) or time.monotonic() >= end:  # what was cut off fails in many ways
-                raise ValueError(f"it did not come within {self.seconds:g} seconds") from error
+            errand.require()  # what was cut off fails in many ways
+            if isinstance(error, TimeoutError) or time.monotonic() >= end:
+                raise ValueError(self._too_slow(end, errand)) from error
             raise ValueError(f"there is no answer from it ({type(error).__name__})") from error
         raise ValueError(f"it leads on more than {MOST_REDIRECTS} times")
 
-    def _asked(self, url: str, most_bytes: int, end: float) -> bytes | str:
+    def _too_slow(self, end: float, errand: Errand) -> str:
+        if end < errand.end or errand.seconds <= self.seconds:
+            return f"it did not come within {min(self.seconds, errand.seconds):g} seconds"
+        return f"the images of its request did not come within {errand.seconds:g} seconds"
+
+    def _asked(self, url: str, most_bytes: int, end: float, errand: Errand) -> bytes | str:
         """The image, or the address that this one leads on to."""
         parts = self._parts(url)
         assert parts.hostname is not None
@@ -94,27 +107,29 @@ class RemoteImages:
         stop.daemon = True
         stop.start()
         try:
-            path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-            connection.request("GET", path, headers={"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "diffvl"})
-            with connection.getresponse() as response:  # it holds the socket, which closing the connection leaves to it
-                if response.status in (301, 302, 303, 307, 308):
-                    return urljoin(url, response.headers.get("Location") or "")
-                if response.status != 200:
-                    raise ValueError(f"it answers {response.status}")
-                return self._read(response, most_bytes, end)
+            with errand.cut_by(connection.cut):
+                connection.request("GET", (parts.path or "/") + (f"?{parts.query}" if parts.query else ""), headers=HEADERS)
+                with connection.getresponse() as response:  # it holds the socket, which closing the connection leaves to it
+                    if response.status in (301, 302, 303, 307, 308):
+                        return urljoin(url, response.headers.get("Location") or "")
+                    if response.status != 200:
+                        raise ValueError(f"it answers {response.status}")
+                    return self._read(response, most_bytes, end, errand)
         finally:
             stop.cancel()
             connection.close()
 
-    def _read(self, response: http.client.HTTPResponse, most_bytes: int, end: float) -> bytes:
+    def _read(self, response: http.client.HTTPResponse, most_bytes: int, end: float, errand: Errand) -> bytes:
         pieces, size = [], 0
         while piece := response.read1(PIECE):
+            errand.require()
             _left(end)
             size += len(piece)
             if size > most_bytes:
                 raise ValueError(f"it has more than {most_bytes} bytes, which is all that its request's images may still have")
             pieces.append(piece)
-        _left(end)  # what was cut off looks like an end
+        errand.require()  # what was cut off looks like an end
+        _left(end)
         return b"".join(pieces)
 
     def _parts(self, url: str) -> SplitResult:
@@ -148,21 +163,27 @@ class _Connection(http.client.HTTPConnection):
         self._address, self._is_secure, self._end = str(address), is_secure, end
         # Held apart from `sock`, which is forgotten as soon as the headers of an answer without a length have come.
         self._wire: socket.socket | None = None
+        self._is_cut = False
         self.default_port = PORTS["https" if is_secure else "http"]
 
     def connect(self) -> None:
-        plain = socket.create_connection((self._address, self.port), timeout=_left(self._end))
-        plain.settimeout(_left(self._end))
+        plain = socket.socket(socket.AF_INET6 if ":" in self._address else socket.AF_INET)
         self.sock: Any = plain
+        self._wire = plain
+        plain.settimeout(_left(self._end))
+        plain.connect((self._address, self.port))
+        plain.settimeout(_left(self._end))
         if self._is_secure:
             context = ssl.create_default_context()
-            self.sock = context.wrap_socket(plain, server_hostname=self.host, do_handshake_on_connect=False)
-        self._wire = self.sock
+            self._wire = self.sock = context.wrap_socket(plain, server_hostname=self.host, do_handshake_on_connect=False)
+        if self._is_cut:  # before there was anything to cut
+            raise ConnectionAbortedError
         if self._is_secure:
             self.sock.do_handshake()
 
     def cut(self) -> None:
-        """Ends whatever waits on the connection."""
+        """Ends whatever waits on the connection, now or later."""
+        self._is_cut = True
         if self._wire is not None:
             with contextlib.suppress(OSError):
                 # Not that of an SSL socket, which would take what still comes for plain bytes.
