@@ -52,7 +52,8 @@ class AnswerText:
             return text[: min(ends)].strip()
         if has_ended:
             return text.strip()
-        return text[: len(text) - self._may_be_stop(text)].rstrip(UNFINISHED).strip()
+        text = text.rstrip(UNFINISHED)  # first: what stands before it may be the beginning of a stop text that it goes on
+        return text[: len(text) - self._may_be_stop(text)].strip()
 
     def _may_be_stop(self, text: str) -> int:
         """How many letters at the end of a text are the beginning of a stop text."""
