@@ -2,28 +2,28 @@
 
 import asyncio
 import json
-import socket
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from live_server import JSON, image_chat, live, text_chat
+from gated_models import gated_model
+from live_server import JSON, live, text_chat
 from shared_fixtures import Loaded
 
 from diffvl.decode.answer import Decoder
 from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.serve import app, block_batch
 from diffvl.serve.block_batch import BlockBatch
-from diffvl.serve.errand import Errand
+from diffvl.serve.draft_batch import DraftBatch
 from diffvl.serve.limits import Limits
-from diffvl.serve.remote import RemoteImages
-from diffvl.serve.service import FETCHING, Service
-from tools.serve_mistakes import PATH, data_url, png
+from diffvl.serve.service import Service
+from tools.serve_mistakes import PATH
 
 
 @pytest.fixture(scope="module")
@@ -113,90 +113,6 @@ def test_who_waits_too_long_is_told(decoder: Decoder, held: Held):
         assert reply.status == 504 and reply.error["code"] == "timeout" and "0.4 seconds" in reply.error["message"]
         held.let_go()
         server.wait_until(server.is_empty)
-
-
-def test_a_slow_host_holds_up_only_those_who_ask_for_images_of_the_net(decoder: Decoder):
-    """More of them than are fetched for, and prepared, at once; who brings a picture along is answered meanwhile."""
-    came, limits = threading.Event(), Limits(samples=2, fetches_images=True)
-
-    def slow(url: str, most_bytes: int, _: Errand) -> bytes:
-        assert url == "http://slow/a.png" and most_bytes == limits.body_bytes and came.wait(30)
-        return png()
-
-    with live(decoder, limits) as server, ThreadPoolExecutor(FETCHING + 2) as clients:
-        server.service._fetch = slow
-        request = image_chat("What?", "http://slow/a.png", max_tokens=4)
-        asked = [clients.submit(server.ask, request) for _ in range(FETCHING + 2)]
-        server.wait_until(lambda: server.service.inside == FETCHING + 2 and server.service._fetching.locked())
-        shown = server.ask(image_chat("What?", data_url(png()), max_tokens=4))
-        assert not any(one.done() for one in asked)
-        came.set()
-        assert {one.result().text for one in asked} == {shown.text}
-        server.wait_until(server.is_empty)
-
-
-def test_images_are_not_fetched_for_a_client_that_has_gone_away(decoder: Decoder):
-    """The host says nothing for twenty seconds; its thread, and its place, are free long before."""
-    with socket.create_server(("127.0.0.1", 0)) as host, live(decoder, Limits(fetches_images=True)) as server:
-        server.service._fetch = RemoteImages(20.0, is_allowed=lambda _: True)
-        connection = server.connect()
-        request = image_chat("What?", f"http://127.0.0.1:{host.getsockname()[1]}/a.png")
-        connection.request("POST", PATH, json.dumps(request).encode(), JSON)
-        taken = host.accept()[0]
-        fetching = [one for one in threading.enumerate() if one.name == "fetch"]
-        assert len(fetching) == 1 and not server.is_empty()
-        connection.close()
-        server.wait_until(server.is_empty, seconds=5)
-        fetching[0].join(5)
-        assert not fetching[0].is_alive()
-        taken.close()
-
-
-def test_the_end_of_the_server_waits_for_no_host(decoder: Decoder):
-    """Whoever waits is told; a thread that nothing reaches, as in the look-up of a name, is left behind, and then done with."""
-    looked_up = threading.Event()
-
-    async def asked() -> tuple[Service, Any]:
-        service = Service(decoder, "tiny", Limits(fetches_images=True))
-        service._fetch = RemoteImages(20.0, look_up=lambda *_: [] if looked_up.wait(20) else [])
-        service.start()
-        chat = service.read(json.dumps(image_chat("What?", "http://slow/a.png")).encode())
-
-        async def fetched() -> None:
-            async with service.fetched(chat):
-                pass
-
-        task = asyncio.create_task(fetched())
-        while not service._errands:
-            await asyncio.sleep(0.005)
-        task.cancel()
-        await asyncio.wait([task])
-        assert not service._errands and service._fetching._value == FETCHING - 1, "its thread is not done"
-        await asyncio.wait_for(service.close(), 5)
-        return service, [one for one in threading.enumerate() if one.name == "fetch"]
-
-    service, left = asyncio.run(asked())
-    assert len(left) == 1 and left[0].daemon and left[0].is_alive()
-    looked_up.set()
-    left[0].join(5)
-    assert not left[0].is_alive() and not service.engine.is_alive
-
-
-def test_a_server_that_ends_ends_its_fetches(decoder: Decoder):
-    async def asked() -> Any:
-        with socket.create_server(("127.0.0.1", 0)) as host:
-            service = Service(decoder, "tiny", Limits(fetches_images=True))
-            service._fetch = RemoteImages(20.0, is_allowed=lambda _: True)
-            service.start()
-            url = f"http://127.0.0.1:{host.getsockname()[1]}/a.png"
-            chat = service.read(json.dumps(image_chat("What?", url)).encode())
-            waiting = asyncio.create_task(service.fetched(chat).__aenter__())
-            while not service._errands:
-                await asyncio.sleep(0.005)
-            await service.close()
-            return (await asyncio.wait_for(asyncio.gather(waiting, return_exceptions=True), 5))[0]
-
-    assert "nobody waits for it" in str(asyncio.run(asked()))
 
 
 def test_a_stream_that_takes_too_long_ends_with_words(decoder: Decoder, monkeypatch: pytest.MonkeyPatch):
@@ -336,6 +252,65 @@ def test_a_block_that_fails_ends_its_answers_and_nothing_else(decoder: Decoder, 
         assert reply.status == 500 and reply.error["code"] == "internal_error" and "kernel" not in reply.error["message"]
         assert server.ask(text_chat("Hi", max_tokens=4)).status == 200
         assert b"diffvl_faults_total 1.0" in server.get("/metrics").body
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (RuntimeError("a kernel failed"), [500, 500, 500, 503]),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), [500, 503]),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), [500, 503]),
+        (torch.OutOfMemoryError("CUDA out of memory"), [503] * 6),
+        (torch.AcceleratorError("CUDA error: out of memory"), [503] * 6),
+    ],
+)
+@pytest.mark.parametrize("call", ["take_in", "decode_block"])
+def test_a_model_that_is_broken_ends_the_engine(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch, fault: Exception, told: list[int], call: str
+):
+    """Whoever watches the server hears of it. Memory may be free again."""
+
+    def failing(*_: Any) -> Any:
+        raise fault
+
+    monkeypatch.setattr(BlockBatch, call, failing)
+    with live(decoder) as server:
+        request, lasts = text_chat("Hi", max_tokens=4), told[-1] == 503 and told[0] == 500
+        replies = []
+        for _ in told:
+            if len(replies) == len(told) - 1 and lasts:
+                server.wait_until(lambda: not server.service.engine.is_alive)
+            replies.append(server.ask(request))
+        assert [one.status for one in replies] == told
+        assert replies[-1].error["code"] == ("stopped" if lasts else "out_of_memory")
+        health = server.get("/health")
+        assert (health.status, health.json["status"]) == ((503, "stopped") if lasts else (200, "ok"))
+        server.wait_until(server.is_empty)
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_requests_that_always_fail_end_no_server(
+    decoder: Decoder, prepared: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, drafts: bool
+):
+    """Asked again and again, as clients do by themselves, while nobody else asks."""
+    kind = DraftBatch if drafts else BlockBatch
+    take_in, tried = kind.take_in, list[int]()
+
+    def failing(batch: Any, samples: Any) -> Any:
+        tried.append(samples[0].prompt_tokens)
+        if samples[0].prompt_tokens > 1:
+            raise ValueError("no such prompt")
+        return take_in(batch, samples)
+
+    with live(Decoder(*gated_model(prepared("qwen2"))) if drafts else decoder) as server:
+        wanted = server.ask(text_chat("Hi", max_tokens=4)).text
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, "take_in", failing)
+            assert [server.ask(text_chat("Hi", max_tokens=4)).status for _ in range(7)] == [500] * 7
+            server.wait_until(lambda: server.service.engine.counts.faults_in_row == 1)
+        assert tried.count(1) == 2 and server.get("/health").status == 200
+        assert server.ask(text_chat("Hi", max_tokens=4)).text == wanted
+        assert server.service.engine.counts.faults_in_row == 0
 
 
 def test_a_server_that_ends_tells_those_that_wait(decoder: Decoder, held: Held):

@@ -24,7 +24,7 @@ from diffvl.serve.denoising import Step
 from diffvl.serve.engine import Tokens
 from diffvl.serve.figures import CONTENT_TYPE
 from diffvl.serve.limits import BODY_SECONDS, Limits
-from diffvl.serve.refusals import Refusal, ending, json_bytes, short
+from diffvl.serve.refusals import Refusal, ending, failed, json_bytes, short
 from diffvl.serve.replies import AnswerText, Completion, event
 from diffvl.serve.service import Service, Visit
 
@@ -155,12 +155,12 @@ def _tell_mistakes(app: FastAPI) -> None:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
         return _json(Refusal(error.status_code, message, code=code).body, error.status_code, dict(error.headers or {}))
 
-    async def failed(_: Request, __: Exception) -> Response:
-        return _json(Refusal(500, "the server failed at this request; its log says why", code="internal_error").body, 500)
+    async def broken(_: Request, __: Exception) -> Response:
+        return _json(failed().body, 500)
 
     app.exception_handler(Refusal)(refused)
     app.exception_handler(HTTPException)(not_found)
-    app.exception_handler(Exception)(failed)
+    app.exception_handler(Exception)(broken)
 
 
 # --- a chat completion ---------------------------------------------------------------------------------------------------------
