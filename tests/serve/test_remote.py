@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from diffvl.serve import remote
 from diffvl.serve.errand import Errand
 from diffvl.serve.images import fetch_images, open_images
 from diffvl.serve.limits import Limits
@@ -244,6 +245,23 @@ def test_nobody_is_asked_where_it_is_not_allowed(port: int):
     assert open_images([source], Limits(), fetched)[source.param].size == (8, 8)
     with pytest.raises(Refusal, match="not an address of the net at large"):
         fetch_images([source], Limits(), RemoteImages(1.0), Errand(20.0))
+
+
+def test_this_machine_is_not_asked_by_a_public_address_of_its_own(port: int, monkeypatch: pytest.MonkeyPatch):
+    """127.0.0.1 stands for one. Nor by a name or a redirect."""
+    monkeypatch.setattr(remote, "is_public", lambda _: True)
+    own = RemoteImages(2.0, lambda *_: [HOME])
+    for fetch in (RemoteImages(2.0), own):
+        with pytest.raises(ValueError, match="not an address of the net at large"):
+            fetch(f"http://127.0.0.1:{port}/a.png", MOST_BYTES)
+    assert not Images.asked
+    own_addresses, others = (
+        ("127.0.0.1", "127.3.2.1", "::ffff:127.0.0.1", "64:ff9b::7f00:1"),
+        ("192.0.2.7", "2001:db8::7", "::ffff:192.0.2.7"),
+    )
+    assert all(remote.is_own(ipaddress.ip_address(one)) for one in own_addresses)
+    assert not any(remote.is_own(ipaddress.ip_address(one)) for one in others)
+    assert remote.is_elsewhere(ipaddress.ip_address("192.0.2.7"))
 
 
 def test_the_images_of_a_request_have_their_bytes_together(port: int):

@@ -1,8 +1,8 @@
 """Fetching an image of the net, for a server that may stand beside machines that nobody else may reach.
 
-Every address is looked up here, and must be a public one; the connection then goes to the address that was checked, not to the
-name, which could mean another one a moment later. A redirect is a new address, checked like the first. No proxy is asked, no
-cookie kept, nothing but the image's bytes comes back to the caller.
+Every address is looked up here, and must be a public one that is not this machine's own; the connection then goes to the address
+that was checked, not to the name, which could mean another one a moment later. A redirect is a new address, checked like the
+first. No proxy is asked, no cookie kept, nothing but the image's bytes comes back to the caller.
 """
 
 import contextlib
@@ -38,9 +38,7 @@ def is_public(address: Address) -> bool:
     """Whether an address belongs to the net at large, and not to this machine, its neighbours or a group of machines. An IPv6
     address that stands for an IPv4 one is as public as that is."""
     if isinstance(address, ipaddress.IPv6Address):
-        inner = address.ipv4_mapped or address.sixtofour or (address.teredo[1] if address.teredo else None)
-        if address in _EMBEDDED:
-            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        inner = _inner(address)
         if inner is not None and not is_public(inner):
             return False
         if int(address) >> 32 & 0xFFFFFFFF in _ISATAP or address.is_site_local or address.scope_id is not None:
@@ -50,6 +48,33 @@ def is_public(address: Address) -> bool:
     if any(address in network for network in _SPECIAL):
         return False
     return address.is_global and not address.is_multicast and not address.is_reserved and not address.is_unspecified
+
+
+def _inner(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """The IPv4 address that an IPv6 one stands for."""
+    if address in _EMBEDDED:
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped or address.sixtofour or (address.teredo[1] if address.teredo else None)
+
+
+def is_own(address: Address) -> bool:
+    """Whether an address is one of this machine's, which may be public: what listens there may trust whoever asks from here.
+    Those are the ones that a socket of this machine can be bound to. Where the system lets any be bound, all are own."""
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = _inner(address)
+        if inner is not None and is_own(inner):
+            return True
+    try:
+        with socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as tried:
+            tried.bind((str(address), 0))
+    except OSError:
+        return False
+    return True
+
+
+def is_elsewhere(address: Address) -> bool:
+    """Whether an address may be asked: of the net at large, and not of this machine."""
+    return is_public(address) and not is_own(address)
 
 
 def addresses_of(host: str, port: int) -> list[Address]:
@@ -68,7 +93,7 @@ class RemoteImages:
 
     seconds: float
     look_up: Callable[[str, int], list[Address]] = addresses_of
-    is_allowed: Callable[[Address], bool] = is_public
+    is_allowed: Callable[[Address], bool] = is_elsewhere
 
     def __call__(self, url: str, most_bytes: int, errand: Errand | None = None) -> bytes:
         """Raises ValueError, in words for whoever asked.
