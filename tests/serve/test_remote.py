@@ -250,8 +250,7 @@ def test_nobody_is_asked_where_it_is_not_allowed(port: int):
 def test_this_machine_is_not_asked_by_a_public_address_of_its_own(port: int, monkeypatch: pytest.MonkeyPatch):
     """127.0.0.1 stands for one. Nor by a name or a redirect."""
     monkeypatch.setattr(remote, "is_public", lambda _: True)
-    own = RemoteImages(2.0, lambda *_: [HOME])
-    for fetch in (RemoteImages(2.0), own):
+    for fetch in (RemoteImages(2.0), RemoteImages(2.0, lambda *_: [HOME])):
         with pytest.raises(ValueError, match="not an address of the net at large"):
             fetch(f"http://127.0.0.1:{port}/a.png", MOST_BYTES)
     assert not Images.asked
