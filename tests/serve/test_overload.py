@@ -331,4 +331,5 @@ def test_an_engine_that_stops_says_so(decoder: Decoder, monkeypatch: pytest.Monk
         held.let_go()
         assert [one.result().status for one in asked] == [503, 503]
         assert server.get("/health").status == 503 and server.ask(text_chat("Hi")).error["code"] == "stopped"
+        assert b'diffvl_requests_total{status="503"} 3.0' in server.get("/metrics").body
         server.wait_until(server.is_empty)

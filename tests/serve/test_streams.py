@@ -1,5 +1,6 @@
 """A stream says what the whole answer says, and never what it has to take back."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,33 @@ def say(monkeypatch: pytest.MonkeyPatch, ids: list[int]) -> None:
         extend(sample, ids[len(sample.answer) :][: len(tokens)])
 
     monkeypatch.setattr(Sample, "extend", told)
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_a_stream_that_fails_says_so(
+    first: int, with_blocks_of: Callable[[int], Decoder], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """A fault of the server itself, at the first block or a later one: an event, no end as of a whole answer, and its count."""
+    add, calls = AnswerText.add, list[int]()
+
+    def failing(text: AnswerText, *given: Any) -> str:
+        calls.append(len(given))
+        if len(calls) == first:
+            raise KeyError("nobody had thought of this")
+        return add(text, *given)
+
+    monkeypatch.setattr(AnswerText, "add", failing)
+    with live(with_blocks_of(4)) as server:
+        with server.begun(text_chat("Hi", max_tokens=12, stream=True)) as response:
+            assert response.status == 200
+            *events, nothing = response.read().decode().split("\n\n")
+        error = json.loads(events[-1].removeprefix("data: "))["error"]
+        assert (error["code"], error["type"], nothing) == ("internal_error", "server_error", "")
+        assert "thought" not in error["message"] and "nobody had thought of this" in caplog.text
+        server.wait_until(server.is_empty)
+        counted = server.get("/metrics").body
+        assert b'diffvl_requests_total{status="500"} 1.0' in counted and b'status="200"' not in counted
+        assert server.stream(text_chat("Hi", max_tokens=4))
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])

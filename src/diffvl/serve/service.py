@@ -26,7 +26,7 @@ from diffvl.serve.errand import Errand, in_a_daemon
 from diffvl.serve.figures import Figures
 from diffvl.serve.images import Fetch, fetch_images, open_images
 from diffvl.serve.limits import ALL_FETCH_SECONDS, FETCH_SECONDS, Limits
-from diffvl.serve.refusals import Refusal, wrong
+from diffvl.serve.refusals import Refusal, stopped, wrong
 from diffvl.serve.remote import RemoteImages
 
 log = logging.getLogger(__name__)
@@ -75,14 +75,19 @@ class Service:
         Raises:
             Refusal: 429 where all are taken, 503 where nothing decodes any more.
         """
-        self.engine.require_alive()
+        if not self.engine.is_alive:
+            raise self.refused(stopped())
         if self.inside >= self.limits.samples + self.limits.waiting:
             rounds = self.inside / self.limits.samples
             seconds = min(max(math.ceil(self._usual_seconds * rounds / 2), 1), LONGEST_RETRY)
             message = f"{self.inside} requests are being answered or wait already: try again in {seconds} seconds"
-            self.figures.requests.labels("429").inc()
-            raise Refusal(429, message, code="overloaded", headers={"Retry-After": str(seconds)})
+            raise self.refused(Refusal(429, message, code="overloaded", headers={"Retry-After": str(seconds)}))
         return Visit(self)
+
+    def refused(self, refusal: Refusal) -> Refusal:
+        """Counts a request that gets no place."""
+        self.figures.requests.labels(str(refusal.status)).inc()
+        return refusal
 
     def note_seconds(self, seconds: float) -> None:
         self._usual_seconds += (seconds - self._usual_seconds) / 16
