@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_refs import freed_at_once
 from helpers import random_image
 from live_server import image_chat, live
 from served import CHATS, alone, arrivals_of, sample, url_of
@@ -147,6 +148,19 @@ def test_a_batch_that_is_never_empty_does_not_grow(llama: Loaded):
         assert batch.samples and batch._decoder is not None
         widths.append(batch._decoder.committed.length)
     assert max(widths[20:]) <= max(widths[:20]) and len({one.keys.shape[2] for one in batch._decoder.committed.cache.layers}) == 1  # type: ignore[union-attr]
+
+
+def test_the_cache_of_an_empty_batch_is_free(llama: Loaded, monkeypatch: pytest.MonkeyPatch):
+    """Whether the last sample ends or leaves, and after others have joined and gone."""
+    asked = list(zip(CHATS[:3], SETTINGS[:3], strict=True))
+    samples = [sample(llama, *one) for one in asked]
+    with freed_at_once(monkeypatch):
+        staggered(llama, arrivals_of(samples))
+    assert all(one.ended for one in samples)
+    left = sample(llama, *asked[1])
+    with freed_at_once(monkeypatch):
+        staggered(llama, [[left]], gone=left)
+    assert left.ended is None and left.answer
 
 
 def test_why_an_answer_ended(llama: Loaded):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_refs import freed_at_once
 from gated_models import LONGEST, gated_model, guess_well
 from live_server import image_chat, live, text_chat
 from served import CHATS, IMAGE, alone, arrivals_of, sample, url_of
@@ -232,3 +233,17 @@ def test_over_http(prepared: Callable[[str], Path]):
         wrong = [one for one in mistakes() if one.named in NOT_DRAFTED]
         assert wrong and all(one.named in server.ask(one.body).error["message"] for one in wrong)
         assert server.ask({**picture, "mode": "speculative", "denoising_steps": 1}).text == wanted
+
+
+def test_the_cache_of_an_empty_batch_is_free(qwen2: Loaded, monkeypatch: pytest.MonkeyPatch):
+    """Greedy and drawn, whether the last sample ends or leaves."""
+    batch = batch_of(qwen2)
+    in_turn(batch, None)
+    samples = [sample(qwen2, chat, settings) for chat, settings in zip(CHATS[:1] * 4, (*GREEDY[:2], *DRAWN[:2]), strict=True)]
+    with freed_at_once(monkeypatch):
+        staggered(batch, arrivals_of(samples))
+    assert all(one.ended for one in samples)
+    left = sample(qwen2, CHATS[0], GREEDY[1])
+    with freed_at_once(monkeypatch):
+        staggered(batch, [[left]], gone=left)
+    assert left.ended is None and left.answer

@@ -2,6 +2,7 @@
 
 import io
 import random
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -87,3 +88,25 @@ def test_images_on_either_side_of_a_text_stand_before_it_as_in_training():
     assert layout("i", "What?") == layout("What?", "i") == "[i]\nWhat?"
     assert layout("i", "i", "Which ", "one?") == layout("Which ", "one?", "i", "i") == "[i]\n[i]\nWhich one?"
     assert layout("First:", "i", "second:", "i") == "First:[i]second:[i]" and layout("i", "or", "i") == "[i]or[i]"
+
+
+class Unread(str):
+    """A text whose letters nobody may ask for one by one."""
+
+    def __iter__(self) -> Any:
+        raise AssertionError("it was read letter by letter")
+
+
+def test_a_text_is_not_read_letter_by_letter_before_its_length_is_known_to_be_right():
+    """Of twenty million bytes that takes the event loop seconds, in which nobody else is heard."""
+    limits = Limits()
+    messages = [{"role": "user", "content": Unread("\u00fc" * (limits.letters + 1))}]
+    with pytest.raises(Refusal, match=f"have {limits.letters + 1} letters") as refusal:
+        conversation_of(messages, limits)
+    assert refusal.value.code == "context_length_exceeded"
+    for text, half in (("\u00fc\ud83d", "ud83d"), ("\udc00 is", "udc00"), ("\ud83d" * 5, "ud83d")):
+        with pytest.raises(Refusal, match=f"{half}', half of a surrogate pair") as refusal:
+            conversation_of([{"role": "user", "content": Unread(text)}], limits)
+        assert refusal.value.param == "messages[0].content"
+    (_, parts), *_ = conversation_of([{"role": "user", "content": "\U0001f600 \u00fc"}], limits).turns
+    assert parts == ("\U0001f600 \u00fc",)

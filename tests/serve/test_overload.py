@@ -7,20 +7,23 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from live_server import JSON, image_chat, live, text_chat
+from gated_models import gated_model
+from live_server import JSON, live, text_chat
 from shared_fixtures import Loaded
 
 from diffvl.decode.answer import Decoder
 from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.serve import app, block_batch
 from diffvl.serve.block_batch import BlockBatch
+from diffvl.serve.draft_batch import DraftBatch
 from diffvl.serve.limits import Limits
-from diffvl.serve.service import FETCHING, Service
-from tools.serve_mistakes import PATH, data_url, png
+from diffvl.serve.service import Service
+from tools.serve_mistakes import PATH
 
 
 @pytest.fixture(scope="module")
@@ -109,26 +112,6 @@ def test_who_waits_too_long_is_told(decoder: Decoder, held: Held):
         reply = server.ask(text_chat("Hi", max_tokens=4))
         assert reply.status == 504 and reply.error["code"] == "timeout" and "0.4 seconds" in reply.error["message"]
         held.let_go()
-        server.wait_until(server.is_empty)
-
-
-def test_a_slow_host_holds_up_only_those_who_ask_for_images_of_the_net(decoder: Decoder):
-    """More of them than are fetched for, and prepared, at once; who brings a picture along is answered meanwhile."""
-    came, limits = threading.Event(), Limits(samples=2, fetches_images=True)
-
-    def slow(url: str, most_bytes: int) -> bytes:
-        assert url == "http://slow/a.png" and most_bytes == limits.body_bytes and came.wait(30)
-        return png()
-
-    with live(decoder, limits) as server, ThreadPoolExecutor(FETCHING + 2) as clients:
-        server.service._fetch = slow
-        request = image_chat("What?", "http://slow/a.png", max_tokens=4)
-        asked = [clients.submit(server.ask, request) for _ in range(FETCHING + 2)]
-        server.wait_until(lambda: server.service.inside == FETCHING + 2 and server.service._fetching.locked())
-        shown = server.ask(image_chat("What?", data_url(png()), max_tokens=4))
-        assert not any(one.done() for one in asked)
-        came.set()
-        assert {one.result().text for one in asked} == {shown.text}
         server.wait_until(server.is_empty)
 
 
@@ -271,6 +254,65 @@ def test_a_block_that_fails_ends_its_answers_and_nothing_else(decoder: Decoder, 
         assert b"diffvl_faults_total 1.0" in server.get("/metrics").body
 
 
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (RuntimeError("a kernel failed"), [500, 500, 500, 503]),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), [500, 503]),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), [500, 503]),
+        (torch.OutOfMemoryError("CUDA out of memory"), [503] * 6),
+        (torch.AcceleratorError("CUDA error: out of memory"), [503] * 6),
+    ],
+)
+@pytest.mark.parametrize("call", ["take_in", "decode_block"])
+def test_a_model_that_is_broken_ends_the_engine(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch, fault: Exception, told: list[int], call: str
+):
+    """Whoever watches the server hears of it. Memory may be free again."""
+
+    def failing(*_: Any) -> Any:
+        raise fault
+
+    monkeypatch.setattr(BlockBatch, call, failing)
+    with live(decoder) as server:
+        request, lasts = text_chat("Hi", max_tokens=4), told[-1] == 503 and told[0] == 500
+        replies = []
+        for _ in told:
+            if len(replies) == len(told) - 1 and lasts:
+                server.wait_until(lambda: not server.service.engine.is_alive)
+            replies.append(server.ask(request))
+        assert [one.status for one in replies] == told
+        assert replies[-1].error["code"] == ("stopped" if lasts else "out_of_memory")
+        health = server.get("/health")
+        assert (health.status, health.json["status"]) == ((503, "stopped") if lasts else (200, "ok"))
+        server.wait_until(server.is_empty)
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_requests_that_always_fail_end_no_server(
+    decoder: Decoder, prepared: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, drafts: bool
+):
+    """Asked again and again, as clients do by themselves, while nobody else asks."""
+    kind = DraftBatch if drafts else BlockBatch
+    take_in, tried = kind.take_in, list[int]()
+
+    def failing(batch: Any, samples: Any) -> Any:
+        tried.append(samples[0].prompt_tokens)
+        if samples[0].prompt_tokens > 1:
+            raise ValueError("no such prompt")
+        return take_in(batch, samples)
+
+    with live(Decoder(*gated_model(prepared("qwen2"))) if drafts else decoder) as server:
+        wanted = server.ask(text_chat("Hi", max_tokens=4)).text
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, "take_in", failing)
+            assert [server.ask(text_chat("Hi", max_tokens=4)).status for _ in range(7)] == [500] * 7
+            server.wait_until(lambda: server.service.engine.counts.faults_in_row == 1)
+        assert tried.count(1) == 2 and server.get("/health").status == 200
+        assert server.ask(text_chat("Hi", max_tokens=4)).text == wanted
+        assert server.service.engine.counts.faults_in_row == 0
+
+
 def test_a_server_that_ends_tells_those_that_wait(decoder: Decoder, held: Held):
     with ThreadPoolExecutor(1) as clients:
         with live(decoder, Limits(samples=1)) as server:
@@ -289,4 +331,5 @@ def test_an_engine_that_stops_says_so(decoder: Decoder, monkeypatch: pytest.Monk
         held.let_go()
         assert [one.result().status for one in asked] == [503, 503]
         assert server.get("/health").status == 503 and server.ask(text_chat("Hi")).error["code"] == "stopped"
+        assert b'diffvl_requests_total{status="503"} 3.0' in server.get("/metrics").body
         server.wait_until(server.is_empty)

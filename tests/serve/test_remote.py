@@ -1,13 +1,20 @@
 """Images of the net: which addresses are asked, and that the one that was checked is the one that is asked."""
 
 import ipaddress
+import socket
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
+from diffvl.serve import remote
+from diffvl.serve.errand import Errand
 from diffvl.serve.images import fetch_images, open_images
 from diffvl.serve.limits import Limits
 from diffvl.serve.messages import ImageSource
@@ -77,6 +84,8 @@ class Images(BaseHTTPRequestHandler):
         self.send_response(404 if kind == "missing" else 200)
         self.end_headers()
         body = png()
+        if kind == "late":
+            self.server.gate.wait(0.8)  # type: ignore[attr-defined]
         if kind == "endless":
             body = bytes(1 << 16)
         try:
@@ -147,24 +156,121 @@ def test_what_does_not_come_is_told(port: int, path: str, told: str):
         fetching(port)(f"http://127.0.0.1:{port}/{path}", MOST_BYTES)
 
 
+@contextmanager
+def dripping(head: bytes, piece: bytes) -> Iterator[int]:
+    """A host, at the port that is given, that sends a head and then a piece now and then, for as long as anybody listens, but
+    for five seconds at most: a test that waits for more has failed."""
+    stop, end = threading.Event(), time.monotonic() + 5
+
+    def drip(listening: socket.socket) -> None:
+        with listening.accept()[0] as taken, suppress(OSError):
+            taken.recv(1 << 16)
+            taken.sendall(head)
+            while not stop.wait(0.1) and time.monotonic() < end:
+                taken.sendall(piece)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=drip, args=[listening], daemon=True)
+        thread.start()
+        yield listening.getsockname()[1]
+        stop.set()
+        thread.join(5)
+
+
+@pytest.mark.parametrize(
+    ("head", "piece"),
+    [
+        (b"HTTP/1.0 200 OK\r\n\r\n", b"x"),
+        (b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n", b"x"),
+        (b"HTTP/1.1 200 OK\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n", b"0"),  # a length without an end
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n", b"x"),
+        (b"HTTP/1.1 200 OK\r\nX: ", b"x"),
+    ],
+)
+def test_a_host_that_drips_is_cut_off_when_its_time_is_over(head: bytes, piece: bytes):
+    """However its answer is framed: each byte that comes would begin the wait anew."""
+    with dripping(head, piece) as port:
+        begun = time.monotonic()
+        with pytest.raises(ValueError, match="did not come within 1 seconds"):
+            fetching(port)(f"http://127.0.0.1:{port}/", MOST_BYTES)
+        assert 0.9 < time.monotonic() - begun < 2.5
+
+
+@contextmanager
+def deaf() -> Iterator[int]:
+    """A port at which nothing is taken in any more: who connects waits."""
+    with socket.socket() as listening, socket.socket() as first, socket.socket() as second:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(0)
+        for one in (first, second):
+            one.setblocking(False)
+            one.connect_ex(listening.getsockname())
+        yield listening.getsockname()[1]
+
+
+@pytest.mark.parametrize("host", [deaf, lambda: dripping(b"", b""), lambda: dripping(b"HTTP/1.0 200 OK\r\n\r\n", b"x")])
+def test_a_fetch_ends_when_nobody_waits_for_it(host: Any):
+    """While it connects, hears nothing, or is answered bit by bit. No other image is begun then."""
+    errand = Errand(20.0)
+    with host() as port, ThreadPoolExecutor(1) as threads:
+        sources = [ImageSource(f"image {index}", f"http://127.0.0.1:{port}/") for index in range(2)]
+        fetch = replace(fetching(port), seconds=20.0)
+        asked = threads.submit(fetch_images, sources, Limits(), fetch, errand)
+        time.sleep(0.3)
+        assert not asked.done()
+        begun = time.monotonic()
+        errand.finish()
+        with pytest.raises(Refusal, match="nobody waits for it"):
+            asked.result(10)
+        assert time.monotonic() - begun < 2
+        with pytest.raises(ValueError, match="nobody waits for it"):
+            fetch(f"http://127.0.0.1:{port}/", MOST_BYTES, errand)
+
+
+def test_the_images_of_a_request_have_their_time_together(port: int):
+    """Each of them comes soon enough, and all of them do not."""
+    sources = [ImageSource(f"image {index}", f"http://127.0.0.1:{port}/late/{index}") for index in range(4)]
+    begun = time.monotonic()
+    with pytest.raises(Refusal, match="the images of its request did not come within 2.2 seconds") as refusal:
+        fetch_images(sources, Limits(), replace(fetching(port), seconds=2.0), Errand(2.2))
+    assert refusal.value.param in ("image 1", "image 2") and 2.1 < time.monotonic() - begun < 3.5
+
+
 def test_nobody_is_asked_where_it_is_not_allowed(port: int):
     source = ImageSource("messages[0].content[0].image_url.url", f"http://127.0.0.1:{port}/a.png")
     with pytest.raises(Refusal, match="fetches none") as refusal:
-        fetch_images([source], Limits(), None)
+        fetch_images([source], Limits(), None, Errand(20.0))
     assert refusal.value.status == 400 and refusal.value.param == source.param and not Images.asked
-    fetched = fetch_images([source], Limits(), fetching(port))
+    fetched = fetch_images([source], Limits(), fetching(port), Errand(20.0))
     assert open_images([source], Limits(), fetched)[source.param].size == (8, 8)
     with pytest.raises(Refusal, match="not an address of the net at large"):
-        fetch_images([source], Limits(), RemoteImages(1.0))
+        fetch_images([source], Limits(), RemoteImages(1.0), Errand(20.0))
+
+
+def test_this_machine_is_not_asked_by_a_public_address_of_its_own(port: int, monkeypatch: pytest.MonkeyPatch):
+    """127.0.0.1 stands for one. Nor by a name or a redirect."""
+    monkeypatch.setattr(remote, "is_public", lambda _: True)
+    for fetch in (RemoteImages(2.0), RemoteImages(2.0, lambda *_: [HOME])):
+        with pytest.raises(ValueError, match="not an address of the net at large"):
+            fetch(f"http://127.0.0.1:{port}/a.png", MOST_BYTES)
+    assert not Images.asked
+    own_addresses, others = (
+        ("127.0.0.1", "127.3.2.1", "::ffff:127.0.0.1", "64:ff9b::7f00:1"),
+        ("192.0.2.7", "2001:db8::7", "::ffff:192.0.2.7"),
+    )
+    assert all(remote.is_own(ipaddress.ip_address(one)) for one in own_addresses)
+    assert not any(remote.is_own(ipaddress.ip_address(one)) for one in others)
+    assert remote.is_elsewhere(ipaddress.ip_address("192.0.2.7"))
 
 
 def test_the_images_of_a_request_have_their_bytes_together(port: int):
     """As many as it may have that brings them along; which of them is too much is told."""
     sources = [ImageSource(f"image {index}", f"http://127.0.0.1:{port}/{index}.png") for index in range(3)]
     size = len(png())
-    assert list(fetch_images(sources, Limits(body_bytes=3 * size), fetching(port))) == ["image 0", "image 1", "image 2"]
+    fetched = fetch_images(sources, Limits(body_bytes=3 * size), fetching(port), Errand(20.0))
+    assert list(fetched) == ["image 0", "image 1", "image 2"]
     with pytest.raises(
         Refusal, match=f"more than {size - 1} bytes, which is all that its request's images may still have"
     ) as refusal:
-        fetch_images(sources, Limits(body_bytes=3 * size - 1), fetching(port))
+        fetch_images(sources, Limits(body_bytes=3 * size - 1), fetching(port), Errand(20.0))
     assert refusal.value.param == "image 2"

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pytest
+
 from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.serve.replies import AnswerText
 
@@ -18,6 +20,35 @@ class Retracting:
 def test_a_stream_goes_on_after_what_a_tokenizer_takes_back():
     """What was sent stays sent; what follows is not lost with it."""
     text = AnswerText(Retracting(), DecodeSettings())
-    pieces = [text.add([0], has_ended) for has_ended in (False, False, False, True)]
+    pieces = [text.add([0], length, has_ended=length == 4) for length in range(1, 5)]
     assert pieces == ["caf\u00e9", "", "\ufffd\ufffd and", " tea"]
     assert text.whole() == Retracting.texts[-1]
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes: three for a Chinese character."""
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return bytes(ids).decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 7])
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        ("好的。用户：再来", "好的。"),
+        ("好的。用心：再来", "好的。用心：再来"),  # it was none
+        ("好的。用户", "好的。用户"),
+        ("用户：", ""),
+        ("a \ufffd b", "a \ufffd b"),
+    ],
+)
+def test_nothing_of_a_stop_text_is_sent_while_its_next_character_is_unfinished(said: str, answer: str, size: int):
+    settings = DecodeSettings(stop_strings=("用户：",))
+    ids = list(said.encode())
+    text, pieces = AnswerText(Bytes(), settings), list[str]()
+    for begin in range(0, len(ids), size):
+        length = min(begin + size, len(ids))
+        pieces.append(text.add(ids[begin:length], length, has_ended=length == len(ids)))
+    assert "".join(pieces) == answer == text.whole()
+    assert all(answer.startswith("".join(pieces[:count])) for count in range(len(pieces)))

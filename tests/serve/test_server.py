@@ -200,6 +200,8 @@ def test_a_key_is_asked_for_where_there_is_one(decoder: Decoder):
             )
             assert reply.headers["www-authenticate"] == "Bearer" and "first-key" not in reply.error["message"]
             assert server.get("/v1/models", **given).status == server.get("/metrics", **given).status == 401
+        counted = server.get("/metrics", Authorization="Bearer second").body
+        assert b'diffvl_requests_total{status="401"} 4.0' in counted  # of chat completions alone
         for key in ("first-key", "second"):
             assert server.ask(request, Authorization=f"Bearer {key}").status == 200
             assert server.get("/v1/models", Authorization=f"bearer {key}").status == 200

@@ -16,6 +16,7 @@ Shapes: B batch, H heads, C committed tokens, n tokens, V vocabulary.
 """
 
 import copy
+import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,12 +36,20 @@ MOST_ROOM = 8  # how many times larger than needed a static cache may be before 
 MOST_FORMS = 64
 
 
+class Store:
+    """How many of the incoming tokens stay. A cache and its layers share it; layers that knew their cache itself would be in a
+    ring with it, whose memory waits for the garbage collector when nobody needs it any more."""
+
+    def __init__(self) -> None:
+        self.tokens: bool | int = True
+
+
 class BufferLayer(DynamicLayer):
     """One layer; `keys` and `values` are its committed tokens [B, H, C, head], views of larger buffers."""
 
-    def __init__(self, cache: "BlockCache") -> None:
+    def __init__(self, store: Store) -> None:
         super().__init__()
-        self.cache = cache
+        self.store = store
         self.room: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
@@ -55,7 +64,7 @@ class BufferLayer(DynamicLayer):
         keys, values = self._with_room(key_states, value_states, committed, end)
         keys[..., committed:end, :] = key_states
         values[..., committed:end, :] = value_states
-        kept = committed + (incoming if self.cache.store is True else int(self.cache.store))
+        kept = committed + (incoming if self.store.tokens is True else int(self.store.tokens))
         self.keys, self.values = keys[..., :kept, :], values[..., :kept, :]
         return keys[..., :end, :], values[..., :end, :]
 
@@ -89,8 +98,23 @@ class BlockCache(Cache):
     """
 
     def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=lambda: BufferLayer(self))  # type: ignore[arg-type]
-        self.store: bool | int = True
+        self._store = Store()
+        super().__init__(layer_class_to_replicate=functools.partial(BufferLayer, self._store))  # type: ignore[arg-type]
+
+    @property
+    def store(self) -> bool | int:
+        return self._store.tokens
+
+    @store.setter
+    def store(self, tokens: bool | int) -> None:
+        self._store.tokens = tokens
+
+    def add_layer(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Adds a layer that holds these tokens already, [B, H, C, head]."""
+        layer = BufferLayer(self._store)
+        layer.keys, layer.values = keys, values
+        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
+        self.layers.append(layer)
 
     def rearrange(self, order: torch.Tensor) -> None:
         """Puts the committed tokens in another order, int64 [B, n] of their places, and forgets the others."""
@@ -144,7 +168,8 @@ class StaticBlockCache(Cache):
             self.cursor = torch.zeros((), dtype=torch.long, device=device)
         torch._dynamo.mark_static_address(self.cursor)
         self.committed = 0
-        super().__init__(layer_class_to_replicate=lambda: StaticBufferLayer(capacity, self.cursor))  # type: ignore[arg-type]
+        cursor = self.cursor  # and not the cache: see Store
+        super().__init__(layer_class_to_replicate=lambda: StaticBufferLayer(capacity, cursor))  # type: ignore[arg-type]
 
     def advance(self, tokens: int) -> None:
         if tokens:
@@ -180,10 +205,7 @@ class StaticBlockCache(Cache):
         copied = BlockCache()
         layers: list[Any] = self.layers
         for layer in layers:
-            fresh = BufferLayer(copied)
-            fresh.keys, fresh.values = (states[..., : self.committed, :].clone() for states in (layer.keys, layer.values))
-            fresh.dtype, fresh.device, fresh.is_initialized = layer.dtype, layer.device, True
-            copied.layers.append(fresh)
+            copied.add_layer(*(states[..., : self.committed, :].clone() for states in (layer.keys, layer.values)))
         return copied
 
     def load(self, cache: Cache) -> None:

@@ -7,6 +7,7 @@ loads anything from elsewhere.
 import asyncio
 import hashlib
 import hmac
+import logging
 from base64 import b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -24,10 +25,11 @@ from diffvl.serve.denoising import Step
 from diffvl.serve.engine import Tokens
 from diffvl.serve.figures import CONTENT_TYPE
 from diffvl.serve.limits import BODY_SECONDS, Limits
-from diffvl.serve.refusals import Refusal, ending, json_bytes, short
+from diffvl.serve.refusals import Refusal, ending, failed, json_bytes, short
 from diffvl.serve.replies import AnswerText, Completion, event
 from diffvl.serve.service import Service, Visit
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 COMPLETIONS, MODELS = "/v1/chat/completions", "/v1/models"
@@ -46,7 +48,7 @@ def make_app(service: Service, keys: Sequence[str]) -> FastAPI:
         await service.close()
 
     async def require_key(request: Request) -> None:
-        _require_key(request, keys)
+        _require_key(request, keys, service)
 
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     locked = [Depends(require_key)]
@@ -129,15 +131,16 @@ def _page() -> tuple[bytes, str]:
 # --- who may ask, and what a mistake is told -----------------------------------------------------------------------------------
 
 
-def _require_key(request: Request, keys: Sequence[str]) -> None:
-    """Compares with every key in a time that tells nothing of them."""
+def _require_key(request: Request, keys: Sequence[str], service: Service) -> None:
+    """Compares with every key in a time that tells nothing of them. A completion that is refused is counted."""
     if not keys:
         return
     kind, _, given = request.headers.get("authorization", "").partition(" ")
     matches = [hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), key.encode()) for key in keys]
     if kind.lower() != "bearer" or not any(matches):
         message = "the API key is wrong or missing: expected the header Authorization: Bearer KEY, with a key of this server"
-        raise Refusal(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        refusal = Refusal(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        raise service.refused(refusal) if request.url.path == COMPLETIONS else refusal
 
 
 def _tell_mistakes(app: FastAPI) -> None:
@@ -155,12 +158,12 @@ def _tell_mistakes(app: FastAPI) -> None:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
         return _json(Refusal(error.status_code, message, code=code).body, error.status_code, dict(error.headers or {}))
 
-    async def failed(_: Request, __: Exception) -> Response:
-        return _json(Refusal(500, "the server failed at this request; its log says why", code="internal_error").body, 500)
+    async def broken(_: Request, __: Exception) -> Response:
+        return _json(failed().body, 500)
 
     app.exception_handler(Refusal)(refused)
     app.exception_handler(HTTPException)(not_found)
-    app.exception_handler(Exception)(failed)
+    app.exception_handler(Exception)(broken)
 
 
 # --- a chat completion ---------------------------------------------------------------------------------------------------------
@@ -257,6 +260,9 @@ class EventStream(Response):
                 await self._break_off(send, ending())
             except Refusal as error:
                 await self._break_off(send, error)
+            except Exception:  # a fault of ours, whatever it is: whoever reads cannot be told by a status any more
+                log.exception("a stream failed")
+                await self._break_off(send, failed())
         finally:
             self._visit.close()
 
@@ -283,7 +289,7 @@ class EventStream(Response):
             if isinstance(found, Step):
                 yield completion.chunk({}, diffvl={"cells": text.cells(found)})
             elif isinstance(found, Tokens):
-                piece = text.add(found.tokens, bool(found.ended))
+                piece = text.add(found.tokens, found.length, bool(found.ended))
                 if piece or not found.ended:
                     blocks = {} if self._service.drafts else {"blocks": found.blocks}
                     progress = {**blocks, "forwards": found.forwards, "tokens": len(text.ids)}

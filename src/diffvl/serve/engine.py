@@ -1,7 +1,9 @@
 """Requests wait, join the batch at a block border, and hear of their tokens; one thread does all that touches the model.
 
 The event loop decides who joins and who leaves; the thread takes prompts in and decodes blocks, one call at a time. A fault in a
-call is the fault of the requests that it was made for: they hear of it, the others go on, and the engine outlives them all.
+call is the fault of the requests that it was made for: they hear of it, the others go on, and the engine outlives them all. Only
+where the model itself is broken does the engine end, so that whoever watches the server can start another: after a fault of CUDA
+that lasts, or where calls have failed in a row and the shortest prompt fails too.
 """
 
 import asyncio
@@ -17,25 +19,30 @@ from typing import Any, TypeVar
 import torch
 from transformers import BatchFeature
 
+from diffvl.hub.answers_diffvl import certain
+from diffvl.hub.processing_diffvl import TEXT_INPUTS
 from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.serve.block_batch import BlockBatch
 from diffvl.serve.denoising import Step
 from diffvl.serve.draft_batch import DraftBatch
 from diffvl.serve.limits import Limits
-from diffvl.serve.refusals import Refusal, ending
+from diffvl.serve.refusals import Refusal, ending, failed, stopped
 from diffvl.serve.sample import Sample
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+MOST_FAULTS = 3  # calls of the model that fail in a row before it is asked whether it answers at all
 TAKE_IN_TOKENS = 8192  # prompt tokens, padding included, that are taken in at one block border; one prompt always is
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """What an answer has gained. tokens: since the last event. ended: as of a Sample. blocks, forwards: so far."""
+    """What an answer has gained. tokens: since the last event. length: of the whole answer; where it is shorter than what was
+    told and these tokens, the rest is taken away again. ended: as of a Sample. blocks, forwards: so far."""
 
     tokens: list[int]
+    length: int
     ended: str | None
     blocks: int
     forwards: int
@@ -54,15 +61,17 @@ class Job:
     arrived: float = field(default_factory=time.monotonic)
     joined: float | None = None
     told: int = 0  # tokens of the answer
+    counted: int = 0  # of them, those that stay whatever comes
 
 
 @dataclass
 class Counts:
-    """What has happened since the start."""
+    """What has happened since the start. faults_in_row: since a block was last decoded, but for lacks of memory."""
 
     blocks: int = 0
     answer_tokens: int = 0
     faults: int = 0
+    faults_in_row: int = 0
 
 
 class Engine:
@@ -84,6 +93,7 @@ class Engine:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._work = asyncio.Event()
         self._is_closing = False
+        self._broken: BaseException | None = None  # the fault after which the model is given up
         self._task: asyncio.Task[None] | None = None
 
     # --- for requests ----------------------------------------------------------------------------------------------------------
@@ -114,7 +124,7 @@ class Engine:
 
     def require_alive(self) -> None:
         if not self.is_alive:
-            raise Refusal(503, "the server decodes no more: start it again", code="stopped")
+            raise stopped()
 
     @property
     def forwards(self) -> int:
@@ -142,14 +152,20 @@ class Engine:
                 continue
             await self._let_go()
             await self._take_in()
-            if self.running:
+            if self.running and self._broken is None:
                 await self._decode_block()
+            if self.counts.faults_in_row >= MOST_FAULTS and not self.running and self._broken is None:
+                await self._examine()
+            if self._broken is not None:
+                raise RuntimeError("the model fails whatever it is asked: start the server again") from self._broken
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
         """Nothing is decoded any more: whoever waits is told, however it came to that."""
+        told = ending()
         if not task.cancelled() and (fault := task.exception()) is not None:
             log.critical("the engine has stopped", exc_info=fault)
-        self._refuse([*self.running, *self.waiting], ending())
+            told = stopped()
+        self._refuse([*self.running, *self.waiting], told)
         self.running = []
         self.waiting.clear()
         self.batch.clear()
@@ -177,7 +193,8 @@ class Engine:
         """Takes the prompts of some jobs in; where that fails for several at once, for each by itself."""
         taken, fault = await self._call(self.batch.take_in, [job.sample for job in jobs])
         if taken is None:
-            if len(jobs) > 1 and all(not job.sample.answer for job in jobs):
+            assert fault is not None
+            if len(jobs) > 1 and all(not job.sample.answer for job in jobs) and not _is_lasting(fault):
                 for job in jobs:
                     await self._join([job])
             else:
@@ -199,9 +216,31 @@ class Engine:
         if fault is not None:
             self._give_up(fault)
             return
+        self.counts.faults_in_row = 0
         self.counts.blocks += 1
         self.running = [job for job in jobs if job.sample.ended is None]
         self._tell(jobs)
+
+    async def _examine(self) -> None:
+        """Asks the empty batch for an answer, to know whose fault it was: clients ask again for what has failed, and no request
+        may end a server that answers others."""
+        _, fault = await self._call(self._answer_shortly)
+        self.batch.clear()
+        if fault is None:
+            log.warning("%d calls of the model failed in a row, but it answers", self.counts.faults_in_row)
+            self.counts.faults_in_row = 0
+        elif not _is_of_memory(fault):
+            self._broken = fault
+
+    def _answer_shortly(self) -> None:
+        batch = self.batch
+        prompt = torch.tensor([[batch.pad_token_id]])
+        rows = (prompt, torch.ones_like(prompt), torch.zeros_like(prompt))  # one token, which is no part of an earlier answer
+        settings = DecodeSettings(max_new_tokens=2).for_checkpoint(batch.model.config)
+        taken_in, going_on = batch.take_in([Sample(BatchFeature(dict(zip(TEXT_INPUTS, rows, strict=True))), settings)])
+        batch.add(taken_in, going_on)  # type: ignore[arg-type]
+        while batch.samples:
+            batch.decode_block()
 
     async def _call(self, work: Callable[..., T], *given: Any) -> tuple[T | None, BaseException | None]:
         """What a call in the model's thread gave, and what it raised."""
@@ -210,7 +249,8 @@ class Engine:
         fault = future.exception()
         if fault is not None:
             traceback.clear_frames(fault.__traceback__)  # or their tensors stay in memory as long as it is known what failed
-        return (future.result(), None) if fault is None else (None, fault)
+            return None, fault
+        return future.result(), None
 
     # --- what jobs hear --------------------------------------------------------------------------------------------------------
 
@@ -219,8 +259,10 @@ class Engine:
             sample = job.sample
             fresh = sample.answer[job.told :]
             job.told = len(sample.answer)
-            self.counts.answer_tokens += len(fresh)
-            job.events.put_nowait(Tokens(fresh, sample.ended, sample.blocks, sample.forwards))
+            stays = len(sample.answer) if sample.ended else certain(sample.answer, sample.settings)
+            self.counts.answer_tokens += stays - job.counted
+            job.counted = stays
+            job.events.put_nowait(Tokens(fresh, len(sample.answer), sample.ended, sample.blocks, sample.forwards))
 
     def _refuse(self, jobs: Sequence[Job], refusal: Refusal) -> None:
         for job in jobs:
@@ -232,10 +274,29 @@ class Engine:
         self.batch.clear()
         self._refuse(jobs, self._fault(fault))
 
-    def _fault(self, fault: BaseException | None) -> Refusal:
+    def _fault(self, fault: BaseException) -> Refusal:
         self.counts.faults += 1
         log.error("a request failed", exc_info=fault)
-        if isinstance(fault, torch.OutOfMemoryError):
+        if _is_of_memory(fault):
             torch.cuda.empty_cache()
             return Refusal(503, "the machine has too little memory for this request at present", code="out_of_memory")
-        return Refusal(500, "the server failed at this request; its log says why", code="internal_error")
+        self.counts.faults_in_row += 1
+        if _is_lasting(fault):
+            self._broken = fault
+        return failed()
+
+
+def _is_of_memory(fault: BaseException) -> bool:
+    """Whether there was too little memory, of whoever's words: libraries of CUDA have some beside torch's."""
+    words = str(fault)
+    of_cuda = _is_of_cuda(fault) and ("out of memory" in words or "ALLOC_FAILED" in words)
+    return of_cuda or isinstance(fault, torch.OutOfMemoryError)
+
+
+def _is_lasting(fault: BaseException) -> bool:
+    """Whether all calls after this one will fail too: so it is with faults of CUDA, after which a process can use it no more."""
+    return _is_of_cuda(fault) and not _is_of_memory(fault)
+
+
+def _is_of_cuda(fault: BaseException) -> bool:
+    return isinstance(fault, torch.AcceleratorError) or (isinstance(fault, RuntimeError) and "CUDA error" in str(fault))

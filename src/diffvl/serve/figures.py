@@ -49,7 +49,7 @@ class _OfEngine(Collector):
             "diffvl_waiting": ("Prepared requests that wait for a place in the batch.", len(engine.waiting)),
         }
         counters = {
-            "diffvl_answer_tokens": ("Tokens of answers.", engine.counts.answer_tokens),
+            "diffvl_answer_tokens": ("Tokens of answers, once nothing can take them away.", engine.counts.answer_tokens),
             "diffvl_blocks": ("Blocks that the batch was decoded by.", engine.counts.blocks),
             "diffvl_forwards": ("Passes of the trunk.", engine.forwards),
             "diffvl_faults": ("Calls of the model that failed.", engine.counts.faults),

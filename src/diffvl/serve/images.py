@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from PIL import Image, UnidentifiedImageError
 
 from diffvl.hub.seen_diffvl import as_seen
+from diffvl.serve.errand import Errand
 from diffvl.serve.limits import Limits
 from diffvl.serve.messages import ImageSource
 from diffvl.serve.refusals import short, wrong
@@ -28,27 +29,27 @@ FAULTS = (
     *(AttributeError, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning),
 )
 
-Fetch = Callable[[str, int], bytes]
+Fetch = Callable[[str, int, Errand], bytes]
 
 
-def fetch_images(sources: Sequence[ImageSource], limits: Limits, fetch: Fetch | None) -> dict[str, bytes]:
+def fetch_images(sources: Sequence[ImageSource], limits: Limits, fetch: Fetch | None, errand: Errand) -> dict[str, bytes]:
     """The bytes of those images that are addresses on the net, by where they stand in the request. Together they may have as many
     as a request that brings its images along.
 
     Args:
-        fetch: gets the bytes of an address, at most so many, or raises ValueError; None where that is not allowed.
+        fetch: gets the bytes of an address, at most so many, on the errand, or raises ValueError; None where that is not allowed.
     Raises:
         Refusal: naming the image that does not come.
     """
     fetched, left = {}, limits.body_bytes
     for source in sources:
         if source.is_on_the_net:
-            fetched[source.param] = _fetched(source, left, fetch)
+            fetched[source.param] = _fetched(source, left, fetch, errand)
             left -= len(fetched[source.param])
     return fetched
 
 
-def _fetched(source: ImageSource, most_bytes: int, fetch: Fetch | None) -> bytes:
+def _fetched(source: ImageSource, most_bytes: int, fetch: Fetch | None, errand: Errand) -> bytes:
     if fetch is None:
         raise wrong(
             source.param,
@@ -56,7 +57,8 @@ def _fetched(source: ImageSource, most_bytes: int, fetch: Fetch | None) -> bytes
             "image_url_not_allowed",
         )
     try:
-        return fetch(source.url, most_bytes)
+        errand.require()
+        return fetch(source.url, most_bytes, errand)
     except ValueError as error:
         raise wrong(source.param, f"{source.param} cannot be fetched: {error}", "invalid_image_url") from error
 

@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import pad
 
 from diffvl.hub.blocks_diffvl import OpenBlock, Piece, Prefix, Prompt
-from diffvl.hub.cache_diffvl import BlockCache, BufferLayer
+from diffvl.hub.cache_diffvl import BlockCache
 from diffvl.hub.decoder_diffvl import BlockDecoder
 from diffvl.hub.drafts_diffvl import Drafter
 from diffvl.hub.judge_diffvl import Drafts
@@ -141,10 +141,7 @@ def _prefixes(first: Prefix, second: Prefix) -> Prefix:
             _layer_at(layer, index, known, len(one.ids), length)
             for layer, index, one in zip((above, below), kept, (first, second), strict=True)
         ]
-        fresh = BufferLayer(cache)
-        fresh.keys, fresh.values = (torch.cat(both) for both in zip(*states, strict=True))
-        fresh.dtype, fresh.device, fresh.is_initialized = known.dtype, known.device, True
-        cache.layers.append(fresh)
+        cache.add_layer(*(torch.cat(both) for both in zip(*states, strict=True)))
         for layer in (above, below):
             if layer is not None:
                 layer.keys = layer.values = layer.room = None

@@ -9,6 +9,7 @@ MOST_STOPS = 16
 LETTERS_PER_TOKEN = 16  # a text with more letters for each token that a prompt may have is refused before it is tokenised
 BODY_SECONDS = 30.0  # in which a request must have arrived
 FETCH_SECONDS = 20.0  # in which an image of the net must have arrived
+ALL_FETCH_SECONDS = 60.0  # in which those of a request must, one after the other
 
 
 @dataclass(frozen=True)

@@ -134,9 +134,10 @@ def _image(given: Any, where: str) -> ImageSource:
 def _text(text: Any, where: str) -> str:
     if not isinstance(text, str):
         raise wrong(where, f"{where} is {kind_of(text)}: expected a string")
-    half = next((sign for sign in text if "\ud800" <= sign <= "\udfff"), None) if not text.isascii() else None
-    if half is not None:
-        raise wrong(where, f"{where} holds {half!r}, half of a surrogate pair: not valid text")
+    try:
+        text.encode()  # not letter by letter: its length is not known to be right yet, and all others wait meanwhile
+    except UnicodeEncodeError as error:
+        raise wrong(where, f"{where} holds {text[error.start]!r}, half of a surrogate pair: not valid text") from error
     return text
 
 

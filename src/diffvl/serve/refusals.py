@@ -39,6 +39,16 @@ def ending() -> Refusal:
     return Refusal(503, "the server is shutting down", code="shutting_down")
 
 
+def stopped() -> Refusal:
+    """What is told when nothing decodes any more."""
+    return Refusal(503, "the server decodes no more: start it again", code="stopped")
+
+
+def failed() -> Refusal:
+    """What is told of a fault of our own."""
+    return Refusal(500, "the server failed at this request; its log says why", code="internal_error")
+
+
 def json_bytes(value: Any) -> bytes:
     """JSON of any text: half a surrogate pair, which UTF-8 has no bytes for, is spelled out as JSON spells it."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")

@@ -30,9 +30,11 @@ class AnswerText:
     ids: list[int] = field(default_factory=list)
     sent: str = ""
 
-    def add(self, tokens: list[int], has_ended: bool) -> str:
-        """Takes further tokens; returns the text that can be sent now."""
+    def add(self, tokens: list[int], length: int, has_ended: bool) -> str:
+        """Takes further tokens, of an answer that is `length` tokens long: a loop that closes takes some away. Returns the text
+        that can be sent now."""
         self.ids += tokens
+        del self.ids[length:]
         known = self._text(self.ids if has_ended else self.ids[: certain(self.ids, self.settings)], has_ended)
         piece = known[len(self.sent) :]  # of a tokenizer that takes back what it said, what comes after that all the same
         if piece:
@@ -50,7 +52,8 @@ class AnswerText:
             return text[: min(ends)].strip()
         if has_ended:
             return text.strip()
-        return text[: len(text) - self._may_be_stop(text)].rstrip(UNFINISHED).strip()
+        text = text.rstrip(UNFINISHED)  # first: what stands before it may be the beginning of a stop text that it goes on
+        return text[: len(text) - self._may_be_stop(text)].strip()
 
     def _may_be_stop(self, text: str) -> int:
         """How many letters at the end of a text are the beginning of a stop text."""

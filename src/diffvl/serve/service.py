@@ -2,7 +2,8 @@
 
 Invariants: a place is given back however a request ends, and with it whatever it held. No more prompts are prepared than can join
 next, so what waits in memory is bodies, which are limited, and not images, which grow when they are decoded. Images of the net
-come before that, by threads of their own: a slow host holds up those who ask for images of the net, and nobody else.
+come before that, by threads of their own: a slow host holds up those who ask for images of the net, and nobody else. Nothing is
+fetched for a request that has ended, and the end of the server waits for no host.
 """
 
 import asyncio
@@ -21,10 +22,11 @@ from diffvl.decode.answer import Decoder, context_length
 from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.serve.asked import Asked, asked_in
 from diffvl.serve.engine import Engine, Event, Job, Tokens
+from diffvl.serve.errand import Errand, in_a_daemon
 from diffvl.serve.figures import Figures
 from diffvl.serve.images import Fetch, fetch_images, open_images
-from diffvl.serve.limits import FETCH_SECONDS, Limits
-from diffvl.serve.refusals import Refusal, wrong
+from diffvl.serve.limits import ALL_FETCH_SECONDS, FETCH_SECONDS, Limits
+from diffvl.serve.refusals import Refusal, stopped, wrong
 from diffvl.serve.remote import RemoteImages
 
 log = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ class Service:
         self._usual_seconds = 1.0  # of a request
         self._ahead = asyncio.Semaphore(limits.samples)
         self._fetching = asyncio.Semaphore(FETCHING)
-        self._fetches = ThreadPoolExecutor(FETCHING, thread_name_prefix="fetches")
+        self._errands: set[Errand] = set()
         self._images = ThreadPoolExecutor(IMAGE_THREADS, thread_name_prefix="images")
         self._prompts = ThreadPoolExecutor(1, thread_name_prefix="prompts")
         self._fetch: Fetch | None = RemoteImages(FETCH_SECONDS) if limits.fetches_images else None
@@ -61,8 +63,10 @@ class Service:
         self.engine.start()
 
     async def close(self) -> None:
+        for errand in self._errands:
+            errand.finish()
         await self.engine.close()
-        for pool in (self._fetches, self._images, self._prompts):
+        for pool in (self._images, self._prompts):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def enter(self) -> "Visit":
@@ -71,14 +75,19 @@ class Service:
         Raises:
             Refusal: 429 where all are taken, 503 where nothing decodes any more.
         """
-        self.engine.require_alive()
+        if not self.engine.is_alive:
+            raise self.refused(stopped())
         if self.inside >= self.limits.samples + self.limits.waiting:
             rounds = self.inside / self.limits.samples
             seconds = min(max(math.ceil(self._usual_seconds * rounds / 2), 1), LONGEST_RETRY)
             message = f"{self.inside} requests are being answered or wait already: try again in {seconds} seconds"
-            self.figures.requests.labels("429").inc()
-            raise Refusal(429, message, code="overloaded", headers={"Retry-After": str(seconds)})
+            raise self.refused(Refusal(429, message, code="overloaded", headers={"Retry-After": str(seconds)}))
         return Visit(self)
+
+    def refused(self, refusal: Refusal) -> Refusal:
+        """Counts a request that gets no place."""
+        self.figures.requests.labels(str(refusal.status)).inc()
+        return refusal
 
     def note_seconds(self, seconds: float) -> None:
         self._usual_seconds += (seconds - self._usual_seconds) / 16
@@ -98,9 +107,22 @@ class Service:
         if not sources:
             yield {}
             return
-        async with self._fetching:
-            loop = asyncio.get_running_loop()
-            yield await loop.run_in_executor(self._fetches, fetch_images, sources, self.limits, self._fetch)
+        await self._fetching.acquire()
+        errand = Errand(ALL_FETCH_SECONDS)
+        self._errands.add(errand)
+        fetching = in_a_daemon(fetch_images, sources, self.limits, self._fetch, errand)
+        try:
+            await asyncio.wait([fetching])
+            yield fetching.result()
+        finally:
+            errand.finish()
+            self._errands.discard(errand)
+            fetching.add_done_callback(self._give_back_thread)
+
+    def _give_back_thread(self, fetching: "asyncio.Future[Any]") -> None:
+        """Lets another request be fetched for, now that the thread has ended too."""
+        fetching.exception()  # looked at: asyncio complains of those that nobody has seen, as of a request that has ended
+        self._fetching.release()
 
     async def turn_to_prepare(self) -> Callable[[], None]:
         """Waits until a prompt may be prepared; what it returns gives the turn back."""
