@@ -13,6 +13,7 @@ from diffvl.compare.entrants import Entrant, open_entrants
 from diffvl.compare.held_out import records_to_ask
 from diffvl.config.recipe import Data
 from diffvl.data.loader import load_data
+from diffvl.data.sample_dataset import SampleDataset
 from diffvl.errors import DataError, UsageError
 from diffvl.store import checkpoint
 
@@ -39,6 +40,7 @@ def test_a_packed_run_is_asked_what_it_has_held_out(run: tiny_runs.Run, tmp_path
     file = write_data(tmp_path, *(record(answer=answer_of(number)) for number in range(60)))
     data = Data(train=str(file), holdout=7, max_length=100, row_length=200, too_long="drop")
     trained = load_data(data, checkpoint.load_description(run.diffuse)[1], None).train
+    assert isinstance(trained, SampleDataset)
     seen = {trained.record(place).source for place in range(len(trained))}
     asked = records_to_ask(trained_on(run, data), None, None)
     assert len(asked.records) == 7 and len(seen) == 44 and asked.left_out == 0
