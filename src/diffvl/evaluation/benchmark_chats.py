@@ -9,7 +9,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from diffvl.data.content import count_markers
 from diffvl.data.images import open_image
@@ -71,6 +71,8 @@ def _image(visual: Any, place: str) -> Image.Image:
             return as_seen(encoded)
         if isinstance(encoded, bytes):
             return as_seen(Image.open(BytesIO(encoded)))
+    except UnidentifiedImageError as error:  # its words hold the address of an object, another one each time
+        raise DataError(f"{place}: an image cannot be read (of no format that is known here)") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{place}: an image cannot be read ({error})") from error
     raise UsageError(f"{place} shows something of the type {type(visual).__name__}; {EXPECTED}")
