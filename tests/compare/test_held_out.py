@@ -16,6 +16,9 @@ from diffvl.data.loader import load_data
 from diffvl.data.sample_dataset import SampleDataset
 from diffvl.errors import DataError, UsageError
 from diffvl.store import checkpoint
+from diffvl.terminal.console import console
+
+QUIET = console(quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +45,7 @@ def test_a_packed_run_is_asked_what_it_has_held_out(run: tiny_runs.Run, tmp_path
     trained = load_data(data, checkpoint.load_description(run.diffuse)[1], None).train
     assert isinstance(trained, SampleDataset)
     seen = {trained.record(place).source for place in range(len(trained))}
-    asked = records_to_ask(trained_on(run, data), None, None)
+    asked = records_to_ask(trained_on(run, data), None, None, QUIET)
     assert len(asked.records) == 7 and len(seen) == 44 and asked.left_out == 0
     assert not seen & {one.source for one in asked.records}
 
@@ -54,13 +57,13 @@ def test_what_training_leaves_out_is_not_asked(run: tiny_runs.Run, tmp_path: Pat
     held = write_data(tmp_path, *records, name="held.json")
     train = write_data(tmp_path, record())
     data = Data(train=str(train), eval=str(held), max_length=100, too_long="drop", on_error="skip", max_skipped=0.5)
-    asked = records_to_ask(trained_on(run, data), None, None)
+    asked = records_to_ask(trained_on(run, data), None, None, QUIET)
     assert [one.turns[-1].text for one in asked.records] == ["One.", "Two."]
     assert asked.told() == f"2 records of {held} (2 that cannot be used are left out, as in training)"
-    first = records_to_ask(trained_on(run, data), None, 1)
+    first = records_to_ask(trained_on(run, data), None, 1, QUIET)
     assert (len(first.records), first.left_out) == (1, 0)
     with pytest.raises(DataError, match=f"{held}:3: image {tmp_path}/bad.png cannot be read"):
-        records_to_ask(trained_on(run, data.model_copy(update={"on_error": "stop"})), None, None)
+        records_to_ask(trained_on(run, data.model_copy(update={"on_error": "stop"})), None, None, QUIET)
     worst = write_data(tmp_path, record(image="bad.png"), name="worst.json")
     with pytest.raises(UsageError, match=f"1 records of {worst}: none of them can be used"):
-        records_to_ask(trained_on(run, data.model_copy(update={"eval": str(worst)})), None, None)
+        records_to_ask(trained_on(run, data.model_copy(update={"eval": str(worst)})), None, None, QUIET)

@@ -123,7 +123,7 @@ def compare(request: CompareRequest, console: Console) -> Compared:
     """
     load_before = load_average()
     entrants = open_entrants(request.runs, request.trust_remote_code)
-    held_out = records_to_ask(entrants, request.data, request.limit)
+    held_out = records_to_ask(entrants, request.data, request.limit, console)
     say(console, f"asking {held_out.told()}")
     ways: list[Way] = []
     machines: list[dict[str, Any]] = []

@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy
+from rich.console import Console
 
 from diffvl.compare.entrants import Entrant
 from diffvl.config.recipe import Data
@@ -21,6 +22,7 @@ from diffvl.errors import UsageError
 from diffvl.evaluation.evaluate import reading_of, require_fitting, usable_records
 from diffvl.store import checkpoint
 from diffvl.terminal import console as terminal
+from diffvl.terminal.bars import track
 
 _QUIET = terminal.console(quiet=True)
 
@@ -49,12 +51,14 @@ class _Own:
     def told(self) -> str:
         return f"{len(self.samples)} records of {self.samples.path}"
 
-    def to_ask(self, limit: int | None) -> HeldOut:
-        """The first `limit` that can be used. Raises UsageError where there is none, DataError as training does."""
+    def to_ask(self, limit: int | None, console: Console) -> HeldOut:
+        """The first `limit` that can be used: a damaged one must not end hours of answers. Raises UsageError where there is none,
+        DataError as training does."""
         records: list[Record] = []
-        seen = 0
-        for seen in range(1, len(self.samples) + 1):
-            records += usable_records(self.samples, self.data, [seen - 1])
+        seen, count = 0, len(self.samples)
+        for place in track(console, range(count), count, "looking at the held-out records"):
+            records += usable_records(self.samples, self.data, [place])
+            seen = place + 1
             if len(records) == limit:
                 break
         if not records:
@@ -62,8 +66,8 @@ class _Own:
         return HeldOut(self.samples.path, records, seen - len(records))
 
 
-def records_to_ask(entrants: Sequence[Entrant], data: Path | None, limit: int | None) -> HeldOut:
-    """Finds the records.
+def records_to_ask(entrants: Sequence[Entrant], data: Path | None, limit: int | None, console: Console) -> HeldOut:
+    """Finds the records; progress goes to `console`.
 
     Raises:
         UsageError: the runs have held out different records, or none.
@@ -83,7 +87,7 @@ def records_to_ask(entrants: Sequence[Entrant], data: Path | None, limit: int | 
             + "\n".join(lines)
             + "\nname records that none of them was trained on with --data FILE"
         )
-    return first.to_ask(limit)
+    return first.to_ask(limit, console)
 
 
 def _of_file(entrants: Sequence[Entrant], data: Path, limit: int | None) -> HeldOut:
