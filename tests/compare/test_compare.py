@@ -171,10 +171,6 @@ def test_answers_are_kept_where_the_models_do_not_fit_together(
     assert f"Nothing was timed: memory ran out with all 2 models in it ({reason})." in seen and "tokens/s" not in seen
 
 
-def test_other_faults_in_timing_are_not_taken_for_a_lack_of_memory():
-    assert comparing.is_of_memory(torch.OutOfMemoryError()) and not comparing.is_of_memory(RuntimeError("shapes differ"))
-
-
 def test_speed_is_summed_over_a_round_and_its_median_taken():
     def call(seconds: float, tokens: Sequence[int], forwards: int) -> list[ScoredAnswer]:
         one: dict[str, Any] = {"forwards": forwards, "prefill_seconds": 0.5, "decode_seconds": seconds - 0.5, "seconds": 9.0}

@@ -9,12 +9,13 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from shell_words import QUESTIONS, typed
 from tiny_runs import command
 
 from diffvl.cli import main as cli
 from diffvl.conversion import run as convert
-from diffvl.errors import UsageError
+from diffvl.errors import MACHINE_CODE, UsageError
 from diffvl.terminal.console import console
 
 NASTY = "it's [x] $(touch y)\x1b é"
@@ -99,3 +100,41 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         cli.main()
     said = capsys.readouterr().err.strip().removeprefix("interrupted. To continue: diffvl")
     assert [word.decode() for word in typed(f"program {said}")] == [*words, "--resume"]
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nSee the documentation"),
+    torch.AcceleratorError("CUDA error: out of memory"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("fault", OUT_OF_MEMORY)
+@pytest.mark.parametrize("words", [["convert", "m", "--out", NASTY], ["generate", "m", "--prompt", "x"]])
+def test_memory_that_ran_out_is_one_message(
+    fault: Exception, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def app() -> None:
+        raise fault
+
+    more = ["--resume"] if words[0] == "convert" else []
+    monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr(sys, "argv", ["diffvl", *words, *more])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == MACHINE_CODE and said.startswith("error: memory ran out: ") and said.count("\n") == 1
+    assert "documentation" not in said
+    if words[0] == "convert":
+        assert [word.decode() for word in typed(f"program {said.partition('fits: diffvl')[2]}")] == [*words, "--dry-run"]
+
+
+def test_other_faults_keep_their_traceback(monkeypatch: pytest.MonkeyPatch):
+    def app() -> None:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr(sys, "argv", ["diffvl", "generate", "m"])
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        cli.main()

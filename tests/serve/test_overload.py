@@ -262,6 +262,7 @@ def test_a_block_that_fails_ends_its_answers_and_nothing_else(decoder: Decoder, 
         (torch.AcceleratorError("CUDA error: unspecified launch failure"), [500, 503]),
         (torch.OutOfMemoryError("CUDA out of memory"), [503] * 6),
         (torch.AcceleratorError("CUDA error: out of memory"), [503] * 6),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: can't allocate memory"), [503] * 6),
     ],
 )
 @pytest.mark.parametrize("call", ["take_in", "decode_block"])

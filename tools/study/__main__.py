@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of everything that is made")
     parser.add_argument("--page", type=Path, help="folder of fidelity.md and fidelity/; goes on from its results; default: OUT")
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder that tools/fetch_demo_models.py filled")
-    parser.add_argument("--only", default=",".join(VARIANTS), help="variants, with commas")
+    parser.add_argument("--only", help="variants, with commas; default: all")
     parser.add_argument("--seeds", default=SEEDS, help="seeds, with commas")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="assignments", help="a setting of all runs")
     parser.add_argument("--keep", action="store_true", help="keep the weights of measured runs")
@@ -60,6 +60,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _main(given: argparse.Namespace, out: Console) -> None:
     if given.picture and (given.pilot or given.no_runs):
         raise UsageError("--picture measures something: it goes with neither --pilot nor --no-runs")
+    if given.picture and given.only is not None:
+        raise UsageError("--only has no effect with --picture: it is the twin that is measured. Leave one of them out")
     study = study_of(given)
     if given.pilot:
         pilot = run_pilot(study, out)
@@ -93,7 +95,7 @@ def _take_results(page: Path | None, study: Study) -> None:
 
 def study_of(given: argparse.Namespace) -> Study:
     """Reads the arguments. Raises UsageError for variants, seeds or models that there are not."""
-    variants = tuple(part.strip() for part in given.only.split(","))
+    variants = tuple(VARIANTS) if given.only is None else tuple(part.strip() for part in given.only.split(","))
     if unknown := [key for key in variants if key not in VARIANTS]:
         raise UsageError(f"--only {given.only}: no variant {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
     seeds = [part.strip() for part in given.seeds.split(",")]

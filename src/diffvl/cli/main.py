@@ -22,7 +22,7 @@ from diffvl.cli.output import print_json, print_line, print_table
 from diffvl.cli.serve import serve
 from diffvl.cli.settings import settings_of, with_settings
 from diffvl.config.recipe import VERSION
-from diffvl.errors import EXIT_CODE, DiffvlError, UsageError
+from diffvl.errors import EXIT_CODE, MACHINE_CODE, DiffvlError, UsageError, first_line
 from diffvl.store.files import Writing
 from diffvl.terminal import console as terminal
 
@@ -352,6 +352,13 @@ def _run() -> None:
         if stop.code == INTERRUPTED:
             _complain("interrupted.", "bold yellow", _how_to_go_on(sys.argv[1:]))
         raise
+    except (MemoryError, RuntimeError) as error:  # torch's own errors of memory are RuntimeErrors
+        from diffvl.faults import is_of_memory
+
+        if not is_of_memory(error):
+            raise
+        _complain("error:", "bold red", f"memory ran out: {first_line(error)}. {_what_needs_less(sys.argv[1:])}")
+        raise SystemExit(MACHINE_CODE) from None
 
 
 def _complain(label: str, style: str, message: str) -> None:
@@ -365,3 +372,11 @@ def _how_to_go_on(words: list[str]) -> str:
         return ""
     again = words if "--resume" in words else [*words, "--resume"]
     return f"To continue: {terminal.shell_line('diffvl', *again)}"
+
+
+def _what_needs_less(words: list[str]) -> str:
+    """What to do where memory ran out; `convert` plans what its stages need."""
+    if words[:1] != ["convert"]:
+        return "Fewer samples at a time, shorter answers and smaller images need less"
+    words = [word for word in words if word not in ("--resume", "--measure", "--dry-run")]
+    return f"What each stage needs, and the smallest change that fits: {terminal.shell_line('diffvl', *words, '--dry-run')}"

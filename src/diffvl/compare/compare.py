@@ -12,7 +12,6 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from diffvl.bench.machine import describe_run, load_average
@@ -25,6 +24,7 @@ from diffvl.errors import first_line
 from diffvl.evaluation.bootstrap import DRAWS, Interval, bootstrap
 from diffvl.evaluation.questions import questions
 from diffvl.evaluation.scored import Answered, Question, answer_records
+from diffvl.faults import is_of_memory
 from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.terminal.bars import spinner_or_line
 from diffvl.terminal.console import say
@@ -202,11 +202,6 @@ def _speeds_that_fit(
         "--no-speed does not try",
     )
     return {}, untimed
-
-
-def is_of_memory(error: BaseException) -> bool:
-    """Tells whether memory ran out, of a GPU or of the machine; the allocator of CPUs has no type of error of its own."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _speeds(entrants: Sequence[Entrant], ways: Sequence[Way], held_out: HeldOut, console: Console) -> Speeds:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import BatchFeature
 
+from diffvl.faults import is_lasting, is_of_memory
 from diffvl.hub.answers_diffvl import certain
 from diffvl.hub.processing_diffvl import TEXT_INPUTS
 from diffvl.hub.settings_diffvl import DecodeSettings
@@ -194,7 +195,7 @@ class Engine:
         taken, fault = await self._call(self.batch.take_in, [job.sample for job in jobs])
         if taken is None:
             assert fault is not None
-            if len(jobs) > 1 and all(not job.sample.answer for job in jobs) and not _is_lasting(fault):
+            if len(jobs) > 1 and all(not job.sample.answer for job in jobs) and not is_lasting(fault):
                 for job in jobs:
                     await self._join([job])
             else:
@@ -229,7 +230,7 @@ class Engine:
         if fault is None:
             log.warning("%d calls of the model failed in a row, but it answers", self.counts.faults_in_row)
             self.counts.faults_in_row = 0
-        elif not _is_of_memory(fault):
+        elif not is_of_memory(fault):
             self._broken = fault
 
     def _answer_shortly(self) -> None:
@@ -277,26 +278,10 @@ class Engine:
     def _fault(self, fault: BaseException) -> Refusal:
         self.counts.faults += 1
         log.error("a request failed", exc_info=fault)
-        if _is_of_memory(fault):
+        if is_of_memory(fault):
             torch.cuda.empty_cache()
             return Refusal(503, "the machine has too little memory for this request at present", code="out_of_memory")
         self.counts.faults_in_row += 1
-        if _is_lasting(fault):
+        if is_lasting(fault):
             self._broken = fault
         return failed()
-
-
-def _is_of_memory(fault: BaseException) -> bool:
-    """Whether there was too little memory, of whoever's words: libraries of CUDA have some beside torch's."""
-    words = str(fault)
-    of_cuda = _is_of_cuda(fault) and ("out of memory" in words or "ALLOC_FAILED" in words)
-    return of_cuda or isinstance(fault, torch.OutOfMemoryError)
-
-
-def _is_lasting(fault: BaseException) -> bool:
-    """Whether all calls after this one will fail too: so it is with faults of CUDA, after which a process can use it no more."""
-    return _is_of_cuda(fault) and not _is_of_memory(fault)
-
-
-def _is_of_cuda(fault: BaseException) -> bool:
-    return isinstance(fault, torch.AcceleratorError) or (isinstance(fault, RuntimeError) and "CUDA error" in str(fault))
