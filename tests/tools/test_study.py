@@ -237,7 +237,10 @@ def test_a_variant_of_a_recipe_waits_for_it_and_takes_its_stage(tmp_path: Path, 
     [
         (["--only", "a,z"], "no variant z; there are a, b, c"),
         (["--seeds", "0,x"], "expected whole numbers"),
-        (["--picture", "--only", "a"], "--only has no effect with --picture: it is the twin that is measured. Leave one of them out"),
+        (
+            ["--picture", "--only", "a"],
+            "--only has no effect with --picture: it is the twin that is measured. Leave one of them out",
+        ),
         (["--picture", "--no-runs"], "--picture measures something: it goes with neither --pilot nor --no-runs"),
         (["--models", "none"], "none/smollm2-135m-instruct is not there"),
     ],
