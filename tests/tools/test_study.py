@@ -133,6 +133,25 @@ def test_the_page_is_made_of_the_results_alone(tmp_path: Path):
         assert f"(fidelity/{name}.svg)" in text and root.tag.endswith("svg")
 
 
+def test_the_page_says_what_hangs_on_seeds_that_were_added(tmp_path: Path):
+    """Who adds seeds until a claim is decided decides it too easily; so the page keeps what the planned ones alone say."""
+
+    def page(results: list[Result]) -> str:
+        return study_page(results, None)
+
+    claim = "(f) decodes 1.8 times as fast as AR, at 0.95 of its exact match"
+    planned = [
+        one for seed, speed in enumerate((2.33, 2.22, 2.7)) for one in (result(TWIN, seed, 0.8), result("f", seed, 0.8, speed))
+    ]
+    added = [result(TWIN, 3, 0.8), result("f", 3, 0.8, 2.4)]
+    assert "Added later" not in page(planned)
+    told = next(line for line in page([*planned, *added]).splitlines() if "Added later" in line)
+    assert told.startswith("Seeds 0, 1, 2 were planned. Added later, to narrow an interval: 3 of (a); 3 of (f). By the planned ")
+    assert told.endswith(f"alone: {claim}, 2.42 [1.79, 3.04], *undecided at this scale*.")
+    sure = [one for seed in range(4) for one in (result(TWIN, seed, 0.8), result("f", seed, 0.8, 2 + seed / 100))]
+    assert "No verdict hangs on them." in page(sure)
+
+
 def test_the_page_says_which_run_was_made_on_which_machine(tmp_path: Path):
     results = study_of_three_seeds()
 

@@ -108,7 +108,7 @@ def study_page(results: Sequence[Result], pilot: Pilot | None, picture: Picture 
         parts.append("**Made with `--quick`: tiny random models, a few steps. These figures mean nothing.**\n")
     parts += ["## What was run\n", *_variants(found), *_cost(results, pilot), *_clock(results, picture)]
     if results:
-        parts += ["## Verdicts\n", *_verdicts(judge_all(found)), *_goal(found)]
+        parts += ["## Verdicts\n", *_verdicts(judge_all(found)), *_added(found), *_goal(found)]
     else:
         parts.append(f"## Verdicts\n\nNo run is made yet: the {len(CLAIMS)} claims are open.\n")
     parts.append(_RULE)
@@ -191,10 +191,30 @@ def _verdicts(verdicts: Sequence[Verdict]) -> Iterator[str]:
     for one in verdicts:
         claim = one.claim
         figures = ", ".join(f"{value:{claim.form}}" for value in one.figures) or NONE
-        interval = NONE if one.low is None else f"{one.mean:{claim.form}} [{one.low:{claim.form}}, {one.high:{claim.form}}]"
         pair = f"({claim.first}) against ({claim.second})"
-        rows.append([claim.source, claim.text, pair, figures, interval, f"{claim.bound:g}", f"*{one.answer}*"])
+        rows.append([claim.source, claim.text, pair, figures, _interval(one), f"{claim.bound:g}", f"*{one.answer}*"])
     yield table(["claimed by", "claim", "runs", "seeds' figures", "mean, interval", "bound", "verdict"], rows)
+
+
+def _interval(one: Verdict) -> str:
+    form = one.claim.form
+    return NONE if one.low is None else f"{one.mean:{form}} [{one.low:{form}}, {one.high:{form}}]"
+
+
+def _added(found: Sorted) -> Iterator[str]:
+    """Says which seeds were not planned, and what they changed: who goes on until a claim is decided decides it too easily."""
+    added = {key: more for key, runs in found.items() if (more := sorted(runs.keys() - set(SEEDS)))}
+    if not added:
+        return
+    planned = {key: {seed: run for seed, run in runs.items() if seed in SEEDS} for key, runs in found.items()}
+    which = "; ".join(f"{', '.join(map(str, seeds))} of ({key})" for key, seeds in added.items())
+    told = f"Seeds {', '.join(map(str, SEEDS))} were planned. Added later, to narrow an interval: {which}. "
+    changed = [
+        f"{then.claim.text}, {_interval(then)}, *{then.answer}*"
+        for now, then in zip(judge_all(found), judge_all(planned), strict=True)
+        if now.answer != then.answer
+    ]
+    yield told + (f"By the planned seeds alone: {'; '.join(changed)}.\n" if changed else "No verdict hangs on them.\n")
 
 
 def _goal(found: Sorted) -> Iterator[str]:
