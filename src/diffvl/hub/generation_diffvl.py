@@ -23,6 +23,7 @@ from .blocks_diffvl import Places, Prefix
 from .cache_diffvl import StaticTrunk, compile_config_for, many_forms, static_trunk
 from .decoder_diffvl import BlockDecoder
 from .drafts_diffvl import speculate_gated
+from .few_rows_diffvl import few_rows
 from .judge_diffvl import Sampling
 from .masks_diffvl import block_kernels
 from .settings_diffvl import DecodeSettings
@@ -101,7 +102,7 @@ class BlockGeneration:
         answers = BatchAnswers(decoder, settings, streamer, on_step)
         if stopping_criteria:
             answers.stops = partial(_stops, stopping_criteria, input_ids)
-        compiling = many_forms() if settings.compile_config is not None else nullcontext()
+        compiling = many_forms() if settings.compile_config is not None else few_rows(self.trunk)
         kernels = block_kernels(self.trunk) if settings.mode != "ar" else nullcontext()
         with compiling, kernels:
             self._loop(settings)(answers, settings, Sampling(settings, decoder.device, self.config))

@@ -14,6 +14,7 @@ from transformers import BatchFeature
 
 from diffvl.hub.answers_diffvl import Picker, picker
 from diffvl.hub.decoder_diffvl import BlockDecoder
+from diffvl.hub.few_rows_diffvl import few_rows
 from diffvl.hub.judge_diffvl import Sampling
 from diffvl.hub.masks_diffvl import block_kernels
 from diffvl.serve.denoising import Group, Step, denoise
@@ -49,7 +50,7 @@ class BlockBatch:
         """
         for sample in samples:
             self._picker(sample, self.model.device)  # a setting that nothing can be drawn by fails here, and not the whole batch
-        with block_kernels(self.model.trunk):
+        with block_kernels(self.model.trunk), few_rows(self.model.trunk):
             decoder = BlockDecoder(self.model, *inputs_of(samples, self.pad_token_id, self.model.device))
             decoder.prefill()
             decoder.flush()
@@ -93,7 +94,7 @@ class BlockBatch:
         decoder, before = self._decoder, self.samples
         assert decoder is not None
         counted = decoder.forwards
-        with block_kernels(self.model.trunk):
+        with block_kernels(self.model.trunk), few_rows(self.model.trunk):
             self.samples = self._finish_block(decoder, before)
         self._count(decoder, before, counted)
         if not self.samples:

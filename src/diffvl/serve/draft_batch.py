@@ -14,6 +14,7 @@ from transformers import BatchFeature
 from diffvl.hub.costs_diffvl import DraftPlan, PayingPlan
 from diffvl.hub.decoder_diffvl import BlockDecoder
 from diffvl.hub.drafts_diffvl import Drafter
+from diffvl.hub.few_rows_diffvl import few_rows
 from diffvl.hub.masks_diffvl import block_kernels
 from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.serve.coupling import CoupledJudge, PositionDraws
@@ -29,7 +30,7 @@ class DraftBatch:
         self.model, self.pad_token_id = model, pad_token_id
         self.forwards = self.drafted = self.accepted = 0
         self._drafter: Drafter | None = None
-        with block_kernels(model.trunk):
+        with block_kernels(model.trunk), few_rows(model.trunk):
             self.plan = PayingPlan(model, model.config.block_size, None, most, steps=1)
 
     @property
@@ -47,7 +48,7 @@ class DraftBatch:
         for sample in samples:
             if not sample.settings.is_greedy:
                 sample.coupling = PositionDraws(sample.settings, device, config)
-        with block_kernels(self.model.trunk):
+        with block_kernels(self.model.trunk), few_rows(self.model.trunk):
             decoder = BlockDecoder(self.model, *inputs_of(samples, self.pad_token_id, device))
             answers = _Answers(decoder, list(samples))
             judge = CoupledJudge(lambda: [sample.coupling for sample in answers.live], device, config)
@@ -90,7 +91,7 @@ class DraftBatch:
         """Decodes one round of every sample. Returns those that ended in it; they have left."""
         before = list(self.samples)
         assert self._drafter is not None
-        with block_kernels(self.model.trunk):
+        with block_kernels(self.model.trunk), few_rows(self.model.trunk):
             self._go_on(self._drafter)
         if not self.samples:
             self._drafter = None
