@@ -32,7 +32,7 @@ from tools.study.results import (
 )
 from tools.study.runs import Study
 from tools.study.variants import NIGHT, QUICK, TWIN, VARIANTS, Variant, write_recipe
-from tools.study.verdicts import CLAIMS, NOT_RUN, REFUTED, REPRODUCED, UNDECIDED, judge, judge_all, mean_interval
+from tools.study.verdicts import CLAIMS, NOT_RUN, REFUTED, REPRODUCED, UNDECIDED, Figured, judge, judge_all, mean_interval
 
 ROOT = Path(__file__).parents[2]
 MACHINE = {"cores": 2, "threads": 2, "cpu": "a CPU", "torch": "2", "date": "2026-01-01"}
@@ -55,14 +55,18 @@ def result(variant: str, seed: int, match: float, speed: float = 1.0, noise: flo
 # --- the rule --------------------------------------------------------------------------------------------------------------
 
 
+def figures(*values: float) -> list[Figured]:
+    return [Figured(value) for value in values]
+
+
 def test_a_verdict_needs_the_whole_interval_on_one_side_of_the_bound():
     claim = replace(CLAIMS[0], bound=0.5)
-    assert judge(claim, [0.9, 0.91, 0.92]).answer == REPRODUCED
-    assert judge(claim, [0.1, 0.11, 0.12]).answer == REFUTED
-    assert judge(claim, [0.4, 0.9, 0.6]).answer == UNDECIDED
-    assert judge(claim, [0.9]).answer == UNDECIDED
+    assert judge(claim, figures(0.9, 0.91, 0.92)).answer == REPRODUCED
+    assert judge(claim, figures(0.1, 0.11, 0.12)).answer == REFUTED
+    assert judge(claim, figures(0.4, 0.9, 0.6)).answer == UNDECIDED
+    assert judge(claim, figures(0.9)).answer == UNDECIDED
     assert judge(claim, []).answer == NOT_RUN
-    assert judge(replace(claim, bound=0.0), [0.0, 0.0, 0.0]).answer == UNDECIDED, "no difference at all shows nothing"
+    assert judge(replace(claim, bound=0.0), figures(0.0, 0.0, 0.0)).answer == UNDECIDED, "no difference at all shows nothing"
 
 
 def test_the_interval_is_students():
@@ -87,7 +91,26 @@ def test_figures_are_larger_where_a_claim_fits_better():
 def test_only_seeds_that_both_have_are_compared():
     runs = [result("b", seed, 0.4) for seed in (0, 1)] + [result("c", seed, 0.4 + seed / 5) for seed in (1, 2)]
     (claim,) = [one for one in CLAIMS if (one.first, one.figure) == ("c", verdicts.better)]
-    assert verdicts.figures_of(claim, by_variant(runs)) == [pytest.approx(0.2)]
+    assert verdicts.figures_of(claim, by_variant(runs)) == [Figured(pytest.approx(0.2))]
+
+
+def test_runs_from_the_same_start_are_compared_where_there_are_two():
+    """What another machine aligned is another start, though the seed is the same."""
+    runs = [result("b", 0, 0.2), result("b", 0, 0.4, start="here"), result("c", 0, 0.7, start="here")]
+    (claim,) = [one for one in CLAIMS if (one.first, one.figure) == ("c", verdicts.better)]
+    assert verdicts.figures_of(claim, by_variant(runs)) == [Figured(pytest.approx(0.3))]
+    runs += [result("b", 1, 0.4), result("c", 1, 0.5, machine={**MACHINE, "cpu": "another"})]
+    assert verdicts.figures_of(claim, by_variant(runs)) == [
+        Figured(pytest.approx(0.3)),
+        Figured(pytest.approx(0.1), crossed=True),
+    ]
+    page = study_page(runs, None)
+    assert "| +0.300, +0.100\\* |" in page and "\\* of runs from two starts. No verdict hangs on them." in page
+    crossed = [result("b", seed, 0.1, start="here") for seed in range(3)] + [
+        result("c", seed, 0.9 - seed / 10) for seed in range(3)
+    ]
+    told = next(line for line in study_page(crossed, None).splitlines() if line.startswith("\\* of runs"))
+    assert "By the other figures alone: asynchronous noise: " in told and "asynchronous noise: ends better, -, *not run*" in told
 
 
 def test_what_curves_say():
@@ -162,7 +185,26 @@ def test_the_page_says_which_run_was_made_on_which_machine(tmp_path: Path):
 
     assert "On 2 cores of a CPU, 2 of them to a run, torch 2, 2026-01-01." in page()
     results[-1] = replace(results[-1], machine={**MACHINE, "cpu": "another"})
+    assert "From different starts" not in page()
     assert "b-2, c-0, c-1, c-2, f-0, f-1 on 2 cores of a CPU" in (text := page()) and "; f-2 on 2 cores of another, 2 of" in text
+    results.append(replace(result("f", 2, 0.6), start="abcd"))
+    assert "From different starts of one seed, exact match: (f) of seed 2 came to 0.600 and 0.800." in (text := page())
+    assert "| (f) | (d) with causal context, an AR loss and complementary masks | 0, 1, 2, 2 |" in text
+
+
+def test_a_seed_that_another_machine_did_not_finish_begins_anew(tmp_path: Path):
+    study = Study(tmp_path, tmp_path, tmp_path, QUICK, ("a", "b"), (0, 1, 2))
+    for one in (result(TWIN, 0, 0.8), result("b", 0, 0.4), result(TWIN, 1, 0.8), result(TWIN, 2, 0.8)):
+        write_result(one, study.results)
+    write_result(result("b", 2, 0.4, machine={**MACHINE, "cpu": "another"}), study.results)
+    assert study.missing() == [("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+    for seed in (1, 2):
+        (study.root(seed) / "align").mkdir(parents=True)
+        (study.root(seed) / "align" / "model.safetensors").write_text(f"weights of {seed}")
+    write_result(result(TWIN, 1, 0.8, start=study.start(1)), study.results)
+    assert len({study.start(seed) for seed in range(3)}) == 3 and not study.start(0)
+    assert study.missing() == [("b", 1), ("a", 2), ("b", 2)]
+    assert len(read_results(study.results)) == 6, "the older ones stay beside them"
 
 
 def test_what_a_picture_costs_is_added_to_times_that_began_behind_it(tmp_path: Path):
@@ -277,17 +319,18 @@ def test_a_study_runs_to_its_page_and_goes_on_where_it_was_left(
     monkeypatch.setattr("diffvl.conversion.run.SAMPLE_SETTINGS", DecodeSettings(max_new_tokens=4))
     words = ["--quick", "--out", str(tmp_path), "--seeds", "1"]
     program.main([*words, "--only", "a"])
-    first = (tmp_path / "results" / "a-1.json").stat().st_mtime_ns
+    (first,) = (tmp_path / "results").glob("a-1-*.json")
+    made_at = first.stat().st_mtime_ns
     program.main([*words, "--only", "f,a"])
     told = capsys.readouterr().err
     assert "1 runs to make, 1 made; by those about" in told
-    assert (tmp_path / "results" / "a-1.json").stat().st_mtime_ns == first
+    assert first.stat().st_mtime_ns == made_at
     twin, ours = read_results(tmp_path / "results")
     assert [step for step, _ in ours.exact_match] == [0, 2, 4] == [step for step, _ in ours.masked_loss]
     assert not twin.masked_loss and not twin.speeds and twin.gradient_noise > 0
     assert ours.ways.keys() | {TWIN} == ours.speeds.keys() and "speculative" in ours.ways and min(ours.speeds.values()) > 0
     assert len(ours.own.exact) == QUICK.test and ours.seconds > 0 and ours.settings == twin.settings
-    assert asdict(ours) == json.loads((tmp_path / "results" / "f-1.json").read_text(encoding="utf-8")) | {
+    assert asdict(ours) == json.loads((tmp_path / "results" / f"f-1-{ours.start}.json").read_text(encoding="utf-8")) | {
         name: [tuple(point) for point in getattr(ours, name)] for name in ("exact_match", "masked_loss")
     }
     # The weights of what was measured are gone, but for its adapters, and the twin's.
@@ -320,7 +363,7 @@ def test_the_lossless_variant_drafts_for_the_twin_and_answers_as_it_does(tmp_pat
     words = ["--quick", "--out", str(tmp_path), "--seeds", "1"]
     with pytest.raises(SystemExit):
         program.main([*words, "--only", "h"])  # there is no twin yet
-    assert not (tmp_path / "results" / "h-1.json").exists()
+    assert not list((tmp_path / "results").glob("h-1*.json"))
     program.main([*words, "--only", "a"])
     # On another machine: the results beside the page, and no weights.
     (tmp_path / "page").mkdir()

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from diffvl.report.chart import Chart, Line, axis_note, ticks_of_shares, ticks_up_to, ticks_with_zero
 from diffvl.store.files import replace_text
 from diffvl.terminal.bars import duration, number
+from tools.study.charts import charts
 from tools.study.picture import PICTURE_FILE, Picture, read_picture
 from tools.study.pilot import night_seconds
 from tools.study.results import (
@@ -19,6 +19,8 @@ from tools.study.results import (
     Result,
     Sorted,
     by_variant,
+    exact,
+    masked,
     read_pilot,
     read_results,
     steps_to,
@@ -31,19 +33,20 @@ LEVELS = (0.25, 0.5, 0.75)  # of exact match
 LOSSES = (1.0, 0.5, 0.2)  # of masked loss
 STEPS = ("4 steps a block", "2 steps a block", "1 step a block")
 NONE = "-"
+STAR = "\\*"
 SEEDS = (0, 1, 2)
 
 _HEAD = """# The fidelity study: do the published methods do what they claim?
 
 This page is made by `make study` out of the files in `docs/fidelity/`; nothing on it is written by hand.
 
-On the built-in scenes, with SmolLM2-135M-Instruct and DINOv2-small, one finetuning in several forms. Of each seed all start from
-the same align checkpoint (on another machine from one that is trained anew in the same way), see the same samples in the same
-order and take as many steps, with the learning rates of `recipes/demo.yaml` (LoRA of rank 32, blocks of 4). Every diffusion form
-predicts the token after a position (`target: shift`), as the AR model does. The papers' own forms predict in place, which this
-few steps may be too few for; that can be studied too, in a folder of its own, by the third command. (h) starts from the finished
-AR twin and takes as many steps again. In fp32 its answers are the twin's, in bf16 up to rounding; the question is how fast they
-come.
+On the built-in scenes, with SmolLM2-135M-Instruct and DINOv2-small, one finetuning in several forms. Of each seed all see the
+same samples in the same order and take as many steps from an align checkpoint, their start. Another machine trains another start,
+and that may make more of a difference than the form; so runs from one start are compared wherever there are two. All have the
+learning rates of `recipes/demo.yaml` (LoRA of rank 32, blocks of 4). Every diffusion form predicts the token after a position
+(`target: shift`), as the AR model does. The papers' own forms predict in place, which this few steps may be too few for; that can
+be studied too, in a folder of its own, by the third command. (h) starts from the finished AR twin and takes as many steps again.
+In fp32 its answers are the twin's, in bf16 up to rounding; the question is how fast they come.
 
 ```
 make study                                   # what is missing, then this page
@@ -54,9 +57,10 @@ python -m tools.study --pilot                # a few steps, to know what a night
 """
 _RULE = f"""## How a verdict is found
 
-Each seed gives a claim one figure, larger where the claim fits better: a difference or a ratio of two runs of that seed. From the
-seeds' figures comes their mean with a t interval of 95 %. A claim is *reproduced* if the whole interval lies above its bound,
-*refuted* if it lies below it, and *{UNDECIDED}* otherwise; so it is with fewer than two seeds too. Three seeds
+Each start gives a claim one figure, larger where the claim fits better: a difference or a ratio of two runs of one seed from
+that start. A seed without such a pair gives the figure of two runs from two starts, whose difference is in it then, and in the
+interval. From these figures comes their mean with a t interval of 95 %. A claim is *reproduced* if the whole interval lies above
+its bound, *refuted* if it lies below it, and *{UNDECIDED}* otherwise; so it is with fewer than two figures too. Three
 give wide intervals: only what all of them show clearly is decided. Every verdict is about this scale: a form that has not learnt
 the job after these few steps is refuted here where its quality counts, and may be as good after more.
 
@@ -106,9 +110,9 @@ def study_page(results: Sequence[Result], pilot: Pilot | None, picture: Picture 
     parts = [_HEAD]
     if quick:
         parts.append("**Made with `--quick`: tiny random models, a few steps. These figures mean nothing.**\n")
-    parts += ["## What was run\n", *_variants(found), *_cost(results, pilot), *_clock(results, picture)]
+    parts += ["## What was run\n", *_variants(found), *_cost(results, pilot), *_starts(found), *_clock(results, picture)]
     if results:
-        parts += ["## Verdicts\n", *_verdicts(judge_all(found)), *_added(found), *_goal(found)]
+        parts += ["## Verdicts\n", *_verdicts(judge_all(found)), *_crossed(found), *_added(found), *_goal(found)]
     else:
         parts.append(f"## Verdicts\n\nNo run is made yet: the {len(CLAIMS)} claims are open.\n")
     parts.append(_RULE)
@@ -123,7 +127,7 @@ def study_page(results: Sequence[Result], pilot: Pilot | None, picture: Picture 
 def _variants(found: Sorted) -> Iterator[str]:
     rows = []
     for key, variant in VARIANTS.items():
-        seeds = ", ".join(map(str, sorted(found.get(key, {}))))
+        seeds = ", ".join(map(str, sorted(seed for seed, _ in found.get(key, {}))))
         state = seeds or "not run yet" + (f"; it needs the recipe `{variant.recipe}`" if variant.recipe else "")
         rows.append([f"({key})", variant.about, state])
     yield table(["", "form", "seeds"], rows)
@@ -147,6 +151,17 @@ def _cost(results: Sequence[Result], pilot: Pilot | None) -> Iterator[str]:
             f"torch {machine['torch']}, {machine['date']}. The processor's seconds, over all cores: {pilot.step:.1f} a step, "
             f"{pilot.align_step:.1f} a step of align, {pilot.answer:.2f} an answer in batches of 8.\n"
         )
+
+
+def _starts(found: Sorted) -> Iterator[str]:
+    """Says what another start of the same seed does, where a form was run from several."""
+    told = []
+    for key, runs in found.items():
+        for seed in sorted({one.seed for one in runs.values()}):
+            matches = [f"{run.own.match:.3f}" for run in runs.values() if run.seed == seed]
+            told += [f"({key}) of seed {seed} came to {' and '.join(matches)}"] if len(matches) > 1 else []
+    if told:
+        yield f"From different starts of one seed, exact match: {'; '.join(told)}.\n"
 
 
 def _clock(results: Sequence[Result], picture: Picture | None) -> Iterator[str]:
@@ -177,10 +192,7 @@ def _machines(results: Sequence[Result]) -> str:
         ((where, date),) = runs
         return f"On {where}, {date}."
     told = "; ".join(f"{', '.join(sorted(names))} on {where}, {date}" for (where, date), names in runs.items())
-    return (
-        f"Form and seed: {told}. Where the runs of a seed are spread over machines, each machine trained the seed's align "
-        "checkpoint and, to time beside, its AR twin anew; exact match is held against the first twin."
-    )
+    return f"Form and seed: {told}. Each machine trained the align checkpoint of a seed anew, and an AR twin to time beside."
 
 
 # --- verdicts ----------------------------------------------------------------------------------------------------------------
@@ -190,10 +202,10 @@ def _verdicts(verdicts: Sequence[Verdict]) -> Iterator[str]:
     rows = []
     for one in verdicts:
         claim = one.claim
-        figures = ", ".join(f"{value:{claim.form}}" for value in one.figures) or NONE
+        figures = ", ".join(f"{each.value:{claim.form}}{STAR if each.crossed else ''}" for each in one.figures) or NONE
         pair = f"({claim.first}) against ({claim.second})"
         rows.append([claim.source, claim.text, pair, figures, _interval(one), f"{claim.bound:g}", f"*{one.answer}*"])
-    yield table(["claimed by", "claim", "runs", "seeds' figures", "mean, interval", "bound", "verdict"], rows)
+    yield table(["claimed by", "claim", "runs", "figures", "mean, interval", "bound", "verdict"], rows)
 
 
 def _interval(one: Verdict) -> str:
@@ -203,18 +215,30 @@ def _interval(one: Verdict) -> str:
 
 def _added(found: Sorted) -> Iterator[str]:
     """Says which seeds were not planned, and what they changed: who goes on until a claim is decided decides it too easily."""
-    added = {key: more for key, runs in found.items() if (more := sorted(runs.keys() - set(SEEDS)))}
+    added = {key: more for key, runs in found.items() if (more := sorted({seed for seed, _ in runs} - set(SEEDS)))}
     if not added:
         return
-    planned = {key: {seed: run for seed, run in runs.items() if seed in SEEDS} for key, runs in found.items()}
+    planned = {key: {one: run for one, run in runs.items() if run.seed in SEEDS} for key, runs in found.items()}
     which = "; ".join(f"{', '.join(map(str, seeds))} of ({key})" for key, seeds in added.items())
     told = f"Seeds {', '.join(map(str, SEEDS))} were planned. Added later, to narrow an interval: {which}. "
-    changed = [
-        f"{then.claim.text}, {_interval(then)}, *{then.answer}*"
-        for now, then in zip(judge_all(found), judge_all(planned), strict=True)
-        if now.answer != then.answer
-    ]
-    yield told + (f"By the planned seeds alone: {'; '.join(changed)}.\n" if changed else "No verdict hangs on them.\n")
+    changed = _otherwise(judge_all(found), judge_all(planned))
+    yield told + (f"By the planned seeds alone: {changed}.\n" if changed else "No verdict hangs on them.\n")
+
+
+def _crossed(found: Sorted) -> Iterator[str]:
+    """Says what a star is, and what the figures without one say alone."""
+    verdicts = judge_all(found)
+    if not any(each.crossed for one in verdicts for each in one.figures):
+        return
+    changed = _otherwise(verdicts, judge_all(found, crossed=False))
+    told = f"{STAR} of runs from two starts. "
+    yield told + (f"By the other figures alone: {changed}.\n" if changed else "No verdict hangs on them.\n")
+
+
+def _otherwise(verdicts: Sequence[Verdict], others: Sequence[Verdict]) -> str:
+    """Lists the verdicts that would be others."""
+    changed = [then for now, then in zip(verdicts, others, strict=True) if now.answer != then.answer]
+    return "; ".join(f"{then.claim.text}, {_interval(then)}, *{then.answer}*" for then in changed)
 
 
 def _goal(found: Sorted) -> Iterator[str]:
@@ -222,14 +246,14 @@ def _goal(found: Sorted) -> Iterator[str]:
     twins = found.get(TWIN, {})
     shares: dict[str, float] = {}
     for key, runs in found.items():
-        of_seeds = [value for seed in runs.keys() & twins.keys() if (value := share(runs[seed], twins[seed])) is not None]
-        if key != TWIN and of_seeds:
-            shares[key] = statistics.fmean(of_seeds)
+        of_starts = [value for one in runs.keys() & twins.keys() if (value := share(runs[one], twins[one])) is not None]
+        if key != TWIN and of_starts:
+            shares[key] = statistics.fmean(of_starts)
     if not shares:
         return
     best = max(shares, key=lambda key: shares[key])
     runs = found[best]
-    speeds = [value for seed in runs.keys() & twins.keys() if (value := speedup(runs[seed], twins[seed])) is not None]
+    speeds = [value for one in runs.keys() & twins.keys() if (value := speedup(runs[one], twins[one])) is not None]
     told = f"{statistics.fmean(speeds):.2f}" if speeds else "an unknown number of"
     yield (
         f"**The goal**: {CLOSE:g} of the AR twin's exact match, and {FASTER:g} times its tokens per second at {KEPT:g}. The best "
@@ -246,7 +270,7 @@ def _figures(found: Sorted) -> Iterator[str]:
         yield f"![Masked loss over steps]({FOLDER}/masked-loss.svg)\n"
     if any(run.speeds for runs in found.values() for run in runs.values()):
         yield f"![Exact match against speed]({FOLDER}/speed.svg)\n"
-    yield "Means over seeds; after ± the standard deviation between them.\n"
+    yield "Means over runs, which are not all from the same starts; after ± the standard deviation between them.\n"
     yield table(
         ["", "exact match", "edit similarity", "gradient noise", *(f"steps to {level:g}" for level in LEVELS)],
         [[f"({key})", *_row(list(runs.values()))] for key, runs in found.items()],
@@ -257,7 +281,7 @@ def _figures(found: Sorted) -> Iterator[str]:
         yield table(
             ["", "masked loss at the end", *(f"steps to {level:g}" for level in LOSSES)],
             [
-                [f"({key})", spread([run.masked_loss[-1][1] for run in runs]), *_steps(runs, LOSSES, _masked, rising=False)]
+                [f"({key})", spread([run.masked_loss[-1][1] for run in runs]), *_steps(runs, LOSSES, masked, rising=False)]
                 for key, runs in losses.items()
             ],
         )
@@ -268,15 +292,7 @@ def _row(runs: Sequence[Result]) -> Iterator[str]:
     yield spread([run.own.match for run in runs])
     yield spread([run.own.similarity for run in runs])
     yield spread([run.gradient_noise for run in runs])
-    yield from _steps(runs, LEVELS, _exact, rising=True)
-
-
-def _exact(run: Result) -> Curve:
-    return run.exact_match
-
-
-def _masked(run: Result) -> Curve:
-    return run.masked_loss
+    yield from _steps(runs, LEVELS, exact, rising=True)
 
 
 def _steps(runs: Sequence[Result], levels: Sequence[float], curve: Callable[[Result], Curve], rising: bool) -> Iterator[str]:
@@ -320,58 +336,3 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Writes a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-# --- charts ------------------------------------------------------------------------------------------------------------------
-
-
-def charts(found: Sorted) -> dict[str, Chart]:
-    """Draws what there is: name -> chart. Thin lines are seeds, bold ones their means."""
-    made = {}
-    if found:
-        made["exact-match"] = _curves("Exact match on held-out questions", found, _exact, shares=True)
-    masked = {key: runs for key, runs in found.items() if all(run.masked_loss for run in runs.values())}
-    if masked:
-        made["masked-loss"] = _curves("Masked loss on held-out records", masked, _masked, shares=False)
-    timed = {key: runs for key, runs in found.items() if any(run.speeds for run in runs.values())}
-    if timed:
-        made["speed"] = _trade(timed)
-    return made
-
-
-def _curves(title: str, found: Sorted, curve: Callable[[Result], Curve], shares: bool) -> Chart:
-    lines = []
-    for key, runs in found.items():
-        hue, curves = list(VARIANTS).index(key), [curve(run) for run in runs.values()]
-        lines += [Line(hue, "raw", "", one) for one in curves]
-        steps = [step for step, _ in curves[0]]
-        means = [
-            (step, statistics.fmean(dict(one)[step] for one in curves))
-            for step in steps
-            if all(step in dict(one) for one in curves)
-        ]
-        lines.append(Line(hue, "bold", f"({key}) {VARIANTS[key].about}", means))
-    values = [value for line in lines for _, value in line.points]
-    ticks_y = ticks_of_shares(values) if shares else ticks_with_zero(values)
-    last = max(1, *(step for line in lines for step, _ in line.points))
-    about = f"{title} over optimiser steps"
-    return Chart(title, lines, ticks_y, ticks_up_to(last, whole=True), last, "optimiser step", about, [axis_note(ticks_y)])
-
-
-def _trade(found: Sorted) -> Chart:
-    """Draws every way to decode as a point: the mean of its speed against the twin's, and of its exact match."""
-    lines = []
-    for key, runs in found.items():
-        timed = [run for run in runs.values() if run.speeds]
-        points = [
-            (
-                statistics.fmean(run.speeds[name] / run.speeds[TWIN] for run in timed),
-                statistics.fmean(run.ways[name].match for run in timed),
-            )
-            for name in timed[0].ways
-        ]
-        lines.append(Line(list(VARIANTS).index(key), "points", f"({key}) {VARIANTS[key].about}", points, list(timed[0].ways)))
-    ticks_y = ticks_of_shares([value for line in lines for _, value in line.points])
-    last = max(value for line in lines for value, _ in line.points) * 1.05
-    about = "exact match against tokens per second, as a multiple of the AR twin's"
-    return Chart("", lines, ticks_y, ticks_up_to(last), last, "tokens per second / AR twin", about)

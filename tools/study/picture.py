@@ -66,7 +66,7 @@ def measure_picture(study: Study, console: Console) -> Picture:
     align, train, test = study.size.scenes
     write_shapes(study.data, align=align, train=train, test=test)
     seed = study.seeds[0]
-    directory = twin_of(study, seed, console)
+    directory = twin_of(study, seed)
     if directory is None:
         raise UsageError(f"({TWIN}) of seed {seed} is not there, whose tokens a picture is held against: run it first")
     decoder = load_for_decoding(directory)

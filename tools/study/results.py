@@ -11,6 +11,7 @@ from diffvl.store.files import read_json, replace_text
 from diffvl.store.metrics import measures_of, read_json_lines
 
 Curve = list[tuple[int, float]]
+Origin = tuple[int, str]  # seed and start
 PILOT_FILE = "pilot.json"
 ENCODED, CALL = "from the encoded picture on", "whole calls"  # what times are of
 
@@ -32,7 +33,8 @@ class Decoded:
 class Result:
     """A finished run. exact_match, masked_loss: at the evaluations; the latter is empty for an AR run. ways: its own way first.
     speeds: tokens per second of each way, and of the AR twin of the same seed, timed by turns; none where there was no twin.
-    settings: what all runs of a study share. seconds: of training and measuring. clock: what the times behind `speeds` are of."""
+    settings: what all runs of a study share. seconds: of training and measuring. clock: what the times behind `speeds` are of.
+    start: a digest of the align checkpoint's weights; older results did not note it, and each machine had one of its own."""
 
     variant: str
     seed: int
@@ -46,6 +48,12 @@ class Result:
     machine: dict[str, Any]
     seconds: float
     clock: str = ENCODED
+    start: str = ""
+
+    @property
+    def origin(self) -> Origin:
+        """Seed and start: runs that share both differ by their variant alone."""
+        return self.seed, self.start or f"{self.machine['cpu']}, {self.machine['date']}"
 
     @property
     def own(self) -> Decoded:
@@ -66,11 +74,11 @@ class Pilot:
 
 def write_result(result: Result, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    replace_text(result_file(folder, result.variant, result.seed), json.dumps(asdict(result)) + "\n")
+    replace_text(result_file(folder, result.variant, result.seed, result.start), json.dumps(asdict(result)) + "\n")
 
 
-def result_file(folder: Path, variant: str, seed: int) -> Path:
-    return folder / f"{variant}-{seed}.json"
+def result_file(folder: Path, variant: str, seed: int, start: str = "") -> Path:
+    return folder / (f"{variant}-{seed}-{start}.json" if start else f"{variant}-{seed}.json")
 
 
 def read_results(folder: Path) -> list[Result]:
@@ -86,13 +94,13 @@ def read_results(folder: Path) -> list[Result]:
         for name in ("exact_match", "masked_loss"):
             tree[name] = [(int(step), float(value)) for step, value in tree[name]]
         results.append(Result(**tree))
-    results.sort(key=lambda one: (one.variant, one.seed))
+    results.sort(key=lambda one: (one.variant, *one.origin))
     for one in results:
         if changed := _changed(one.settings, results[0].settings):
             first = results[0]
             raise DataError(
-                f"{result_file(folder, one.variant, one.seed)} was made with other settings than "
-                f"{result_file(folder, first.variant, first.seed).name} ({changed}): keep the results of each "
+                f"{result_file(folder, one.variant, one.seed, one.start)} was made with other settings than "
+                f"{result_file(folder, first.variant, first.seed, first.start).name} ({changed}): keep the results of each "
                 "study in a folder of their own"
             )
     return results
@@ -151,6 +159,14 @@ def gradient_noise(norms: Sequence[float]) -> float:
     return sum(squares) / (2 * len(squares)) / (sum(half) / len(half)) ** 2
 
 
+def exact(run: Result) -> Curve:
+    return run.exact_match
+
+
+def masked(run: Result) -> Curve:
+    return run.masked_loss
+
+
 def mean_after_start(curve: Curve) -> float:
     """Computes the mean over the evaluations after step 0: the higher an increasing figure's, the sooner it has risen."""
     values = [value for step, value in curve if step]
@@ -170,12 +186,12 @@ def steps_to(curve: Curve, level: float, rising: bool) -> float | None:
     return None
 
 
-def by_variant(results: Sequence[Result]) -> dict[str, dict[int, Result]]:
-    """Sorts results by variant and seed."""
-    found: dict[str, dict[int, Result]] = {}
+def by_variant(results: Sequence[Result]) -> "Sorted":
+    """Sorts results by variant and origin."""
+    found: dict[str, dict[Origin, Result]] = {}
     for result in results:
-        found.setdefault(result.variant, {})[result.seed] = result
+        found.setdefault(result.variant, {})[result.origin] = result
     return found
 
 
-Sorted = Mapping[str, Mapping[int, Result]]
+Sorted = Mapping[str, Mapping[Origin, Result]]  # by variant

@@ -4,6 +4,7 @@ Everything that is finished is kept: a result that is there is not made again, a
 last checkpoint. Weights of a measured variant are removed, but for the twin's, beside which the others are timed.
 """
 
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +28,7 @@ from diffvl.evaluation.questions import questions
 from diffvl.evaluation.scored import answer_records
 from diffvl.terminal.bars import duration
 from diffvl.terminal.console import say
-from tools.study.results import CALL, Decoded, Result, curves_of, result_file, write_result
+from tools.study.results import CALL, Decoded, Origin, Result, curves_of, read_results, write_result
 from tools.study.variants import TWIN, VARIANTS, Size, Variant, write_recipe
 
 DIFFUSE, WEIGHTS = "diffuse", "*.safetensors"
@@ -67,10 +68,24 @@ class Study:
     def directory(self, variant: str, seed: int) -> Path:
         return self.out / "runs" / f"{variant}-{seed}" / DIFFUSE
 
+    def start(self, seed: int) -> str:
+        """Digests the weights of a seed's align checkpoint; empty where it is not here, or not yet."""
+        files = sorted((self.root(seed) / "align").glob(WEIGHTS))
+        return hashlib.sha256(b"".join(map(_digest, files))).hexdigest()[:8] if files else ""
+
     def missing(self) -> list[tuple[str, int]]:
-        """Lists the runs without a result, seed by seed, the twin first: the others are timed beside it."""
+        """Lists the runs without a result, seed by seed, the twin first: the others are timed beside it. Only runs from one start
+        are compared, and no machine trains the same one; so a seed that another machine did not finish begins anew here."""
         chosen = [key for key in VARIANTS if key in self.variants and VARIANTS[key].skipped() is None]
-        return [(key, seed) for seed in self.seeds for key in chosen if not result_file(self.results, key, seed).is_file()]
+        made: dict[Origin, set[str]] = {}
+        for one in read_results(self.results):
+            made.setdefault(one.origin, set()).add(one.variant)
+        missing = []
+        for seed in self.seeds:
+            here = made.get((seed, self.start(seed)), set[str]())
+            if not any(set(chosen) <= variants for (number, _), variants in made.items() if number == seed):
+                missing += [(key, seed) for key in chosen if key not in here]
+        return missing
 
 
 def run_study(study: Study, console: Console) -> None:
@@ -104,7 +119,7 @@ def align(study: Study, seed: int, console: Console) -> Path:
 
 def train(study: Study, variant: Variant, seed: int, console: Console) -> Path:
     """Trains a variant from its seed's align checkpoint, or from its AR twin."""
-    start = twin_of(study, seed, console) if variant.after_twin else align(study, seed, console)
+    start = twin_of(study, seed) if variant.after_twin else align(study, seed, console)
     if start is None:
         raise UsageError(f"({variant.key}) of seed {seed} starts from the AR twin, which is not there: run ({TWIN}) too")
     file = study.out / "recipes" / f"{variant.key}-{seed}.yaml"
@@ -113,12 +128,10 @@ def train(study: Study, variant: Variant, seed: int, console: Console) -> Path:
     return convert(ConvertRequest(start=start, stage="diffuse", recipe=str(recipe), out=root, resume=True))
 
 
-def twin_of(study: Study, seed: int, console: Console) -> Path | None:
-    """Finds the AR twin of a seed; trains it anew where only its result is left, as on another machine. None: it was not run."""
+def twin_of(study: Study, seed: int) -> Path | None:
+    """Finds the AR twin of a seed. None: it was not run here."""
     directory = study.directory(TWIN, seed)
-    if any(directory.glob(WEIGHTS)):
-        return directory
-    return train(study, VARIANTS[TWIN], seed, console) if result_file(study.results, TWIN, seed).is_file() else None
+    return directory if any(directory.glob(WEIGHTS)) else None
 
 
 def measure(study: Study, variant: Variant, seed: int, console: Console) -> Result:
@@ -143,6 +156,7 @@ def measure(study: Study, variant: Variant, seed: int, console: Console) -> Resu
         machine=describe_machine() | {"threads": torch.get_num_threads(), "dtype": str(decoder.model.trunk.dtype)},
         seconds=round(seconds + time.monotonic() - began, 1),
         clock=CALL,
+        start=study.start(seed),
     )
 
 
@@ -162,7 +176,7 @@ def time_beside_twin(
     study: Study, decoder: Decoder, variant: Variant, seed: int, records: Sequence[Record], console: Console
 ) -> dict[str, float]:
     """Times every way by turns with the AR twin of the same seed; nothing where there is none yet."""
-    twin = None if variant.key == TWIN else twin_of(study, seed, console)
+    twin = None if variant.key == TWIN else twin_of(study, seed)
     if twin is None:
         return {}
     beside = load_for_decoding(twin)
@@ -173,6 +187,11 @@ def time_beside_twin(
     groups = [[question] for question in spread_out(list(questions(records)), study.size.timed)]
     calls = answer_in_turns(players, groups, study.size.rounds, console, "timing beside the AR twin")
     return {name: speed_of(of_player, study.size.rounds).tokens_per_second for name, of_player in calls.items()}
+
+
+def _digest(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").digest()
 
 
 def _drop_weights(directory: Path) -> None:

@@ -1,17 +1,18 @@
 """What the papers claim, and what the figures say of it: each verdict follows from a rule.
 
-The rule. Each seed gives one figure, larger where the claim fits better: a difference or a ratio of two runs of that seed, which
-share their samples and their start, or one that was trained anew in the same way. From the seeds' figures comes their mean with a
-t interval of 95 %. The claim is `reproduced` if the whole interval lies above the claim's bound, `refuted` if it lies below it,
-and otherwise `undecided at this scale`; so it is with fewer than two seeds too.
+The rule. Each start gives one figure, larger where the claim fits better: a difference or a ratio of two runs of one seed from
+the same align checkpoint, which share their samples. A seed without such a pair gives the figure of two runs from two starts,
+whose difference is in it then, and in the interval. From these figures comes their mean with a t interval of 95 %. The claim is
+`reproduced` if the whole interval lies above the claim's bound, `refuted` if it lies below it, and otherwise `undecided at this
+scale`; so it is with fewer than two figures too.
 """
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from tools.study.results import Result, Sorted, mean_after_start
+from tools.study.results import Origin, Result, Sorted, mean_after_start
 from tools.study.variants import TWIN
 
 REPRODUCED, REFUTED, UNDECIDED, NOT_RUN = "reproduced", "refuted", "undecided at this scale", "not run"
@@ -40,9 +41,17 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Figured:
+    """One figure. crossed: of runs from two starts."""
+
+    value: float
+    crossed: bool = False
+
+
+@dataclass(frozen=True)
 class Verdict:
     claim: Claim
-    figures: list[float]
+    figures: list[Figured]
     mean: float | None
     low: float | None
     high: float | None
@@ -154,23 +163,34 @@ CLAIMS = [
 ]
 
 
-def judge_all(results: Sorted) -> list[Verdict]:
-    """Judges every claim by the seeds that both its variants have."""
-    return [judge(claim, figures_of(claim, results)) for claim in CLAIMS]
+def judge_all(results: Sorted, crossed: bool = True) -> list[Verdict]:
+    """Judges every claim by the seeds that both its variants have. crossed: also by those that have them from two starts only."""
+    return [judge(claim, [one for one in figures_of(claim, results) if crossed or not one.crossed]) for claim in CLAIMS]
 
 
-def figures_of(claim: Claim, results: Sorted) -> list[float]:
-    """Computes a claim's figure for each seed."""
-    one, other = results.get(claim.first, {}), results.get(claim.second, {})
-    found = [claim.figure(one[seed], other[seed]) for seed in sorted(one.keys() & other.keys())]
-    return [value for value in found if value is not None]
+def figures_of(claim: Claim, results: Sorted) -> list[Figured]:
+    """Computes a claim's figure for each seed and start."""
+    found = [
+        (claim.figure(*pair), crossed) for *pair, crossed in _pairs(results.get(claim.first, {}), results.get(claim.second, {}))
+    ]
+    return [Figured(value, crossed) for value, crossed in found if value is not None]
 
 
-def judge(claim: Claim, figures: Sequence[float]) -> Verdict:
+def _pairs(first: Mapping[Origin, Result], second: Mapping[Origin, Result]) -> Iterator[tuple[Result, Result, bool]]:
+    """Pairs of each seed from the same start; one from two starts where a seed has none."""
+    for seed in sorted({seed for seed, _ in first} & {seed for seed, _ in second}):
+        of_first, of_second = (sorted(origin for origin in runs if origin[0] == seed) for runs in (first, second))
+        if same := [origin for origin in of_first if origin in of_second]:
+            yield from ((first[origin], second[origin], False) for origin in same)
+        else:
+            yield first[of_first[0]], second[of_second[0]], True
+
+
+def judge(claim: Claim, figures: Sequence[Figured]) -> Verdict:
     """Applies the rule."""
     if not figures:
         return Verdict(claim, [], None, None, None, NOT_RUN)
-    mean, low, high = mean_interval(figures)
+    mean, low, high = mean_interval([one.value for one in figures])
     if low is None or high is None:
         return Verdict(claim, list(figures), mean, None, None, UNDECIDED)
     answer = REPRODUCED if low > claim.bound else REFUTED if high < claim.bound else UNDECIDED
