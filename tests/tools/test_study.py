@@ -32,7 +32,7 @@ from tools.study.results import (
 )
 from tools.study.runs import Study
 from tools.study.variants import NIGHT, QUICK, TWIN, VARIANTS, Variant, write_recipe
-from tools.study.verdicts import CLAIMS, NOT_RUN, REFUTED, REPRODUCED, UNDECIDED, Figured, judge, judge_all, mean_interval
+from tools.study.verdicts import CLAIMS, NOT_RUN, REFUTED, REPRODUCED, UNDECIDED, Claim, Figured, judge, judge_all, mean_interval
 
 ROOT = Path(__file__).parents[2]
 MACHINE = {"cores": 2, "threads": 2, "cpu": "a CPU", "torch": "2", "date": "2026-01-01"}
@@ -57,6 +57,10 @@ def result(variant: str, seed: int, match: float, speed: float = 1.0, noise: flo
 
 def figures(*values: float) -> list[Figured]:
     return [Figured(value) for value in values]
+
+
+def told(claim: Claim, runs: list[Result]) -> list[tuple[float, bool]]:
+    return [(one.value, one.crossed) for one in verdicts.figures_of(claim, by_variant(runs))]
 
 
 def test_a_verdict_needs_the_whole_interval_on_one_side_of_the_bound():
@@ -91,26 +95,23 @@ def test_figures_are_larger_where_a_claim_fits_better():
 def test_only_seeds_that_both_have_are_compared():
     runs = [result("b", seed, 0.4) for seed in (0, 1)] + [result("c", seed, 0.4 + seed / 5) for seed in (1, 2)]
     (claim,) = [one for one in CLAIMS if (one.first, one.figure) == ("c", verdicts.better)]
-    assert verdicts.figures_of(claim, by_variant(runs)) == [Figured(pytest.approx(0.2))]
+    assert told(claim, runs) == [(pytest.approx(0.2), False)]
 
 
 def test_runs_from_the_same_start_are_compared_where_there_are_two():
     """What another machine aligned is another start, though the seed is the same."""
     runs = [result("b", 0, 0.2), result("b", 0, 0.4, start="here"), result("c", 0, 0.7, start="here")]
     (claim,) = [one for one in CLAIMS if (one.first, one.figure) == ("c", verdicts.better)]
-    assert verdicts.figures_of(claim, by_variant(runs)) == [Figured(pytest.approx(0.3))]
+    assert told(claim, runs) == [(pytest.approx(0.3), False)]
     runs += [result("b", 1, 0.4), result("c", 1, 0.5, machine={**MACHINE, "cpu": "another"})]
-    assert verdicts.figures_of(claim, by_variant(runs)) == [
-        Figured(pytest.approx(0.3)),
-        Figured(pytest.approx(0.1), crossed=True),
-    ]
+    assert told(claim, runs) == [(pytest.approx(0.3), False), (pytest.approx(0.1), True)]
     page = study_page(runs, None)
     assert "| +0.300, +0.100\\* |" in page and "\\* of runs from two starts. No verdict hangs on them." in page
     crossed = [result("b", seed, 0.1, start="here") for seed in range(3)] + [
         result("c", seed, 0.9 - seed / 10) for seed in range(3)
     ]
-    told = next(line for line in study_page(crossed, None).splitlines() if line.startswith("\\* of runs"))
-    assert "By the other figures alone: asynchronous noise: " in told and "asynchronous noise: ends better, -, *not run*" in told
+    line = next(line for line in study_page(crossed, None).splitlines() if line.startswith("\\* of runs"))
+    assert "By the other figures alone: asynchronous noise: " in line and "asynchronous noise: ends better, -, *not run*" in line
 
 
 def test_what_curves_say():
