@@ -26,7 +26,7 @@ from tools.study.results import (
     steps_to,
 )
 from tools.study.variants import NIGHT, TWIN, VARIANTS
-from tools.study.verdicts import CLAIMS, CLOSE, FASTER, KEPT, UNDECIDED, Verdict, judge_all, share, speedup
+from tools.study.verdicts import CLAIMS, CLOSE, FASTER, KEPT, UNDECIDED, Verdict, judge_all, pairs, share, speedup
 
 FOLDER = "fidelity"  # of the charts and the results, beside the page
 LEVELS = (0.25, 0.5, 0.75)  # of exact match
@@ -246,14 +246,13 @@ def _goal(found: Sorted) -> Iterator[str]:
     twins = found.get(TWIN, {})
     shares: dict[str, float] = {}
     for key, runs in found.items():
-        of_starts = [value for one in runs.keys() & twins.keys() if (value := share(runs[one], twins[one])) is not None]
+        of_starts = [value for run, twin, _ in pairs(runs, twins) if (value := share(run, twin)) is not None]
         if key != TWIN and of_starts:
             shares[key] = statistics.fmean(of_starts)
     if not shares:
         return
     best = max(shares, key=lambda key: shares[key])
-    runs = found[best]
-    speeds = [value for one in runs.keys() & twins.keys() if (value := speedup(runs[one], twins[one])) is not None]
+    speeds = [value for run, twin, _ in pairs(found[best], twins) if (value := speedup(run, twin)) is not None]
     told = f"{statistics.fmean(speeds):.2f}" if speeds else "an unknown number of"
     yield (
         f"**The goal**: {CLOSE:g} of the AR twin's exact match, and {FASTER:g} times its tokens per second at {KEPT:g}. The best "

@@ -171,13 +171,13 @@ def judge_all(results: Sorted, crossed: bool = True) -> list[Verdict]:
 def figures_of(claim: Claim, results: Sorted) -> list[Figured]:
     """Computes a claim's figure for each seed and start."""
     found = [
-        (claim.figure(*pair), crossed) for *pair, crossed in _pairs(results.get(claim.first, {}), results.get(claim.second, {}))
+        (claim.figure(*pair), crossed) for *pair, crossed in pairs(results.get(claim.first, {}), results.get(claim.second, {}))
     ]
     return [Figured(value, crossed) for value, crossed in found if value is not None]
 
 
-def _pairs(first: Mapping[Origin, Result], second: Mapping[Origin, Result]) -> Iterator[tuple[Result, Result, bool]]:
-    """Pairs of each seed from the same start; one from two starts where a seed has none."""
+def pairs(first: Mapping[Origin, Result], second: Mapping[Origin, Result]) -> Iterator[tuple[Result, Result, bool]]:
+    """Gives the pairs of each seed from the same start; one from two starts where a seed has none."""
     for seed in sorted({seed for seed, _ in first} & {seed for seed, _ in second}):
         of_first, of_second = (sorted(origin for origin in runs if origin[0] == seed) for runs in (first, second))
         if same := [origin for origin in of_first if origin in of_second]:
