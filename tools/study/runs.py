@@ -76,15 +76,15 @@ class Study:
     def missing(self) -> list[tuple[str, int]]:
         """Lists the runs without a result, seed by seed, the twin first: the others are timed beside it. Only runs from one start
         are compared, and no machine trains the same one; so a seed that another machine did not finish begins anew here."""
-        chosen = [key for key in VARIANTS if key in self.variants and VARIANTS[key].skipped() is None]
+        every = [key for key in VARIANTS if VARIANTS[key].skipped() is None]
         made: dict[Origin, set[str]] = {}
         for one in read_results(self.results):
             made.setdefault(one.origin, set()).add(one.variant)
         missing = []
         for seed in self.seeds:
             here = made.get((seed, self.start(seed)), set[str]())
-            if not any(set(chosen) <= variants for (number, _), variants in made.items() if number == seed):
-                missing += [(key, seed) for key in chosen if key not in here]
+            if not any(set(every) <= variants for (number, _), variants in made.items() if number == seed):
+                missing += [(key, seed) for key in every if key in self.variants and key not in here]
         return missing
 
 
