@@ -43,7 +43,7 @@ class Scripted(BlockGeneration):
         self.generation_config = GenerationConfig(pad_token_id=PAD)
         self.config.text_config = SimpleNamespace(_attn_implementation="sdpa", sliding_window=None)
         top = SimpleNamespace(get_text_config=lambda decoder: self.config.text_config)
-        self.trunk = SimpleNamespace(config=top, _can_set_attn_implementation=lambda: False)
+        self.trunk = SimpleNamespace(config=top, _can_set_attn_implementation=lambda: False, modules=lambda: [])
         self.images = SimpleNamespace(
             encode=lambda pixels: ImageRows(torch.zeros(2 * len(pixels["pixel_values"]), 1), (2,) * len(pixels["pixel_values"])),
             has_axes=False,

@@ -2,7 +2,7 @@
 
 An open block is a product of a few rows with every weight of the trunk. To read the weights is most of the work, so it should
 take as long as one row does. In fp32 without AVX512, MKL takes twice as long: it packs the weights anew for the few rows. With
-the weight as the first factor and the tokens as columns the sums are the same, and it does not. `docs/speed.md` has figures.
+the weight as the first factor and the tokens as columns the sums are the same, and it does not.
 """
 
 from collections.abc import Iterator
