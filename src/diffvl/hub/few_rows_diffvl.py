@@ -1,8 +1,8 @@
 """Linear layers on a few tokens, where a CPU multiplies few rows slowly.
 
 An open block is a product of a few rows with every weight of the trunk. To read the weights is most of the work, so it should
-take as long as one row does. In fp32 without AVX512, MKL takes twice as long: it packs the weights anew for the few rows. With
-the weight as the first factor and the tokens as columns the sums are the same, and it does not.
+take as long as one row does. In fp32 without AVX512, MKL takes twice as long. With the weight as the first factor and the tokens
+as columns the sums are the same, and it does not.
 """
 
 from collections.abc import Iterator
