@@ -186,12 +186,12 @@ def steps_to(curve: Curve, level: float, rising: bool) -> float | None:
     return None
 
 
-def by_variant(results: Sequence[Result]) -> "Sorted":
+Sorted = Mapping[str, Mapping[Origin, Result]]  # by variant
+
+
+def by_variant(results: Sequence[Result]) -> Sorted:
     """Sorts results by variant and origin."""
     found: dict[str, dict[Origin, Result]] = {}
     for result in results:
         found.setdefault(result.variant, {})[result.origin] = result
     return found
-
-
-Sorted = Mapping[str, Mapping[Origin, Result]]  # by variant
