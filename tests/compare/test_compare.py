@@ -11,7 +11,7 @@ import torch
 from pages import Page
 from tiny_runs import refused, stage, succeed, write_recipe
 
-from diffvl.bench.turns import Speed, speed_of
+from diffvl.bench.turns import Call, Speed, speed_of
 from diffvl.compare import compare as comparing
 from diffvl.compare import settings
 from diffvl.compare.compare import merged, spread_out
@@ -36,9 +36,12 @@ def run(
 # --- what is compared ------------------------------------------------------------------------------------------------------
 
 
-def test_names_are_as_short_as_tells_them_apart():
+def test_names_are_as_short_as_tells_them_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert distinct_names(["runs/a/diffuse", "runs/b/diffuse"]) == ["a/diffuse", "b/diffuse"]
     assert distinct_names(["runs/a/diffuse", "runs/a/align", "qwen2.5-7b"]) == ["diffuse", "align", "qwen2.5-7b"]
+    (tmp_path / "diffuse").mkdir()
+    monkeypatch.chdir(tmp_path / "diffuse")
+    assert distinct_names(["../control", "."]) == ["control", "diffuse"]
 
 
 def test_an_ar_run_has_one_way_to_decode_and_a_block_run_many():
@@ -172,9 +175,10 @@ def test_answers_are_kept_where_the_models_do_not_fit_together(
 
 
 def test_speed_is_summed_over_a_round_and_its_median_taken():
-    def call(seconds: float, tokens: Sequence[int], forwards: int) -> list[ScoredAnswer]:
+    def call(seconds: float, tokens: Sequence[int], forwards: int) -> Call:
         one: dict[str, Any] = {"forwards": forwards, "prefill_seconds": 0.5, "decode_seconds": seconds - 0.5, "seconds": 9.0}
-        return [ScoredAnswer(Answer("x", count, tokens_per_forward=1.0, **one), True, 1.0) for count in tokens]
+        answers = [Answer("x", count, tokens_per_forward=1.0, **one) for count in tokens]
+        return Call([ScoredAnswer(answer, True, 1.0) for answer in answers], answers[:1])
 
     calls = [
         call(1.0, [3, 5], 4),

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import tiny_runs
 import torch
-from helpers import metrics, weights_of
+from helpers import metrics, random_image, weights_of
 from pages import Page
-from tiny_runs import refused, stage, succeed, write_recipe
+from tiny_runs import record, refused, stage, succeed, write_data, write_recipe
 
 from diffvl.compare import control
 from diffvl.config.objectives import ArObjective
@@ -86,6 +86,42 @@ def test_a_control_without_a_meaning_is_refused_before_anything(
     ar = {"objective": {"kind": "ar"}, "trainable": {"trunk": 1e-3}}
     alone = write_recipe(tmp_path / "alone.yaml", tower, diffuse={**stage("diffuse", shapes["train"]), **ar})
     refuses("--from", run.align, "--stage", "diffuse", "--recipe", alone, says="this run is a control itself")
+
+
+def test_a_control_of_what_has_learnt_to_see_blocks_is_refused(
+    run: tiny_runs.Run, tower: Path, shapes: dict[str, Path], tmp_path: Path
+):
+    """Its start would be a block-diffusion model: no AR baseline. One with causal context still answers left to right."""
+    held = {"data": {"holdout": 1}}
+    more, causal = stage("diffuse", shapes["train"], **held), stage("diffuse", shapes["train"], **held)
+    causal["objective"] = {**causal["objective"], "context": "causal"}
+    words = ("--control", "--dry-run", "--out", tmp_path / "out")
+    says = ["starts, which is", "has learnt to see whole blocks", "`diffvl compare`"]
+    two = write_recipe(tmp_path / "two.yaml", tower, diffuse=more, more=more)
+    refused("convert", "--from", run.align, "--recipe", two, *words, says=[*says, "the stage diffuse"])
+    refused("convert", "--from", run.diffuse, "--stage", "more", "--recipe", two, *words, says=[*says, str(run.diffuse)])
+    after = write_recipe(tmp_path / "after.yaml", tower, diffuse=causal, more=more)
+    planned = succeed("convert", "--from", run.align, "--recipe", after, *words).out
+    assert f"compare {tmp_path}/out/control and {tmp_path}/out/more -> " in " ".join(planned.split())
+    own = write_recipe(tmp_path / "own.yaml", tower, control=more)
+    refused("convert", "--from", run.align, "--recipe", own, *words, says=["a stage of the recipe is called so"])
+
+
+def test_a_control_of_other_records_is_refused(run: tiny_runs.Run, tower: Path, shapes: dict[str, Path], tmp_path: Path):
+    """The conversion is finished, its data has changed since, and the control is still to be trained."""
+    (tmp_path / "data").mkdir()
+    random_image().save(tmp_path / "data" / "good.png")
+    records = [record(answer=f"Dot {number}.") for number in range(6)]
+    file = write_data(tmp_path / "data", *records)
+    recipe = write_recipe(tmp_path / "r.yaml", tower, diffuse=stage("diffuse", file, data={"holdout": 1}, steps=1))
+    words = ("convert", "--from", run.align, "--stage", "diffuse", "--recipe", recipe, "--out", tmp_path / "out")
+    succeed(*words)
+    write_data(tmp_path / "data", *records[:-1], record(answer="Another."))
+    for more in ((), ("--accept-changed-data",)):
+        refused(*words, "--control", "--resume", *more, says=[f"was not trained with {file} as it is now"])
+    assert not (tmp_path / "out" / "control").exists()
+    write_data(tmp_path / "data", *records)
+    succeed(*words, "--control", "--resume", "--dry-run")
 
 
 def test_a_diffusion_language_model_has_no_control(

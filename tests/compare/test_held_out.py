@@ -9,9 +9,12 @@ import tiny_runs
 from helpers import random_image
 from tiny_runs import record, write_data
 
+from diffvl.compare import compare as comparing
+from diffvl.compare.compare import CompareRequest
 from diffvl.compare.entrants import Entrant, open_entrants
 from diffvl.compare.held_out import records_to_ask
 from diffvl.config.recipe import Data
+from diffvl.data.fingerprint import data_record, facts_of
 from diffvl.data.loader import load_data
 from diffvl.data.sample_dataset import SampleDataset
 from diffvl.errors import DataError, UsageError
@@ -30,7 +33,9 @@ def run(
 
 def trained_on(run: tiny_runs.Run, data: Data) -> list[Entrant]:
     """Two runs, as if their stages had had this data."""
-    return [replace(one, data=data) for one in open_entrants([str(run.align), str(run.diffuse)], trust_remote_code=False)]
+    return [
+        replace(one, data=data, facts={}) for one in open_entrants([str(run.align), str(run.diffuse)], trust_remote_code=False)
+    ]
 
 
 def answer_of(number: int) -> str:
@@ -67,3 +72,30 @@ def test_what_training_leaves_out_is_not_asked(run: tiny_runs.Run, tmp_path: Pat
     worst = write_data(tmp_path, record(image="bad.png"), name="worst.json")
     with pytest.raises(UsageError, match=f"1 records of {worst}: none of them can be used"):
         records_to_ask(trained_on(run, data.model_copy(update={"eval": str(worst)})), None, None, QUIET)
+
+
+@pytest.mark.parametrize("held", ["holdout", "eval"])
+def test_records_that_changed_after_training_are_not_held_out(held: str, run: tiny_runs.Run, tmp_path: Path):
+    """Every n-th record is set apart: with one record more others are, which were trained on."""
+    random_image().save(tmp_path / "good.png")
+    records = [record(answer=f"Dot {number}.") for number in range(9)]
+    file, other = write_data(tmp_path, *records), write_data(tmp_path, record(answer="Another."), name="other.json")
+    data = Data(train=str(file), holdout=3) if held == "holdout" else Data(train=str(other), eval=str(file))
+    processor = checkpoint.load_description(run.diffuse)[1]
+    facts = {"data": facts_of(data_record(load_data(data, processor, None)))}
+    trained = [replace(one, facts=facts) for one in trained_on(run, data)]
+    assert len(records_to_ask(trained, None, None, QUIET).records) == (3 if held == "holdout" else 9)
+    write_data(tmp_path, *records, record(answer="One more."))
+    with pytest.raises(DataError, match=f"{run.align} was not trained with {file} as it is now.*diffvl compare ... --data FILE"):
+        records_to_ask(trained, None, None, QUIET)
+    assert len(records_to_ask(trained, file, None, QUIET).records) == 10
+
+
+def test_what_a_run_cannot_be_asked_is_known_before_anything_is_answered(
+    run: tiny_runs.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    random_image().save(tmp_path / "good.png")
+    long = write_data(tmp_path, record(answer="One."), record(answer="Long. " * 600), name="long.json")
+    monkeypatch.setattr(comparing, "_answers", lambda *_: pytest.fail("nothing may be answered"))
+    with pytest.raises(DataError, match=f"{long}:3: "):
+        comparing.compare(CompareRequest((str(run.align), str(run.diffuse)), data=long, speed=False), QUIET)

@@ -19,7 +19,8 @@ from transformers import CompileConfig
 
 from diffvl.cli import main as cli
 from diffvl.decode import answer as decode
-from diffvl.decode.answer import Decoder, TextPieces, answer_chats, text_of
+from diffvl.decode.answer import Decoder, TextPieces, answer_chats, answer_within_context, encode, text_of
+from diffvl.errors import UsageError
 from diffvl.hub.settings_diffvl import MODES, DecodeSettings
 
 MODE_WORDS = [("--mode", mode) for mode in MODES]
@@ -130,6 +131,27 @@ def test_tokens_of_an_answer_are_its_own(mode: str, loaded: Callable[[str], Load
     for one, before in zip(together, free, strict=True):
         assert before.text.startswith(one.text) and one.tokens_per_forward == one.tokens / one.forwards
         assert one.forwards == together[0].forwards and one.seconds >= one.prefill_seconds + one.decode_seconds > 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_answer_ends_where_its_own_context_does(mode: str, loaded: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch):
+    """A long question beside a short one leaves the short one's answer as it is alone."""
+    model, processor = loaded("llama")
+    model.config.set_decoding("blocks", BLOCK, "causal", "absolute", "same")
+    decoder, settings = Decoder(model, processor), DecodeSettings(max_new_tokens=16, mode=mode)
+    chats = [[{"role": "user", "content": prompt}] for prompt in ("Hi", "Hi " * 9, "Hi", "Hi " * 9)]
+    free = [answer_chats(decoder, [chat], settings)[0] for chat in chats]
+    short, long = (encode(decoder, [chat])["input_ids"].shape[1] for chat in chats[:2])
+    room = min(one.tokens for one in free) - 1
+    monkeypatch.setattr("diffvl.decode.answer.context_length", lambda _: long + room)
+    assert room >= 1 and short + 16 <= long + room
+    answers, batches = answer_within_context(decoder, chats, settings)
+    assert [one.tokens for one in answers] == [free[0].tokens, room, free[2].tokens, room]
+    assert [answers[0].text, answers[2].text] == [free[0].text, free[2].text] and free[1].text.startswith(answers[1].text)
+    assert len(batches) == 2 and {one.forwards for one in batches} == {one.forwards for one in answers}
+    with pytest.raises(UsageError, match=f"a prompt of {long} tokens and 16 new ones do not fit the context of {long}"):
+        monkeypatch.setattr("diffvl.decode.answer.context_length", lambda _: long)
+        answer_within_context(decoder, chats, settings)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -10,10 +10,13 @@ from helpers import random_image
 from shared_fixtures import Loaded
 from transformers import AutoModelForImageTextToText
 
+from diffvl.decode.answer import Decoder, answer_chats
 from diffvl.demo.standin_processors import PROCESSORS
 from diffvl.demo.standin_vlms import VLMS
+from diffvl.errors import UsageError
 from diffvl.hub.images_diffvl import token_types
 from diffvl.hub.processing_diffvl import pixels_in
+from diffvl.hub.settings_diffvl import DecodeSettings
 
 DIFFERENT = ("qwen3_vl", "gemma3", "paligemma")
 NATIVE = [pytest.param(one, marks=() if one in DIFFERENT else pytest.mark.slow) for one in VLMS if one in PROCESSORS]
@@ -60,3 +63,6 @@ def test_a_conversation_is_no_question_where_the_whole_prompt_sees_itself(loaded
     inputs = processor.apply_chat_template([*SHORT, *ANSWERED], tokenize=True, add_generation_prompt=True)
     with pytest.raises(ValueError, match="mode='ar' takes single questions with this model"):
         model.generate(**inputs, mode="ar", max_new_tokens=2)
+    with pytest.raises(UsageError, match="token by token this model answers single questions only"):
+        answer_chats(Decoder(model, processor), [[*SHORT, *ANSWERED]], DecodeSettings(mode="ar", max_new_tokens=2))
+    assert answer_chats(Decoder(model, processor), [SHORT], DecodeSettings(mode="ar", max_new_tokens=2))[0].tokens

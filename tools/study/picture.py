@@ -76,7 +76,7 @@ def measure_picture(study: Study, console: Console) -> Picture:
     plan, tokens, whole = asked * ROUNDS, 0, 0.0
     with _timed_encoding(decoder) as encoding:
         for question in track(console, plan, len(plan), "timing pictures"):
-            (answer,) = answer_questions_of(decoder, [question], settings)
+            (answer,), _ = answer_questions_of(decoder, [question], settings)
             tokens += answer.tokens
             whole += answer.prefill_seconds + answer.decode_seconds
     of_a_token = (whole - sum(encoding)) / tokens

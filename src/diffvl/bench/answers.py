@@ -136,7 +136,7 @@ def answer_all(
     decoder, turns = load_questions(request.directory, request.data, request.limit, request.device)
     players = {name: Player(decoder, chosen) for name, chosen in settings.items()}
     calls = answer_in_turns(players, [[question] for question in turns], 1, console, "answering")
-    scored = {name: [one for call in of_player for one in call] for name, of_player in calls.items()}
+    scored = {name: [one for call in of_player for one in call.scored] for name, of_player in calls.items()}
     model, config = decoder.model, decoder.model.config
     run = describe_run(model.device, model.trunk.dtype, load_before) | {
         "model": f"{request.directory} ({config.text_config.model_type})",

@@ -26,6 +26,7 @@ from diffvl.evaluation.questions import questions
 from diffvl.evaluation.scored import Answered, Question, answer_records
 from diffvl.faults import is_of_memory
 from diffvl.hub.settings_diffvl import DecodeSettings
+from diffvl.store import checkpoint
 from diffvl.terminal.bars import spinner_or_line
 from diffvl.terminal.console import say
 
@@ -125,11 +126,15 @@ def compare(request: CompareRequest, console: Console) -> Compared:
     entrants = open_entrants(request.runs, request.trust_remote_code)
     held_out = records_to_ask(entrants, request.data, request.limit, console)
     say(console, f"asking {held_out.told()}")
+    for entrant in entrants:
+        if entrant.directory is not None:  # of the others it is known once they are loaded
+            require_all_fit(*checkpoint.load_description(entrant.directory), held_out)
     ways: list[Way] = []
     machines: list[dict[str, Any]] = []
     for entrant in entrants:
         decoder = _load(entrant, console)
-        require_all_fit(decoder, held_out)
+        if entrant.directory is None:
+            require_all_fit(decoder.model.config, decoder.processor, held_out)
         ways += _answers(entrant, decoder, held_out, request.max_new_tokens, console)
         machines.append(describe_run(decoder.model.device, decoder.model.trunk.dtype, load_before))
         del decoder
@@ -141,7 +146,13 @@ def compare(request: CompareRequest, console: Console) -> Compared:
         for number, (way, mean, difference, similarity) in enumerate(zip(ways, means, differences, similar, strict=True))
     ]
     told = {"seed": request.seed, "draws": DRAWS, "records": len(held_out.records), "data": str(held_out.path)}
-    told |= {"max_new_tokens": request.max_new_tokens, "timed_questions": TIMED, "rounds": ROUNDS, "timed": untimed is None}
+    timed_questions = min(TIMED, len(ways[0].answered.scored))
+    told |= {
+        "max_new_tokens": request.max_new_tokens,
+        "timed_questions": timed_questions,
+        "rounds": ROUNDS,
+        "timed": untimed is None,
+    }
     return Compared(entrants, held_out, rows, merged(machines) | told | {"untimed": untimed})
 
 

@@ -63,8 +63,10 @@ def open_entrants(names: Sequence[str], trust_remote_code: bool) -> list[Entrant
 
 
 def distinct_names(names: Sequence[str]) -> list[str]:
-    """Shortens paths to as many of their last parts as tell them apart."""
-    parts = [Path(name).parts for name in names]
+    """Shortens paths to as many of their last parts as tell them apart. A place named by way of another (`.`, `..`) has its own
+    name."""
+    paths = [Path(name) for name in names]
+    parts = [(path.resolve() if not path.name or ".." in path.parts else path).parts for path in paths]
     for count in range(1, max(map(len, parts)) + 1):
         short = ["/".join(one[-count:]) for one in parts]
         if len(set(short)) == len(short):

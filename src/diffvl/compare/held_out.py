@@ -9,7 +9,9 @@ import numpy
 from rich.console import Console
 
 from diffvl.compare.entrants import Entrant
+from diffvl.compare.settings import ways_to_decode
 from diffvl.config.recipe import Data
+from diffvl.data.fingerprint import require_as_trained
 from diffvl.data.loader import load_data, open_samples
 from diffvl.data.mixture import Mixture
 from diffvl.data.records import Record
@@ -17,9 +19,12 @@ from diffvl.data.sample_dataset import SampleDataset
 from diffvl.data.source_records import iterate_source, source_at
 from diffvl.data.sources import eval_settings, find_source
 from diffvl.data.table import RecordTable, RecordTables
-from diffvl.decode.answer import Decoder, context_length
+from diffvl.decode.answer import context_of, require_single_questions
 from diffvl.errors import UsageError
 from diffvl.evaluation.evaluate import reading_of, require_fitting, usable_records
+from diffvl.evaluation.questions import questions
+from diffvl.hub.configuration_diffvl import DiffVLConfig
+from diffvl.hub.processing_diffvl import DiffVLProcessor
 from diffvl.store import checkpoint
 from diffvl.terminal import console as terminal
 from diffvl.terminal.bars import track
@@ -71,7 +76,7 @@ def records_to_ask(entrants: Sequence[Entrant], data: Path | None, limit: int | 
 
     Raises:
         UsageError: the runs have held out different records, or none.
-        DataError: if they cannot be read.
+        DataError: if they cannot be read, or a run was trained with them otherwise than they are now.
     """
     if data is not None:
         return _of_file(entrants, data, limit)
@@ -111,9 +116,13 @@ def _held_out_of(entrant: Entrant) -> _Own | None:
         held: SampleDataset | Mixture | None = open_samples(
             find_source(settings), unpacked, processor, _QUIET, RecordTables(_QUIET)
         )
+        opened = held.parts
     else:  # from what is left once a packed stage has put aside the records that fit no row
-        held = load_data(data, processor, None).held_out
+        stage = load_data(data, processor, None)
+        held, opened = stage.held_out, stage.parts()
     assert held is not None
+    if (facts := entrant.facts.get("data")) is not None:
+        require_as_trained(directory, facts, opened)
     identity = tuple(digest for part in held.parts for digest in _digests(part))
     return _Own(held, data, identity)
 
@@ -124,7 +133,10 @@ def _digests(part: SampleDataset) -> list[int]:
     return table.digests[part.indices].tolist()
 
 
-def require_all_fit(decoder: Decoder, held_out: HeldOut) -> None:
-    """Raises DataError with all records that do not fit a checkpoint."""
+def require_all_fit(config: DiffVLConfig, processor: DiffVLProcessor, held_out: HeldOut) -> None:
+    """Raises DataError with all records that do not fit a checkpoint, UsageError where they ask it what it cannot be asked."""
     records = held_out.records
-    require_fitting(SampleDataset(records, held_out.path, numpy.arange(len(records)), decoder.processor, context_length(decoder)))
+    require_fitting(SampleDataset(records, held_out.path, numpy.arange(len(records)), processor, context_of(config)))
+    if any(spoken.role == "assistant" for record, turn in questions(records) for spoken in record.turns[:turn]):
+        for _, settings in ways_to_decode(config, new_tokens=1).values():
+            require_single_questions(settings, config)

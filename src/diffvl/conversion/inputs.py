@@ -14,9 +14,10 @@ from diffvl.attention.choose import choose
 from diffvl.config.recipe import Data, Stage
 from diffvl.config.sources import DataSource
 from diffvl.config.supported import is_vlm
+from diffvl.conversion.control import CONTROL
 from diffvl.conversion.plan import Plan, Step
 from diffvl.conversion.resume import is_finished
-from diffvl.data.fingerprint import require_same_data
+from diffvl.data.fingerprint import require_as_trained, require_same_data
 from diffvl.data.loader import StageData, check_images, load_data
 from diffvl.data.sources import own_settings
 from diffvl.data.table import RecordTables
@@ -108,6 +109,9 @@ def _open_step(
         raise ConfigError(f"{step.name}: {error}") from error
     if not accept_changed_data:
         require_same_data(checkpoint.partial(step.directory), data)
+    conversion = plan.root / step.stage
+    if step.name == CONTROL and is_finished(conversion):  # else its data is held against its own start, or opened here too
+        require_as_trained(conversion, checkpoint.read_state(conversion).get("data", {}), data.parts())
     if process_state().is_main_process:
         check_images(data, stage.data, console)
     return data

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from diffvl.config.objectives import ArObjective, BlockDiffusionObjective, Objective
 from diffvl.config.recipe import Recipe, StageName
+from diffvl.conversion.causal import sees_blocks
 from diffvl.errors import ConfigError, UsageError
 from diffvl.store import checkpoint
 from diffvl.store.files import read_json
@@ -27,20 +27,8 @@ def require_parents(recipe: Recipe, stages: tuple[StageName, ...], start: Path |
     for place, name in enumerate(stages):
         if recipe.stages[name].objective.kind != "draft":
             continue
-        if place:
-            causal = _is_causal(recipe.stages[stages[place - 1]].objective)
-        else:
-            config = {} if start is None else read_json(start / "config.json")
-            causal = config.get("decoding") != "blocks" or config.get("context") != "block"
-        if not causal:
-            before = f"the stage {stages[place - 1]}" if place else str(start)
+        if (before := sees_blocks(recipe, stages, place, start)) is not None:
             raise ConfigError(
                 f"stages.{name}.objective: draft needs a parent that answers token by token, to check drafts; {before} has "
                 "context: block. Start from an AR checkpoint, from an align stage, or from one with context: causal"
             )
-
-
-def _is_causal(objective: Objective) -> bool:
-    return isinstance(objective, ArObjective) or (
-        isinstance(objective, BlockDiffusionObjective) and objective.context == "causal"
-    )

@@ -116,7 +116,8 @@ def make_plan(request: ConvertRequest, console: Console) -> Plan:
         return plan
     config = plan.source_config or read_json(plan.start / "config.json").get("text_config") or {}
     source = diffusion_source(config)
-    return replace(plan, control=control_recipe(plan.recipe, plan.stages, source and source.model_type))
+    start = plan.start if plan.source is None else None
+    return replace(plan, control=control_recipe(plan.recipe, plan.stages, source and source.model_type, start))
 
 
 def _plan_stages(request: ConvertRequest, console: Console) -> Plan:
@@ -373,7 +374,7 @@ def describe(plan: Plan, console: Console) -> None:
             f"-> {step.directory}",
         )
     if plan.control is not None:
-        say(console, ("compare", "bold"), f" {plan.root / CONTROL} and {plan.root / 'diffuse'} -> {plan.root / COMPARED}")
+        say(console, ("compare", "bold"), f" {plan.root / CONTROL} and {plan.root / plan.stages[-1]} -> {plan.root / COMPARED}")
 
 
 def data_of(data: Data) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,22 @@ def require_same_data(work: Path, data: StageData) -> None:
         + "\nput the old data back or begin again with another --out; to go on with the data as it is now: "
         "--resume --accept-changed-data"
     )
+
+
+def require_as_trained(stage: Path, facts: dict[str, Any], parts: Iterable[SampleDataset | StreamPart]) -> None:
+    """Raises DataError unless data sets are, record by record, what a finished stage was trained with: which records are held out
+    follows from all of them.
+
+    Args:
+        facts: what `facts_of` gave for the stage.
+    """
+    known = {one["content"] for one in facts.values()}
+    changed = sorted({str(part.path) for part in parts if _file_record(part, None).records_digest not in known})
+    if changed:
+        raise DataError(
+            f"{stage} was not trained with {', '.join(changed)} as it is now: records of it that count as held out may have been "
+            "trained on. Put the old data back, or compare runs on other records with `diffvl compare ... --data FILE`"
+        )
 
 
 def _changes(at_start: dict[str, Any], record: dict[str, FileRecord]) -> list[str]:

@@ -152,9 +152,23 @@ def check_settings(settings: DecodeSettings, config: DiffVLConfig) -> DecodeSett
         raise UsageError(str(error)) from error
 
 
+def require_single_questions(settings: DecodeSettings, config: DiffVLConfig) -> None:
+    """Raises UsageError where earlier answers in a prompt cannot be read: token by token by a source whose own `generate` knows
+    no conversations (PaliGemma)."""
+    if config.token_types == "answers" and settings.for_checkpoint(config, spell=flag).mode == "ar":
+        raise UsageError(
+            "token by token this model answers single questions only, and a prompt has earlier answers in it: ask first questions "
+            "only, or decode in blocks"
+        )
+
+
 def context_length(decoder: Decoder) -> int | None:
-    """Tokens of prompt and answer that the checkpoint can take in whole blocks; None without a limit."""
-    config = decoder.model.config
+    """As `context_of` the checkpoint."""
+    return context_of(decoder.model.config)
+
+
+def context_of(config: DiffVLConfig) -> int | None:
+    """Tokens of prompt and answer that a checkpoint can take in whole blocks; None without a limit."""
     context = getattr(config.text_config, "max_position_embeddings", None)
     return longest_sample(context, config.block_size, config.grid)
 
@@ -173,16 +187,11 @@ def answer(decoder: Decoder, images: Sequence[Path], prompt: str, settings: Deco
 
 
 def answer_chats(
-    decoder: Decoder,
-    chats: list[list[Message]],
-    settings: DecodeSettings,
-    shorten: bool = False,
-    watcher: Watcher = UNWATCHED,
+    decoder: Decoder, chats: list[list[Message]], settings: DecodeSettings, watcher: Watcher = UNWATCHED
 ) -> list[Answer]:
     """Answers several conversations in one batch.
 
     Args:
-        shorten: True lets the answers end where the context ends, before `max_new_tokens`.
         watcher: for one conversation.
     Raises:
         UsageError: if the settings do not fit the checkpoint, or a prompt does not fit its context.
@@ -190,13 +199,43 @@ def answer_chats(
     check_settings(settings, decoder.model.config)
     start = time.monotonic()
     inputs = encode(decoder, chats)
-    length = inputs["input_ids"].shape[1]
-    limit = context_length(decoder)
+    length, limit = inputs["input_ids"].shape[1], context_length(decoder)
     if limit is not None and length + settings.max_new_tokens > limit:
-        if not shorten or length >= limit:
-            raise UsageError(too_long(length, settings, limit))
-        settings = replace(settings, max_new_tokens=limit - length)
+        raise UsageError(too_long(length, settings, limit))
     return decode(decoder, inputs, settings, watcher, start=start)[0]
+
+
+def answer_within_context(
+    decoder: Decoder, chats: list[list[Message]], settings: DecodeSettings
+) -> tuple[list[Answer], list[Answer]]:
+    """Answers conversations as `answer_chats` does, but lets an answer end where the context ends, before `max_new_tokens`.
+
+    That is a matter of its own prompt, not of its neighbours': those with less room than others are a batch of their own.
+
+    Returns:
+        the answers; and one of each batch, whose forwards and seconds are the batch's.
+    Raises:
+        UsageError: if the settings do not fit the checkpoint, or a prompt alone fills its context.
+    """
+    check_settings(settings, decoder.model.config)
+    start = time.monotonic()
+    inputs = encode(decoder, chats)
+    limit, most = context_length(decoder), settings.max_new_tokens
+    lengths = inputs["attention_mask"].sum(dim=1).tolist()
+    rooms = [most if limit is None else min(most, limit - length) for length in lengths]
+    if min(rooms) < 1:
+        raise UsageError(too_long(max(lengths), settings, max(lengths) + min(rooms)))
+    answers: dict[int, Answer] = {}
+    batches: list[Answer] = []
+    for room in sorted(set(rooms)):
+        places = [place for place, own in enumerate(rooms) if own == room]
+        if len(places) < len(chats):
+            start = time.monotonic()
+            inputs = encode(decoder, [chats[place] for place in places])
+        found, _ = decode(decoder, inputs, replace(settings, max_new_tokens=room), start=start)
+        answers |= dict(zip(places, found, strict=True))
+        batches.append(found[0])
+    return [answers[place] for place in range(len(chats))], batches
 
 
 def too_long(length: int, settings: DecodeSettings, limit: int) -> str:
@@ -227,12 +266,17 @@ def decode(
     Args:
         prefix: what an earlier turn of the conversation left; used up.
         start: when the seconds start to count, default now.
+    Raises:
+        UsageError: as `require_single_questions`, and where a trunk cannot be compiled.
     """
     start = time.monotonic() if start is None else start
     model, tokenizer = decoder.model, decoder.processor.tokenizer
     mask = model.config.mask_token_id
     if settings.is_static and settings.mode != "ar":
         _require_static(model.trunk)
+    earlier = inputs.get("answer_index")
+    if earlier is not None and bool(earlier.any()):
+        require_single_questions(settings, model.config)
     arguments = settings.arguments() | {"tokenizer": tokenizer, "return_dict_in_generate": True}
     if settings.is_static and settings.compile_config is None and not settings.disable_compile:
         arguments |= COMPILED

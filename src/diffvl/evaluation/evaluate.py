@@ -26,7 +26,7 @@ from diffvl.data.source_records import iterate_source, source_at
 from diffvl.data.sources import eval_settings, own_settings
 from diffvl.data.table import open_records
 from diffvl.data.textscore import edit_similarity, is_exact
-from diffvl.decode.answer import Decoder, answer_chats, check_settings, context_length, load_for_decoding
+from diffvl.decode.answer import Decoder, answer_within_context, check_settings, context_length, load_for_decoding
 from diffvl.evaluation.questions import answer_turns, asked
 from diffvl.evaluation.scored import BATCH_SIZE, answer_records
 from diffvl.hub.configuration_diffvl import DiffVLConfig
@@ -167,7 +167,7 @@ def held_out_answers(
         turns = [next(answer_turns(record)) for record in chunk]
         sampler = decoder.processor.sampler
         chats = [chat_before(record, turn, sampler) for record, turn in zip(chunk, turns, strict=True)]
-        answers = answer_chats(decoder, chats, settings, shorten=True)
+        answers, _ = answer_within_context(decoder, chats, settings)
         for record, turn, given in zip(chunk, turns, answers, strict=True):
             answered.append(
                 {

@@ -12,7 +12,7 @@ from rich.console import Console
 from diffvl.data.records import Record
 from diffvl.data.samples import chat_before
 from diffvl.data.textscore import edit_similarity, is_exact
-from diffvl.decode.answer import Answer, Decoder, answer_chats
+from diffvl.decode.answer import Answer, Decoder, answer_within_context
 from diffvl.evaluation.questions import questions
 from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.terminal.bars import track
@@ -60,13 +60,15 @@ def answer_records(
     found: list[ScoredAnswer] = []
     forwards = 0
     for chunk in track(console, chunks, len(chunks), text):
-        answers = answer_questions_of(decoder, [question for _, question in chunk], settings)
+        answers, batches = answer_questions_of(decoder, [question for _, question in chunk], settings)
         found += [scored(question, given, number) for (number, question), given in zip(chunk, answers, strict=True)]
-        forwards += answers[0].forwards
+        forwards += sum(one.forwards for one in batches)
     return Answered(found, forwards)
 
 
-def answer_questions_of(decoder: Decoder, chunk: Sequence[Question], settings: DecodeSettings) -> list[Answer]:
-    """Answers questions in one batch; answers end where the context does. Raises as `answer_chats`."""
+def answer_questions_of(
+    decoder: Decoder, chunk: Sequence[Question], settings: DecodeSettings
+) -> tuple[list[Answer], list[Answer]]:
+    """Answers questions together; answers end where the context does. Returns and raises as `answer_within_context`."""
     sampler = decoder.processor.sampler
-    return answer_chats(decoder, [chat_before(record, turn, sampler) for record, turn in chunk], settings, shorten=True)
+    return answer_within_context(decoder, [chat_before(record, turn, sampler) for record, turn in chunk], settings)
