@@ -9,12 +9,14 @@ from xml.etree import ElementTree
 
 import pytest
 import tiny_runs
+from helpers import QUIET
 
 from diffvl.config.resolve import read_yaml, resolve
+from diffvl.demo import standins
 from diffvl.errors import DataError
 from diffvl.hub.settings_diffvl import DecodeSettings
 from tools.study import __main__ as program
-from tools.study import pilot, verdicts
+from tools.study import pilot, runs, verdicts
 from tools.study.page import study_page, with_picture, write_study_page
 from tools.study.picture import Picture, read_picture, write_picture
 from tools.study.results import (
@@ -71,12 +73,16 @@ def test_a_verdict_needs_the_whole_interval_on_one_side_of_the_bound():
     assert judge(claim, figures(0.9)).answer == UNDECIDED
     assert judge(claim, []).answer == NOT_RUN
     assert judge(replace(claim, bound=0.0), figures(0.0, 0.0, 0.0)).answer == UNDECIDED, "no difference at all shows nothing"
+    assert judge(claim, figures(0.9, 0.9)).answer == UNDECIDED, "one question more in both is no certainty"
+    assert judge(claim, figures(0.0, 0.0, 0.0)).answer == REFUTED, "what no start reaches is"
 
 
 def test_the_interval_is_students():
     mean, low, high = mean_interval([1.0, 2.0, 3.0])
     assert (mean, low, high) == (2.0, pytest.approx(2 - 4.303 / 3**0.5), pytest.approx(2 + 4.303 / 3**0.5))
     assert mean_interval([1.0]) == (1.0, None, None)
+    many = [0.0, 2.0] * 6  # 11 degrees of freedom
+    assert mean_interval(many)[2] == pytest.approx(1 + 2.201 * (12 / 11) ** 0.5 / 12**0.5)
 
 
 def test_figures_are_larger_where_a_claim_fits_better():
@@ -150,7 +156,11 @@ def test_the_page_is_made_of_the_results_alone(tmp_path: Path):
     row = next(line for line in text.splitlines() if "(f) decodes 1.8 times as fast" in line)
     assert row.endswith("| *reproduced* |")
     assert any("close to AR finetuning" in line and line.endswith("| *not run* |") for line in text.splitlines())
-    assert "The best form is (f): 1.000 of the twin's, and 2.01 times its speed." in text.replace("\n", " ")
+    goal = next(line for line in text.splitlines() if line.startswith("**The goal**"))
+    assert (
+        "is (f): 1.000 [1.000, 1.000] of the twin's, *undecided at this scale*, and 2.01 [1.99, 2.03] times its speed, " in goal
+    )
+    assert goal.endswith("*reproduced*.")
     assert "| (a) | AR twin: next-token finetuning | 0, 1, 2 |" in text
     for name in ("exact-match", "masked-loss", "speed"):
         root = ElementTree.fromstring((tmp_path / "docs" / "fidelity" / f"{name}.svg").read_text(encoding="utf-8"))
@@ -184,12 +194,13 @@ def test_the_page_says_which_run_was_made_on_which_machine(tmp_path: Path):
             write_result(one, tmp_path / "results")
         return write_study_page(tmp_path / "results", tmp_path / "docs").read_text(encoding="utf-8")
 
-    assert "On 2 cores of a CPU, 2 of them to a run, torch 2, 2026-01-01." in page()
+    assert "On 2 cores of a CPU, 2 of them to a run, dtype not noted, torch 2, 2026-01-01." in page()
     results[-1] = replace(results[-1], machine={**MACHINE, "cpu": "another"})
     assert "From different starts" not in page()
     assert "b-2, c-0, c-1, c-2, f-0, f-1 on 2 cores of a CPU" in (text := page()) and "; f-2 on 2 cores of another, 2 of" in text
     results.append(replace(result("f", 2, 0.6), start="abcd"))
     assert "From different starts of one seed, exact match: (f) of seed 2 came to 0.600 and 0.800." in (text := page())
+    assert "f-1, f-2 (abcd) on 2 cores of a CPU" in text and "; f-2 on 2 cores of another, 2 of" in text
     assert "| (f) | (d) with causal context, an AR loss and complementary masks | 0, 1, 2, 2 |" in text
 
 
@@ -221,10 +232,10 @@ def test_what_a_picture_costs_is_added_to_times_that_began_behind_it(tmp_path: P
     for one in results:
         write_result(one, tmp_path / "results")
     text = write_study_page(tmp_path / "results", tmp_path / "docs").read_text(encoding="utf-8")
-    assert "what that takes was not measured" in text and "2.01 times its speed" in text
+    assert "what that takes was not measured" in text and "2.01 [1.99, 2.03] times its speed" in text
     write_picture(picture, tmp_path / "results")
     text = write_study_page(tmp_path / "results", tmp_path / "docs").read_text(encoding="utf-8")
-    assert "as long as 5.00 tokens of the AR twin, of 20.0 in an answer" in text and "1.67 times its speed" in text
+    assert "as long as 5.00 tokens of the AR twin, of 20.0 in an answer" in text and "and 1.67 [1.6" in text
     assert read_picture(tmp_path / "docs" / "fidelity") == picture
 
 
@@ -342,6 +353,13 @@ def test_a_study_runs_to_its_page_and_goes_on_where_it_was_left(
     made = tiny_runs.tree(tmp_path)
     program.main([*words, "--only", "a,f"])
     assert tiny_runs.tree(tmp_path).keys() == made.keys() and "0 runs to make" in capsys.readouterr().err
+    (of_f,) = (tmp_path / "results").glob("f-1-*.json")
+    of_f.unlink()  # asked for once more, its weights gone
+    program.main([*words, "--only", "a,f"])
+    assert "1 runs to make" in capsys.readouterr().err and [one.variant for one in read_results(tmp_path / "results")] == [
+        "a",
+        "f",
+    ]
     program.main([*words, "--picture"])
     picture = read_picture(tmp_path / "fidelity")
     assert picture is not None and picture.tokens > 0 and 0 < picture.answer <= QUICK.new_tokens
@@ -356,6 +374,28 @@ def test_a_study_runs_to_its_page_and_goes_on_where_it_was_left(
             program.main([*words, *more])
         assert stop.value.code == 2 and "was made with other settings (assignments)" in capsys.readouterr().err
         assert before == (tiny_runs.tree(tmp_path / "results"), (tmp_path / "fidelity.md").read_bytes())
+
+
+def test_a_run_without_its_twin_says_that_it_is_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(runs, "measure", lambda _, variant, seed, __: result(variant.key, seed, 0.8, speeds={}))
+    program.main(["--quick", "--out", str(tmp_path), "--seeds", "1,1", "--only", "f"])
+    told = capsys.readouterr().err
+    assert "1 runs to make" in told and "warning: (f) of seed 1 will not be timed: its AR twin is not here; run (a) first" in told
+    program.main(["--quick", "--out", str(tmp_path), "--seeds", "2", "--only", "a,f"])
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_pilot_can_be_taken_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("diffvl.conversion.run.SAMPLE_SETTINGS", DecodeSettings(max_new_tokens=4))
+    standins.make_trunk(tmp_path / "trunk", "llama")
+    standins.make_tower(tmp_path / "tower", "siglip")
+    size = replace(QUICK, steps=2, align_steps=2, eval_every=2)
+    study = Study(tmp_path / "pilot", tmp_path / "trunk", tmp_path / "tower", size, tuple(VARIANTS), (0,))
+    for _ in range(2):
+        taken = pilot.run_pilot(study, QUIET)
+        assert taken.align_step > 0 and taken.step > 0 and taken.answer > 0
 
 
 @pytest.mark.slow

@@ -98,9 +98,10 @@ def study_of(given: argparse.Namespace) -> Study:
     variants = tuple(VARIANTS) if given.only is None else tuple(part.strip() for part in given.only.split(","))
     if unknown := [key for key in variants if key not in VARIANTS]:
         raise UsageError(f"--only {given.only}: no variant {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
-    seeds = [part.strip() for part in given.seeds.split(",")]
-    if not all(seed.isdecimal() for seed in seeds):
+    named = [part.strip() for part in given.seeds.split(",")]
+    if not all(seed.isdecimal() for seed in named):
         raise UsageError(f"--seeds {given.seeds}: expected whole numbers with commas between them, as in {SEEDS}")
+    seeds = tuple(dict.fromkeys(map(int, named)))
     size = QUICK if given.quick else PILOT if given.pilot else NIGHT
     if given.quick:
         model, tower = given.out / "models" / "trunk", given.out / "models" / "tower"
@@ -113,7 +114,7 @@ def study_of(given: argparse.Namespace) -> Study:
         if absent and not given.no_runs:
             raise UsageError(f"{absent[0]} is not there: type python tools/fetch_demo_models.py {given.models}")
     folder = given.out / "pilot" if given.pilot else given.out
-    return Study(folder, model, tower, size, variants, tuple(map(int, seeds)), tuple(given.assignments), given.keep)
+    return Study(folder, model, tower, size, variants, seeds, tuple(given.assignments), given.keep)
 
 
 def _say_time(study: Study, out: Console) -> None:

@@ -2,6 +2,7 @@
 
 import shutil
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,20 @@ from tools.study.results import (
     steps_to,
 )
 from tools.study.variants import NIGHT, TWIN, VARIANTS
-from tools.study.verdicts import CLAIMS, CLOSE, FASTER, KEPT, UNDECIDED, Verdict, judge_all, pairs, share, speedup
+from tools.study.verdicts import (
+    CLAIMS,
+    CLOSE,
+    FASTER,
+    KEPT,
+    UNDECIDED,
+    Claim,
+    Figure,
+    Verdict,
+    judge_all,
+    judge_one,
+    share,
+    speedup,
+)
 
 FOLDER = "fidelity"  # of the charts and the results, beside the page
 LEVELS = (0.25, 0.5, 0.75)  # of exact match
@@ -41,12 +55,13 @@ _HEAD = """# The fidelity study: do the published methods do what they claim?
 This page is made by `make study` out of the files in `docs/fidelity/`; nothing on it is written by hand.
 
 On the built-in scenes, with SmolLM2-135M-Instruct and DINOv2-small, one finetuning in several forms. Of each seed all see the
-same samples in the same order and take as many steps from an align checkpoint, their start. Another machine trains another start,
-and that may make more of a difference than the form; so runs from one start are compared wherever there are two. All have the
-learning rates of `recipes/demo.yaml` (LoRA of rank 32, blocks of 4). Every diffusion form predicts the token after a position
-(`target: shift`), as the AR model does. The papers' own forms predict in place, which this few steps may be too few for; that can
-be studied too, in a folder of its own, by the third command. (h) starts from the finished AR twin and takes as many steps again.
-In fp32 its answers are the twin's, in bf16 up to rounding; the question is how fast they come.
+same samples in the same order and take as many steps from an align checkpoint, their start. Another kind of machine trains
+another start, and that may make more of a difference than the form; so runs from one start are compared wherever there are two.
+(a) to (g) have the learning rates of `recipes/demo.yaml` (LoRA of rank 32, blocks of 4). Every diffusion form predicts the token
+after a position (`target: shift`), as the AR model does. The papers' own forms predict in place, which this few steps may be too
+few for; that can be studied too, in a folder of its own, by the third command (without the AR twin, for which there is no other
+target: what is claimed against it stays open there). (h) starts from the finished AR twin and takes as many steps again, with the adapters and
+rates of `recipes/lossless.yaml`. In fp32 its answers are the twin's, in bf16 up to rounding; the question is how fast they come.
 
 ```
 make study                                   # what is missing, then this page
@@ -60,9 +75,10 @@ _RULE = f"""## How a verdict is found
 Each start gives a claim one figure, larger where the claim fits better: a difference or a ratio of two runs of one seed from
 that start. A seed without such a pair gives the figure of two runs from two starts, whose difference is in it then, and in the
 interval. From these figures comes their mean with a t interval of 95 %. A claim is *reproduced* if the whole interval lies above
-its bound, *refuted* if it lies below it, and *{UNDECIDED}* otherwise; so it is with fewer than two figures too. Three
-give wide intervals: only what all of them show clearly is decided. Every verdict is about this scale: a form that has not learnt
-the job after these few steps is refuted here where its quality counts, and may be as good after more.
+its bound, *refuted* if it lies below it, and *{UNDECIDED}* otherwise; so it is with fewer than two figures, and with
+figures that are all alike, unless they are 0. That a start answers {NIGHT.test} questions and no others is in no interval. Three
+figures give wide intervals: only what all of them show clearly is decided. Every verdict is about this scale: a form that has not
+learnt the job after these few steps is refuted here where its quality counts, and may be as good after more.
 
 * converges faster: exact match on held-out questions, the mean over the evaluations after step 0, less that of the other; bound 0
 * trains more steadily: the logarithm of how many times less the gradient's norm varies; bound 0. (Gradient noise: its variance
@@ -166,7 +182,7 @@ def _starts(found: Sorted) -> Iterator[str]:
 
 def _clock(results: Sequence[Result], picture: Picture | None) -> Iterator[str]:
     """Says what times are of, where not all are of whole calls."""
-    early = [f"{one.variant}-{one.seed}" for one in results if one.clock == ENCODED and one.speeds]
+    early = [name for one, name in _named(results) if one.clock == ENCODED and one.speeds]
     if not early:
         return
     told = f"Times are of whole calls. Those of {', '.join(early)} began once the picture was encoded"
@@ -184,15 +200,24 @@ def _clock(results: Sequence[Result], picture: Picture | None) -> Iterator[str]:
 def _machines(results: Sequence[Result]) -> str:
     """On what the runs were made. A later machine than a seed's first has its align checkpoint and its twin anew."""
     runs: dict[tuple[str, str], list[str]] = {}
-    for one in results:
+    for one, name in _named(results):
         machine = one.machine
-        where = f"{machine['cores']} cores of {machine['cpu']}, {machine['threads']} of them to a run, torch {machine['torch']}"
-        runs.setdefault((where, machine["date"]), []).append(f"{one.variant}-{one.seed}")
+        kept = machine["dtype"].removeprefix("torch.") if "dtype" in machine else "dtype not noted"
+        where = f"{machine['cores']} cores of {machine['cpu']}, {machine['threads']} of them to a run, {kept}"
+        runs.setdefault((f"{where}, torch {machine['torch']}", machine["date"]), []).append(name)
     if len(runs) == 1:
         ((where, date),) = runs
         return f"On {where}, {date}."
     told = "; ".join(f"{', '.join(sorted(names))} on {where}, {date}" for (where, date), names in runs.items())
-    return f"Form and seed: {told}. Each machine trained the align checkpoint of a seed anew, and an AR twin to time beside."
+    return f"Form and seed: {told}. A machine of another kind trained the align checkpoint of a seed anew, and an AR twin."
+
+
+def _named(results: Sequence[Result]) -> Iterator[tuple[Result, str]]:
+    """Gives each run with its form and seed; with its start, where that form and seed were run from several."""
+    times = Counter((one.variant, one.seed) for one in results)
+    for one in results:
+        start = f" ({one.start})" if one.start and times[one.variant, one.seed] > 1 else ""
+        yield one, f"{one.variant}-{one.seed}{start}"
 
 
 # --- verdicts ----------------------------------------------------------------------------------------------------------------
@@ -243,21 +268,25 @@ def _otherwise(verdicts: Sequence[Verdict], others: Sequence[Verdict]) -> str:
 
 def _goal(found: Sorted) -> Iterator[str]:
     """Says how far the best form is from the goal of this project."""
-    twins = found.get(TWIN, {})
-    shares: dict[str, float] = {}
-    for key, runs in found.items():
-        of_starts = [value for run, twin, _ in pairs(runs, twins) if (value := share(run, twin)) is not None]
-        if key != TWIN and of_starts:
-            shares[key] = statistics.fmean(of_starts)
+
+    def against_twin(key: str, figure: Figure, bound: float, form: str) -> Verdict:
+        return judge_one(Claim("", "", key, TWIN, figure, bound, form), found)
+
+    shares = {key: one for key in found if key != TWIN and (one := against_twin(key, share, CLOSE, ".3f")).mean is not None}
     if not shares:
         return
-    best = max(shares, key=lambda key: shares[key])
-    speeds = [value for run, twin, _ in pairs(found[best], twins) if (value := speedup(run, twin)) is not None]
-    told = f"{statistics.fmean(speeds):.2f}" if speeds else "an unknown number of"
+    best = max(shares, key=lambda key: shares[key].mean or 0.0)
+    speed = against_twin(best, speedup, FASTER, ".2f")
     yield (
-        f"**The goal**: {CLOSE:g} of the AR twin's exact match, and {FASTER:g} times its tokens per second at {KEPT:g}. The best "
-        f"form is ({best}): {shares[best]:.3f} of the twin's, and {told} times its speed.\n"
+        f"**The goal**: {CLOSE:g} of the AR twin's exact match, and {FASTER:g} times its tokens per second at {KEPT:g}. The form "
+        f"with the highest mean is ({best}): {_found(shares[best])} of the twin's, *{shares[best].answer}*, and "
+        f"{_found(speed)} times its speed, *{speed.answer}*.\n"
     )
+
+
+def _found(one: Verdict) -> str:
+    """Gives the mean with its interval, as far as there are both."""
+    return _interval(one) if one.low is not None else "?" if one.mean is None else f"{one.mean:{one.claim.form}}"
 
 
 # --- figures -----------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Times are those of the processor, not of the clock, so that other work on the ma
 are what the clock shows on a machine that does nothing else, if both cores are kept busy.
 """
 
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,8 @@ ALONE = 2.5  # times what an answer costs in a batch of 8, one by one
 
 
 def run_pilot(study: Study, console: Console) -> Pilot:
-    """Trains a few steps and asks a few questions."""
+    """Trains a few steps and asks a few questions. Steps that an earlier pilot has taken cannot be timed: it begins anew."""
+    shutil.rmtree(study.runs, ignore_errors=True)
     variant, size = VARIANTS[DEAREST], study.size
     align_scenes, train_scenes, test_scenes = size.scenes
     write_shapes(study.data, align=align_scenes, train=train_scenes, test=test_scenes)

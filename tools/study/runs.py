@@ -5,6 +5,7 @@ last checkpoint. Weights of a measured variant are removed, but for the twin's, 
 """
 
 import hashlib
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from diffvl.bench.turns import Player, answer_in_turns, speed_of
 from diffvl.compare.compare import spread_out
 from diffvl.compare.settings import ways_to_decode
 from diffvl.conversion.plan import ConvertRequest
+from diffvl.conversion.resume import is_finished
 from diffvl.conversion.run import convert
 from diffvl.data.records import Record, iterate_records
 from diffvl.decode.answer import Decoder, load_for_decoding
@@ -62,11 +64,15 @@ class Study:
         size = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.size).items()}
         return {**size, "model": self.model.name, "tower": self.tower.name, "assignments": list(self.assignments)}
 
+    @property
+    def runs(self) -> Path:
+        return self.out / "runs"
+
     def root(self, seed: int) -> Path:
-        return self.out / "runs" / f"seed-{seed}"
+        return self.runs / f"seed-{seed}"
 
     def directory(self, variant: str, seed: int) -> Path:
-        return self.out / "runs" / f"{variant}-{seed}" / DIFFUSE
+        return self.runs / f"{variant}-{seed}" / DIFFUSE
 
     def start(self, seed: int) -> str:
         """Digests the weights of a seed's align checkpoint; empty where it is not here, or not yet."""
@@ -75,7 +81,7 @@ class Study:
 
     def missing(self) -> list[tuple[str, int]]:
         """Lists the runs without a result, seed by seed, the twin first: the others are timed beside it. Only runs from one start
-        are compared, and no machine trains the same one; so a seed that another machine did not finish begins anew here."""
+        are compared, and another kind of machine trains another; so a seed that it did not finish begins anew here."""
         every = [key for key in VARIANTS if VARIANTS[key].skipped() is None]
         made: dict[Origin, set[str]] = {}
         for one in read_results(self.results):
@@ -96,6 +102,10 @@ def run_study(study: Study, console: Console) -> None:
     align, train, test = study.size.scenes
     write_shapes(study.data, align=align, train=train, test=test)
     missing = study.missing()
+    for key, seed in missing:
+        if key != TWIN and (TWIN, seed) not in missing and twin_of(study, seed) is None:
+            told = f" ({key}) of seed {seed} will not be timed: its AR twin is not here; run ({TWIN}) first, or with it"
+            say(console, ("warning:", "bold yellow"), told)
     for number, (key, seed) in enumerate(missing):
         say(console, (f"\nrun {number + 1} of {len(missing)}: ({key}) {VARIANTS[key].about}, seed {seed}", "bold"))
         began = time.monotonic()
@@ -124,7 +134,10 @@ def train(study: Study, variant: Variant, seed: int, console: Console) -> Path:
         raise UsageError(f"({variant.key}) of seed {seed} starts from the AR twin, which is not there: run ({TWIN}) too")
     file = study.out / "recipes" / f"{variant.key}-{seed}.yaml"
     recipe = write_recipe(variant, study.size, study.data, study.tower, [*study.assignments, f"seed={seed}"], file)
-    root = study.directory(variant.key, seed).parent
+    directory = study.directory(variant.key, seed)
+    if is_finished(directory) and not any(directory.glob(WEIGHTS)):  # dropped once it was measured, and its result is gone
+        shutil.rmtree(directory)
+    root = directory.parent
     return convert(ConvertRequest(start=start, stage="diffuse", recipe=str(recipe), out=root, resume=True))
 
 

@@ -1,8 +1,9 @@
 """What the fidelity study compares: one finetuning, its objective in several forms, everything else the same.
 
-All start from one align checkpoint of their seed, see the same samples in the same order, and take as many steps with the same
-learning rates (`recipes/demo.yaml`). From (b) to (e) one thing is added at a time; (g) is (b) with another noise. (h) starts from
-the AR twin, which it leaves as it is, and takes as many steps again: its answers are the twin's, what it can gain is speed.
+All start from one align checkpoint of their seed, see the same samples in the same order, and take as many steps; (a) to (g) with
+the same learning rates (`recipes/demo.yaml`), (h) with those of `recipes/lossless.yaml`. From (b) to (e) one thing is added at a
+time; (g) is (b) with another noise. (h) starts from the AR twin, which it leaves as it is, and takes as many steps again: its
+answers are the twin's, what it can gain is speed.
 
 In one thing all are alike that the papers do otherwise: a position predicts the token after it (`target: shift`), as the AR model
 does. In place (`same`) a few hundred steps teach a model of this size hardly anything, and nothing could be told apart.

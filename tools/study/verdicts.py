@@ -4,7 +4,7 @@ The rule. Each start gives one figure, larger where the claim fits better: a dif
 the same align checkpoint, which share their samples. A seed without such a pair gives the figure of two runs from two starts,
 whose difference is in it then, and in the interval. From these figures comes their mean with a t interval of 95 %. The claim is
 `reproduced` if the whole interval lies above the claim's bound, `refuted` if it lies below it, and otherwise `undecided at this
-scale`; so it is with fewer than two figures too.
+scale`; so it is with fewer than two figures, and with figures that are all alike, unless they are 0: no spread is no certainty.
 """
 
 import math
@@ -19,9 +19,11 @@ REPRODUCED, REFUTED, UNDECIDED, NOT_RUN = "reproduced", "refuted", "undecided at
 CLOSE = 0.97  # of the AR twin's exact match: what counts as close to it
 KEPT = 0.95  # of the AR twin's exact match, that a way to decode must keep to count as faster
 FASTER = 1.8  # times the AR twin's tokens per second: the goal of this project
-# Quantiles 0.975 of Student's t, by degrees of freedom; a normal law's beyond.
-_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
-_T_BEYOND = 1.96
+# Quantiles 0.975 of Student's t, from one degree of freedom on; beyond, the last is a little too wide.
+_T = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+)
 
 Figure = Callable[[Result, Result], float | None]
 
@@ -165,7 +167,12 @@ CLAIMS = [
 
 def judge_all(results: Sorted, crossed: bool = True) -> list[Verdict]:
     """Judges every claim by the seeds that both its variants have. crossed: also by those that have them from two starts only."""
-    return [judge(claim, [one for one in figures_of(claim, results) if crossed or not one.crossed]) for claim in CLAIMS]
+    return [judge_one(claim, results, crossed) for claim in CLAIMS]
+
+
+def judge_one(claim: Claim, results: Sorted, crossed: bool = True) -> Verdict:
+    """Judges a claim, as `judge_all`."""
+    return judge(claim, [one for one in figures_of(claim, results) if crossed or not one.crossed])
 
 
 def figures_of(claim: Claim, results: Sorted) -> list[Figured]:
@@ -193,7 +200,8 @@ def judge(claim: Claim, figures: Sequence[Figured]) -> Verdict:
     mean, low, high = mean_interval([one.value for one in figures])
     if low is None or high is None:
         return Verdict(claim, list(figures), mean, None, None, UNDECIDED)
-    answer = REPRODUCED if low > claim.bound else REFUTED if high < claim.bound else UNDECIDED
+    alike = low == high and mean != 0
+    answer = UNDECIDED if alike else REPRODUCED if low > claim.bound else REFUTED if high < claim.bound else UNDECIDED
     return Verdict(claim, list(figures), mean, low, high, answer)
 
 
@@ -204,5 +212,5 @@ def mean_interval(values: Sequence[float]) -> tuple[float | None, float | None, 
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, None, None
-    reach = _T.get(len(values) - 1, _T_BEYOND) * statistics.stdev(values) / math.sqrt(len(values))
+    reach = _T[min(len(values) - 1, len(_T)) - 1] * statistics.stdev(values) / math.sqrt(len(values))
     return mean, mean - reach, mean + reach

@@ -157,8 +157,8 @@ def require_single_questions(settings: DecodeSettings, config: DiffVLConfig) -> 
     no conversations (PaliGemma)."""
     if config.token_types == "answers" and settings.for_checkpoint(config, spell=flag).mode == "ar":
         raise UsageError(
-            "token by token this model answers single questions only, and a prompt has earlier answers in it: ask first questions "
-            "only, or decode in blocks"
+            "token by token this model answers single questions only, and a prompt has earlier answers in it: ask first "
+            "questions only, or decode in blocks"
         )
 
 
