@@ -48,6 +48,15 @@ def test_what_cannot_be_served_ends_in_one_message(tmp_path: Path):
         assert wrong.code == 2 and "--api-key" in wrong.err
 
 
+@pytest.mark.parametrize("value", ["", "  "])
+def test_an_empty_variable_for_the_key_locks_nothing_and_is_refused(value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As of a file of variables in which the key is not set."""
+    monkeypatch.setenv("DIFFVL_API_KEY", value)
+    ended = command("serve", tmp_path, "--port", 0)
+    assert ended.code == 2 and "DIFFVL_API_KEY is set and holds no key" in ended.err
+    assert "no such directory" in command("serve", tmp_path / "nothing", "--port", 0, "--api-key", "key").err
+
+
 def test_a_second_server_is_refused_while_the_first_reads_its_weights():
     with run._bound("127.0.0.1", 0) as taken, pytest.raises(UsageError, match="Address already in use"):
         run._bound(*taken.getsockname())

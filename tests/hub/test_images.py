@@ -2,6 +2,7 @@
 
 import base64
 import io
+import random
 import re
 import struct
 import zlib
@@ -20,6 +21,7 @@ from diffvl.data.records import Record, Turn
 from diffvl.data.samples import sample_of
 from diffvl.decode.answer import ask
 from diffvl.errors import DataError
+from diffvl.hub import seen_diffvl
 from diffvl.hub.seen_diffvl import as_seen, images_as_seen
 from diffvl.report.visuals import _image
 
@@ -193,6 +195,21 @@ def test_lab() -> None:
     profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
     lab = ImageCms.applyTransform(upright(), ImageCms.buildTransform(*profiles, "RGB", "LAB"))
     assert lab is not None and near(as_seen(lab).getpixel((4, 4)), RED, 12)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "La", "I;16", "I;16B", "I", "F", "P"])
+def test_a_large_image_is_seen_in_bands_as_at_once(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    size, bytes_a_pixel = (7, 9), {"RGBA": 4, "P": 1}.get(mode, 2)
+    drawn = random.Random(0).randbytes(7 * 9 * bytes_a_pixel)
+    if mode in ("I", "F"):
+        drawn = struct.pack(f"=63{mode.lower()}", *(1000 * place for place in range(63)))
+    image = Image.frombytes(mode, size, drawn)
+    if mode == "P":
+        image.putpalette(random.Random(1).randbytes(768))
+        image.info["transparency"] = bytes(range(256))
+    whole = as_seen(image)
+    monkeypatch.setattr(seen_diffvl, "_BAND", 15)
+    assert as_seen(image).tobytes() == whole.tobytes() and len(set(whole.tobytes())) > 20
 
 
 def test_png_files_of_16_bits() -> None:

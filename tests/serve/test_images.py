@@ -75,10 +75,16 @@ def test_base64_may_be_spelled_for_a_url_in_its_own_signs_only():
         open_images([ImageSource("image 0", f"{head},{''.join(f'%{ord(sign):02X}' for sign in body)}")], Limits(), {})
 
 
+IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
+
+
+def texts(*said: str) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": text} for text in said]
+
+
 def layout(*parts: str) -> str:
     """How the parts of a question are laid out: `i` an image, anything else text."""
-    image = {"type": "image_url", "image_url": {"url": "data:,"}}
-    content = [image if part == "i" else {"type": "text", "text": part} for part in parts]
+    content = [IMAGE if part == "i" else texts(part)[0] for part in parts]
     (_, laid), *_ = conversation_of([{"role": "user", "content": content}], Limits()).turns
     return "".join("[i]" if isinstance(part, ImageSource) else part for part in laid)
 
@@ -87,6 +93,14 @@ def test_images_on_either_side_of_a_text_stand_before_it_as_in_training():
     assert layout("What?") == "What?" and layout("i") == "[i]"
     assert layout("i", "What?") == layout("What?", "i") == "[i]\nWhat?"
     assert layout("i", "i", "Which ", "one?") == layout("Which ", "one?", "i", "i") == "[i]\n[i]\nWhich one?"
+    (_, said), (_, shown) = conversation_of(
+        [
+            {"role": "system", "content": [{"type": "text", "text": letter} for letter in "abc"]},
+            {"role": "user", "content": [*texts("1", "2"), IMAGE, IMAGE, *texts("3", "4"), IMAGE]},
+        ],
+        Limits(),
+    ).turns
+    assert said == ("abc",) and [part if isinstance(part, str) else "i" for part in shown] == ["12", "i", "i", "34", "i"]
     assert layout("First:", "i", "second:", "i") == "First:[i]second:[i]" and layout("i", "or", "i") == "[i]or[i]"
 
 

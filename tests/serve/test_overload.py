@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 import torch
 from gated_models import gated_model
-from live_server import JSON, live, text_chat
+from live_server import JSON, image_chat, live, text_chat
 from shared_fixtures import Loaded
 
 from diffvl.decode.answer import Decoder
 from diffvl.hub.settings_diffvl import DecodeSettings
-from diffvl.serve import app, block_batch
+from diffvl.serve import app, block_batch, service
 from diffvl.serve.block_batch import BlockBatch
 from diffvl.serve.draft_batch import DraftBatch
 from diffvl.serve.limits import Limits
-from diffvl.serve.service import Service
-from tools.serve_mistakes import PATH
+from diffvl.serve.service import OPENED, Service
+from tools.serve_mistakes import PATH, data_url, png
 
 
 @pytest.fixture(scope="module")
@@ -321,6 +321,37 @@ def test_a_server_that_ends_tells_those_that_wait(decoder: Decoder, held: Held):
             server.wait_until(lambda: len(server.service.engine.running) == 1)
             held.let_go()
         assert asked.result().status == 200  # what is under way may end
+
+
+def test_who_is_joining_when_the_engine_stops_is_told(decoder: Decoder, monkeypatch: pytest.MonkeyPatch):
+    with live(decoder) as server:
+        monkeypatch.setattr(server.service.engine.batch, "take_in", lambda _: 1 // 0)
+        monkeypatch.setattr(server.service.engine, "_fault", lambda _: 1 // 0)
+        assert server.ask(text_chat("Hi")).error["code"] == "stopped"
+        server.wait_until(server.is_empty)
+
+
+def test_images_wait_as_files_and_not_decoded(decoder: Decoder, monkeypatch: pytest.MonkeyPatch):
+    """A small file may have as many pixels as a request may show; those that are open at once are few."""
+    opening, encoding, opened, most = service.open_images, Service._encoded, [0], [0]
+
+    def opens(*given: Any) -> Any:
+        opened[0] += 1
+        most[0] = max(most[0], opened[0])
+        return opening(*given)
+
+    def encodes(one: Service, asked: Any, images: dict[str, Any]) -> Any:
+        time.sleep(0.05)
+        opened[0] -= 1
+        return encoding(one, asked, images)
+
+    monkeypatch.setattr(service, "open_images", opens)
+    monkeypatch.setattr(Service, "_encoded", encodes)
+    shown = image_chat("What?", data_url(png()), max_tokens=4)
+    with live(decoder) as server, ThreadPoolExecutor(12) as clients:
+        assert [one.result().status for one in [clients.submit(server.ask, shown) for _ in range(12)]] == [200] * 12
+        server.wait_until(server.is_empty)
+    assert opened == [0] and 1 <= most[0] <= OPENED
 
 
 def test_an_engine_that_stops_says_so(decoder: Decoder, monkeypatch: pytest.MonkeyPatch, held: Held):

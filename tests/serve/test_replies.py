@@ -1,11 +1,12 @@
 """The text of an answer as it is sent."""
 
+import json
 from typing import Any
 
 import pytest
 
 from diffvl.hub.settings_diffvl import DecodeSettings
-from diffvl.serve.replies import AnswerText
+from diffvl.serve.replies import AnswerText, event
 
 
 class Retracting:
@@ -23,6 +24,13 @@ def test_a_stream_goes_on_after_what_a_tokenizer_takes_back():
     pieces = [text.add([0], length, has_ended=length == 4) for length in range(1, 5)]
     assert pieces == ["caf\u00e9", "", "\ufffd\ufffd and", " tea"]
     assert text.whole() == Retracting.texts[-1]
+
+
+def test_a_line_end_of_unicode_ends_no_line_of_a_stream():
+    """Some readers split decoded text at all of them."""
+    said = "one\u2028two\u2029three\x85four\x0bfive\x1csix"
+    sent = event({"said": said})
+    assert sent.decode().splitlines() == [sent.decode().strip(), ""] and json.loads(sent[6:]) == {"said": said}
 
 
 class Bytes:

@@ -12,6 +12,7 @@ from shared_fixtures import Loaded
 
 from diffvl.decode.answer import Decoder, answer_chats, user_message
 from diffvl.hub.settings_diffvl import DecodeSettings
+from diffvl.serve import run
 from diffvl.serve.limits import Limits
 from tools.serve_mistakes import PATH, Mistake, data_url, mistakes
 
@@ -206,6 +207,21 @@ def test_a_key_is_asked_for_where_there_is_one(decoder: Decoder):
             assert server.ask(request, Authorization=f"Bearer {key}").status == 200
             assert server.get("/v1/models", Authorization=f"bearer {key}").status == 200
         assert server.get("/health").status == server.get("/").status == 200
+
+
+def test_a_page_of_the_net_whose_name_leads_here_is_refused(decoder: Decoder):
+    """A browser lets it read what it gets from its own name (DNS rebinding)."""
+    with run._bound("127.0.0.1", 0) as taken, run._bound("0.0.0.0", 0) as others:
+        own = run._own_names("localhost", taken)
+        assert own == {"localhost", "127.0.0.1", "[::1]"} and run._own_names("0.0.0.0", others) == set()
+    with live(decoder, hosts=own) as server:
+        for host in ("evil.example:8000", "127.0.0.1.evil.example", "[::2]:80", "localhost@evil.example", ""):
+            reply = server.ask(text_chat("Hi", max_tokens=4), Host=host)
+            assert reply.status == 403 and reply.error["code"] == "host_not_allowed" and "--api-key" in reply.error["message"]
+            assert server.get("/v1/models", Host=host).status == server.get("/metrics", Host=host).status == 403
+        for host in ("LOCALHOST", "127.0.0.1:1", "[::1]:8000"):
+            assert server.ask(text_chat("Hi", max_tokens=4), Host=host).status == 200
+        assert server.get("/health", Host="evil.example").status == 200
 
 
 # --- what stands beside ------------------------------------------------------------------------------------------------------

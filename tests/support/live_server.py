@@ -5,7 +5,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ import uvicorn
 from diffvl.decode.answer import Decoder
 from diffvl.serve.app import make_app
 from diffvl.serve.limits import Limits
-from diffvl.serve.service import FETCHING, Service
+from diffvl.serve.service import FETCHING, OPENED, Service
 
 COMPLETIONS = "/v1/chat/completions"
 JSON = {"Content-Type": "application/json"}
@@ -99,15 +99,18 @@ class Live:
     def is_empty(self) -> bool:
         """Whether every place has been given back."""
         engine, service = self.service.engine, self.service
-        held = service.inside + len(engine.running) + len(engine.waiting) + len(engine.batch.samples)
-        return held == 0 and (service._ahead._value, service._fetching._value) == (service.limits.samples, FETCHING)
+        held = service.inside + len(engine.running) + len(engine.joining) + len(engine.waiting) + len(engine.batch.samples)
+        free = service._ahead._value, service._fetching._value, service._opened._value
+        return held == 0 and free == (service.limits.samples, FETCHING, OPENED)
 
 
 @contextmanager
-def live(decoder: Decoder, limits: Limits = USUAL, keys: Sequence[str] = (), name: str = "tiny") -> Iterator[Live]:
+def live(
+    decoder: Decoder, limits: Limits = USUAL, keys: Sequence[str] = (), name: str = "tiny", hosts: Collection[str] = ()
+) -> Iterator[Live]:
     """A server in the block; when it has ended nothing is left of it."""
     service = Service(decoder, name, limits)
-    config = uvicorn.Config(make_app(service, keys), log_config=None, access_log=False, ws="none", lifespan="on")
+    config = uvicorn.Config(make_app(service, keys, hosts), log_config=None, access_log=False, ws="none", lifespan="on")
     server = uvicorn.Server(config)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

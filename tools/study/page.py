@@ -60,8 +60,9 @@ another start, and that may make more of a difference than the form; so runs fro
 (a) to (g) have the learning rates of `recipes/demo.yaml` (LoRA of rank 32, blocks of 4). Every diffusion form predicts the token
 after a position (`target: shift`), as the AR model does. The papers' own forms predict in place, which this few steps may be too
 few for; that can be studied too, in a folder of its own, by the third command (without the AR twin, for which there is no other
-target: what is claimed against it stays open there). (h) starts from the finished AR twin and takes as many steps again, with the adapters and
-rates of `recipes/lossless.yaml`. In fp32 its answers are the twin's, in bf16 up to rounding; the question is how fast they come.
+target: what is claimed against it stays open there). (h) starts from the finished AR twin and takes as many steps again, with the
+adapters and rates of `recipes/lossless.yaml`. In fp32 its answers are the twin's, in bf16 up to rounding; the question is how
+fast they come.
 
 ```
 make study                                   # what is missing, then this page

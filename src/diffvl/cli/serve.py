@@ -1,11 +1,15 @@
 """`diffvl serve`: the words of the command that answers over HTTP."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from diffvl.errors import UsageError
 from diffvl.serve.limits import Limits
+
+API_KEY = "DIFFVL_API_KEY"  # the variable
 
 
 def serve(
@@ -16,7 +20,7 @@ def serve(
         list[str] | None,
         typer.Option(
             "--api-key",
-            envvar="DIFFVL_API_KEY",
+            envvar=API_KEY,
             show_envvar=True,
             metavar="KEY",
             help="A key that requests must name; repeatable.",
@@ -38,6 +42,8 @@ def serve(
     ] = Limits.fetches_images,
 ) -> None:
     """Answer over HTTP as OpenAI's chat completions do, and show a page to try it. Needs `pip install 'diffvl\\[serve]'`."""
+    if not api_key and os.environ.get(API_KEY) is not None:
+        raise UsageError(f"{API_KEY} is set and holds no key, so that anybody might ask: put a key into it, or unset it")
     limits = Limits(
         samples=batch_size,
         waiting=queue,

@@ -9,10 +9,11 @@
 """
 
 import struct
+from collections.abc import Iterator
 from os import PathLike
 from typing import Any, BinaryIO
 
-import torch
+import numpy
 from PIL import Image, ImageCms
 
 Size = tuple[int, int]  # height and width in pixels
@@ -28,6 +29,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _ON_ITS_SIDE = (5, 6, 7, 8)
+_BAND = 1 << 20  # pixels
 _WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 # Formats whose header has the size and the orientation. PIL itself turns TIFF.
 _TOLD_BY_HEADER = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "PPM", "AVIF", "TIFF")
@@ -107,17 +109,27 @@ def _flattened(image: Image.Image) -> Image.Image:
     keyed = "transparency" in image.info and image.mode in ("1", "L", "P", "RGB")
     if not keyed and image.mode not in _WITH_ALPHA:
         return image.convert("RGB")
-    if image.mode == "La":
-        image = image.convert("LA")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    seen = Image.new("RGB", image.size)
+    for top, bottom in _bands(image):
+        box = (0, top, image.width, bottom)
+        band = image.crop(box)
+        band = (band.convert("LA") if band.mode == "La" else band).convert("RGBA")
+        seen.paste(Image.alpha_composite(Image.new("RGBA", band.size, "white"), band).convert("RGB"), box)
+    return seen
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[int, int]]:
+    """First and last row of the bands by which a large image is worked on, so that it takes its memory once or twice and not five
+    times."""
+    rows = max(1, _BAND // max(image.width, 1))
+    for top in range(0, image.height, rows):
+        yield top, min(top + rows, image.height)
 
 
 def _from_deep(image: Image.Image) -> Image.Image:
     """A greyscale image of 16-bit or 32-bit numbers, as RGB."""
     is_float = image.mode.startswith("F")
-    wide = image if image.mode in ("I", "F") else image.convert("F" if is_float else "I")
-    values = torch.frombuffer(bytearray(wide.tobytes()), dtype=torch.float32 if is_float else torch.int32).double()
+    values = numpy.asarray(image if image.mode in ("I", "F", "I;16", "I;16B") else image.convert("F" if is_float else "I"))
     low, high = float(values.min()), float(values.max())
     if image.mode.startswith("I;16"):
         white = 65535.0
@@ -130,11 +142,13 @@ def _from_deep(image: Image.Image) -> Image.Image:
             f"values from {low:g} to {high:g} in an image of the mode {image.mode} do not say what is black and what is "
             "white: save it with 8 or 16 bits"
         )
-    grey = (values * (255.0 / white)).round().to(torch.uint8)
+    grey = numpy.empty(values.shape, dtype=numpy.uint8)
+    for top, bottom in _bands(image):
+        grey[top:bottom] = numpy.rint(values[top:bottom].astype(numpy.float64) * (255.0 / white))
     key = image.info.get("transparency")
     if isinstance(key, int):
         grey[values == key] = 255
-    return Image.frombytes("L", image.size, grey.numpy().tobytes()).convert("RGB")
+    return Image.fromarray(grey).convert("RGB")
 
 
 # --- sizes -------------------------------------------------------------------------------------------------------------------

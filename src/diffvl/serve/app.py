@@ -9,7 +9,7 @@ import hashlib
 import hmac
 import logging
 from base64 import b64encode
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib.resources import files
 from re import DOTALL, findall
@@ -38,8 +38,9 @@ LAST_WORDS = 5.0  # seconds in which a client must take what it is told at the e
 DRAINED = 4  # how many times the largest body is read before it is refused: a client that still sends reads no answer
 
 
-def make_app(service: Service, keys: Sequence[str]) -> FastAPI:
-    """The application. keys: one of which a request must name; none where anybody may ask."""
+def make_app(service: Service, keys: Sequence[str], hosts: Collection[str] = ()) -> FastAPI:
+    """The application. keys: one of which a request must name; none where anybody may ask. hosts: names by which requests must
+    call the server, in small letters; none where any will do."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -48,6 +49,7 @@ def make_app(service: Service, keys: Sequence[str]) -> FastAPI:
         await service.close()
 
     async def require_key(request: Request) -> None:
+        _require_host(request, hosts, service)
         _require_key(request, keys, service)
 
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
@@ -143,6 +145,21 @@ def _require_key(request: Request, keys: Sequence[str], service: Service) -> Non
         raise service.refused(refusal) if request.url.path == COMPLETIONS else refusal
 
 
+def _require_host(request: Request, hosts: Collection[str], service: Service) -> None:
+    """Refuses who calls this machine by another name than its own: a page of the net, whose name leads here by now (DNS
+    rebinding), and which a browser would let read the answers."""
+    named = request.headers.get("host", "").lower()
+    name = named.partition("]")[0] + "]" if named.startswith("[") else named.partition(":")[0]
+    if not hosts or name in hosts:
+        return
+    message = (
+        f"the request is for the host {short(named)!r}, and without an API key this server answers on {', '.join(sorted(hosts))} "
+        "only: start it with --api-key to be asked by another name"
+    )
+    refusal = Refusal(403, message, code="host_not_allowed")
+    raise service.refused(refusal) if request.url.path == COMPLETIONS else refusal
+
+
 def _tell_mistakes(app: FastAPI) -> None:
     async def refused(_: Request, error: Exception) -> Response:
         assert isinstance(error, Refusal)
@@ -174,8 +191,8 @@ async def _complete(request: Request, service: Service) -> Response:
     handed_over = False
     try:
         async with asyncio.timeout_at(visit.end):
-            body = await _body(request, service.limits)
-            response = await _until_gone(request.receive, _begun(service, visit, service.read(body)))
+            # Held by nobody but the work: bodies are large, and many requests wait.
+            response = await _until_gone(request.receive, _begun(service, visit, await _asked(request, service)))
             handed_over = isinstance(response, EventStream)
             visit.status = 200
             return response
@@ -196,6 +213,10 @@ async def _complete(request: Request, service: Service) -> Response:
 def _too_slow(limits: Limits) -> Refusal:
     message = f"the answer was not ready within {limits.seconds:g} seconds: ask for fewer tokens, or when there is less to do"
     return Refusal(504, message, code="timeout")
+
+
+async def _asked(request: Request, service: Service) -> Asked:
+    return service.read(await _body(request, service.limits))
 
 
 async def _body(request: Request, limits: Limits) -> bytes:
@@ -226,12 +247,13 @@ async def _body(request: Request, limits: Limits) -> bytes:
 
 async def _begun(service: Service, visit: Visit, asked: Asked) -> Response:
     """The whole answer; or, of a stream, the response once its first block is there, so that what fails before has a status."""
-    job = await visit.submit(asked)
+    job, streams, includes_usage = await visit.submit(asked), asked.streams, asked.includes_usage
+    del asked  # with the images in it
     tokenizer = service.decoder.processor.tokenizer
-    completion = Completion(service.name, job.sample.prompt_tokens, asked.includes_usage)
+    completion = Completion(service.name, job.sample.prompt_tokens, includes_usage)
     text = AnswerText(tokenizer, job.sample.settings)
     first = await visit.next_event()
-    if asked.streams:
+    if streams:
         return EventStream(service, visit, completion, text, first)
     while not (isinstance(first, Tokens) and first.ended):
         first = await visit.next_event()

@@ -49,6 +49,7 @@ class BlockBatch:
         known to the batch.
         """
         for sample in samples:
+            sample.draw = None  # of a prompt that is taken in once more, after a fault
             self._picker(sample, self.model.device)  # a setting that nothing can be drawn by fails here, and not the whole batch
         with block_kernels(self.model.trunk), few_rows(self.model.trunk):
             decoder = BlockDecoder(self.model, *inputs_of(samples, self.pad_token_id, self.model.device))

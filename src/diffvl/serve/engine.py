@@ -79,7 +79,7 @@ class Engine:
     """Decodes for many requests at once.
 
     Attributes:
-        waiting: jobs that have not joined, the oldest first. running: those in the batch.
+        waiting: jobs that have not joined, the oldest first. joining: those that are being taken in. running: those in the batch.
         counts: since the start.
     """
 
@@ -89,6 +89,7 @@ class Engine:
         )
         self.limits = limits
         self.waiting: deque[Job] = deque()
+        self.joining: list[Job] = []
         self.running: list[Job] = []
         self.counts = Counts()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
@@ -166,8 +167,8 @@ class Engine:
         if not task.cancelled() and (fault := task.exception()) is not None:
             log.critical("the engine has stopped", exc_info=fault)
             told = stopped()
-        self._refuse([*self.running, *self.waiting], told)
-        self.running = []
+        self._refuse([*self.running, *self.joining, *self.waiting], told)
+        self.running, self.joining = [], []
         self.waiting.clear()
         self.batch.clear()
 
@@ -188,7 +189,9 @@ class Engine:
                 break
             jobs.append(self.waiting.popleft())
         if jobs:
+            self.joining = jobs
             await self._join(jobs)
+            self.joining = []
 
     async def _join(self, jobs: Sequence[Job]) -> None:
         """Takes the prompts of some jobs in; where that fails for several at once, for each by itself."""
@@ -271,9 +274,10 @@ class Engine:
 
     def _give_up(self, fault: BaseException) -> None:
         """The batch is lost, and all that are in it."""
+        told = self._fault(fault)
         jobs, self.running = self.running, []
         self.batch.clear()
-        self._refuse(jobs, self._fault(fault))
+        self._refuse(jobs, told)
 
     def _fault(self, fault: BaseException) -> Refusal:
         self.counts.faults += 1

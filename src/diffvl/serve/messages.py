@@ -1,10 +1,11 @@
 """The messages of a request -> turns of texts and image sources, checked message by message.
 
 Images of a question stand where its parts say. Those that stand all before or all after its text are put before it, each on a
-line of its own, as `diffvl generate` does and as LLaVA's records have it: clients write them on either side.
+line of its own, as `diffvl generate` does and as LLaVA's records have it: clients write them on either side. Neighbouring texts
+are one text: finding a chat's answers takes time that grows with its parts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -148,11 +149,20 @@ def _refuse_others(given: Mapping[str, Any], where: str, known: tuple[str, ...])
             raise wrong(f"{where}.{short(key)}", f"{where}.{short(key)} is not supported, and would be left out: take it out")
 
 
+def _joined(parts: list[Part]) -> Iterator[Part]:
+    """The parts, with neighbouring texts in one."""
+    for is_text, run in groupby(parts, lambda part: isinstance(part, str)):
+        if is_text:
+            yield "".join(part for part in run if isinstance(part, str))
+        else:
+            yield from run
+
+
 def _laid_out(parts: list[Part]) -> tuple[Part, ...]:
     """See the module."""
     kinds = [kind for kind, _ in groupby(isinstance(part, ImageSource) for part in parts)]
     if sorted(kinds) != [False, True]:  # texts alone, images alone, or both in turn
-        return tuple(parts)
+        return tuple(_joined(parts))
     texts = "".join(part for part in parts if isinstance(part, str))
     lines: list[Part] = []
     for part in parts:

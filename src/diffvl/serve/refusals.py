@@ -49,9 +49,14 @@ def failed() -> Refusal:
     return Refusal(500, "the server failed at this request; its log says why", code="internal_error")
 
 
+_LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
+
+
 def json_bytes(value: Any) -> bytes:
-    """JSON of any text: half a surrogate pair, which UTF-8 has no bytes for, is spelled out as JSON spells it."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
+    """JSON of any text: half a surrogate pair, which UTF-8 has no bytes for, is spelled out as JSON spells it, and so are the
+    signs at which some readers of streams end a line."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":")).translate(_LINE_ENDS)
+    return text.encode("utf-8", "backslashreplace")
 
 
 def short(value: Any) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import uvicorn
+from PIL import Image
 
 from diffvl.decode.answer import load_for_decoding
 from diffvl.errors import UsageError
@@ -29,6 +30,7 @@ def serve(directory: Path, host: str, port: int, keys: Sequence[str], name: str 
     """
     if any(not key or not key.isascii() or not key.isprintable() or " " in key for key in keys):
         raise UsageError("--api-key: a key has letters, digits and signs of ASCII without spaces, and at least one of them")
+    Image.MAX_IMAGE_PIXELS = None  # --max-pixels is the limit, and is held against an image's header
     taken = _bound(host, port)  # before the weights are read: what cannot be served need not be loaded
     with taken:
         decoder = load_for_decoding(directory)
@@ -36,7 +38,7 @@ def serve(directory: Path, host: str, port: int, keys: Sequence[str], name: str 
             log.info("%s drafts: timing forwards, to know which drafts pay on this machine", directory)
         service = Service(decoder, name or directory.resolve().name, limits)
         config = uvicorn.Config(
-            make_app(service, keys),
+            make_app(service, keys, () if keys else _own_names(host, taken)),
             log_config=None,
             access_log=False,
             server_header=False,
@@ -70,6 +72,18 @@ def _bound(host: str, port: int) -> socket.socket:
     return taken
 
 
+def _own_names(host: str, taken: socket.socket) -> frozenset[str]:
+    """How a server that only this machine reaches is called; none for one that others reach, by whatever name."""
+    address = taken.getsockname()[0]
+    if not _is_loopback(address):
+        return frozenset()
+    return frozenset(("localhost", "127.0.0.1", "[::1]", host.lower(), f"[{address}]" if ":" in address else address))
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
 def _announce(service: Service, taken: socket.socket, is_locked: bool) -> None:
     host, port = taken.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
@@ -77,5 +91,5 @@ def _announce(service: Service, taken: socket.socket, is_locked: bool) -> None:
         "%r at http://%s:%d: POST /v1/chat/completions, a page at /; up to %d requests together, %d wait. Ctrl-C ends",
         *(service.name, shown, port, service.limits.samples, service.limits.waiting),
     )
-    if not is_locked and not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+    if not is_locked and not _is_loopback(host):
         log.warning("anybody who reaches this machine may ask: set --api-key, or serve on 127.0.0.1 only")

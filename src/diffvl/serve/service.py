@@ -31,7 +31,8 @@ from diffvl.serve.remote import RemoteImages
 
 log = logging.getLogger(__name__)
 
-IMAGE_THREADS = 2  # each may hold an image of the largest size
+IMAGE_THREADS = 2  # each may hold the images of a request, which may have as many pixels as are allowed
+OPENED = IMAGE_THREADS + 1  # requests at once whose images are being opened, or have been and are not yet encoded
 FETCHING = 8  # requests at once whose images are fetched, or have come and are not yet opened
 LONGEST_RETRY = 60  # seconds that a client is told to stay away
 
@@ -54,6 +55,7 @@ class Service:
         self._usual_seconds = 1.0  # of a request
         self._ahead = asyncio.Semaphore(limits.samples)
         self._fetching = asyncio.Semaphore(FETCHING)
+        self._opened = asyncio.Semaphore(OPENED)
         self._errands: set[Errand] = set()
         self._images = ThreadPoolExecutor(IMAGE_THREADS, thread_name_prefix="images")
         self._prompts = ThreadPoolExecutor(1, thread_name_prefix="prompts")
@@ -136,10 +138,11 @@ class Service:
             fetched: its images of the net.
         """
         loop, sources = asyncio.get_running_loop(), asked.conversation.images
-        images: dict[str, Any] = {}
-        if sources:
+        if not sources:
+            return await loop.run_in_executor(self._prompts, self._encoded, asked, {})
+        async with self._opened:
             images = await loop.run_in_executor(self._images, open_images, sources, self.limits, fetched)
-        return await loop.run_in_executor(self._prompts, self._encoded, asked, images)
+            return await loop.run_in_executor(self._prompts, self._encoded, asked, images)
 
     def _encoded(self, asked: Asked, images: dict[str, Any]) -> tuple[BatchFeature, DecodeSettings]:
         messages, processor = asked.conversation.messages(images), self.decoder.processor
