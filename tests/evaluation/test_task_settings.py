@@ -65,6 +65,8 @@ def test_what_the_caller_names_holds():
         ({"temperature": 0.7, "top_p": 0.9, "seed": 5}, {"temperature": 0.7, "top_p": 0.9, "seed": 5}),
         ({"do_sample": True, "top_k": 10}, {"temperature": 1.0, "top_k": 10}),
         ({"do_sample": True, "temperature": 0.5, "top_k": 0}, {"temperature": 0.5}),
+        ({"do_sample": True, "temperature": 0, "top_p": 0.9}, {}),
+        ({"do_sample": None, "temperature": 0.5}, {"temperature": 0.5}),
     ],
 )
 def test_sampling_is_as_lmms_eval_s_own_models_take_it(asked: dict[str, Any], expected: dict[str, Any]):
