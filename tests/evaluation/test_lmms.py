@@ -260,22 +260,28 @@ def test_a_task_that_is_not_there_ends_before_any_work(calls: Calls, tmp_path: P
         assert says in str(error.value)
 
 
-def test_a_group_sums_its_tasks(calls: Calls):
+def test_a_group_has_the_documents_of_its_tasks(calls: Calls):
     from diffvl.evaluation import benchmarks  # noqa: PLC0415
     from diffvl.evaluation.benchmark_answers import TaskFigures  # noqa: PLC0415
     from diffvl.evaluation.task_settings import TaskSettings  # noqa: PLC0415
     from diffvl.hub.settings_diffvl import DecodeSettings  # noqa: PLC0415
 
-    figures = {name: TaskFigures(TaskSettings(DecodeSettings()), 3, 10, 5, 1.5) for name in ("one", "two")}
+    def took(answers: int) -> TaskFigures:
+        return TaskFigures(TaskSettings(DecodeSettings()), answers=answers, tokens=10, forwards=5, seconds=1.5)
+
+    figures = {"one": took(12), "two": took(3)}
     values = {"acc,none": 0.5}
     results = {
-        "results": {"both": values, "one": values, "two": values},
+        "results": {"all": values, "both": values, "one": values, "two": values, "three": values},
         "versions": {},
         "n-shot": {},
-        "n-samples": {"one": {"effective": 3}, "two": {"effective": 3}},
+        "group_subtasks": {"all": ["both", "three"], "both": ["one", "two"]},
+        "n-samples": {"one": {"effective": 3}, "two": {"effective": 3}, "three": {"effective": 5}},
     }
     config = SimpleNamespace(block_size=4, decoding="blocks", context="block", stop_token_ids=[2], vocabulary_size=10)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmarks, "version", lambda name: "0.7.3")
         found = benchmarks.results_of(results, figures, config, 4.0)
-    assert [(one["task"], one["n"], one["seconds"]) for one in found] == [("both", 6, 4.0), ("one", 3, 1.5), ("two", 3, 1.5)]
+    assert [(one["task"], one["n"]) for one in found] == [("all", 11), ("both", 6), ("one", 3), ("two", 3), ("three", 5)]
+    assert [one["seconds"] for one in found] == [4.0, 4.0, 1.5, 1.5, 4.0]
+    assert found[2]["answers"] == 12, "each given choice is an answer"

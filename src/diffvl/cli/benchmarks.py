@@ -14,6 +14,7 @@ from diffvl.cli.output import print_json, print_table
 from diffvl.cli.settings import settings_of, typed
 from diffvl.decode.flags import SETTINGS
 from diffvl.errors import UsageError
+from diffvl.store.evaluation import metric_name
 from diffvl.terminal.console import console
 
 Tasks = Annotated[str | None, typer.Option(help="Benchmarks of lmms-eval, with commas between them.", metavar="NAME,...")]
@@ -73,7 +74,7 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     return [
         (
             result["task"],
-            one["metric"] + ("" if one["filter"] == "none" else f" ({one['filter']})"),
+            metric_name(one),
             f"{one['value']:.4f}",
             f"{one['stderr']:.4f}" if "stderr" in one else "-",
             str(result["n"]),

@@ -172,9 +172,7 @@ class Answering:
                 problems.append(f"{one.question.place}: {looked[1]} tokens with an answer do not fit the context of {limit}")
         _refuse(problems, f"of {len(choices)} questions, each with an answer, cannot be compared; nothing was")
 
-    def _chat_and_length(
-        self, question: Question, answer: str | None, problems: list[str]
-    ) -> tuple[list[Message], int] | None:
+    def _chat_and_length(self, question: Question, answer: str | None, problems: list[str]) -> tuple[list[Message], int] | None:
         """Makes the chat of a question, or of it with an answer, and counts its tokens; where it is refused, gives None, and the
         reason in `problems`."""
         try:

@@ -118,12 +118,11 @@ def results_of(results: Any, figures: Mapping[str, TaskFigures], config: Any, se
     for task, values in results["results"].items():
         own = figures.get(task)
         how = own or decoded
-        count = results["n-samples"].get(task, {}).get("effective")
         found.append(
             {
                 "task": task,
                 "metrics": metrics_of(values),
-                "n": sum(one.answers for one in figures.values()) if count is None else count,
+                "n": sum(results["n-samples"][leaf]["effective"] for leaf in _leaves(task, results)),
                 "task_version": results["versions"].get(task),
                 "n_shot": results["n-shot"].get(task),
                 "decoding": {} if how is None else as_record(how.how.settings.for_checkpoint(config)),
@@ -134,6 +133,14 @@ def results_of(results: Any, figures: Mapping[str, TaskFigures], config: Any, se
             }
         )
     return found
+
+
+def _leaves(name: str, results: Any) -> set[str]:
+    """A task, or all tasks of a group and of its groups. Documents are counted for tasks alone, and answers are others: each
+    given choice is one, and each repeat."""
+    if name in results["n-samples"]:
+        return {name}
+    return {leaf for member in results["group_subtasks"].get(name, ()) for leaf in _leaves(member, results)}
 
 
 def metrics_of(values: Mapping[str, Any]) -> list[dict[str, Any]]:
