@@ -23,7 +23,7 @@ def test_settings_are_read_from_words_and_values():
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"thresold": 0.9}, "the model diffvl knows no thresold; there are pretrained, batch_size, device, max_new_tokens"),
+        ({"thresold": 0.9}, "the model diffvl knows no thresold; there are pretrained, device, max_new_tokens"),
         ({"compile_config": 1}, "knows no compile_config"),
         ({"denoising_steps": "two"}, "denoising_steps='two': Input should be a valid integer"),
         ({"denoising_steps": 2.5}, "denoising_steps=2.5"),

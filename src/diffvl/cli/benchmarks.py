@@ -4,6 +4,8 @@ As in `main.py`, torch, transformers and lmms-eval are imported inside commands 
 """
 
 import os
+import sys
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,12 +45,14 @@ def evaluate_tasks(context: typer.Context, directory: Path, as_json: bool) -> No
         )
     os.environ.setdefault("LOGURU_LEVEL", "WARNING")  # lmms-eval's own lines; what it does is shown by ours
     os.environ.setdefault("TQDM_DISABLE", "1")
-    from diffvl.evaluation.benchmarks import Benchmarks, run_benchmarks
-    from diffvl.terminal.bars import quiet_libraries
+    # stdout is for the results: lmms-eval logs to what it finds there when it is imported, and many tasks print.
+    with redirect_stdout(sys.stderr):
+        from diffvl.evaluation.benchmarks import Benchmarks, run_benchmarks
+        from diffvl.terminal.bars import quiet_libraries
 
-    quiet_libraries()
-    request = Benchmarks(names, _named(context), flags["batch_size"], flags["limit"], flags["include_path"])
-    results = run_benchmarks(directory, request, console(stderr=True))
+        quiet_libraries()
+        request = Benchmarks(names, _named(context), flags["batch_size"], flags["limit"], flags["include_path"])
+        results = run_benchmarks(directory, request, console(stderr=True))
     if as_json:
         print_json({"results": results})
     else:

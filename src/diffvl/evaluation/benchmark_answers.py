@@ -14,7 +14,7 @@ from rich.console import Console
 
 from diffvl.decode.answer import Answer, Decoder, Message, answer_chats, context_length
 from diffvl.errors import DiffvlError, UsageError, first_few
-from diffvl.evaluation.likelihood import is_exact, likelihoods, spoken
+from diffvl.evaluation.likelihood import ONLY_A_BOUND, is_exact, likelihoods, spoken
 from diffvl.evaluation.task_settings import TaskSettings, cut, settings_for_task
 from diffvl.hub.settings_diffvl import DecodeSettings
 from diffvl.seeding import batch_seed
@@ -121,11 +121,8 @@ class Answering:
             UsageError: if the checkpoint, as it is to be decoded, has none that can be computed; or naming the questions that it
                 does not take with their answers, before any is computed.
         """
-        if choices and not is_exact(self.decoder, self.settings.mode):
-            raise UsageError(
-                f"task {choices[0].question.task} compares likelihoods, of which block diffusion has a bound only: add mode=ar "
-                "(the same weights token by token, which have exact ones), or take a task that generates its answers"
-            )
+        if choices and not is_exact(self.decoder.model.config, self.settings.mode):
+            raise UsageError(f"task {choices[0].question.task} {ONLY_A_BOUND}")
         self._look_at(choices)
         found: list[tuple[float, bool]] = []
         batches = [

@@ -15,7 +15,7 @@ from diffvl.errors import UsageError
 from diffvl.hub.settings_diffvl import DecodeSettings
 
 NAMES = (*SETTINGS, "cache_implementation")  # settings that `--model_args` takes
-PLACES = ("pretrained", "batch_size", "device")  # what else it takes
+PLACES = ("pretrained", "device")  # what else it takes; lmms-eval hands over `--batch_size` itself, and twice is an error
 SAMPLING = ("temperature", "top_k", "top_p")
 LENGTHS = ("max_new_tokens", "max_gen_toks")  # a task's words for the longest answer, the first one found
 STOPS = ("until", "stop_sequences")
