@@ -110,3 +110,12 @@ def test_diffvl_evaluate(bench: Bench, tmp_path: Path):
     assert {one["task"]: one["metrics"][0]["value"] for one in shown} == pytest.approx(bench.scores)
     assert read_results(bench.directory) == shown and all(one["n"] == 6 for one in shown)
     assert shown[0]["decoding"]["max_new_tokens"] == NEW and shown[2]["decoding"]["mode"] == "ar"
+
+
+def test_what_a_task_prints_and_writes_is_neither_on_stdout_nor_in_the_current_folder(bench: Bench, tmp_path: Path):
+    words = ("evaluate", bench.directory, "--include-path", bench.tasks, "--batch-size", 6, "--json", "--tasks", "scenes_loud")
+    (shown,) = json.loads(run(tmp_path, "diffvl.cli", *words))["results"]
+    assert [one["value"] for one in shown["metrics"]] == [1.0]
+    written = bench.directory / "benchmarks" / "submissions" / "scenes_loud.json"
+    assert json.loads(written.read_text(encoding="utf-8")) == bench.texts["scenes_one"]
+    assert not (tmp_path / "submissions").exists()
