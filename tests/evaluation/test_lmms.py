@@ -66,7 +66,7 @@ class Manager:
     verbosity: str
     include_path: str | None
     model_name: str
-    all_tasks: tuple[str, ...] = ("scenes", "far", "broken", *KINDS, *GROUPS, "unimportable")
+    all_tasks: tuple[str, ...] = ("scenes", "far", "broken", *KINDS, *GROUPS, "unimportable", "homeless")
 
     def _name_is_group(self, name: str) -> bool:
         return name in GROUPS
@@ -80,6 +80,8 @@ class Manager:
     def _get_config(self, name: str) -> dict[str, Any]:
         if name == "unimportable":
             raise ModuleNotFoundError("No module named 'judge'", name="judge")
+        if name == "homeless":
+            raise KeyError("HF_HOME")
         return {"group": name, "task": GROUPS[name]} if name in GROUPS else {"output_type": KINDS.get(name, "generate_until")}
 
 
@@ -292,6 +294,7 @@ def test_a_task_that_is_not_there_ends_before_any_work(calls: Calls, tmp_path: P
         (benchmarks.Benchmarks(["scenes", "mmnu"]), "lmms-eval has no task mmnu; `python -m lmms_eval --tasks list`"),
         (benchmarks.Benchmarks(["scenes"], include_path=tmp_path / "absent"), "absent is no folder"),
         (benchmarks.Benchmarks(["scenes", "unimportable"]), "task unimportable needs the package judge"),
+        (benchmarks.Benchmarks(["homeless"]), "task homeless: its own code cannot be loaded here (KeyError: 'HF_HOME')"),
     ):
         with pytest.raises(UsageError) as error:
             benchmarks.run_benchmarks(tmp_path, request, QUIET)
@@ -333,7 +336,7 @@ def retried(cause: Exception) -> tuple[Exception, Exception]:
             "broken",
             retried(KeyError("gold")),
             ScoringError,
-            "its 2 answers were given, but could not be scored (KeyError: 'gold')",
+            "all of it was answered, but the answers could not be scored (KeyError: 'gold')",
         ),
         ("broken", retried(ConnectionError("no judge")), ScoringError, "could not be scored (ConnectionError: no judge)"),
         (

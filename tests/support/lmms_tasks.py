@@ -65,6 +65,10 @@ def submission(results, args):
     return 1.0
 
 
+def unscored(doc, results):
+    raise KeyError("gold")
+
+
 def compared(doc, results):
     best = max(range(len(results)), key=lambda place: results[place][0])
     return {"acc": float(best == doc["choice"])}
@@ -107,8 +111,9 @@ def pictures() -> list[Image.Image]:
 
 
 def write_tasks(folder: Path, answers: Sequence[str], choices: Sequence[int]) -> Path:
-    """Writes the tasks `scenes_one` (an image), `scenes_two` (two of them between words), `scenes_choice` (given answers), and
-    `scenes_loud`, which prints while it scores and writes its answers to a file, as tasks with hidden truths do.
+    """Writes the tasks `scenes_one` (an image), `scenes_two` (two of them between words), `scenes_choice` (given answers),
+    `scenes_loud`, which prints while it scores and writes its answers to a file, as tasks with hidden truths do, `scenes_broken`,
+    which fails while it scores, and `scenes_drawn`, which asks for an image.
 
     Args:
         answers: to each picture. choices: which of "red" and "blue" is right.
@@ -129,10 +134,14 @@ def write_tasks(folder: Path, answers: Sequence[str], choices: Sequence[int]) ->
     mean = {"scores": "scored", "metric": "exact", "aggregation": "mean"}
     loud = {"scores": "loudly", "metric": "submitted", "aggregation": "!function scenes.submission"}
     messages = "doc_to_messages: !function scenes.interleaved"
+    broken = mean | {"scores": "unscored"}
+    one = GENERATING.format(task="scenes_one", visual="first", messages="", **mean, **fields)
     written = {
-        "scenes_one": GENERATING.format(task="scenes_one", visual="first", messages="", **mean, **fields),
+        "scenes_one": one,
         "scenes_two": GENERATING.format(task="scenes_two", visual="shown", messages=messages, **mean, **fields),
         "scenes_loud": GENERATING.format(task="scenes_loud", visual="first", messages="", **loud, **fields),
+        "scenes_broken": GENERATING.format(task="scenes_broken", visual="first", messages="", **broken, **fields),
+        "scenes_drawn": one.replace("scenes_one", "scenes_drawn").replace("generate_until", "generate_visual_cot"),
         "scenes_choice": CHOOSING.format(**fields),
     }
     for name, text in written.items():

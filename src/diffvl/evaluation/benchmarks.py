@@ -143,8 +143,7 @@ def _told(name: str, error: Exception, model: DiffVLChat) -> DiffvlError | None:
         return needs_package(name, cause)
     words = f"{type(cause).__name__}: {first_line(cause)}"
     if model.is_answered:
-        answers = sum(one.answers for one in model.answering.figures.values())
-        return ScoringError(f"task {name}: its {answers} answers were given, but could not be scored ({words})")
+        return ScoringError(f"task {name}: all of it was answered, but the answers could not be scored ({words})")
     if isinstance(cause, DatasetsError | ConnectionError | FileNotFoundError) or (tried and isinstance(cause, OSError)):
         return DataError(f"task {name}: lmms-eval could not load its data ({first_line(cause)})")
     return DataError(f"task {name}: lmms-eval could not set it up ({words})") if tried else None

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffvl.errors import UsageError, first_few
+from diffvl.errors import UsageError, first_few, first_line
 from diffvl.evaluation.likelihood import ONLY_A_BOUND
 
 GIVEN_CHOICES = {"loglikelihood", "multiple_choice"}  # lmms-eval runs them through its simple interface only
@@ -37,12 +37,15 @@ def kinds_of(name: str, manager: Any) -> Kinds:
     """The kinds of a task, or of all tasks of a group or tag.
 
     Raises:
-        UsageError: if the code beside a task's file needs a package that is not here.
+        UsageError: if the code beside a task's file needs something that is not here: a package, a variable.
     """
     try:
         return _kinds(name, manager, None)
     except ModuleNotFoundError as error:
         raise needs_package(name, error) from error
+    except Exception as error:  # the task's own code is imported, which may raise anything
+        told = f"{type(error).__name__}: {first_line(error)}"
+        raise UsageError(f"task {name}: its own code cannot be loaded here ({told})") from error
 
 
 def needs_package(task: str, error: ModuleNotFoundError) -> UsageError:
