@@ -160,7 +160,8 @@ def forget_ours() -> None:
     """Lets what is bound to lmms-eval's names be imported anew; a package keeps its modules too."""
     for name in ("lmms", "benchmarks"):
         sys.modules.pop(f"diffvl.evaluation.{name}", None)
-        vars(evaluation).pop(name, None)
+        if hasattr(evaluation, name):
+            delattr(evaluation, name)
 
 
 @pytest.fixture(scope="module")
