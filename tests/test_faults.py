@@ -1,5 +1,7 @@
 """Faults of a model's calls are told apart: memory that ran out may be free again, a lost accelerator stays lost."""
 
+import errno
+
 import pytest
 import torch
 
@@ -13,7 +15,10 @@ from diffvl.faults import is_lasting, is_of_memory
         (torch.AcceleratorError("CUDA error: out of memory"), True, False),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True, False),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: can't allocate memory"), True, False),
+        (RuntimeError("unable to mmap 8 bytes from file <model.safetensors>: Cannot allocate memory (12)"), True, False),
         (MemoryError(), True, False),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True, False),
+        (OSError(errno.ENOSPC, "No space left on device"), False, False),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False, True),
         (torch.AcceleratorError("CUDA error: unspecified launch failure"), False, True),
         (RuntimeError("shapes differ"), False, False),

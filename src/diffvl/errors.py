@@ -71,6 +71,12 @@ class UsageError(DiffvlError):
     """The command's words do not fit together."""
 
 
+class ScoringError(DiffvlError):
+    """A benchmark's answers cannot be scored: its own code fails, or something that it needs, a judge say, is not there."""
+
+    exit_code = MACHINE_CODE
+
+
 class TrainingError(DiffvlError):
     """A run cannot go on; the last good checkpoint stays."""
 

@@ -435,6 +435,7 @@ def test_benchmarks_get_what_was_typed_and_print_a_table_or_json(run_cli, monkey
 
     def run_benchmarks(directory: Path, request: Any, console: Any) -> list[dict[str, Any]]:
         seen.append((directory, request))
+        print("Overall accuracy:")  # as many tasks do, while stdout is for the results
         return found
 
     monkeypatch.setattr(cli_benchmarks, "find_spec", lambda name: object())
@@ -442,7 +443,8 @@ def test_benchmarks_get_what_was_typed_and_print_a_table_or_json(run_cli, monkey
     monkeypatch.setenv("TQDM_DISABLE", "1")
     pretend(monkeypatch, "diffvl.evaluation.benchmarks", run_benchmarks=run_benchmarks, Benchmarks=lambda *given: given)
     words = ["evaluate", "dir", "--tasks", "mmstar,mmmu_val"]
-    code, out, _ = run_cli(*words)
+    code, out, err = run_cli(*words)
+    assert "Overall" in err and "Overall" not in out
     assert code == 0 and all(word in out for word in ("mmstar", "acc", "0.2500", "0.1250", "12", "3.2", "f1 (x)"))
     more = "--steps 2 --strategy low_confidence_static --stop END --compile --batch-size 3 --limit 5 --include-path here --json"
     assert json.loads(run_cli(*words, *more.split())[1]) == {"results": found}

@@ -75,6 +75,12 @@ def _likelihood(answering: Answering, chat: list[dict[str, Any]], answer: str) -
 
 def run(home: Path, *words: object) -> str:
     """What a module prints, run by the environment's interpreter over this source, with nothing to fetch from."""
+    done = ended(home, *words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def ended(home: Path, *words: object) -> subprocess.CompletedProcess[str]:
     variables = {
         **os.environ,
         "PYTHONPATH": str(SOURCE),
@@ -83,9 +89,7 @@ def run(home: Path, *words: object) -> str:
         "OMP_NUM_THREADS": "1",
     }
     program = [str(environment("lmms-eval")), "-m", *map(str, words)]
-    done = subprocess.run(program, capture_output=True, text=True, check=False, env=variables, cwd=home)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return subprocess.run(program, capture_output=True, text=True, check=False, env=variables, cwd=home)
 
 
 def test_lmms_eval_s_own_command(bench: Bench, tmp_path: Path):
@@ -110,3 +114,22 @@ def test_diffvl_evaluate(bench: Bench, tmp_path: Path):
     assert {one["task"]: one["metrics"][0]["value"] for one in shown} == pytest.approx(bench.scores)
     assert read_results(bench.directory) == shown and all(one["n"] == 6 for one in shown)
     assert shown[0]["decoding"]["max_new_tokens"] == NEW and shown[2]["decoding"]["mode"] == "ar"
+
+
+def test_what_a_task_prints_and_writes_is_neither_on_stdout_nor_in_the_current_folder(bench: Bench, tmp_path: Path):
+    words = ("evaluate", bench.directory, "--include-path", bench.tasks, "--batch-size", 6, "--json", "--tasks", "scenes_loud")
+    (shown,) = json.loads(run(tmp_path, "diffvl.cli", *words))["results"]
+    assert [one["value"] for one in shown["metrics"]] == [1.0]
+    written = bench.directory / "benchmarks" / "submissions" / "scenes_loud.json"
+    assert json.loads(written.read_text(encoding="utf-8")) == bench.texts["scenes_one"]
+    assert not (tmp_path / "submissions").exists()
+
+
+def test_what_cannot_be_answered_and_what_cannot_be_scored_is_one_message(bench: Bench, tmp_path: Path):
+    words = ("evaluate", bench.directory, "--include-path", bench.tasks, "--limit", 1, "--tasks")
+    refused = ended(tmp_path, "diffvl.cli", *words, "scenes_one,scenes_drawn,scenes_choice")
+    assert refused.returncode == 2 and "task scenes_drawn has to draw" in refused.stderr
+    assert "task scenes_choice compares likelihoods" in refused.stderr and "answering" not in refused.stderr
+    broken = ended(tmp_path, "diffvl.cli", *words, "scenes_broken")
+    told = "error: task scenes_broken: all of it was answered, but the answers could not be scored (KeyError: 'gold')"
+    assert broken.returncode == 1 and told in broken.stderr and "Traceback" not in broken.stderr

@@ -1,5 +1,6 @@
 """What the program suggests to type: pasted into a shell it is the command that was meant, whatever stands in paths and texts."""
 
+import errno
 import io
 import json
 import shlex
@@ -107,6 +108,7 @@ OUT_OF_MEMORY = [
     torch.AcceleratorError("CUDA error: out of memory"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: can't allocate memory"),
     MemoryError(),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),  # of a loader's process that cannot be forked, say
 ]
 
 
@@ -130,11 +132,29 @@ def test_memory_that_ran_out_is_one_message(
         assert [word.decode() for word in typed(f"program {said.partition('fits: diffvl')[2]}")] == [*words, "--dry-run"]
 
 
-def test_other_faults_keep_their_traceback(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("fault", [MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory")])
+def test_memory_that_ran_out_is_told_without_loading_more(
+    fault: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The import of torch, whose errors are asked for, may need more memory than there is."""
+
     def app() -> None:
-        raise RuntimeError("shapes differ")
+        raise fault
 
     monkeypatch.setattr(cli, "app", app)
     monkeypatch.setattr(sys, "argv", ["diffvl", "generate", "m"])
-    with pytest.raises(RuntimeError, match="shapes differ"):
+    monkeypatch.setitem(sys.modules, "diffvl.faults", None)  # its import fails
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == MACHINE_CODE and capsys.readouterr().err.startswith("error: memory ran out: ")
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("shapes differ"), OSError(errno.EACCES, "shapes differ")])
+def test_other_faults_keep_their_traceback(fault: Exception, monkeypatch: pytest.MonkeyPatch):
+    def app() -> None:
+        raise fault
+
+    monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr(sys, "argv", ["diffvl", "generate", "m"])
+    with pytest.raises(type(fault), match="shapes differ"):
         cli.main()

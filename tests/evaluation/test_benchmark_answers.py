@@ -11,7 +11,7 @@ from helpers import QUIET
 from PIL import Image
 from rich.console import Console
 
-from diffvl.decode.answer import Decoder, answer_chats, load_for_decoding
+from diffvl.decode.answer import Answer, Decoder, answer_chats, load_for_decoding
 from diffvl.errors import UsageError
 from diffvl.evaluation import benchmark_answers
 from diffvl.evaluation.benchmark_answers import Answering, Choice, Question
@@ -75,6 +75,31 @@ def test_batches_hold_one_task_and_one_way_of_decoding_and_what_they_take_is_cou
     assert found.figures["other"].forwards >= 8 and found.figures["t"].seconds > 0
 
 
+def test_groups_stand_where_their_longest_question_does(decoder: Decoder, monkeypatch: pytest.MonkeyPatch):
+    """Rooms are numbers: as text, 9 would come after 80."""
+    order: list[int] = []
+
+    def watched(decoder: Decoder, chats: list[Any], settings: DecodeSettings) -> list[Any]:
+        order.append(settings.max_new_tokens)
+        return [Answer("x", 1, 1, 1.0, 0.0, 0.0, 0.0) for _ in chats]
+
+    monkeypatch.setattr(benchmark_answers, "answer_chats", watched)
+    asked = [question("a" * length, max_new_tokens=most) for length, most in ((30, 80), (90, 9), (60, 100), (10, 9))]
+    answering(decoder, 1).answers(asked)
+    assert order == [9, 9, 100, 80]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_question_asked_several_times_is_sampled_anew_and_alike_in_every_run(size: int, decoder: Decoder):
+    warm = {"do_sample": True, "temperature": 1.0}
+    runs = [[text for text, _ in answering(decoder, size).answers([question("Hi", **warm)] * 6)] for _ in range(2)]
+    assert runs[0] == runs[1] and len(set(runs[0])) > size
+    several = answering(decoder, size)
+    assert [text for _ in range(2) for text, _ in several.answers([question("Hi", **warm)] * 3)] == runs[0], "call by call"
+    cold = [text for text, _ in answering(decoder, size).answers([question("Hi")] * 6)]
+    assert len(set(cold)) == 1, "a greedy answer is one"
+
+
 def test_an_answer_ends_before_the_text_that_ends_it(decoder: Decoder):
     plain, _ = answering(decoder, 1).answers([QUESTIONS[1]])[0]
     end = plain[3]
@@ -101,6 +126,40 @@ def test_an_answer_has_the_room_that_its_own_question_leaves(decoder: Decoder, m
     monkeypatch.setattr(benchmark_answers, "context_length", lambda _: length + 3)
     found = answering(decoder, 2).answers([QUESTIONS[0], QUESTIONS[1]])
     assert [tokens for _, tokens in found] == [8, 3]
+
+
+def test_rooms_that_are_nearly_alike_share_a_batch(decoder: Decoder, monkeypatch: pytest.MonkeyPatch):
+    """Else every length of a prompt would be a batch of its own, where a task asks for all that a context leaves."""
+    batches: list[tuple[int, int]] = []
+
+    def watched(decoder: Decoder, chats: list[Any], settings: DecodeSettings) -> list[Any]:
+        batches.append((len(chats), settings.max_new_tokens))
+        return [Answer("x", 1, 1, 1.0, 0.0, 0.0, 0.0) for _ in chats]
+
+    monkeypatch.setattr(benchmark_answers, "answer_chats", watched)
+    texts = ["a" * length for length in (3, 5, 7, 9)]
+    shortest = len(decoder.processor.encode_chat(chat_of_text(texts[0], (), "t"), add_generation_prompt=True).ids)
+    monkeypatch.setattr(benchmark_answers, "context_length", lambda _: shortest + 190)
+    answering(decoder, 4).answers([question(text, max_new_tokens=4096) for text in texts])
+    assert batches == [(4, 128)]
+
+
+def test_a_question_of_text_is_answered_as_it_was_looked_at(decoder: Decoder, monkeypatch: pytest.MonkeyPatch):
+    """A task may draw other examples each time; images are opened again, for all would not fit in memory."""
+    seen: list[Any] = []
+    drawn = iter(range(100))
+
+    def watched(decoder: Decoder, chats: list[Any], settings: DecodeSettings) -> list[Any]:
+        seen.extend(chat[0]["content"][-1]["text"].strip() for chat in chats)
+        return [Answer("x", 1, 1, 1.0, 0.0, 0.0, 0.0) for _ in chats]
+
+    monkeypatch.setattr(benchmark_answers, "answer_chats", watched)
+
+    def asked(*images: Image.Image) -> Question:
+        return Question("t", "t", lambda: chat_of_text(f"Example {next(drawn)}", images, "t"), ASKED)
+
+    answering(decoder, 2).answers([asked(), asked(IMAGES[0])])
+    assert sorted(seen) == ["Example 0", "Example 2"]
 
 
 def test_what_a_task_asks_for_in_vain_is_said_once(decoder: Decoder, capsys: pytest.CaptureFixture[str]):

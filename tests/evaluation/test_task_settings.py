@@ -23,7 +23,7 @@ def test_settings_are_read_from_words_and_values():
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"thresold": 0.9}, "the model diffvl knows no thresold; there are pretrained, batch_size, device, max_new_tokens"),
+        ({"thresold": 0.9}, "the model diffvl knows no thresold; there are pretrained, device, max_new_tokens"),
         ({"compile_config": 1}, "knows no compile_config"),
         ({"denoising_steps": "two"}, "denoising_steps='two': Input should be a valid integer"),
         ({"denoising_steps": 2.5}, "denoising_steps=2.5"),
@@ -65,6 +65,8 @@ def test_what_the_caller_names_holds():
         ({"temperature": 0.7, "top_p": 0.9, "seed": 5}, {"temperature": 0.7, "top_p": 0.9, "seed": 5}),
         ({"do_sample": True, "top_k": 10}, {"temperature": 1.0, "top_k": 10}),
         ({"do_sample": True, "temperature": 0.5, "top_k": 0}, {"temperature": 0.5}),
+        ({"do_sample": True, "temperature": 0, "top_p": 0.9}, {}),
+        ({"do_sample": None, "temperature": 0.5}, {"temperature": 0.5}),
     ],
 )
 def test_sampling_is_as_lmms_eval_s_own_models_take_it(asked: dict[str, Any], expected: dict[str, Any]):

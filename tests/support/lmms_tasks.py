@@ -15,8 +15,10 @@ COLOURS = ("red", "lime", "blue", "white", "yellow", "black")
 QUESTION = "What colour is it?"
 
 MODULE = """
+import json
 from io import BytesIO
 
+from lmms_eval.tasks._task_utils.file_utils import generate_submission_file
 from PIL import Image
 
 
@@ -51,6 +53,22 @@ def scored(doc, results):
     return {"exact": float(results[0] == doc["answer"])}
 
 
+def loudly(doc, results):
+    print("a document:", results)
+    return {"submitted": results[0]}
+
+
+def submission(results, args):
+    print("Overall:", len(results))
+    with open(generate_submission_file(f"{args.tasks}.json", args), "w") as file:
+        json.dump(results, file)
+    return 1.0
+
+
+def unscored(doc, results):
+    raise KeyError("gold")
+
+
 def compared(doc, results):
     best = max(range(len(results)), key=lambda place: results[place][0])
     return {"acc": float(best == doc["choice"])}
@@ -66,9 +84,9 @@ doc_to_visual: !function scenes.{visual}
 doc_to_text: !function scenes.asked
 {messages}
 doc_to_target: answer
-process_results: !function scenes.scored
+process_results: !function scenes.{scores}
 generation_kwargs: {{max_new_tokens: {new}, temperature: 0, do_sample: false, num_beams: 1, until: ["\\n\\n"]}}
-metric_list: [{{metric: exact, aggregation: mean, higher_is_better: true}}]
+metric_list: [{{metric: {metric}, aggregation: {aggregation}, higher_is_better: true}}]
 metadata: [{{version: 1.0}}]
 """
 
@@ -93,7 +111,9 @@ def pictures() -> list[Image.Image]:
 
 
 def write_tasks(folder: Path, answers: Sequence[str], choices: Sequence[int]) -> Path:
-    """Writes the tasks `scenes_one` (an image), `scenes_two` (two of them between words) and `scenes_choice` (given answers).
+    """Writes the tasks `scenes_one` (an image), `scenes_two` (two of them between words), `scenes_choice` (given answers),
+    `scenes_loud`, which prints while it scores and writes its answers to a file, as tasks with hidden truths do, `scenes_broken`,
+    which fails while it scores, and `scenes_drawn`, which asks for an image.
 
     Args:
         answers: to each picture. choices: which of "red" and "blue" is right.
@@ -111,9 +131,20 @@ def write_tasks(folder: Path, answers: Sequence[str], choices: Sequence[int]) ->
     pyarrow.parquet.write_table(pyarrow.table(columns), parquet)
     (folder / "scenes.py").write_text(MODULE, encoding="utf-8")
     fields = {"parquet": parquet, "new": NEW}
-    one = GENERATING.format(task="scenes_one", visual="first", messages="", **fields)
-    two = GENERATING.format(task="scenes_two", visual="shown", messages="doc_to_messages: !function scenes.interleaved", **fields)
-    for name, text in {"scenes_one": one, "scenes_two": two, "scenes_choice": CHOOSING.format(**fields)}.items():
+    mean = {"scores": "scored", "metric": "exact", "aggregation": "mean"}
+    loud = {"scores": "loudly", "metric": "submitted", "aggregation": "!function scenes.submission"}
+    messages = "doc_to_messages: !function scenes.interleaved"
+    broken = mean | {"scores": "unscored"}
+    one = GENERATING.format(task="scenes_one", visual="first", messages="", **mean, **fields)
+    written = {
+        "scenes_one": one,
+        "scenes_two": GENERATING.format(task="scenes_two", visual="shown", messages=messages, **mean, **fields),
+        "scenes_loud": GENERATING.format(task="scenes_loud", visual="first", messages="", **loud, **fields),
+        "scenes_broken": GENERATING.format(task="scenes_broken", visual="first", messages="", **broken, **fields),
+        "scenes_drawn": one.replace("scenes_one", "scenes_drawn").replace("generate_until", "generate_visual_cot"),
+        "scenes_choice": CHOOSING.format(**fields),
+    }
+    for name, text in written.items():
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
     return folder
 

@@ -4,6 +4,8 @@ As in `main.py`, torch, transformers and lmms-eval are imported inside commands 
 """
 
 import os
+import sys
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +16,7 @@ from diffvl.cli.output import print_json, print_table
 from diffvl.cli.settings import settings_of, typed
 from diffvl.decode.flags import SETTINGS
 from diffvl.errors import UsageError
+from diffvl.store.evaluation import metric_name
 from diffvl.terminal.console import console
 
 Tasks = Annotated[str | None, typer.Option(help="Benchmarks of lmms-eval, with commas between them.", metavar="NAME,...")]
@@ -42,12 +45,14 @@ def evaluate_tasks(context: typer.Context, directory: Path, as_json: bool) -> No
         )
     os.environ.setdefault("LOGURU_LEVEL", "WARNING")  # lmms-eval's own lines; what it does is shown by ours
     os.environ.setdefault("TQDM_DISABLE", "1")
-    from diffvl.evaluation.benchmarks import Benchmarks, run_benchmarks
-    from diffvl.terminal.bars import quiet_libraries
+    # stdout is for the results: lmms-eval logs to what it finds there when it is imported, and many tasks print.
+    with redirect_stdout(sys.stderr):
+        from diffvl.evaluation.benchmarks import Benchmarks, run_benchmarks
+        from diffvl.terminal.bars import quiet_libraries
 
-    quiet_libraries()
-    request = Benchmarks(names, _named(context), flags["batch_size"], flags["limit"], flags["include_path"])
-    results = run_benchmarks(directory, request, console(stderr=True))
+        quiet_libraries()
+        request = Benchmarks(names, _named(context), flags["batch_size"], flags["limit"], flags["include_path"])
+        results = run_benchmarks(directory, request, console(stderr=True))
     if as_json:
         print_json({"results": results})
     else:
@@ -73,7 +78,7 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     return [
         (
             result["task"],
-            one["metric"] + ("" if one["filter"] == "none" else f" ({one['filter']})"),
+            metric_name(one),
             f"{one['value']:.4f}",
             f"{one['stderr']:.4f}" if "stderr" in one else "-",
             str(result["n"]),

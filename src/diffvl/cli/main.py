@@ -5,6 +5,7 @@ seed, how to decode); a hyperparameter has no flag of its own, it is set with `-
 """
 
 import contextlib
+import errno
 import logging
 import sys
 from pathlib import Path
@@ -352,13 +353,22 @@ def _run() -> None:
         if stop.code == INTERRUPTED:
             _complain("interrupted.", "bold yellow", _how_to_go_on(sys.argv[1:]))
         raise
-    except (MemoryError, RuntimeError) as error:  # torch's own errors of memory are RuntimeErrors
-        from diffvl.faults import is_of_memory
-
-        if not is_of_memory(error):
+    except (MemoryError, OSError, RuntimeError) as error:  # torch's own errors of memory are RuntimeErrors
+        if not _is_of_memory(error):
             raise
         _complain("error:", "bold red", f"memory ran out: {first_line(error)}. {_what_needs_less(sys.argv[1:])}")
         raise SystemExit(MACHINE_CODE) from None
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """As `is_of_memory`, whose import may need more memory than there is: so what can be told without it comes first."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    if isinstance(error, OSError):
+        return False
+    from diffvl.faults import is_of_memory
+
+    return is_of_memory(error)
 
 
 def _complain(label: str, style: str, message: str) -> None:

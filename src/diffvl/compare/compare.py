@@ -201,7 +201,7 @@ def _speeds_that_fit(
     """Times every way; or warns and gives nothing and the reason, where memory ends: hours of answers must not be lost for it."""
     try:
         return _speeds(entrants, ways, held_out, console), None
-    except (MemoryError, RuntimeError) as error:  # torch's own errors of memory are RuntimeErrors
+    except (MemoryError, OSError, RuntimeError) as error:  # torch's own errors of memory are RuntimeErrors
         if not is_of_memory(error):
             raise
         untimed = f"memory ran out with all {len(entrants)} models in it ({first_line(error)})"

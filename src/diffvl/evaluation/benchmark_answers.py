@@ -14,13 +14,15 @@ from rich.console import Console
 
 from diffvl.decode.answer import Answer, Decoder, Message, answer_chats, context_length
 from diffvl.errors import DiffvlError, UsageError, first_few
-from diffvl.evaluation.likelihood import is_exact, likelihoods, spoken
+from diffvl.evaluation.likelihood import ONLY_A_BOUND, is_exact, likelihoods, spoken
 from diffvl.evaluation.task_settings import TaskSettings, cut, settings_for_task
 from diffvl.hub.settings_diffvl import DecodeSettings
+from diffvl.seeding import batch_seed
 from diffvl.terminal.bars import track
 from diffvl.terminal.console import say
 
 NUM_SHOWN = 5  # of questions that cannot be answered
+ROOM_STEP = 64  # tokens; the room that a context leaves is rounded down to it, so that questions can share a batch
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class TaskFigures:
     the stops; forwards: of the trunk, over all batches."""
 
     how: TaskSettings
+    batches: int = 0
     answers: int = 0
     tokens: int = 0
     forwards: int = 0
@@ -55,6 +58,7 @@ class TaskFigures:
 
     def add(self, batch: Sequence[Answer]) -> None:
         """Counts a batch in, whose forwards and seconds are those of each of its answers."""
+        self.batches += 1
         self.answers += len(batch)
         self.tokens += sum(one.tokens for one in batch)
         self.forwards += batch[0].forwards
@@ -63,10 +67,11 @@ class TaskFigures:
 
 @dataclass(frozen=True)
 class _Due:
-    """A question with its place among all, its tokens, and how it is decoded."""
+    """A question with its place among all, its chat, its tokens, and how it is decoded."""
 
     number: int
     question: Question
+    chat: Callable[[], list[Message]]
     length: int
     how: TaskSettings
 
@@ -98,9 +103,12 @@ class Answering:
         given: dict[int, tuple[str, int]] = {}
         batches = list(self._batches(due))
         for batch in track(self.console, batches, len(batches), "answering in batches"):
-            how = batch[0].how
-            answers = answer_chats(self.decoder, [one.question.chat() for one in batch], how.settings)
-            self.figures[batch[0].question.task].add(answers)
+            how, figures = batch[0].how, self.figures[batch[0].question.task]
+            settings = how.settings
+            if not settings.is_greedy:  # a question that is asked several times has several answers
+                settings = replace(settings, seed=batch_seed(settings.seed, figures.batches, 0))
+            answers = answer_chats(self.decoder, [one.chat() for one in batch], settings)
+            figures.add(answers)
             given |= {
                 one.number: (cut(answer.text, how.until), answer.tokens) for one, answer in zip(batch, answers, strict=True)
             }
@@ -113,11 +121,8 @@ class Answering:
             UsageError: if the checkpoint, as it is to be decoded, has none that can be computed; or naming the questions that it
                 does not take with their answers, before any is computed.
         """
-        if choices and not is_exact(self.decoder, self.settings.mode):
-            raise UsageError(
-                f"task {choices[0].question.task} compares likelihoods, of which block diffusion has a bound only: add mode=ar "
-                "(the same weights token by token, which have exact ones), or take a task that generates its answers"
-            )
+        if choices and not is_exact(self.decoder.model.config, self.settings.mode):
+            raise UsageError(f"task {choices[0].question.task} {ONLY_A_BOUND}")
         self._look_at(choices)
         found: list[tuple[float, bool]] = []
         batches = [
@@ -141,15 +146,16 @@ class Answering:
         due, problems, limit = [], [], context_length(self.decoder)
         for number, question in enumerate(track(self.console, questions, len(questions), "looking at the questions")):
             how = self._how(question)
-            length = self._length(question, None, problems)
-            if length is None:
+            looked = self._chat_and_length(question, None, problems)
+            if looked is None:
                 continue
-            room = how.settings.max_new_tokens if limit is None else min(how.settings.max_new_tokens, limit - length)
+            chat, length = looked
+            room = _room(how.settings.max_new_tokens, length, limit)
             if room < 1:
                 problems.append(f"{question.place}: {length} tokens do not fit the context of {limit}")
                 continue
-            # An answer ends where the context ends; by its own length, not by that of its neighbours.
-            due.append(_Due(number, question, length, replace(how, settings=replace(how.settings, max_new_tokens=room))))
+            how = replace(how, settings=replace(how.settings, max_new_tokens=room))
+            due.append(_Due(number, question, _kept(chat, question), length, how))
         _refuse(problems, f"of {len(questions)} questions cannot be answered; nothing was")
         return due
 
@@ -158,16 +164,17 @@ class Answering:
         problems: list[str] = []
         limit = context_length(self.decoder)
         for one in track(self.console, choices, len(choices), "looking at the questions"):
-            length = self._length(one.question, one.answer, problems)
-            if length is not None and limit is not None and length > limit:
-                problems.append(f"{one.question.place}: {length} tokens with an answer do not fit the context of {limit}")
+            looked = self._chat_and_length(one.question, one.answer, problems)
+            if looked is not None and limit is not None and looked[1] > limit:
+                problems.append(f"{one.question.place}: {looked[1]} tokens with an answer do not fit the context of {limit}")
         _refuse(problems, f"of {len(choices)} questions, each with an answer, cannot be compared; nothing was")
 
-    def _length(self, question: Question, answer: str | None, problems: list[str]) -> int | None:
-        """Counts the tokens of a question, or of it with an answer; where it is refused, None, and the reason in `problems`."""
+    def _chat_and_length(self, question: Question, answer: str | None, problems: list[str]) -> tuple[list[Message], int] | None:
+        """Makes the chat of a question, or of it with an answer, and counts its tokens; where it is refused, gives None, and the
+        reason in `problems`."""
         try:
             chat = question.chat() if answer is None else spoken(question.chat(), answer)
-            return len(self.decoder.processor.encode_chat(chat, add_generation_prompt=answer is None).ids)
+            return chat, len(self.decoder.processor.encode_chat(chat, add_generation_prompt=answer is None).ids)
         except (DiffvlError, ValueError) as error:
             problems.append(str(error) if question.place in str(error) else f"{question.place}: {error}")
             return None
@@ -185,14 +192,31 @@ class Answering:
     def _batches(self, due: Sequence[_Due]) -> Iterator[list[_Due]]:
         """Questions of one task with one way of decoding, the longest first: a batch that does not fit is met at once, and
         neighbours are nearly as long."""
-
-        def group(one: _Due) -> tuple[str, str]:
-            return one.question.task, repr(one.how)
-
-        for _, found in groupby(sorted(due, key=lambda one: (group(one), -one.length, one.number)), group):
-            alike = list(found)
+        groups: dict[tuple[str, str], list[_Due]] = {}
+        for one in sorted(due, key=lambda one: -one.length):
+            groups.setdefault((one.question.task, repr(one.how)), []).append(one)
+        for alike in groups.values():  # each stands where its longest question does
             for start in range(0, len(alike), self.batch_size):
                 yield alike[start : start + self.batch_size]
+
+
+def _room(longest: int, length: int, limit: int | None) -> int:
+    """How many tokens an answer may have: as many as were asked for, or up to where the context ends.
+
+    That is a matter of its own prompt, not of its neighbours'. It is rounded down where it can be: else nearly every prompt
+    would have a room of its own, and be a batch of its own.
+    """
+    if limit is None or length + longest <= limit:
+        return longest
+    room = limit - length
+    return room - room % ROOM_STEP if room >= ROOM_STEP else room
+
+
+def _kept(chat: list[Message], question: Question) -> Callable[[], list[Message]]:
+    """What makes the chat again that was looked at. One of text is kept, for a task may draw other examples each time; images
+    would not fit in memory, and are opened again."""
+    parts = [part for message in chat for part in message["content"] if not isinstance(message["content"], str)]
+    return (lambda: chat) if all(part["type"] == "text" for part in parts) else question.chat
 
 
 def _refuse(problems: Sequence[str], what: str) -> None:

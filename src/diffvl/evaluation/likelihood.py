@@ -11,12 +11,18 @@ from collections.abc import Sequence
 import torch
 
 from diffvl.decode.answer import Decoder, Message
-from diffvl.hub.configuration_diffvl import never_predicted
+from diffvl.hub.configuration_diffvl import DiffVLConfig, never_predicted
+
+# Why a task with given answers is refused; its name goes before.
+ONLY_A_BOUND = (
+    "compares likelihoods, of which block diffusion has a bound only: add mode=ar (the same weights token by token, which have "
+    "exact ones), or take a task that generates its answers"
+)
 
 
-def is_exact(decoder: Decoder, mode: str | None) -> bool:
+def is_exact(config: DiffVLConfig, mode: str | None) -> bool:
     """Tells whether a checkpoint decodes by next-token probabilities, so that an answer has a likelihood that can be computed."""
-    return mode == "ar" or decoder.model.config.decoding == "ar"
+    return mode == "ar" or config.decoding == "ar"
 
 
 def spoken(chat: list[Message], answer: str) -> list[Message]:

@@ -57,6 +57,7 @@ class DiffVLChat(lmms):
             chosen.for_checkpoint(decoder.model.config)
         except ValueError as error:
             raise UsageError(f"{pretrained}: {error}") from error
+        self.is_answered = False  # whether all that lmms-eval asked was answered, so that what follows is scoring
         self.answering = Answering(decoder, chosen, settings, size, terminal.console(stderr=True, quiet=self._rank > 0))
 
     # --- lmms-eval's interface -----------------------------------------------------------------------------------------------
@@ -78,6 +79,11 @@ class DiffVLChat(lmms):
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
         """Raises UsageError."""
         raise UsageError(f"task {requests[0].task_name} asks in several rounds, which diffvl does not answer: take another task")
+
+    def clean(self) -> None:
+        """Frees what lmms-eval frees when nothing more is asked."""
+        self.is_answered = True
+        super().clean()
 
     # --- requests ------------------------------------------------------------------------------------------------------------
 

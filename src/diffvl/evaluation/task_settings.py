@@ -15,7 +15,7 @@ from diffvl.errors import UsageError
 from diffvl.hub.settings_diffvl import DecodeSettings
 
 NAMES = (*SETTINGS, "cache_implementation")  # settings that `--model_args` takes
-PLACES = ("pretrained", "batch_size", "device")  # what else it takes
+PLACES = ("pretrained", "device")  # what else it takes; lmms-eval hands over `--batch_size` itself, and twice is an error
 SAMPLING = ("temperature", "top_k", "top_p")
 LENGTHS = ("max_new_tokens", "max_gen_toks")  # a task's words for the longest answer, the first one found
 STOPS = ("until", "stop_sequences")
@@ -85,13 +85,16 @@ def settings_for_task(base: DecodeSettings, named: Collection[str], asked: Mappi
 
 
 def _sampling(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """How a task wants its answers sampled; greedy unless it asks for something else, as lmms-eval's own models take it."""
-    warm = asked.get("temperature") or 0
-    if asked.get("do_sample") is False or (not warm and not asked.get("do_sample")):
+    """How a task wants its answers sampled; greedy unless it asks for something else, as lmms-eval's own models take it: a
+    temperature of 0 is greedy whatever `do_sample` says, and a task that samples without naming one has 1."""
+    warm = asked.get("temperature")
+    samples = bool(asked.get("do_sample")) if warm is None else asked.get("do_sample") is not False
+    temperature = (1.0 if warm is None else float(warm)) if samples else 0.0
+    if not temperature:
         return {"temperature": 0.0}
     seed = {"seed": asked["seed"]} if asked.get("seed") is not None else {}
     chosen = {name: asked[name] for name in ("top_k", "top_p") if asked.get(name)}
-    return {"temperature": float(warm or 1.0), **chosen, **seed}
+    return {"temperature": temperature, **chosen, **seed}
 
 
 def _texts(value: Any) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from diffvl.errors import CheckpointError
 from diffvl.export.sdar import launches
 from diffvl.export.source import Run
 from diffvl.store import checkpoint
-from diffvl.store.evaluation import read_results
+from diffvl.store.evaluation import metric_name, read_results
 from diffvl.store.metrics import METRICS_FILE, measures_of, read_json_lines
 
 CARD = "README.md"
@@ -212,7 +212,7 @@ def _results(run: Run, figures: Mapping[str, float]) -> str:
 def _benchmarks(run: Run) -> list[str]:
     """What benchmarks said of the run, as `diffvl evaluate --tasks` left it; nothing where none was run."""
     rows = [
-        f"| {result['task']} | {one['metric']} | {one['value']:.4f} | {result['n']} | {_decoding(result['decoding'])} "
+        f"| {result['task']} | {metric_name(one)} | {one['value']:.4f} | {result['n']} | {_decoding(result['decoding'])} "
         f"| lmms-eval {result['versions']['lmms_eval']}, {result['date']} |"
         for result in read_results(run.directory)
         for one in result["metrics"]

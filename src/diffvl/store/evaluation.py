@@ -5,7 +5,7 @@ of an older one of the same task, decoded in the same way, over as many document
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +34,8 @@ def merge_results(directory: Path, results: Sequence[Result]) -> None:
     kept = [result for result in read_results(directory) if key(result) not in fresh]
     text = json.dumps({RESULTS: [*kept, *results]}, indent=2, ensure_ascii=False)
     replace_text(directory / EVALUATION_FILE, text + "\n")
+
+
+def metric_name(metric: Mapping[str, Any]) -> str:
+    """How a metric of a result is shown: lmms-eval may score one task's answers through several filters."""
+    return metric["metric"] + ("" if metric["filter"] == "none" else f" ({metric['filter']})")
