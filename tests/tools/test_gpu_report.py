@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -47,8 +48,10 @@ class Machine:
             saved.append([one.name for one in outcomes])
 
         found = run_parts(request, self.said.append, save, self.launch, lambda: self.now)
+        names, earlier = [one.name for one in parts], {one.name for one in request.before}
         others = [one.name for one in found[len(parts) :]]
-        assert saved == [[one.name for one in parts[: count + 1]] + others for count in range(len(parts))]
+        ahead = [[name for name in names[count:] if name in earlier] for count in range(1, len(parts) + 1)]
+        assert saved == [names[: count + 1] + ahead[count] + others for count in range(len(parts))]
         return {one.name: one for one in found}
 
 
@@ -94,6 +97,25 @@ def test_what_is_done_is_not_done_again_and_the_rest_is():
     assert [name for name, _ in tiny.launched] == ["a"], "another command is another measurement"
     one = Machine().run(parts[3:], before=found.values())
     assert list(one) == ["late", "a", "failed", "stopped"], "parts that were not asked for stay"
+
+
+def test_a_run_that_is_interrupted_loses_nothing_that_was_done(tmp_path: Path):
+    """Interrupted in its second part, before it has come to the last, which was done."""
+    write = partial(program.write_report, tmp_path, "command", False)
+    parts = [part("a"), part("b"), part("c")]
+    done = Outcome("c", "done", ["c"], 1.0, figures={"x": 1})
+    write([Outcome("a", "failed", ["a"], 1.0, why="x"), done])
+
+    def interrupted(words: list[str], limit: float) -> Ended:
+        if words == ["b"]:
+            raise KeyboardInterrupt
+        return Ended(0, '{"x": 2}', "")
+
+    before = program.read_before(tmp_path / "report.json", False)
+    with pytest.raises(KeyboardInterrupt):
+        run_parts(Request(parts, 100, before=before), lambda line: None, write, interrupted)
+    left = {one.name: one for one in program.read_before(tmp_path / "report.json", False)}
+    assert left["a"].figures == {"x": 2} and left["c"] == done and "b" not in left
 
 
 @pytest.mark.parametrize("figures", [{"passed": 1, "failed": {"b": "no"}}, {"agrees": False}])

@@ -1,8 +1,8 @@
 """Runs the parts of a report: within a budget, each once, and what is done is kept.
 
-Invariant: every part is saved as soon as it has ended. A part that was done with the same command, and in which nothing failed,
-is not done again; one that would not fit into what is left of the budget is not begun; one that is begun is ended at the budget's
-end.
+Invariant: every part is saved as soon as it has ended, with all that an earlier run found of the others. A part that was done
+with the same command, and in which nothing failed, is not done again; one that would not fit into what is left of the budget is
+not begun; one that is begun is ended at the budget's end.
 """
 
 import json
@@ -105,9 +105,11 @@ def run_parts(
         say: gets a line about each part. save: gets all that is known, after each part.
     """
     begun = clock()
-    others = [one for one in request.before if one.name not in {part.name for part in request.parts}]
+    earlier = {one.name: one for one in request.before}
+    names = [part.name for part in request.parts]
+    others = [one for one in request.before if one.name not in names]
     outcomes: list[Outcome] = []
-    for part in request.parts:
+    for count, part in enumerate(request.parts, start=1):
         words = part.words(request.quick)
         done = next((one for one in request.before if (one.name, one.state, one.words) == (part.name, "done", words)), None)
         if done is not None and not has_failed(done):
@@ -119,7 +121,8 @@ def run_parts(
             if outcome.state == "skipped" and done is not None:
                 outcome = done  # its failures are not mended by leaving it out
         outcomes.append(outcome)
-        save([*outcomes, *others])
+        ahead = [earlier[name] for name in names[count:] if name in earlier]  # a run that ends before them must not lose them
+        save([*outcomes, *ahead, *others])
     return [*outcomes, *others]
 
 
