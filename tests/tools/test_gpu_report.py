@@ -1,9 +1,13 @@
 """`make gpu-report`: what is run within the budget, what is kept, what is told of the rest, and the tables."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,7 +20,7 @@ from tiny_runs import command
 from diffvl.bench import machine
 from tools.gpu_report import __main__ as program
 from tools.gpu_report import gpu_tests, needs, sharding
-from tools.gpu_report.parts import PARTS, Part, chosen
+from tools.gpu_report.parts import PARTS, ROOT, Part, chosen
 from tools.gpu_report.run import Ended, Outcome, Request, has_failed, launch, run_parts
 from tools.gpu_report.tables import page
 
@@ -174,6 +178,70 @@ def test_a_program_is_ended_with_its_children(tmp_path: Path):
     assert launch(["-c", parent], 0.6).code is None and time.monotonic() - start < 20
     time.sleep(max(0.0, start + 2.2 - time.monotonic()))
     assert not mark.exists()
+
+
+def test_what_a_part_says_in_another_encoding_is_told():
+    ended = launch(["-c", "import sys; sys.stdout.buffer.write(b'caf\\xe9'); sys.stderr.buffer.write('gr\u00fcn'.encode())"], 60)
+    assert ended == Ended(0, "caf\ufffd", "gr\u00fcn")
+
+
+def test_a_program_that_has_just_ended_by_itself_is_no_mistake(monkeypatch: pytest.MonkeyPatch):
+    def killpg(group: int, number: int) -> None:
+        os.kill(group, number)
+        raise ProcessLookupError
+
+    monkeypatch.setattr(os, "killpg", killpg)
+    assert launch(["-S", "-c", "import time; time.sleep(60)"], 0.3).code is None
+
+
+# What is started: a report whose only part writes its process id and sleeps.
+SLEEPING = """
+import signal, sys
+from tools.gpu_report import __main__ as program
+from tools.gpu_report.run import launch
+
+if sys.argv[2] == "nohup":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+child = f"import os, pathlib, time; pathlib.Path({sys.argv[1] + '/id'!r}).write_text(str(os.getpid())); time.sleep({sys.argv[3]})"
+words = ["--quick", "--only", "decode-1", "--out", sys.argv[1] + "/out"]
+sys.exit(program.main(words, lambda words, limit: launch(["-S", "-c", child], limit)))
+"""
+
+
+@contextmanager
+def sleeping_report(folder: Path, how: str = "", seconds: float = 60) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """The report's process, and the id of its part's once that runs. Whatever happens neither is left."""
+    process = subprocess.Popen([sys.executable, "-c", SLEEPING, str(folder), how, str(seconds)], cwd=ROOT)
+    mark, part_id = folder / "id", 0
+    try:
+        end = time.monotonic() + 30
+        while not (mark.is_file() and mark.read_text()):
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.02)
+        part_id = int(mark.read_text())
+        yield process, part_id
+    finally:
+        process.kill()
+        process.wait()
+        if part_id:
+            with suppress(ProcessLookupError):
+                os.kill(part_id, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_report_that_is_told_to_end_leaves_no_part_running(number: signal.Signals, tmp_path: Path):
+    with sleeping_report(tmp_path) as (process, part_id):
+        process.send_signal(number)
+        assert process.wait(30) == 128 + number
+        with pytest.raises(ProcessLookupError):
+            os.kill(part_id, 0)
+
+
+def test_a_report_under_nohup_goes_on_where_the_terminal_is_closed(tmp_path: Path):
+    with sleeping_report(tmp_path, "nohup", 1.0) as (process, _):
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(30) == 1, "the part printed no figures, and that is told"
+    assert json.loads((tmp_path / "out/report.json").read_text(encoding="utf-8"))["parts"][0]["state"] == "failed"
 
 
 # --- real parts, tiny --------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from pathlib import Path
 from tools.gpu_report.needs import tell_needs
 from tools.gpu_report.parts import PARTS, chosen
 from tools.gpu_report.run import Launch, Outcome, Request, has_failed, launch, run_parts
+from tools.gpu_report.signals import exit_on_signals
 from tools.gpu_report.tables import machines_of, page
 
 BUDGET = 480  # seconds
@@ -60,9 +61,9 @@ def main(arguments: list[str] | None = None, run: Launch | None = None) -> int:
     command = " ".join(["python -m tools.gpu_report", *(sys.argv[1:] if arguments is None else arguments)])
     request = Request(parts, given.budget, given.quick, read_before(given.out / REPORT, given.quick))
     save = partial(write_report, given.out, command, given.quick)
-    outcomes = run_parts(
-        request, lambda line: print(line, file=sys.stderr, flush=True), save, run or partial(launch, on_cpu=given.quick)
-    )
+    say = partial(print, file=sys.stderr, flush=True)
+    with exit_on_signals():
+        outcomes = run_parts(request, say, save, run or partial(launch, on_cpu=given.quick))
     print(given.out / PAGE)
     return 1 if any(map(has_failed, outcomes)) else 0
 

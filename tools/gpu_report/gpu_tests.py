@@ -15,7 +15,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         words = ["-m", "pytest", "-m", "gpu", "tests/test_gpu.py", "-q", f"--junitxml={report}", "-p", "no:cacheprovider"]
-        done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, *words], cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace", check=False
+        )
         if not report.is_file():
             sys.exit(done.stdout + done.stderr)
         print(json.dumps(figures(ElementTree.parse(report).getroot())))

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +79,8 @@ def launch(words: list[str], limit: float, on_cpu: bool = False) -> Ended:
         [sys.executable, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
+        errors="replace",  # what a part said is told, whatever it wrote
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(folders), **({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {})},
         start_new_session=True,
@@ -86,14 +88,20 @@ def launch(words: list[str], limit: float, on_cpu: bool = False) -> Ended:
     try:
         out, said = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        _kill(process)
         out, said = process.communicate()
         return Ended(None, out, said)
-    except BaseException:  # Ctrl-C: nothing is left running on the GPU
-        os.killpg(process.pid, signal.SIGKILL)
+    except BaseException:  # Ctrl-C or a signal: nothing is left running on the GPU
+        _kill(process)
         process.wait()
         raise
     return Ended(process.returncode, out, said)
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """Ends a program and its children; that they have just ended by themselves is no mistake."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def run_parts(
