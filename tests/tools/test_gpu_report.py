@@ -133,6 +133,31 @@ def test_a_part_in_which_something_failed_is_done_again(figures: dict[str, Any],
     assert Machine().run([part("a", 200)], before=before)["a"] == before[0], "what is skipped has still failed"
 
 
+@pytest.mark.parametrize(
+    "before",
+    [
+        Outcome("a", "failed", ["a"], 2.0, why="the reason"),
+        Outcome("a", "stopped", ["a"], 2.0, why="ran out of time"),
+        Outcome("a", "done", ["a", "--with", "other words"], 2.0, figures={"x": 1}),
+    ],
+)
+def test_what_an_earlier_run_found_stays_where_a_part_is_skipped(before: Outcome):
+    there = Machine()
+    for skipped in (part("a", 200), part("a", missing="no pytest here")):
+        assert there.run([skipped], before=[before])["a"] == before
+    assert there.launched == [] and f"a: what an earlier run found stays: {before.state}" in there.said
+    assert there.run([part("a")], before=[before])["a"].figures == {"name": "a"}, "and where there is time it is run again"
+    never = Outcome("a", "skipped", ["a"], why="no torch here")
+    assert there.run([part("a", missing="no pytest here")], before=[never])["a"].why == "no pytest here"
+
+
+def test_a_failure_of_an_earlier_run_is_in_the_exit_code_of_one_that_skips_the_part(tmp_path: Path):
+    failed = Outcome("tests", "failed", ["x"], 2.0, why="the reason")
+    program.write_report(tmp_path, "command", True, [failed])
+    assert program.main(["--quick", "--only", "tests", "--out", str(tmp_path)], lambda *_: pytest.fail("it needs a GPU")) == 1
+    assert program.read_before(tmp_path / "report.json", True) == [failed]
+
+
 def test_tiny_figures_never_take_the_place_of_real_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     program.write_report(tmp_path, "command", False, [Outcome("a", "done", ["a"], 1.0, figures={"x": 1})])
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
@@ -331,6 +356,36 @@ def test_failed_tests_are_figures_and_the_report_says_so(tmp_path: Path):
     done = Outcome("tests", "done", [], 3.0, figures=figures)
     text = page({"date": "2026-11-29", "command": "x", "quick": False, "machines": []}, [done])
     assert "1 passed, 1 failed, 1 skipped" in text and "| b | no / so |" in text
+
+
+SKIPPED = '<testcase name="{}" time="0"><skipped message="{}"/></testcase>'
+
+
+@pytest.mark.parametrize(
+    ("cases", "why"),
+    [
+        ("", "no test was found"),
+        (SKIPPED.format("a", "no CUDA") + SKIPPED.format("b", "no CUDA"), "no test was run: 2 skipped (no CUDA)"),
+        (SKIPPED.format("a", "no CUDA") + '<testcase name="b"/>', None),
+        ('<testcase name="b"><failure message="x"/></testcase>', None),
+    ],
+)
+def test_tests_of_which_none_was_run_have_failed(
+    cases: str, why: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def run(words: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        xml = next(word.partition("=")[2] for word in words if word.startswith("--junitxml="))
+        Path(xml).write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>", encoding="utf-8")
+        return subprocess.CompletedProcess(words, 0, "", "")
+
+    monkeypatch.setattr(gpu_tests.subprocess, "run", run)
+    if why is None:
+        gpu_tests.main()
+        assert json.loads(capsys.readouterr().out)
+    else:
+        with pytest.raises(SystemExit) as stop:
+            gpu_tests.main()
+        assert stop.value.code == why, "an exit with words is code 1, and the report says the words"
 
 
 @pytest.mark.slow

@@ -109,6 +109,8 @@ def run_parts(
 ) -> list[Outcome]:
     """Runs what is to be done and gives what became of each part, those of an earlier run that were not asked for at the end.
 
+    Of a part that is skipped it gives what an earlier run found, if one began it.
+
     Args:
         say: gets a line about each part. save: gets all that is known, after each part.
     """
@@ -118,20 +120,26 @@ def run_parts(
     others = [one for one in request.before if one.name not in names]
     outcomes: list[Outcome] = []
     for count, part in enumerate(request.parts, start=1):
-        words = part.words(request.quick)
-        done = next((one for one in request.before if (one.name, one.state, one.words) == (part.name, "done", words)), None)
-        if done is not None and not has_failed(done):
+        words, before = part.words(request.quick), earlier.get(part.name)
+        if before is not None and _stands(before, words):
             say(f"{part.name}: done before")
-            outcome = done
-        else:  # done again too, if something in it failed: the cause may be mended, which its command does not show
+            outcome = before
+        else:
             left = request.budget - (clock() - begun)
             outcome = _run(part, words, left, request.quick, say, launch, clock)
-            if outcome.state == "skipped" and done is not None:
-                outcome = done  # its failures are not mended by leaving it out
+            if outcome.state == "skipped" and before is not None and before.seconds is not None:
+                say(f"{part.name}: what an earlier run found stays: {before.state}")
+                outcome = before  # leaving a part out neither mends a failure nor undoes a figure
         outcomes.append(outcome)
         ahead = [earlier[name] for name in names[count:] if name in earlier]  # a run that ends before them must not lose them
         save([*outcomes, *ahead, *others])
     return [*outcomes, *others]
+
+
+def _stands(before: Outcome, words: list[str]) -> bool:
+    """Whether a part need not be run again. One in which something failed is: the cause may be mended, which its command does not
+    show."""
+    return before.state == "done" and before.words == words and not has_failed(before)
 
 
 def _run(part: Part, words: list[str], left: float, quick: bool, say: Say, launch: Launch, clock: Callable[[], float]) -> Outcome:
