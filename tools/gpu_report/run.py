@@ -1,8 +1,8 @@
 """Runs the parts of a report: within a budget, each once, and what is done is kept.
 
 Invariant: every part is saved as soon as it has ended, with all that an earlier run found of the others. A part that was done
-with the same command, and in which nothing failed, is not done again; one that would not fit into what is left of the budget is
-not begun; one that is begun is ended at the budget's end.
+with the same command on the same accelerator, and in which nothing failed, is not done again; one that would not fit into what is
+left of the budget is not begun; one that is begun is ended at the budget's end.
 """
 
 import json
@@ -13,9 +13,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from tools.gpu_report.origin import Origin
 from tools.gpu_report.parts import ROOT, Part
 
 LONGER = 2  # a part may take this many times its estimate before it is ended
@@ -39,7 +40,8 @@ Launch = Callable[[list[str], float], Ended]
 @dataclass(frozen=True)
 class Outcome:
     """What became of a part. state: done, skipped, stopped (out of time) or failed. seconds: that it took, None where it was not
-    begun. why: for all but done. figures: what it printed. words: its command."""
+    begun. why: for all but done. figures: what it printed. words: its command. origin: None where it was not begun, or an old
+    report does not say."""
 
     name: str
     state: str
@@ -47,6 +49,7 @@ class Outcome:
     seconds: float | None = None
     why: str | None = None
     figures: dict[str, Any] | None = None
+    origin: Origin | None = None
 
 
 def has_failed(outcome: Outcome) -> bool:
@@ -60,10 +63,11 @@ Save = Callable[[list[Outcome]], None]
 
 @dataclass(frozen=True)
 class Request:
-    """parts: in order. budget: seconds of this run. before: what an earlier run found."""
+    """parts: in order. budget: seconds of this run. origin: of what it finds. before: what an earlier run found."""
 
     parts: Sequence[Part]
     budget: float
+    origin: Origin
     quick: bool = False
     before: Sequence[Outcome] = ()
 
@@ -121,12 +125,14 @@ def run_parts(
     outcomes: list[Outcome] = []
     for count, part in enumerate(request.parts, start=1):
         words, before = part.words(request.quick), earlier.get(part.name)
-        if before is not None and _stands(before, words):
-            say(f"{part.name}: done before")
+        again = "" if before is None else _cause(before, words, request.origin)
+        if before is not None and again is None:
+            say(f"{part.name}: done before{_other_code(before, request.origin)}")
             outcome = before
         else:
-            left = request.budget - (clock() - begun)
-            outcome = _run(part, words, left, request.quick, say, launch, clock)
+            if again:
+                say(f"{part.name}: {again}")
+            outcome = _run(part, words, request, request.budget - (clock() - begun), say, launch, clock)
             if outcome.state == "skipped" and before is not None and before.seconds is not None:
                 say(f"{part.name}: what an earlier run found stays: {before.state}")
                 outcome = before  # leaving a part out neither mends a failure nor undoes a figure
@@ -136,14 +142,38 @@ def run_parts(
     return [*outcomes, *others]
 
 
-def _stands(before: Outcome, words: list[str]) -> bool:
-    """Whether a part need not be run again. One in which something failed is: the cause may be mended, which its command does not
-    show."""
-    return before.state == "done" and before.words == words and not has_failed(before)
+def _cause(before: Outcome, words: list[str], here: Origin) -> str | None:
+    """Why a part is to be run again, "" where there is nothing to say of it; None where what an earlier run found stands.
+
+    One in which something failed is run again: the cause may be mended, which its command does not show. One of another commit is
+    not: most commits do not touch what is measured, and after each the whole budget would go into what is there.
+    """
+    if before.state != "done":
+        return ""
+    if before.words != words:
+        return "done before with another command: again"
+    if has_failed(before):
+        return "something in it failed before: again"
+    if before.origin is None:
+        return "done before, it is not known on what accelerator: again"
+    if before.origin.accelerator != here.accelerator:
+        return f"done before on {before.origin.device}, this is {here.device}: again"
+    if before.origin.version != here.version:
+        return f"done before with diffvl {before.origin.version}, this is {here.version}: again"
+    return None
 
 
-def _run(part: Part, words: list[str], left: float, quick: bool, say: Say, launch: Launch, clock: Callable[[], float]) -> Outcome:
-    why = part.missing(quick)
+def _other_code(before: Outcome, here: Origin) -> str:
+    """Tells of figures that another commit made, or may have; "" where this one did."""
+    if before.origin is None or before.origin.is_same_code(here):
+        return ""
+    return f" on {before.origin.date} with diffvl {before.origin.code}, this is {here.code}: kept; another --out measures it anew"
+
+
+def _run(
+    part: Part, words: list[str], request: Request, left: float, say: Say, launch: Launch, clock: Callable[[], float]
+) -> Outcome:
+    quick, why = request.quick, part.missing(request.quick)
     if why is None and not quick and part.seconds > left:
         why = f"would not fit: about {part.seconds} s, of the budget {max(left, 0):.0f} s are left"
     if why is None and left <= 0:
@@ -154,7 +184,7 @@ def _run(part: Part, words: list[str], left: float, quick: bool, say: Say, launc
     say(f"{part.name}: {part.about} ...")
     start = clock()
     ended = launch(words, left if quick else min(left, LONGER * part.seconds))
-    outcome = _judged(part, words, ended, round(clock() - start, 1))
+    outcome = replace(_judged(part, words, ended, round(clock() - start, 1)), origin=request.origin)
     say(f"{part.name}: {outcome.state} in {outcome.seconds:.0f} s" + (f": {outcome.why}" if outcome.why else ""))
     return outcome
 
@@ -165,7 +195,10 @@ def _judged(part: Part, words: list[str], ended: Ended, seconds: float) -> Outco
         return Outcome(part.name, "stopped", words, seconds, "ran out of time" + (f"\n{said}" if said else ""))
     if ended.code == 0:
         try:
-            return Outcome(part.name, "done", words, seconds, figures=json.loads(ended.out.strip().splitlines()[-1]))
+            figures = json.loads(ended.out.strip().splitlines()[-1])
         except (ValueError, IndexError):
-            said = f"its last line is no JSON: {ended.out[-200:]!r}"
+            figures = None
+        if isinstance(figures, dict):
+            return Outcome(part.name, "done", words, seconds, figures=figures)
+        said = f"its last line is no JSON object: {ended.out[-200:]!r}"
     return Outcome(part.name, "failed", words, seconds, said or f"exit code {ended.code}")
