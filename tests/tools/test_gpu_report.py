@@ -202,7 +202,7 @@ def sleeping_report(folder: Path, how: str = "", seconds: float = 60) -> Iterato
     process = subprocess.Popen([sys.executable, "-c", SLEEPING, str(folder), how, str(seconds)], cwd=ROOT)
     mark, part_id = folder / "id", 0
     try:
-        end = time.monotonic() + 30
+        end = time.monotonic() + 60
         while not (mark.is_file() and mark.read_text()):
             assert process.poll() is None and time.monotonic() < end
             time.sleep(0.02)
