@@ -1,56 +1,24 @@
-"""`make gpu-report`: what is run within the budget, what is kept, what is told of the rest, and the tables."""
+"""`make gpu-report`: what is run within the budget, what is kept, what is told of the rest, and how it ends."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
-from tiny_runs import command
+from report_parts import HERE, Machine, done, part
 
-from diffvl.bench import machine
 from tools.gpu_report import __main__ as program
-from tools.gpu_report import gpu_tests, needs, sharding
-from tools.gpu_report.parts import PARTS, Part, chosen
+from tools.gpu_report import needs
+from tools.gpu_report.parts import PARTS, ROOT, chosen
 from tools.gpu_report.run import Ended, Outcome, Request, has_failed, launch, run_parts
-from tools.gpu_report.tables import page
-
-
-def part(name: str, seconds: int = 10, missing: str | None = None) -> Part:
-    return Part(name, f"about {name}", seconds, lambda quick: [name, *(["--quick"] if quick else [])], lambda quick: missing)
-
-
-@dataclass
-class Machine:
-    """Stands for programs and the time that they take. ends: how a part ends; well, unless it is named."""
-
-    takes: float = 10.0
-    now: float = 0.0
-    ends: dict[str, Ended] = field(default_factory=dict)
-    launched: list[tuple[str, float]] = field(default_factory=list)
-    said: list[str] = field(default_factory=list)
-
-    def launch(self, words: list[str], limit: float) -> Ended:
-        self.launched.append((words[0], limit))
-        self.now += min(self.takes, limit)
-        return self.ends.get(words[0], Ended(0, f'some line\n{{"name": "{words[0]}"}}\n', ""))
-
-    def run(self, parts: list[Part], budget: float = 100.0, quick: bool = False, before: Any = ()) -> dict[str, Outcome]:
-        request = Request(parts, budget, quick, list(before))
-        saved: list[list[str]] = []
-
-        def save(outcomes: list[Outcome]) -> None:
-            saved.append([one.name for one in outcomes])
-
-        found = run_parts(request, self.said.append, save, self.launch, lambda: self.now)
-        others = [one.name for one in found[len(parts) :]]
-        assert saved == [[one.name for one in parts[: count + 1]] + others for count in range(len(parts))]
-        return {one.name: one for one in found}
-
 
 # --- what is run -------------------------------------------------------------------------------------------------------------
 
@@ -96,10 +64,29 @@ def test_what_is_done_is_not_done_again_and_the_rest_is():
     assert list(one) == ["late", "a", "failed", "stopped"], "parts that were not asked for stay"
 
 
+def test_a_run_that_is_interrupted_loses_nothing_that_was_done(tmp_path: Path):
+    """Interrupted in its second part, before it has come to the last, which was done."""
+    write = partial(program.write_report, tmp_path, "command", False, HERE)
+    parts = [part("a"), part("b"), part("c")]
+    last = done("c", words=["c"], figures={"x": 1})
+    write([Outcome("a", "failed", ["a"], 1.0, why="x"), last])
+
+    def interrupted(words: list[str], limit: float) -> Ended:
+        if words == ["b"]:
+            raise KeyboardInterrupt
+        return Ended(0, '{"x": 2}', "")
+
+    before = program.read_before(tmp_path / "report.json", False)
+    with pytest.raises(KeyboardInterrupt):
+        run_parts(Request(parts, 100, HERE, before=before), lambda line: None, write, interrupted)
+    left = {one.name: one for one in program.read_before(tmp_path / "report.json", False)}
+    assert left["a"].figures == {"x": 2} and left["c"] == last and "b" not in left
+
+
 @pytest.mark.parametrize("figures", [{"passed": 1, "failed": {"b": "no"}}, {"agrees": False}])
 def test_a_part_in_which_something_failed_is_done_again(figures: dict[str, Any], tmp_path: Path):
     """Its command ended well and is still the same; after a mend the report must be able to end well too."""
-    before = [Outcome("a", "done", ["a"], 1.0, figures=figures), Outcome("b", "done", ["b"], 1.0, figures={"failed": {}})]
+    before = [done("a", words=["a"], figures=figures), done("b", words=["b"], figures={"failed": {}})]
     again = Machine()
     found = again.run([part("a"), part("b")], before=before)
     assert [name for name, _ in again.launched] == ["a"] and found["b"] == before[1]
@@ -107,8 +94,33 @@ def test_a_part_in_which_something_failed_is_done_again(figures: dict[str, Any],
     assert Machine().run([part("a", 200)], before=before)["a"] == before[0], "what is skipped has still failed"
 
 
+@pytest.mark.parametrize(
+    "before",
+    [
+        Outcome("a", "failed", ["a"], 2.0, why="the reason"),
+        Outcome("a", "stopped", ["a"], 2.0, why="ran out of time"),
+        Outcome("a", "done", ["a", "--with", "other words"], 2.0, figures={"x": 1}),
+    ],
+)
+def test_what_an_earlier_run_found_stays_where_a_part_is_skipped(before: Outcome):
+    there = Machine()
+    for skipped in (part("a", 200), part("a", missing="no pytest here")):
+        assert there.run([skipped], before=[before])["a"] == before
+    assert there.launched == [] and f"a: what an earlier run found stays: {before.state}" in there.said
+    assert there.run([part("a")], before=[before])["a"].figures == {"name": "a"}, "and where there is time it is run again"
+    never = Outcome("a", "skipped", ["a"], why="no torch here")
+    assert there.run([part("a", missing="no pytest here")], before=[never])["a"].why == "no pytest here"
+
+
+def test_a_failure_of_an_earlier_run_is_in_the_exit_code_of_one_that_skips_the_part(tmp_path: Path):
+    failed = Outcome("tests", "failed", ["x"], 2.0, why="the reason")
+    program.write_report(tmp_path, "command", True, HERE, [failed])
+    assert program.main(["--quick", "--only", "tests", "--out", str(tmp_path)], lambda *_: pytest.fail("it needs a GPU")) == 1
+    assert program.read_before(tmp_path / "report.json", True) == [failed]
+
+
 def test_tiny_figures_never_take_the_place_of_real_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    program.write_report(tmp_path, "command", False, [Outcome("a", "done", ["a"], 1.0, figures={"x": 1})])
+    program.write_report(tmp_path, "command", False, HERE, [done("a", words=["a"], figures={"x": 1})])
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     words = ["--quick", "--only", "tests", "--out", str(tmp_path)]
     with pytest.raises(SystemExit) as stop:
@@ -117,7 +129,7 @@ def test_tiny_figures_never_take_the_place_of_real_ones(tmp_path: Path, capsys: 
     said = capsys.readouterr().err
     assert f"{tmp_path / 'report.json'} holds real figures" in said and "name another folder with --out" in said
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
-    program.write_report(tmp_path, "command", True, [])
+    program.write_report(tmp_path, "command", True, HERE, [])
     assert program.main(words, lambda *_: pytest.fail("the tests need a GPU")) == 0
 
 
@@ -126,18 +138,20 @@ def test_a_report_that_is_torn_is_made_anew(tmp_path: Path):
     for text in ("{", "[]", '{"parts": [{"name": "a"}]}'):
         (tmp_path / "report.json").write_text(text, encoding="utf-8")
         assert program.read_before(tmp_path / "report.json", False) == []
-    done = Outcome("a", "done", ["a"], 1.0, figures={"x": 1})
-    program.write_report(tmp_path, "command", False, [done])
+    good = done("a", words=["a"], figures={"x": 1})
+    program.write_report(tmp_path, "command", False, HERE, [good])
     apart = Outcome("sharding", "done", ["x"], figures={"agrees": False})
-    assert has_failed(apart) and not has_failed(done), "figures that must agree and do not are a failure"
-    assert program.read_before(tmp_path / "report.json", False) == [done]
+    assert has_failed(apart) and not has_failed(good), "figures that must agree and do not are a failure"
+    assert program.read_before(tmp_path / "report.json", False) == [good]
     assert program.read_before(tmp_path / "report.json", True) == [], "tiny figures and real ones are never in one report"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
 
 
 def test_a_part_without_figures_has_failed():
-    found = Machine(ends={"a": Ended(0, "no figures", ""), "b": Ended(3, "", "")}).run([part("a"), part("b")])
-    assert found["a"].state == "failed" and "no JSON" in str(found["a"].why) and found["b"].why == "exit code 3"
+    ends = {"a": Ended(0, "no figures", ""), "b": Ended(3, "", ""), "c": Ended(0, "[1]", "")}
+    found = Machine(ends=ends).run([part("a"), part("b"), part("c")])
+    assert all(found[name].state == "failed" and "no JSON object" in str(found[name].why) for name in ("a", "c"))
+    assert found["b"].why == "exit code 3"
 
 
 def test_a_program_is_ended_with_its_children(tmp_path: Path):
@@ -154,93 +168,71 @@ def test_a_program_is_ended_with_its_children(tmp_path: Path):
     assert not mark.exists()
 
 
-# --- real parts, tiny --------------------------------------------------------------------------------------------------------
+def test_what_a_part_says_in_another_encoding_is_told():
+    ended = launch(["-c", "import sys; sys.stdout.buffer.write(b'caf\\xe9'); sys.stderr.buffer.write('gr\u00fcn'.encode())"], 60)
+    assert ended == Ended(0, "caf\ufffd", "gr\u00fcn")
 
 
-@pytest.fixture
-def in_this_process(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str], float], Ended]:
-    """Runs a part here: to import torch for each takes longer than all of them."""
+def test_a_program_that_has_just_ended_by_itself_is_no_mistake(monkeypatch: pytest.MonkeyPatch):
+    def killpg(group: int, number: int) -> None:
+        os.kill(group, number)
+        raise ProcessLookupError
 
-    def run(words: list[str], limit: float) -> Ended:
-        if words[1] == "diffvl.cli":
-            ended = command(*words[2:])
-            return Ended(ended.code, ended.out, ended.err)
-        assert words[1] == "tools.gpu_report.sharding"
-        capsys.readouterr()
-        sharding.main(words[2:])
-        return Ended(0, capsys.readouterr().out, "")
-
-    return run
+    monkeypatch.setattr(os, "killpg", killpg)
+    assert launch(["-S", "-c", "import time; time.sleep(60)"], 0.3).code is None
 
 
-def test_a_quick_report_on_a_cpu(in_this_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """One part of each kind, by their own commands; the page and the JSON."""
-    monkeypatch.setitem(machine.MATRIX_SIDE, "cpu", 128)  # what the machine reaches is not asked for here
-    monkeypatch.setitem(machine.BUFFER_BYTES, "cpu", 2**20)
-    monkeypatch.setattr(sharding, "STEPS", 5)
-    parts = ["decode-1", "train-L512-R400", "sharding", "tests", "memory"]
-    words = ["--quick", "--out", str(tmp_path), *(word for name in parts for word in ("--only", name))]
-    words += ["--skip", "memory"]
-    assert program.main(words, in_this_process) == 0
-    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    states = {one["name"]: one["state"] for one in report["parts"]}
-    assert states == {"decode-1": "done", "tests": "skipped", "train-L512-R400": "done", "sharding": "done"}
-    assert (
-        report["quick"]
-        and len(report["machines"]) == 1
-        and "torch" in report["machines"][0]
-        and str(tmp_path) in report["command"]
-    )
-    text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    for heading in ("Parts", "Decoding", "The weight-streaming floor", "A training step", "FSDP2 in one process"):
-        assert f"## {heading}\n" in text
-    assert "| 1 | ours | 4 | 0.500 |" in text and "| L40-R32 | ours | tiled |" in text and "these figures mean nothing" in text
-    assert "| tests | skipped | - | the tests need a GPU |" in text and "Losses of 5 steps agree" in text
-    widths = [{line.count("|") for line in block.splitlines()} for block in text.split("\n\n") if block.startswith("|")]
-    assert widths and all(len(width) == 1 for width in widths), "every row of a table has its cells"
+# What is started: a report whose only part writes its process id and sleeps.
+SLEEPING = """
+import signal, sys
+from tools.gpu_report import __main__ as program
+from tools.gpu_report.run import launch
+
+if sys.argv[2] == "nohup":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+child = f"import os, pathlib, time; pathlib.Path({sys.argv[1] + '/id'!r}).write_text(str(os.getpid())); time.sleep({sys.argv[3]})"
+words = ["--quick", "--only", "decode-1", "--out", sys.argv[1] + "/out"]
+sys.exit(program.main(words, lambda words, limit: launch(["-S", "-c", child], limit)))
+"""
 
 
-def test_sharding_that_computes_something_else_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """With the bug built: a model that trains on other weights."""
-    real, seeds = sharding.steps_of, iter((0, 1))
-
-    def other(device: Any, quick: bool, stage: Any, in_parts: bool) -> dict[str, Any]:
-        with monkeypatch.context() as patch:
-            seed, build = next(seeds), sharding.build_model
-            patch.setattr(sharding, "build_model", lambda *given, **_: build(*given, seed=seed))
-            return real(device, quick, stage, in_parts=False)
-
-    monkeypatch.setattr(sharding, "steps_of", other)
-    monkeypatch.setattr(sharding, "STEPS", 5)
-    figures = sharding.compared(sharding.torch.device("cpu"), quick=True)
-    assert not figures["agrees"] and figures["largest_difference"] > 1e-4
-    report = {"date": "2026-11-29", "command": "x", "quick": True, "machines": []}
-    assert "DO NOT AGREE" in page(report, [Outcome("sharding", "done", [], 1.0, figures=figures)])
-
-
-def test_losses_that_are_not_finite_do_not_agree(monkeypatch: pytest.MonkeyPatch):
-    found = iter([[1.0, float("nan"), float("nan")], [1.0, float("nan"), 2.0]])
-
-    def steps_of(*_: Any) -> dict[str, Any]:
-        return {"losses": next(found), "step_seconds": 1.0, "peak_bytes": None}
-
-    monkeypatch.setattr(sharding, "steps_of", steps_of)
-    figures = sharding.compared(sharding.torch.device("cpu"), quick=True)
-    assert figures["agrees"] is False and figures["largest_difference"] is None
-    done = Outcome("sharding", "done", [], 1.0, figures=figures)
-    assert has_failed(done)
-    told = page({"date": "2026-11-29", "command": "x", "quick": True, "machines": []}, [done])
-    assert "Losses of 3 steps DO NOT AGREE: not all are finite." in told
+@contextmanager
+def sleeping_report(folder: Path, how: str = "", seconds: float = 60) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """The report's process, and the id of its part's once that runs. Whatever happens neither is left."""
+    process = subprocess.Popen([sys.executable, "-c", SLEEPING, str(folder), how, str(seconds)], cwd=ROOT)
+    mark, part_id = folder / "id", 0
+    try:
+        end = time.monotonic() + 60
+        while not (mark.is_file() and mark.read_text()):
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.02)
+        part_id = int(mark.read_text())
+        yield process, part_id
+    finally:
+        process.kill()
+        process.wait()
+        if part_id:
+            with suppress(ProcessLookupError):
+                os.kill(part_id, signal.SIGKILL)
 
 
-def test_failed_tests_are_figures_and_the_report_says_so(tmp_path: Path):
-    xml = '<s><testcase name="a" time="1.25"/><testcase name="b" time="1"><failure message="no | so&#10;more"/></testcase>'
-    xml += '<testcase name="c" time="0"><skipped/></testcase></s>'
-    figures = gpu_tests.figures(ElementTree.fromstring(xml))
-    assert figures == {"passed": 1, "failed": {"b": "no | so"}, "skipped": 1, "seconds": 2.2}
-    done = Outcome("tests", "done", [], 3.0, figures=figures)
-    text = page({"date": "2026-11-29", "command": "x", "quick": False, "machines": []}, [done])
-    assert "1 passed, 1 failed, 1 skipped" in text and "| b | no / so |" in text
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_report_that_is_told_to_end_leaves_no_part_running(number: signal.Signals, tmp_path: Path):
+    with sleeping_report(tmp_path) as (process, part_id):
+        process.send_signal(number)
+        assert process.wait(30) == 128 + number
+        with pytest.raises(ProcessLookupError):
+            os.kill(part_id, 0)
+
+
+def test_a_report_under_nohup_goes_on_where_the_terminal_is_closed(tmp_path: Path):
+    with sleeping_report(tmp_path, "nohup", 1.0) as (process, _):
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(30) == 1, "the part printed no figures, and that is told"
+    assert json.loads((tmp_path / "out/report.json").read_text(encoding="utf-8"))["parts"][0]["state"] == "failed"
+
+
+# --- as it is started ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -5,17 +5,19 @@ folder gets `report.json` and `report.md`, the tables for docs/. `--needs` says 
 """
 
 import argparse
-import datetime
 import importlib.util
 import json
 import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tools.gpu_report.needs import tell_needs
+from tools.gpu_report.origin import Origin, find_origin
 from tools.gpu_report.parts import PARTS, chosen
 from tools.gpu_report.run import Launch, Outcome, Request, has_failed, launch, run_parts
+from tools.gpu_report.signals import exit_on_signals
 from tools.gpu_report.tables import machines_of, page
 
 BUDGET = 480  # seconds
@@ -50,7 +52,8 @@ def main(arguments: list[str] | None = None, run: Launch | None = None) -> int:
         parser.error(str(error))
     if given.budget <= 0:
         parser.error(f"--budget {given.budget:g}: expected seconds above 0")
-    if not given.quick and not _has_gpu():
+    accelerator = None if given.quick else _accelerator()
+    if not given.quick and accelerator is None:
         parser.error("torch sees no CUDA device here: run it where there is one, or see that it runs with --quick")
     if given.quick and is_real(given.out / REPORT):
         parser.error(
@@ -58,11 +61,12 @@ def main(arguments: list[str] | None = None, run: Launch | None = None) -> int:
         )
     given.out.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python -m tools.gpu_report", *(sys.argv[1:] if arguments is None else arguments)])
-    request = Request(parts, given.budget, given.quick, read_before(given.out / REPORT, given.quick))
-    save = partial(write_report, given.out, command, given.quick)
-    outcomes = run_parts(
-        request, lambda line: print(line, file=sys.stderr, flush=True), save, run or partial(launch, on_cpu=given.quick)
-    )
+    origin = find_origin(accelerator)
+    request = Request(parts, given.budget, origin, given.quick, read_before(given.out / REPORT, given.quick))
+    save = partial(write_report, given.out, command, given.quick, origin)
+    say = partial(print, file=sys.stderr, flush=True)
+    with exit_on_signals():
+        outcomes = run_parts(request, say, save, run or partial(launch, on_cpu=given.quick))
     print(given.out / PAGE)
     return 1 if any(map(has_failed, outcomes)) else 0
 
@@ -79,33 +83,44 @@ def read_before(file: Path, quick: bool) -> list[Outcome]:
     """What an earlier run left in this folder; nothing where it left no whole report, or one of the other kind (`--quick`)."""
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
-        return [Outcome(**one) for one in report["parts"]] if report["quick"] == quick else []
+        return [_outcome(one) for one in report["parts"]] if report["quick"] == quick else []
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
 
-def write_report(folder: Path, command: str, quick: bool, outcomes: list[Outcome]) -> None:
-    """Writes both files, each whole or not at all."""
+def _outcome(one: dict[str, Any]) -> Outcome:
+    """From JSON; an old report has no origins."""
+    origin = one.get("origin")
+    return Outcome(**{**one, "origin": None if origin is None else Origin(**origin)})
+
+
+def write_report(folder: Path, command: str, quick: bool, origin: Origin, outcomes: list[Outcome]) -> None:
+    """Writes both files, each whole or not at all; the figures first, which a page that cannot be made must not take along."""
     report = {
-        "date": datetime.date.today().isoformat(),
+        **asdict(origin),
         "command": command,
         "quick": quick,
         "machines": machines_of(outcomes),
         "parts": [asdict(outcome) for outcome in outcomes],
     }
-    for name, text in ((REPORT, json.dumps(report, indent=2) + "\n"), (PAGE, page(report, outcomes))):
-        beside = folder / f"{name}.partial"
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(folder / name)
+    _write(folder / REPORT, json.dumps(report, indent=2) + "\n")
+    _write(folder / PAGE, page(command, quick, origin, outcomes))
 
 
-def _has_gpu() -> bool:
-    """Asked in this process: torch is needed anyway, and nothing of ours is."""
+def _write(file: Path, text: str) -> None:
+    beside = file.with_name(f"{file.name}.partial")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(file)
+
+
+def _accelerator() -> str | None:
+    """The name of the GPU that parts run on, None where there is none. Asked in this process: torch is needed anyway, and nothing
+    of ours is."""
     if importlib.util.find_spec("torch") is None:
-        return False
+        return None
     import torch  # noqa: PLC0415  (so that --needs and --list answer without it)
 
-    return torch.cuda.is_available()
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The tests that need a GPU, as figures: how many passed, and what the others said. Failing tests are a result, not an error."""
+"""The tests that need a GPU, as figures: how many passed, and what the others said.
+
+Failing tests are a result, not an error; that none was run is an error.
+"""
 
 import json
 import subprocess
@@ -15,10 +18,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         words = ["-m", "pytest", "-m", "gpu", "tests/test_gpu.py", "-q", f"--junitxml={report}", "-p", "no:cacheprovider"]
-        done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, *words], cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace", check=False
+        )
         if not report.is_file():
             sys.exit(done.stdout + done.stderr)
-        print(json.dumps(figures(ElementTree.parse(report).getroot())))
+        root = ElementTree.parse(report).getroot()
+    why = nothing_run(root)
+    if why is not None:
+        sys.exit(why)
+    print(json.dumps(figures(root)))
+
+
+def nothing_run(root: ElementTree.Element) -> str | None:
+    """Why a JUnit report says nothing of a GPU: it has no test, or all were skipped. None if one passed or failed."""
+    counts = figures(root)
+    if counts["passed"] or counts["failed"]:
+        return None
+    reasons = {skipped.get("message") or "no reason given" for skipped in root.iter("skipped")}
+    return f"no test was run: {counts['skipped']} skipped ({'; '.join(sorted(reasons))})" if reasons else "no test was found"
 
 
 def figures(root: ElementTree.Element) -> dict[str, object]:

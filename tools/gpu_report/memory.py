@@ -38,7 +38,9 @@ def main(arguments: list[str] | None = None) -> None:
         words = ["convert", trunk, "--recipe", "llava", "--out", folder / "out", "--dry-run", "--measure"]
         program = [sys.executable, "-m", "diffvl.cli", *words, *(word for one in settings for word in ("--set", one))]
         environment = {**os.environ, "COLUMNS": "200"}
-        done = subprocess.run([*map(str, program)], cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+        done = subprocess.run(
+            [*map(str, program)], cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace", check=False, env=environment
+        )
         if done.returncode:
             sys.exit(done.stdout + done.stderr)
         lines = [line.replace(name, "") for line in (done.stdout + done.stderr).splitlines()]

@@ -1,8 +1,8 @@
 """Runs the parts of a report: within a budget, each once, and what is done is kept.
 
-Invariant: every part is saved as soon as it has ended. A part that was done with the same command, and in which nothing failed,
-is not done again; one that would not fit into what is left of the budget is not begun; one that is begun is ended at the budget's
-end.
+Invariant: every part is saved as soon as it has ended, with all that an earlier run found of the others. A part that was done
+with the same command on the same accelerator, and in which nothing failed, is not done again; one that would not fit into what is
+left of the budget is not begun; one that is begun is ended at the budget's end.
 """
 
 import json
@@ -12,9 +12,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
+from tools.gpu_report.origin import Origin
 from tools.gpu_report.parts import ROOT, Part
 
 LONGER = 2  # a part may take this many times its estimate before it is ended
@@ -38,7 +40,8 @@ Launch = Callable[[list[str], float], Ended]
 @dataclass(frozen=True)
 class Outcome:
     """What became of a part. state: done, skipped, stopped (out of time) or failed. seconds: that it took, None where it was not
-    begun. why: for all but done. figures: what it printed. words: its command."""
+    begun. why: for all but done. figures: what it printed. words: its command. origin: None where it was not begun, or an old
+    report does not say."""
 
     name: str
     state: str
@@ -46,6 +49,7 @@ class Outcome:
     seconds: float | None = None
     why: str | None = None
     figures: dict[str, Any] | None = None
+    origin: Origin | None = None
 
 
 def has_failed(outcome: Outcome) -> bool:
@@ -59,10 +63,11 @@ Save = Callable[[list[Outcome]], None]
 
 @dataclass(frozen=True)
 class Request:
-    """parts: in order. budget: seconds of this run. before: what an earlier run found."""
+    """parts: in order. budget: seconds of this run. origin: of what it finds. before: what an earlier run found."""
 
     parts: Sequence[Part]
     budget: float
+    origin: Origin
     quick: bool = False
     before: Sequence[Outcome] = ()
 
@@ -78,7 +83,8 @@ def launch(words: list[str], limit: float, on_cpu: bool = False) -> Ended:
         [sys.executable, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
+        errors="replace",  # what a part said is told, whatever it wrote
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(folders), **({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {})},
         start_new_session=True,
@@ -86,14 +92,20 @@ def launch(words: list[str], limit: float, on_cpu: bool = False) -> Ended:
     try:
         out, said = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        _kill(process)
         out, said = process.communicate()
         return Ended(None, out, said)
-    except BaseException:  # Ctrl-C: nothing is left running on the GPU
-        os.killpg(process.pid, signal.SIGKILL)
+    except BaseException:  # Ctrl-C or a signal: nothing is left running on the GPU
+        _kill(process)
         process.wait()
         raise
     return Ended(process.returncode, out, said)
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """Ends a program and its children; that they have just ended by themselves is no mistake."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def run_parts(
@@ -101,30 +113,67 @@ def run_parts(
 ) -> list[Outcome]:
     """Runs what is to be done and gives what became of each part, those of an earlier run that were not asked for at the end.
 
+    Of a part that is skipped it gives what an earlier run found, if one began it.
+
     Args:
         say: gets a line about each part. save: gets all that is known, after each part.
     """
     begun = clock()
-    others = [one for one in request.before if one.name not in {part.name for part in request.parts}]
+    earlier = {one.name: one for one in request.before}
+    names = [part.name for part in request.parts]
+    others = [one for one in request.before if one.name not in names]
     outcomes: list[Outcome] = []
-    for part in request.parts:
-        words = part.words(request.quick)
-        done = next((one for one in request.before if (one.name, one.state, one.words) == (part.name, "done", words)), None)
-        if done is not None and not has_failed(done):
-            say(f"{part.name}: done before")
-            outcome = done
-        else:  # done again too, if something in it failed: the cause may be mended, which its command does not show
-            left = request.budget - (clock() - begun)
-            outcome = _run(part, words, left, request.quick, say, launch, clock)
-            if outcome.state == "skipped" and done is not None:
-                outcome = done  # its failures are not mended by leaving it out
+    for count, part in enumerate(request.parts, start=1):
+        words, before = part.words(request.quick), earlier.get(part.name)
+        again = "" if before is None else _cause(before, words, request.origin)
+        if before is not None and again is None:
+            say(f"{part.name}: done before{_other_code(before, request.origin)}")
+            outcome = before
+        else:
+            if again:
+                say(f"{part.name}: {again}")
+            outcome = _run(part, words, request, request.budget - (clock() - begun), say, launch, clock)
+            if outcome.state == "skipped" and before is not None and before.seconds is not None:
+                say(f"{part.name}: what an earlier run found stays: {before.state}")
+                outcome = before  # leaving a part out neither mends a failure nor undoes a figure
         outcomes.append(outcome)
-        save([*outcomes, *others])
+        ahead = [earlier[name] for name in names[count:] if name in earlier]  # a run that ends before them must not lose them
+        save([*outcomes, *ahead, *others])
     return [*outcomes, *others]
 
 
-def _run(part: Part, words: list[str], left: float, quick: bool, say: Say, launch: Launch, clock: Callable[[], float]) -> Outcome:
-    why = part.missing(quick)
+def _cause(before: Outcome, words: list[str], here: Origin) -> str | None:
+    """Why a part is to be run again, "" where there is nothing to say of it; None where what an earlier run found stands.
+
+    One in which something failed is run again: the cause may be mended, which its command does not show. One of another commit is
+    not: most commits do not touch what is measured, and after each the whole budget would go into what is there.
+    """
+    if before.state != "done":
+        return ""
+    if before.words != words:
+        return "done before with another command: again"
+    if has_failed(before):
+        return "something in it failed before: again"
+    if before.origin is None:
+        return "done before, it is not known on what accelerator: again"
+    if before.origin.accelerator != here.accelerator:
+        return f"done before on {before.origin.device}, this is {here.device}: again"
+    if before.origin.version != here.version:
+        return f"done before with diffvl {before.origin.version}, this is {here.version}: again"
+    return None
+
+
+def _other_code(before: Outcome, here: Origin) -> str:
+    """Tells of figures that another commit made, or may have; "" where this one did."""
+    if before.origin is None or before.origin.is_same_code(here):
+        return ""
+    return f" on {before.origin.date} with diffvl {before.origin.code}, this is {here.code}: kept; another --out measures it anew"
+
+
+def _run(
+    part: Part, words: list[str], request: Request, left: float, say: Say, launch: Launch, clock: Callable[[], float]
+) -> Outcome:
+    quick, why = request.quick, part.missing(request.quick)
     if why is None and not quick and part.seconds > left:
         why = f"would not fit: about {part.seconds} s, of the budget {max(left, 0):.0f} s are left"
     if why is None and left <= 0:
@@ -135,7 +184,7 @@ def _run(part: Part, words: list[str], left: float, quick: bool, say: Say, launc
     say(f"{part.name}: {part.about} ...")
     start = clock()
     ended = launch(words, left if quick else min(left, LONGER * part.seconds))
-    outcome = _judged(part, words, ended, round(clock() - start, 1))
+    outcome = replace(_judged(part, words, ended, round(clock() - start, 1)), origin=request.origin)
     say(f"{part.name}: {outcome.state} in {outcome.seconds:.0f} s" + (f": {outcome.why}" if outcome.why else ""))
     return outcome
 
@@ -146,7 +195,10 @@ def _judged(part: Part, words: list[str], ended: Ended, seconds: float) -> Outco
         return Outcome(part.name, "stopped", words, seconds, "ran out of time" + (f"\n{said}" if said else ""))
     if ended.code == 0:
         try:
-            return Outcome(part.name, "done", words, seconds, figures=json.loads(ended.out.strip().splitlines()[-1]))
+            figures = json.loads(ended.out.strip().splitlines()[-1])
         except (ValueError, IndexError):
-            said = f"its last line is no JSON: {ended.out[-200:]!r}"
+            figures = None
+        if isinstance(figures, dict):
+            return Outcome(part.name, "done", words, seconds, figures=figures)
+        said = f"its last line is no JSON object: {ended.out[-200:]!r}"
     return Outcome(part.name, "failed", words, seconds, said or f"exit code {ended.code}")
