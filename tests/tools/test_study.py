@@ -294,7 +294,7 @@ def test_a_variant_of_a_recipe_waits_for_it_and_takes_its_stage(tmp_path: Path, 
     file = write_recipe(Variant("h", "another", recipe="lora"), NIGHT, tmp_path, tmp_path, [], tmp_path / "r.yaml")
     stage = resolve(read_yaml(file), [], "test").stages["diffuse"]
     assert stage.objective.kind == "block_diffusion" and stage.steps == NIGHT.steps
-    assert (stage.batch_size, stage.accumulation) == (8, 1)  # as many samples as the others
+    assert (stage.batch_size, stage.accumulation, stage.precision) == (8, 1, "auto")  # as the others
     monkeypatch.setitem(VARIANTS, "h", missing)
     study = Study(tmp_path, tmp_path, tmp_path, QUICK, ("h",), (0,))
     assert study.missing() == []

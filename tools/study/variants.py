@@ -19,6 +19,8 @@ import yaml
 from diffvl.config.resolve import find_recipe, read_yaml, recipe_names, resolve
 
 TWIN = "a"
+# What a variant of a recipe of its own does as the others do: it sees as much, and in the precision that the machine is fast in.
+_AS_THE_OTHERS = ("data", "steps", "epochs", "batch_size", "accumulation", "precision")
 LOSSLESS = "lossless"  # the recipe of (h)
 _BLOCKS = {"kind": "block_diffusion", "block_size": 4, "grid": "response", "target": "shift", "pad_weight": 0.1}
 
@@ -124,7 +126,7 @@ def write_recipe(variant: Variant, size: Size, data: Path, tower: Path, more: Se
     if variant.recipe is not None:
         own = read_yaml(find_recipe(variant.recipe))["stages"]["diffuse"]
         stage = {key: stage[key] for key in ("data", "attention", "batch_size", "optim")} | {
-            key: value for key, value in own.items() if key not in ("data", "steps", "epochs", "batch_size", "accumulation")
+            key: value for key, value in own.items() if key not in _AS_THE_OTHERS
         }
     else:
         stage["objective"] = variant.objective

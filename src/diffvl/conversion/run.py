@@ -39,7 +39,7 @@ from diffvl.terminal import console as terminal
 from diffvl.terminal.bars import quiet_libraries
 from diffvl.terminal.console import say, shell_line
 from diffvl.train import checkpoints
-from diffvl.train.launch import agreed, main_first, main_only, process_state, require_trackers, with_the_others
+from diffvl.train.launch import agreed, is_emulated, main_first, main_only, process_state, require_trackers, with_the_others
 from diffvl.train.stage import Onlooker, require_machine, train
 
 SAMPLE_SETTINGS = DecodeSettings(max_new_tokens=48)
@@ -99,6 +99,7 @@ def _convert(request: ConvertRequest, console: Console) -> Path:
     _check_flags(request)
     plan = agreed(lambda: make_plan(request, console))
     describe(plan, console)
+    _warn_of_emulation(request, plan, console)
     agreed(lambda: check_targets(plan, request.resume))
     agreed(lambda: require_trackers(plan.recipe.trackers))
     inputs = main_first(lambda: open_inputs(plan, request.accept_changed_data, console, only_to_plan=request.dry_run))
@@ -126,6 +127,14 @@ def _convert(request: ConvertRequest, console: Console) -> Path:
     if process.is_main_process:
         _say_next(last, plan, console)
     return last
+
+
+def _warn_of_emulation(request: ConvertRequest, plan: Plan, console: Console) -> None:
+    """Says before hours of work that they will be days: a recipe for GPUs names bf16 (docs/lossless.md has what that costs)."""
+    for step in plan.steps if request.machine is None else ():
+        if is_emulated(step.recipe.stages[step.stage]):
+            told = f" stages.{step.stage}.precision is bf16, which this machine only emulates, many times slower than fp32; "
+            say(console, ("warning:", "bold yellow"), told + f"--set stages.{step.stage}.precision=auto takes fp32 here")
 
 
 def _check_flags(request: ConvertRequest) -> None:

@@ -206,6 +206,11 @@ def precision(stage: Stage) -> str:
     return "bf16" if has_bf16() else "fp32"
 
 
+def is_emulated(stage: Stage) -> bool:
+    """Tells whether a stage asks for bf16 where the machine has no instructions for it."""
+    return stage.precision == "bf16" and not has_bf16()
+
+
 def make_accelerator(stage: Stage, trackers: Sequence[str] | None, work: Path) -> Accelerator:
     """The accelerator of one stage.
 
