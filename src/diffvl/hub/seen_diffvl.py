@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from os import PathLike
 from typing import Any, BinaryIO
 
-import numpy
+import torch
 from PIL import Image, ImageCms
 
 Size = tuple[int, int]  # height and width in pixels
@@ -129,8 +129,8 @@ def _bands(image: Image.Image) -> Iterator[tuple[int, int]]:
 def _from_deep(image: Image.Image) -> Image.Image:
     """A greyscale image of 16-bit or 32-bit numbers, as RGB."""
     is_float = image.mode.startswith("F")
-    values = numpy.asarray(image if image.mode in ("I", "F", "I;16", "I;16B") else image.convert("F" if is_float else "I"))
-    low, high = float(values.min()), float(values.max())
+    ends = torch.stack([torch.stack(torch.aminmax(_numbers(image, *rows))) for rows in _bands(image)])
+    low, high = float(ends[:, 0].min()), float(ends[:, 1].max())
     if image.mode.startswith("I;16"):
         white = 65535.0
     elif is_float and high <= 1:
@@ -142,13 +142,23 @@ def _from_deep(image: Image.Image) -> Image.Image:
             f"values from {low:g} to {high:g} in an image of the mode {image.mode} do not say what is black and what is "
             "white: save it with 8 or 16 bits"
         )
-    grey = numpy.empty(values.shape, dtype=numpy.uint8)
+    key, seen = image.info.get("transparency"), Image.new("L", image.size)
     for top, bottom in _bands(image):
-        grey[top:bottom] = numpy.rint(values[top:bottom].astype(numpy.float64) * (255.0 / white))
-    key = image.info.get("transparency")
-    if isinstance(key, int):
-        grey[values == key] = 255
-    return Image.fromarray(grey).convert("RGB")
+        values = _numbers(image, top, bottom)
+        grey = (values * (255.0 / white)).round().to(torch.uint8)
+        if isinstance(key, int):
+            grey[values == key] = 255
+        size = image.width, bottom - top
+        seen.paste(Image.frombytes("L", size, grey.numpy().tobytes()), (0, top, image.width, bottom))
+    return seen.convert("RGB")
+
+
+def _numbers(image: Image.Image, top: int, bottom: int) -> torch.Tensor:
+    """The numbers in some rows of a greyscale image."""
+    is_float = image.mode.startswith("F")
+    rows = image.crop((0, top, image.width, bottom))
+    wide = rows if rows.mode in ("I", "F") else rows.convert("F" if is_float else "I")
+    return torch.frombuffer(bytearray(wide.tobytes()), dtype=torch.float32 if is_float else torch.int32).double()
 
 
 # --- sizes -------------------------------------------------------------------------------------------------------------------
