@@ -89,7 +89,7 @@ def test_a_control_without_a_meaning_is_refused_before_anything(
 
 
 def test_a_control_of_what_has_learnt_to_see_blocks_is_refused(
-    run: tiny_runs.Run, tower: Path, shapes: dict[str, Path], tmp_path: Path
+    run: tiny_runs.Run, tower: Path, shapes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Its start would be a block-diffusion model: no AR baseline. One with causal context still answers left to right."""
     held = {"data": {"holdout": 1}}
@@ -101,6 +101,7 @@ def test_a_control_of_what_has_learnt_to_see_blocks_is_refused(
     refused("convert", "--from", run.align, "--recipe", two, *words, says=[*says, "the stage diffuse"])
     refused("convert", "--from", run.diffuse, "--stage", "more", "--recipe", two, *words, says=[*says, str(run.diffuse)])
     after = write_recipe(tmp_path / "after.yaml", tower, diffuse=causal, more=more)
+    monkeypatch.setattr("diffvl.conversion.run.tell_outlook", lambda *_: None)  # which takes seconds
     planned = succeed("convert", "--from", run.align, "--recipe", after, *words).out
     assert f"compare {tmp_path}/out/control and {tmp_path}/out/more -> " in " ".join(planned.split())
     own = write_recipe(tmp_path / "own.yaml", tower, control=more)

@@ -5,9 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny_runs
-
-from diffvl.train import launch
 
 RunCli = Callable[..., tuple[int, str, str]]
 pytestmark = pytest.mark.usefixtures("offline", "whole_plans")
@@ -45,31 +42,6 @@ def test_a_plan_needs_neither_checkpoint_nor_data(run_cli: RunCli, tmp_path: Pat
     assert "for 8 GPUs with 80 GB each" in out
     assert "558,128 records (as the recipe says: the data is not here)" in out and "it fits" in out
     assert "at most 34,883 steps (fewer where records share a row) of 16 rows" in out
-
-
-@pytest.mark.parametrize("has_bf16", [True, False])
-def test_bf16_where_it_is_only_emulated_is_told_before_any_work(
-    has_bf16: bool,
-    run_cli: RunCli,
-    source: Callable[[str], Path],
-    tower: Path,
-    shapes: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(launch, "has_bf16", lambda: has_bf16)
-    stages = {
-        "align": tiny_runs.stage("align", shapes["align"]),
-        "more": tiny_runs.stage("diffuse", shapes["train"], precision="bf16"),
-    }
-    recipe = tiny_runs.write_recipe(tmp_path / "r.yaml", tower, **stages)
-    words = ("convert", str(source("qwen2")), "--recipe", str(recipe), "--out", str(tmp_path / "run"), "--dry-run")
-    told = "warning: stages.more.precision is bf16, which this machine only emulates, many times slower than fp32; --set "
-    said = " ".join(run_cli(*words)[1].split())
-    assert (f"{told}stages.more.precision=auto takes fp32 here" in said) is not has_bf16 and "stages.align.precision" not in said
-    for more in (("--for", "80GB"), ("--set", "stages.more.precision=auto")):
-        code, out, _ = run_cli(*words, *more)
-        assert code == 0 and "emulates" not in out
 
 
 @pytest.mark.parametrize(

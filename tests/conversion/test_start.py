@@ -133,3 +133,23 @@ def test_a_command_on_two_processes(program: str, forks: Forks, source: Callable
     ended = on_processes(forks, tmp_path, program, words)
     assert [one.code for one in ended] == [0, 0], ended
     assert ended[1].out == "" and len((tmp_path / "out" / "diffuse" / "samples.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_bf16_where_it_is_only_emulated_is_told_before_any_work(
+    has_bf16: bool,
+    source: Callable[[str], Path],
+    tower: Path,
+    shapes: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(processes, "has_bf16", lambda: has_bf16)
+    stages = {"align": stage("align", shapes["align"]), "more": stage("diffuse", shapes["train"], precision="bf16")}
+    recipe = write_recipe(tmp_path / "r.yaml", tower, **stages)
+    words = ("convert", source("qwen2"), "--recipe", recipe, "--out", tmp_path / "run", "--dry-run")
+    told = "warning: stages.more.precision is bf16, which this machine only emulates, many times slower than fp32; --set "
+    said = " ".join(succeed(*words).out.split())
+    assert (f"{told}stages.more.precision=auto takes fp32 here" in said) is not has_bf16 and "stages.align.precision" not in said
+    for more in (("--for", "80GB"), ("--set", "stages.more.precision=auto")):
+        assert "emulates" not in succeed(*words, *more).out
