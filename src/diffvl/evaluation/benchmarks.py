@@ -120,7 +120,7 @@ def arguments_of(name: str, directory: Path, request: Benchmarks) -> argparse.Na
     """What lmms-eval's own command line would hand over: some tasks read it while scoring, and by its default texts between
     `<think>` and `</think>` are left out of what is scored.
 
-    The checkpoint's folders are not named, for tasks write these words into their files.
+    `model_args` has the last folder of the checkpoint's path alone: tasks write these words into their files.
     """
     given = sys.argv
     sys.argv = ["lmms_eval"]  # its parser reads nothing else, and we want the defaults
